@@ -1,0 +1,1 @@
+"""Small trained networks that ship with the package."""

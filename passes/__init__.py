@@ -1,0 +1,1 @@
+"""Rewrite passes: graph in, graph out, one idea per file."""

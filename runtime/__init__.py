@@ -1,0 +1,1 @@
+"""Everything that runs, reads, writes or measures."""
