@@ -132,11 +132,12 @@ class Pass:
     numerically after every run), ``calibrated`` (data-driven, approximate) or ``lossy``.
 
     ``apply`` edits ``graph`` in place and keeps no state. It rewrites a site fully or leaves it alone and refuses it
-    with the reason.
+    with the reason. ``needs_opset`` is the lowest opset it works at; the pipeline raises the graph to it beforehand.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Literal["exact", "calibrated", "lossy"]]
+    needs_opset: ClassVar[int] = 0
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         raise NotImplementedError
