@@ -1,1 +1,79 @@
-"""Small trained networks that ship with the package."""
+"""Small trained networks that ship with the package, each with data to calibrate and to evaluate it.
+
+``MODELS`` lists them, ``path`` finds their files::
+
+    model = MODELS["digits_cnn"]
+    session = Session(path(model.onnx))
+    evaluation = np.load(path(model.evaluation))
+    logits = session.run({model.input: evaluation[model.input]})[model.output]
+    correct = (logits.argmax(axis=1) == evaluation[model.label]).sum()  # model.correct of model.samples
+
+The script ``train_<name>.py`` beside a model made its files; the card ``<name>.md`` says what it is and under which
+licences it stands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from channelfold.passes.base import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Model:
+    """A shipped network: the names of its files, of its tensors, and its measured accuracy.
+
+    ``calibration`` and ``evaluation`` are ``.npz`` files whose samples do not overlap. Both hold the samples under
+    ``input``, the name of the model's input; ``evaluation`` also holds the class numbers, int64 [samples], under
+    ``label``. ``correct`` of the ``samples`` in ``evaluation`` have their label at the maximum of ``output``.
+    """
+
+    name: str
+    description: str
+    onnx: str
+    calibration: str
+    evaluation: str
+    card: str
+    input: str
+    output: str
+    label: str
+    correct: int
+    samples: int
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy of the float model on ``evaluation``, 0..1."""
+        return self.correct / self.samples
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.onnx, self.calibration, self.evaluation, self.card
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model(
+            name="digits_cnn",
+            description="CNN for 8x8 handwritten digits: unfused BatchNormalization, residual and depthwise blocks",
+            onnx="digits_cnn.onnx",
+            calibration="digits_calibration.npz",
+            evaluation="digits_evaluation.npz",
+            card="digits_cnn.md",
+            input="image",
+            output="logits",
+            label="label",
+            correct=499,
+            samples=500,
+        ),
+    )
+}
+
+
+def path(name: str) -> Path:
+    """Where the shipped file ``name`` (``digits_cnn.onnx`` …) lies. Raises UsageError when no such file ships."""
+    shipped = [file for model in MODELS.values() for file in model.files]
+    if name not in shipped:
+        raise UsageError(f"No file {name!r} ships with channelfold", nearest(name, shipped))
+    return Path(__file__).parent / name
