@@ -1,0 +1,169 @@
+"""Activation statistics in one streaming run: a histogram per tensor whose bins need no range beforehand.
+
+The bin of a float32 value is its upper 16 bits: sign, exponent and 7 bits of mantissa, so every octave has 128 bins
+whatever the range turns out to be. Counts are integers, so the result does not depend on the order of the samples, on
+how they were batched, or on an interruption; minimum and maximum are kept exactly beside them. Every calibrator works
+on these bins (``calibrators``), so all of them cost one run.
+
+One sample's activations are in memory at a time. When even those are too many, the tensors are observed in groups, each
+with a run of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import DataError, no_progress
+from channelfold.runtime.calibration import Data
+from channelfold.runtime.graph_io import export, open_model
+from channelfold.runtime.ort import Feed
+
+BINS = 1 << 15  # of magnitudes; with the sign there are twice as many
+MASK = 1e30  # values at least this large are attention masks and the like, not activations
+GROUP_BYTES = 1 << 29  # activations of one sample that may be observed in one run
+
+_INFINITE = 0xFF << 7  # the first bin of infinities and NaN
+_EDGES = (np.arange(_INFINITE, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+LOWER = _EDGES[:-1]  # magnitude at the lower edge of each finite bin
+WIDTH = np.diff(_EDGES)
+_FIRST_MASKED = int(np.searchsorted(LOWER, MASK))
+
+
+@dataclass
+class TensorStatistics:
+    """What was seen of one tensor. ``counts``: int64, first the ``BINS`` of positive values, then those of negative."""
+
+    minimum: float = np.inf
+    maximum: float = -np.inf
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(2 * BINS, np.int64))
+
+    @property
+    def magnitudes(self) -> np.ndarray:
+        """Counts by magnitude, masks and infinities left out, (bins,) int64."""
+        counts = self.counts[:BINS] + self.counts[BINS:]
+        return counts[:_FIRST_MASKED]
+
+    @property
+    def total(self) -> int:
+        return int(self.magnitudes.sum())
+
+    @property
+    def masked(self) -> int:
+        """How many values were left out because their magnitude is 1e30 or more."""
+        return int((self.counts[_FIRST_MASKED:BINS] + self.counts[BINS + _FIRST_MASKED :]).sum())
+
+    @property
+    def amax(self) -> float:
+        """The largest magnitude, masks left out."""
+        return max(abs(self.minimum), abs(self.maximum)) if self.total else 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        """Counts the values of one sample. Raises DataError for NaN."""
+        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+        if flat.size == 0:
+            return
+        self.counts += np.bincount(flat.view(np.uint16)[1::2], minlength=2 * BINS)
+        low, high = float(flat.min()), float(flat.max())
+        if not (low > -MASK and high < MASK):
+            if np.isnan(flat).any():
+                raise DataError("it holds NaN")
+            kept = flat[np.abs(flat) < MASK]
+            if kept.size == 0:
+                return
+            low, high = float(kept.min()), float(kept.max())
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+
+
+def collect(
+    graph: gs.Graph, tensors: Sequence[str], data: Data, progress: Callable[[str, int, int], None] = no_progress
+) -> dict[str, TensorStatistics]:
+    """Statistics of the named float tensors of ``graph`` over all feeds of ``data``.
+
+    Raises DataError naming the tensor and the sample when an activation is NaN, ModelError when the model fails to run.
+    """
+    statistics = {name: TensorStatistics() for name in tensors}
+    wanted = list(tensors)
+    first = next(iter(data), None)
+    groups = list(_groups(graph, wanted, first)) if first is not None else []
+    for number, group in enumerate(groups):
+        observed = _Observed(graph, group)
+        for index, feed in enumerate(data):
+            progress("Observing activations", number * len(data) + index, len(groups) * len(data))
+            for name, values in observed.run(feed):
+                try:
+                    statistics[name].add(values)
+                except DataError as error:
+                    raise DataError(
+                        f"Activation {name!r} of sample {index} cannot be used: {error}",
+                        "Check that sample, and that the float model computes finite values on it.",
+                    ) from None
+    progress("Observing activations", len(data) * len(groups), len(data) * len(groups))
+    return statistics
+
+
+class _Observed:
+    """A session whose outputs are tensors of the graph, cast to float32 where they are of another type."""
+
+    def __init__(self, graph: gs.Graph, tensors: Sequence[str]):
+        model, weights = export(graph)
+        inputs = {value.name for value in model.graph.input}
+        self.names = {f"{name}__observed": name for name in tensors}
+        for output, name in self.names.items():
+            node = onnx.helper.make_node("Cast", [name], [output], to=onnx.TensorProto.FLOAT, name=output)
+            model.graph.node.append(node)
+        del model.graph.output[:]
+        model.graph.output.extend(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in self.names
+        )
+        self.session = open_model(model, weights)
+        self.feeds = inputs & {spec.name for spec in self.session.inputs}
+
+    def run(self, feed: Feed) -> Iterator[tuple[str, np.ndarray]]:
+        values = self.session.run({name: array for name, array in feed.items() if name in self.feeds})
+        for output, name in self.names.items():
+            yield name, values.pop(output)
+
+
+def _groups(graph: gs.Graph, tensors: list[str], feed: Feed) -> Iterator[list[str]]:
+    """The tensors in as many groups as keep one sample's activations below the limit."""
+    sizes = _sizes(graph, feed)
+    group, used = [], 0
+    for name in tensors:
+        size = sizes.get(name, 0)
+        if group and used + size > GROUP_BYTES:
+            yield group
+            group, used = [], 0
+        group.append(name)
+        used += size
+    if group:
+        yield group
+
+
+def _sizes(graph: gs.Graph, feed: Feed) -> dict[str, int]:
+    """Bytes of each tensor as float32 when the model runs on this feed, as far as shape inference can tell."""
+    model, weights = export(graph)
+    for proto, _ in weights:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(proto.name, proto.data_type, list(proto.dims)))
+    del model.graph.value_info[:]
+    for value in model.graph.input:
+        if value.name in feed:
+            value.type.tensor_type.shape.CopyFrom(
+                onnx.TensorShapeProto(
+                    dim=[onnx.TensorShapeProto.Dimension(dim_value=d) for d in feed[value.name].shape]
+                )
+            )
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # inference that fails only means that sizes are unknown
+        return {}
+    sizes = {}
+    for value in [*inferred.graph.value_info, *inferred.graph.input]:
+        dims = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+            sizes[value.name] = 4 * int(np.prod([d.dim_value for d in dims], dtype=np.int64))
+    return sizes
