@@ -39,7 +39,8 @@ class OutputComparison:
     ``snr`` (dB) to ``agreement`` are for floating outputs, ``equal`` (the share of equal elements) for all others; None
     where they do not apply.
     ``mismatches`` counts feeds that could not be compared because shape or type differ (``mismatch`` describes the
-    first). ``worst_sample`` is the index of the feed with the lowest SNR, and ``worst_snr`` that SNR in dB.
+    first). ``worst_sample`` is the index of the feed with the lowest SNR, and ``worst_snr`` that SNR in dB; None
+    when all feeds are equal.
     """
 
     name: str
@@ -121,7 +122,7 @@ class _Tracker:
         self.feeds = self.mismatches = 0
         self.mismatch = ""
         self.sums: ErrorSums | None = None
-        self.worst: tuple[float, int] | None = None
+        self.worst: tuple[float, int | None] = math.inf, None
         self.positions = self.agreed = 0
         self.elements = self.equal = 0
 
@@ -138,7 +139,8 @@ class _Tracker:
 
     def _add_float(self, index: int, reference: np.ndarray, candidate: np.ndarray) -> None:
         sums = ErrorSums.of(reference, candidate)
-        self.worst = min(self.worst or (math.inf, index), (sums.snr, index))
+        if sums.snr < self.worst[0]:
+            self.worst = sums.snr, index
         self.sums = self.sums or ErrorSums()
         self.sums.add(sums)
         if reference.ndim in (2, 3) and reference.shape[-1] >= 2:
@@ -152,7 +154,7 @@ class _Tracker:
             equal = self.equal / self.elements if self.elements else float(not self.mismatches)
             return OutputComparison(name, self.feeds, self.elements, equal=equal, **common)
         sums = self.sums
-        worst_snr, worst_sample = self.worst or (None, None)
+        worst_snr, worst_sample = self.worst
         return OutputComparison(
             name,
             self.feeds,
@@ -165,7 +167,7 @@ class _Tracker:
             max_reference=sums.max_reference,
             agreement=self.agreed / self.positions if self.positions else None,
             worst_sample=worst_sample,
-            worst_snr=worst_snr,
+            worst_snr=worst_snr if worst_sample is not None else None,
             reference_nan=sums.reference_nan,
             reference_inf=sums.reference_inf,
             candidate_nan=sums.candidate_nan,

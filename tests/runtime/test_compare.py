@@ -76,6 +76,7 @@ class TestFigures:
     def test_equal(self):
         y = compared(rows([1, 2]), rows([1, 2]))
         assert (y.snr, y.cosine, y.relative_l2, y.max_error) == (INF, 1.0, 0.0, 0.0)
+        assert (y.worst_sample, y.worst_snr) == (None, None)
 
     def test_zero_reference(self):
         y = compared(rows([0, 0]), rows([0, 1]))

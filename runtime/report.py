@@ -1,0 +1,353 @@
+"""The report record, schema 1, and its view in the terminal.
+
+The record is a plain dict that JSON can hold. Every key but ``schema`` and ``tool`` may be absent; what is absent is
+not shown. Sizes are bytes, times seconds (latencies milliseconds)::
+
+    schema      1
+    tool        "channelfold 0.1.0"
+    command     the command line, as one string
+    model       {path, bytes, nodes, ops: {op: count}, opset}     what came in
+    output      the same of what came out
+    data        {calibration, evaluation}                         Data.description of each
+    steps       [{pass, kind, options: {}, seconds,
+                  changed: [{node, what}], refused: [{node, reason, code}],
+                  verified: {max_rel_error, probes} | {unverified: reason} | null,
+                  facts: {}}]        facts of a pass that quantizes: {linears: all, quantized: count,
+                                     by_op: {op: {quantized, total}}}
+    accuracy    Comparison.to_json()
+    engines     [{sm (null: any), path, bytes, seconds, backend,
+                  plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
+    latency     [{name, ms}]         the first one is what the others are measured against
+    warnings    [str]
+
+A number that JSON cannot hold is the string "inf" or "-inf", or null for NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from channelfold.passes.base import OutputError
+from channelfold.runtime.compare import json_number
+
+SCHEMA = 1
+_EXAMPLES, _EXCEPTIONS = 3, 12
+_LEVELS = {"ok": "green", "degraded": "yellow", "collapsed": "bold red"}
+
+
+def write_json(record: Mapping[str, Any], path: str | Path) -> None:
+    """Writes the record as JSON, whole or not at all. Numpy scalars and arrays, paths and tuples are accepted.
+
+    Raises OutputError when the file cannot be written.
+    """
+    path = Path(path)
+    text = json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror})", "Choose another file") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """``value`` in the types JSON has; infinities and NaN as in ``compare.json_number``."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else json_number(value)
+
+
+def render(record: Mapping[str, Any], console: Console) -> None:
+    """Prints the record as tables. In a terminal they fit its width (names are shortened in the middle, between their
+    parts); in a file or a pipe nothing is shortened or wrapped."""
+    record = plain(record)
+    with _natural_width(console):
+        _print(console, Text.assemble((record["tool"], "bold"), "  ", _safe(record.get("command", ""))), indent=0)
+        for key, show in _SECTIONS.items():
+            if record.get(key):
+                console.print()
+                show(record, console)
+        if record.get("accuracy", {}).get("verdict", {}).get("level") == "collapsed":
+            console.print()
+            alarm = "COLLAPSED: the new model no longer computes what the original does"
+            _print(console, Text(f" {alarm} ", "bold white on red"), indent=0)
+
+
+@contextmanager
+def _natural_width(console: Console) -> Iterator[None]:
+    width = console.width
+    if not console.is_terminal:
+        console.width = 10_000
+    try:
+        yield
+    finally:
+        console.width = width
+
+
+def _model(record: Mapping[str, Any], console: Console) -> None:
+    before, after = record["model"], record.get("output")
+    table = _table("Model", "<before" if after else "<", "<after" if after else "<", "<")
+    after = after or {}
+    width = (console.width - 40) // 2
+    _add(table, "file", *(_name(Path(side["path"]).name, width) for side in (before, after) if side))
+    ratio = before["bytes"] / after["bytes"] if after.get("bytes") else 1
+    smaller = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
+    _add(table, "size", *(_bytes(side["bytes"]) for side in (before, after) if side), smaller if after else "")
+    for key in ("nodes", "opset"):
+        _add(table, key, *_change(before.get(key), after.get(key)))
+    ops, new_ops = before.get("ops", {}), after.get("ops", before.get("ops", {}))
+    changed = [op for op in {**ops, **new_ops} if ops.get(op, 0) != new_ops.get(op, 0)]
+    for op in changed if after else ops:
+        _add(table, op, *_change(ops.get(op, 0), new_ops.get(op, 0) if after else None))
+    _print(console, table)
+    if after and (same := len(ops) - sum(op in ops for op in changed)):
+        _print(console, Text(f"{same} other operator types are unchanged in number", "dim"))
+
+
+def _change(before: Any, after: Any) -> tuple[str, str, str]:
+    if before is None or after is None:
+        return str(before if before is not None else ""), "", ""
+    return str(before), str(after), f"{after - before:+d}" if after != before else ""
+
+
+def _data(record: Mapping[str, Any], console: Console) -> None:
+    table = _table("Data", "<")
+    for key, description in record["data"].items():
+        if description:
+            _add(table, key, _safe(description))
+    _print(console, table)
+
+
+def _steps(record: Mapping[str, Any], console: Console) -> None:
+    table = _table("Steps", "<kind", ">changed", ">refused", ">seconds", "<verified rel. error")
+    for step in record["steps"]:
+        _add(
+            table,
+            step["pass"],
+            step["kind"],
+            str(len(step["changed"])),
+            str(len(step["refused"])),
+            f"{step['seconds']:.1f}",
+            _verified(step.get("verified")),
+        )
+    _print(console, table)
+    for step in record["steps"]:
+        _quantized(step, console)
+        _refused(step, console)
+
+
+def _verified(verified: Mapping[str, Any] | None) -> Text:
+    if not verified:
+        return Text("–", "dim")
+    if "unverified" in verified:
+        return Text(f"no: {_safe(verified['unverified'])}", "yellow")
+    probes = verified["probes"]
+    return Text(f"{_number(verified['max_rel_error'], '{:.2g}')}, {probes} probe{'s' * (probes != 1)}", "green")
+
+
+def _quantized(step: Mapping[str, Any], console: Console) -> None:
+    facts = step.get("facts", {})
+    if "quantized" not in facts or "linears" not in facts:
+        return
+    table = _table("Quantized", ">", "<")
+    for op, counts in sorted(facts.get("by_op", {}).items()):
+        _add(table, op, *_share(counts["quantized"], counts["total"]))
+    _add(table, "all linear nodes", *_share(facts["quantized"], facts["linears"]))
+    console.print()
+    _print(console, table)
+
+
+def _share(count: int, total: int) -> tuple[str, str]:
+    return f"{count} of {total}", f"{total - count} left in float" if count < total else ""
+
+
+def _refused(step: Mapping[str, Any], console: Console) -> None:
+    if not step["refused"]:
+        return
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for refusal in step["refused"]:
+        groups.setdefault(refusal.get("code") or refusal["reason"], []).append(refusal)
+    console.print()
+    _print(console, Text(f"Left as it was by {step['pass']}", "bold"), indent=0)
+    for code, group in sorted(groups.items(), key=lambda item: -len(item[1])):
+        _print(console, Text.assemble((f"{len(group)} x ", "bold"), _safe(code)))
+        rows = [(refusal["node"], "" if refusal["reason"].endswith(code) else refusal["reason"]) for refusal in group]
+        _nodes(rows, _EXAMPLES, console)
+
+
+def _nodes(rows: Sequence[tuple[str, str]], limit: int, console: Console) -> None:
+    """Names of nodes with a remark each, the first ``limit`` of them."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim")
+    for node, remark in rows[:limit]:
+        table.add_row(_name(node, console.width // 2), _safe(remark))
+    _print(console, table, indent=4)
+    if len(rows) > limit:
+        _print(console, Text(f"… and {len(rows) - limit} more", "dim"), indent=4)
+
+
+def _accuracy(record: Mapping[str, Any], console: Console) -> None:
+    accuracy = record["accuracy"]
+    level, reasons = accuracy["verdict"]["level"], accuracy["verdict"]["reasons"]
+    title = Text.assemble(("Accuracy", "bold"), "  ", (level.upper(), _LEVELS[level]), f"  {_safe(accuracy['data'])}")
+    _print(console, title, indent=0)
+    table = _table("", ">SNR dB", ">cosine", ">rel. L2", ">max err", ">agree", ">worst sample")
+    for output in accuracy["outputs"]:
+        _add(table, _name(output["name"], console.width - 63), *_figures(output))
+    _print(console, table)
+    _print(console, Text("agree: the same argmax, or equal elements where an output is not floating", "dim"))
+    for output in accuracy["outputs"]:
+        if output["reference_nan"] or output["reference_inf"]:
+            found = f"{output['reference_nan']} NaN and {output['reference_inf']} Inf in the original"
+            _print(console, Text(f"{_safe(output['name'])}: {found}", "yellow"))
+    if accuracy["extra"]:
+        _print(console, Text(f"only the new model has: {_safe(', '.join(accuracy['extra']))}", "yellow"))
+    for reason in reasons:
+        _print(console, Text.assemble((f"{level}: ", _LEVELS[level]), _safe(reason)))
+
+
+def _figures(output: Mapping[str, Any]) -> Iterator[str]:
+    yield _number(output["snr"], "{:.2f}")
+    yield _number(output["cosine"], "{:.5f}")
+    yield _number(output["relative_l2"], "{:.1e}")
+    yield _number(output["max_error"], "{:.1e}")
+    agreement = output["equal"] if output["agreement"] is None else output["agreement"]
+    yield _number(agreement, "{:.2%}")
+    worst = output["worst_sample"]
+    yield "–" if worst is None else f"#{worst} {_number(output['worst_snr'], '{:.1f} dB')}"
+
+
+def _engines(record: Mapping[str, Any], console: Console) -> None:
+    table = _table("Engines", "<for", ">size", ">build", "<runs as int8", "<built with")
+    for engine in record["engines"]:
+        plan = engine["plan"]
+        int8 = f"{plan['int8']} of {plan['total']} nodes" if plan["readable"] else "not readable"
+        complete = plan["readable"] and plan["int8"] == plan["total"]
+        _add(
+            table,
+            _name(Path(engine["path"]).name, console.width - 59),
+            _sm(engine),
+            _bytes(engine["bytes"]),
+            f"{engine['seconds']:.0f} s",
+            Text(int8, "green" if complete else "yellow"),
+            engine["backend"],
+        )
+    _print(console, table)
+    for engine in record["engines"]:
+        plan = engine["plan"]
+        if not plan["readable"]:
+            _print(console, Text(f"{_sm(engine)}: {_safe(plan['reason'])}", "yellow"))
+        elif plan["not_int8"]:
+            _print(console, Text(f"quantized, but not run as int8 on {_sm(engine)}:", "yellow"))
+            _nodes([(node["node"], f"runs as {node['runs_as']}") for node in plan["not_int8"]], _EXCEPTIONS, console)
+
+
+def _sm(engine: Mapping[str, Any]) -> str:
+    return "any SM" if engine["sm"] is None else f"SM {engine['sm']}"
+
+
+def _latency(record: Mapping[str, Any], console: Console) -> None:
+    rows = record["latency"]
+    table = _table("Latency", ">ms", "<")
+    for row in rows:
+        ratio = rows[0]["ms"] / row["ms"]
+        faster = "" if row is rows[0] else f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+        style = "green" if ratio >= 1 else "yellow"
+        _add(table, _name(row["name"], console.width - 30), f"{row['ms']:.3f}", Text(faster, style))
+    _print(console, table)
+
+
+def _warnings(record: Mapping[str, Any], console: Console) -> None:
+    _print(console, Text("Warnings", "bold yellow"), indent=0)
+    table = Table.grid(padding=(0, 1))
+    for warning in record["warnings"]:
+        table.add_row(Text("!", "bold yellow"), Text(_safe(warning), "yellow"))
+    _print(console, table)
+
+
+_SECTIONS = {
+    "model": _model,
+    "data": _data,
+    "steps": _steps,
+    "accuracy": _accuracy,
+    "engines": _engines,
+    "latency": _latency,
+    "warnings": _warnings,
+}
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A borderless table; a column is its alignment (``<`` or ``>``) and its heading. The title heads the first."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(Text(title, "bold not dim"), no_wrap=True)
+    for column in columns:
+        table.add_column(column[1:], justify="right" if column[0] == ">" else "left")
+    return table
+
+
+def _add(table: Table, label: str | Text, *cells: str | Text) -> None:
+    table.add_row(Text("  ").append(label), *cells)
+
+
+def _print(console: Console, content: Table | Text, indent: int = 2) -> None:
+    # Text alone, never markup: names may hold brackets.
+    indent = 0 if isinstance(content, Table) and content.show_header else indent
+    console.print(Padding(content, (0, 0, 0, indent), expand=False), highlight=False)
+
+
+def _safe(text: str) -> str:
+    """Without control characters: names and messages come from files, and must not steer the terminal."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
+
+
+def _name(name: str, width: int) -> Text:
+    return Text(shorten(_safe(name), max(width, 12)), no_wrap=True)
+
+
+def shorten(name: str, width: int) -> str:
+    """A node's name in at most ``width`` characters: whole parts are left out of its middle, and its end is kept.
+
+    ``/model/layers.11/self_attn/q_proj/MatMul`` becomes ``/model/…/q_proj/MatMul``.
+    """
+    if len(name) <= width:
+        return name
+    head = name[: name.find("/", 1) + 1]
+    for cut in (index for index, char in enumerate(name) if char == "/" and index >= len(head)):
+        for start in (head, ""):
+            if len(start) + 1 + len(name) - cut <= width:
+                return f"{start}…{name[cut:]}"
+    return f"{name[: width // 3]}…{name[len(name) - (width - 1 - width // 3) :]}"
+
+
+def _bytes(size: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"
+
+
+def _number(value: Any, form: str) -> str:
+    """A figure of the record: a number, "inf" or "-inf", or None."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    return value if isinstance(value, str) else form.format(value)

@@ -1,0 +1,313 @@
+"""The report: a golden of the terminal view, what must hold at any width, and JSON that every reader accepts."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from channelfold.passes.base import OutputError
+from channelfold.runtime.compare import Comparison, OutputComparison
+from channelfold.runtime.report import plain, render, shorten, write_json
+
+LONG = "/model/layers.11/self_attn/q_proj/projection/in_proj/with_a_long_tail/MatMul"
+NARROW = "8 bits leave its activation a signal-to-noise ratio"
+
+
+def step(name: str, kind: str, changed: int, seconds: float, **rest: Any) -> dict[str, Any]:
+    changes = [{"node": f"/node_{i}", "what": "folded"} for i in range(changed)]
+    return {"pass": name, "kind": kind, "options": {}, "seconds": seconds, "changed": changes, "refused": [], **rest}
+
+
+def refusal(node: str, reason: str, code: str) -> dict[str, str]:
+    return {"node": node, "reason": reason, "code": code}
+
+
+def record() -> dict[str, Any]:
+    logits = OutputComparison(
+        "logits", 128, 128000, snr=31.42, cosine=0.99964, relative_l2=0.0268, max_error=0.41, mean_error=0.02,
+        max_reference=7.3, agreement=0.984, worst_sample=17, worst_snr=22.13,
+    )  # fmt: skip
+    masked = OutputComparison(
+        "masked_scores", 128, 512, snr=float("inf"), cosine=1.0, relative_l2=0.0, max_error=0.0, mean_error=0.0,
+        max_reference=1.0, reference_inf=64, candidate_inf=64,
+    )  # fmt: skip
+    ids = OutputComparison("class_ids", 128, 128, equal=0.9375)
+    accuracy = Comparison((logits, masked, ids), 128, "128 samples from evaluation", extra=("debug",))
+    return {
+        "schema": 1,
+        "tool": "channelfold 0.1.0",
+        "command": "compress resnet50.onnx -o resnet50.int8.onnx --calibration calib.npz --build 89",
+        "model": {
+            "path": "models/resnet50.onnx", "bytes": 102_442_450, "nodes": 176, "opset": 13,
+            "ops": {"Conv": 53, "BatchNormalization": 53, "Relu": 49, "Add": 16, "Gemm": 1},
+        },
+        "output": {
+            "path": "out/resnet50.int8.onnx", "bytes": 25_883_112, "nodes": 283, "opset": 17,
+            "ops": {"Conv": 53, "Relu": 49, "Add": 16, "Gemm": 1, "QuantizeLinear": 54, "DequantizeLinear": 107},
+        },
+        "data": {"calibration": "512 samples from calib.npz", "evaluation": "128 samples from evaluation"},
+        "steps": [
+            step("remove-identities", "exact", 1, 0.02, verified={"max_rel_error": 0.0, "probes": 1}),
+            step(
+                "fold-affine", "exact", 53, 0.41, verified={"max_rel_error": 2.1e-7, "probes": 4},
+                refused=[refusal("/relu/Bn[0]", "Bn: its input feeds 2 nodes", "its input feeds 2 nodes")],
+            ),
+            step("smooth", "exact", 0, 1.2, verified={"unverified": "no calibration data"}),
+            step(
+                "quantize", "calibrated", 52, 31.7, verified=None,
+                refused=[
+                    refusal("/conv1/Conv", "Conv stays float: fewer than 16 channels", "fewer than 16 channels"),
+                    *(refusal(f"/{i}/MatMul", f"{NARROW} of 1{i}.0 dB", NARROW) for i in range(3)),
+                    refusal(LONG, f"{NARROW} of 9.0 dB", NARROW),
+                ],
+                facts={"linears": 57, "quantized": 52, "by_op": {
+                    "Conv": {"quantized": 52, "total": 53}, "MatMul": {"quantized": 0, "total": 4}}},
+            ),
+        ],
+        "accuracy": accuracy.to_json(),
+        "engines": [
+            {
+                "sm": 89, "path": "out/resnet50.sm89.engine", "bytes": 26_100_000, "seconds": 41.2,
+                "backend": "tensorrt_rtx",
+                "plan": {"readable": True, "reason": "", "int8": 51, "total": 52,
+                         "not_int8": [{"node": "/layer1/downsample/Conv", "runs_as": "float16"}]},
+            },
+            {
+                "sm": None, "path": "out/resnet50.engine", "bytes": 940, "seconds": 3.6, "backend": "tensorrt_rtx",
+                "plan": {"readable": False, "reason": "the plan's format is not known", "int8": 0, "total": 0,
+                         "not_int8": []},
+            },
+        ],
+        "latency": [
+            {"name": "original", "ms": 38.21}, {"name": "compressed", "ms": 14.02}, {"name": "again", "ms": 40.0},
+        ],
+        "warnings": ["2 of 514 samples did not fill a batch of 4 and were dropped"],
+    }  # fmt: skip
+
+
+def printed(record: dict[str, Any], width: int | None = None, **options: Any) -> str:
+    """What a terminal of that width shows, or with None a pipe; without the spaces at the ends of lines."""
+    file = io.StringIO()
+    render(
+        record, Console(file=file, width=width, force_terminal=width is not None, **{"color_system": None} | options)
+    )
+    return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
+
+
+GOLDEN = """\
+channelfold 0.1.0  compress resnet50.onnx -o resnet50.int8.onnx --calibration calib.npz --build 89
+
+Model                 before         after
+  file                resnet50.onnx  resnet50.int8.onnx
+  size                102.4 MB       25.9 MB             3.96x smaller
+  nodes               176            283                 +107
+  opset               13             17                  +4
+  BatchNormalization  53             0                   -53
+  QuantizeLinear      0              54                  +54
+  DequantizeLinear    0              107                 +107
+  4 other operator types are unchanged in number
+
+Data
+  calibration  512 samples from calib.npz
+  evaluation   128 samples from evaluation
+
+Steps                kind        changed  refused  seconds  verified rel. error
+  remove-identities  exact             1        0      0.0  0, 1 probe
+  fold-affine        exact            53        1      0.4  2.1e-07, 4 probes
+  smooth             exact             0        0      1.2  no: no calibration data
+  quantize           calibrated       52        5     31.7  –
+
+Left as it was by fold-affine
+  1 x its input feeds 2 nodes
+    /relu/Bn[0]
+
+Quantized
+  Conv              52 of 53  1 left in float
+  MatMul              0 of 4  4 left in float
+  all linear nodes  52 of 57  5 left in float
+
+Left as it was by quantize
+  4 x 8 bits leave its activation a signal-to-noise ratio
+    /0/MatMul  8 bits leave its activation a signal-to-noise ratio of 10.0 dB
+    /1/MatMul  8 bits leave its activation a signal-to-noise ratio of 11.0 dB
+    /2/MatMul  8 bits leave its activation a signal-to-noise ratio of 12.0 dB
+    … and 1 more
+  1 x fewer than 16 channels
+    /conv1/Conv
+
+Accuracy  DEGRADED  128 samples from evaluation
+                 SNR dB   cosine  rel. L2  max err   agree  worst sample
+  logits          31.42  0.99964  2.7e-02  4.1e-01  98.40%   #17 22.1 dB
+  masked_scores     inf  1.00000        0        0       –             –
+  class_ids           –        –        –        –  93.75%             –
+  agree: the same argmax, or equal elements where an output is not floating
+  masked_scores: 0 NaN and 64 Inf in the original
+  only the new model has: debug
+  degraded: class_ids: 93.8% equal
+
+Engines                 for        size  build  runs as int8    built with
+  resnet50.sm89.engine  SM 89   26.1 MB   41 s  51 of 52 nodes  tensorrt_rtx
+  resnet50.engine       any SM    940 B    4 s  not readable    tensorrt_rtx
+  quantized, but not run as int8 on SM 89:
+    /layer1/downsample/Conv  runs as float16
+  any SM: the plan's format is not known
+
+Latency           ms
+  original    38.210
+  compressed  14.020  2.73x faster
+  again       40.000  1.05x slower
+
+Warnings
+  ! 2 of 514 samples did not fill a batch of 4 and were dropped
+"""
+
+
+def test_golden():
+    assert printed(record(), 100) == GOLDEN
+
+
+def test_nothing_is_shortened_or_wrapped_in_a_pipe():
+    example = record()
+    example["steps"][3]["refused"] = [refusal(LONG, f"{NARROW} of 9.0 dB", NARROW)]
+    example["warnings"] = ["word " * 100]
+    text = printed(example)
+    assert f"    {LONG}  {NARROW} of 9.0 dB\n" in text
+    assert "  ! " + ("word " * 100).rstrip() + "\n" in text
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_lines_fit_the_terminal(width: int):
+    assert max(map(len, printed(record(), width).splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_names_are_shortened_on_one_line(width: int):
+    example = record()
+    example["steps"][3]["refused"] = [refusal(LONG, f"{NARROW} of 9.0 dB", NARROW)]
+    example["engines"][0]["plan"]["not_int8"] = [{"node": LONG, "runs_as": "float32"}]
+    text = printed(example, width)
+    assert text.count(shorten(LONG, width // 2)) == 2
+
+
+def test_no_color(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    colors = ("\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[1;31m", "41m")
+    assert not any(color in printed(record(), 80, color_system="standard") for color in colors)
+    monkeypatch.delenv("NO_COLOR")
+    assert "\x1b[32m" in printed(record(), 80, color_system="standard", no_color=False)
+
+
+@pytest.mark.parametrize("key", [key for key in record() if key not in ("schema", "tool")])
+def test_any_part_may_be_absent(key: str):
+    whole = record()
+    part = {name: whole[name] for name in ("schema", "tool", key)}
+    del whole[key]
+    for some in (whole, part):
+        assert printed(some, 80).startswith("channelfold 0.1.0")
+
+
+def test_model_alone_lists_all_operators():
+    text = printed({"schema": 1, "tool": "channelfold 0.1.0", "model": record()["model"]}, 80)
+    assert "  Conv                53\n" in text
+    assert "smaller" not in text
+
+
+def test_a_collapse_cannot_be_overlooked():
+    y = OutputComparison(
+        "y", 2, 2, snr=-3.0, cosine=0.1, relative_l2=1.4, max_error=2.0, worst_sample=0, worst_snr=-4.0
+    )
+    text = printed(
+        {"schema": 1, "tool": "t", "accuracy": Comparison((y,), 2, "2 samples", missing=("z",)).to_json()}, 80
+    )
+    assert text.startswith("t\n\nAccuracy  COLLAPSED  2 samples\n")
+    assert "  collapsed: z: the output is missing\n  collapsed: y: SNR -3.0 dB\n" in text
+    assert text.endswith("\n COLLAPSED: the new model no longer computes what the original does\n")
+
+
+def test_names_are_text_and_not_markup_or_control_sequences():
+    example = record()
+    example["steps"][1]["refused"] = [refusal("[bold]/a[/bold]\x1b[2J\n", "because\x07", "")]
+    text = printed(example, 100)
+    assert "    [bold]/a[/bold]?[2J?\n" in text
+    assert "  1 x because?\n" in text
+
+
+def test_a_larger_model():
+    example = record()
+    example["output"]["bytes"] = 2 * example["model"]["bytes"]
+    assert "2.00x larger" in printed(example, 100)
+
+
+class TestShorten:
+    @pytest.mark.parametrize(
+        ("name", "width", "expected"),
+        [
+            ("/model/layers.11/self_attn/q_proj/MatMul", 40, "/model/layers.11/self_attn/q_proj/MatMul"),
+            ("/model/layers.11/self_attn/q_proj/MatMul", 39, "/model/…/self_attn/q_proj/MatMul"),
+            ("/model/layers.11/self_attn/q_proj/MatMul", 22, "/model/…/q_proj/MatMul"),
+            ("/model/layers.11/self_attn/q_proj/MatMul", 21, "…/q_proj/MatMul"),
+            ("/model/layers.11/self_attn/q_proj/MatMul", 14, "…/MatMul"),
+            ("resnet50.int8.sm89.engine", 20, "resnet…8.sm89.engine"),
+        ],
+    )
+    def test_whole_parts_are_left_out(self, name: str, width: int, expected: str):
+        assert shorten(name, width) == expected
+
+    @given(st.text("ab/.", max_size=60), st.integers(3, 40))
+    def test_fits_and_keeps_the_end(self, name: str, width: int):
+        short = shorten(name, width)
+        assert len(short) <= width or short == name
+        assert name.endswith(short.rpartition("…")[2])
+        assert name.startswith(short.partition("…")[0])
+        assert (short == name) == (len(name) <= width)
+
+
+class TestJson:
+    def test_is_valid_whatever_is_in_it(self, tmp_path: Path):
+        path = tmp_path / "report.json"
+        write_json(
+            {
+                "float": np.float32(0.5), "int": np.int64(3), "bool": np.bool_(True), "array": np.array([1.0, np.nan]),
+                "inf": float("inf"), "low": -np.inf, "nan": float("nan"), "path": Path("a/b"), "tuple": (1, "ü"),
+                5: None,
+            },
+            path,
+        )  # fmt: skip
+        assert json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail) == {
+            "float": 0.5, "int": 3, "bool": True, "array": [1.0, None], "inf": "inf", "low": "-inf", "nan": None,
+            "path": str(Path("a/b")), "tuple": [1, "ü"], "5": None,
+        }  # fmt: skip
+        assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+    def test_round_trip_renders_the_same(self, tmp_path: Path):
+        write_json(record(), tmp_path / "report.json")
+        assert printed(json.loads((tmp_path / "report.json").read_text(encoding="utf-8")), 100) == GOLDEN
+
+    def test_a_failure_leaves_the_old_file(self, tmp_path: Path):
+        path = tmp_path / "report.json"
+        path.write_text("old")
+        with pytest.raises(TypeError):
+            write_json({"x": object()}, path)
+        assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("report.json", "old")]
+
+    def test_errors(self, tmp_path: Path):
+        with pytest.raises(
+            OutputError, match=r"r\.json cannot be written \(No such file or directory\)\. Choose another"
+        ):
+            write_json({}, tmp_path / "nowhere" / "r.json")
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(OutputError, match="folder cannot be written"):
+            write_json({}, tmp_path / "folder")
+        assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+    def test_plain_keeps_what_is_plain(self):
+        assert plain(record()) == record()
