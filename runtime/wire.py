@@ -18,9 +18,11 @@ import numpy as np
 import onnx
 
 INLINE_LIMIT = 1024  # bytes; tensors below it are parsed with the rest of the message
+_DEPTH_LIMIT = 100  # nested messages; protobuf's own parsers stop there too
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 9, 13, 14
+_FLOAT_DATA, _RAW_DATA, _DOUBLE_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 4, 9, 10, 13, 14
+_VALUES = (_FLOAT_DATA, _RAW_DATA, _DOUBLE_DATA)  # packed floats are stored as raw_data stores them
 _TENSOR: dict = {}
 _GRAPH: dict = {5: _TENSOR}
 _ATTRIBUTE = {5: _TENSOR, 6: _GRAPH}
@@ -35,17 +37,17 @@ class WireError(ValueError):
 
 
 def skeleton(data: Buffer, location: str) -> bytes:
-    """The ModelProto in ``data`` with large ``raw_data`` replaced by external references into the file ``location``.
+    """The ModelProto in ``data`` with the bytes of large tensors replaced by references into the file ``location``.
 
     Raises WireError.
     """
-    return b"".join(_rewrite(data, 0, len(data), _MODEL, location))
+    return b"".join(_rewrite(data, 0, len(data), _MODEL, location, _DEPTH_LIMIT))
 
 
 def write_inline(
     model: onnx.ModelProto, weights: Iterable[tuple[onnx.TensorProto, np.ndarray]], file: IO[bytes]
 ) -> None:
-    """Writes ``model`` with the given extra initializers, whose values (contiguous, little endian) are streamed."""
+    """Writes ``model`` with extra initializers: (name, type and dims; values as ``raw_data`` holds them), streamed."""
     graph = model.graph.SerializeToString()
     rest = onnx.ModelProto()
     rest.CopyFrom(model)
@@ -69,17 +71,21 @@ def write_array(values: np.ndarray, file: IO[bytes], chunk: int = 1 << 24) -> No
         file.write(flat[start : start + chunk].data)
 
 
-def _rewrite(data: Buffer, start: int, end: int, message: dict, location: str) -> Iterator[bytes]:
+def _rewrite(data: Buffer, start: int, end: int, message: dict, location: str, depth: int) -> Iterator[bytes]:
+    if depth == 0:
+        raise WireError(f"messages are nested more than {_DEPTH_LIMIT} deep at byte {start}")
     copied = start
     for number, kind, key, begin, stop in _fields(data, start, end):
+        if kind != _BYTES or stop - begin < INLINE_LIMIT:
+            continue
         if message is _TENSOR:
-            if number == _RAW_DATA and kind == _BYTES and stop - begin >= INLINE_LIMIT:
+            if number in _VALUES:
                 yield data[copied:key]
                 yield _reference(location, begin, stop - begin)
                 copied = stop
-        elif kind == _BYTES and number in message and stop - begin >= INLINE_LIMIT:
+        elif number in message:
             yield data[copied:key]
-            inner = b"".join(_rewrite(data, begin, stop, message[number], location))
+            inner = b"".join(_rewrite(data, begin, stop, message[number], location, depth - 1))
             yield _key(number, _BYTES) + _varint(len(inner)) + inner
             copied = stop
     yield data[copied:end]
