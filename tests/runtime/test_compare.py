@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, helper
 
 from channelfold.passes.base import GateError, UsageError
 from channelfold.runtime import metrics
@@ -27,7 +30,7 @@ from channelfold.runtime.compare import (
     verdict,
 )
 from channelfold.runtime.metrics import ErrorSums
-from channelfold.runtime.ort import TensorSpec
+from channelfold.runtime.ort import Session, TensorSpec
 
 NAN, INF = math.nan, math.inf
 
@@ -197,6 +200,37 @@ class TestOtherOutputs:
         one = {"a": np.ones(1), "b": np.ones(1)}, {"b": np.ones(1), "c": np.ones(1)}
         found = compare(Fake(lambda i: one[0]), Fake(lambda i: one[1]), indices(2))
         assert ([y.name for y in found.outputs], found.missing, found.extra) == (["b"], ("a",), ("c",))
+
+
+def scaled(path: Path, weight: list[float]) -> Session:
+    """y = x * weight, its argmax, and y once more as a sequence of its columns."""
+    nodes = [
+        helper.make_node("Mul", ["x", "w"], ["y"]),
+        helper.make_node("ArgMax", ["y"], ["top"], axis=1),
+        helper.make_node("SplitToSequence", ["y"], ["columns"], axis=1),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 2]),
+        helper.make_tensor_value_info("top", TensorProto.INT64, ["n", 1]),
+        helper.make_tensor_sequence_value_info("columns", TensorProto.FLOAT, None),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])]
+    weights = [helper.make_tensor("w", TensorProto.FLOAT, [2], weight)]
+    graph = helper.make_graph(nodes, "scaled", inputs, outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return Session(path, threads=1)
+
+
+def test_sessions(tmp_path: Path):
+    one, other = scaled(tmp_path / "one.onnx", [1, 1]), scaled(tmp_path / "other.onnx", [1, 1.125])
+    data = open_data({"x": np.array([[3, 4], [4, 3.75]], "f4")}, one.inputs)
+    outputs = {output.name: output for output in compare(one, other, data).outputs}
+    assert list(outputs) == ["y", "top", "columns[0]", "columns[1]"]
+    # per feed sum r² / sum e² is 25 / 0.5² and 30.0625 / 0.46875²
+    assert outputs["y"].snr == pytest.approx(10 * math.log10((25 + 30.0625) / (0.5**2 + 0.46875**2)), rel=1e-14)
+    assert (outputs["y"].worst_sample, outputs["y"].worst_snr) == (0, 20.0)
+    assert (outputs["y"].agreement, outputs["top"].equal) == (0.5, 0.5)
+    assert (outputs["columns[0]"].max_error, outputs["columns[1]"].max_error) == (0.0, 0.5)
 
 
 def test_progress_counts_feeds():
