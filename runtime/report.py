@@ -1,7 +1,7 @@
 """The report record, schema 1, and its view in the terminal.
 
-The record is a plain dict that JSON can hold. Every key but ``schema`` and ``tool`` may be absent; what is absent is
-not shown. Sizes are bytes, times seconds (latencies milliseconds)::
+The record is a plain dict that JSON can hold. Every key but ``schema`` and ``tool`` may be absent or empty, and is
+not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
 
     schema      1
     tool        "channelfold 0.1.0"
@@ -52,7 +52,7 @@ def write_json(record: Mapping[str, Any], path: str | Path) -> None:
     Raises OutputError when the file cannot be written.
     """
     path = Path(path)
-    text = json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = to_json(record) + "\n"
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -61,6 +61,11 @@ def write_json(record: Mapping[str, Any], path: str | Path) -> None:
         raise OutputError(f"{path} cannot be written ({error.strerror})", "Choose another file") from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """The record as JSON text."""
+    return json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def plain(value: Any) -> Any:
@@ -84,10 +89,6 @@ def render(record: Mapping[str, Any], console: Console) -> None:
             if record.get(key):
                 console.print()
                 show(record, console)
-        if record.get("accuracy", {}).get("verdict", {}).get("level") == "collapsed":
-            console.print()
-            alarm = "COLLAPSED: the new model no longer computes what the original does"
-            _print(console, Text(f" {alarm} ", "bold white on red"), indent=0)
 
 
 @contextmanager
@@ -130,8 +131,7 @@ def _change(before: Any, after: Any) -> tuple[str, str, str]:
 def _data(record: Mapping[str, Any], console: Console) -> None:
     table = _table("Data", "<")
     for key, description in record["data"].items():
-        if description:
-            _add(table, key, _safe(description))
+        _add(table, key, _safe(description or "none"))
     _print(console, table)
 
 
@@ -210,9 +210,7 @@ def _accuracy(record: Mapping[str, Any], console: Console) -> None:
     title = Text.assemble(("Accuracy", "bold"), "  ", (level.upper(), _LEVELS[level]), f"  {_safe(accuracy['data'])}")
     _print(console, title, indent=0)
     table = _table("", ">SNR dB", ">cosine", ">rel. L2", ">max err", ">agree", ">worst sample")
-    for output in accuracy["outputs"]:
-        _add(table, _name(output["name"], console.width - 63), *_figures(output))
-    _print(console, table)
+    _fill(table, [(output["name"], *_figures(output)) for output in accuracy["outputs"]], console)
     _print(console, Text("agree: the same argmax, or equal elements where an output is not floating", "dim"))
     for output in accuracy["outputs"]:
         if output["reference_nan"] or output["reference_inf"]:
@@ -236,21 +234,19 @@ def _figures(output: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _engines(record: Mapping[str, Any], console: Console) -> None:
-    table = _table("Engines", "<for", ">size", ">build", "<runs as int8", "<built with")
+    table = _table("Engines", "<for", ">size", ">build", "<runs as int8")
+    rows = []
     for engine in record["engines"]:
         plan = engine["plan"]
         int8 = f"{plan['int8']} of {plan['total']} nodes" if plan["readable"] else "not readable"
         complete = plan["readable"] and plan["int8"] == plan["total"]
-        _add(
-            table,
-            _name(Path(engine["path"]).name, console.width - 59),
-            _sm(engine),
-            _bytes(engine["bytes"]),
-            f"{engine['seconds']:.0f} s",
-            Text(int8, "green" if complete else "yellow"),
-            engine["backend"],
+        size, seconds = _bytes(engine["bytes"]), f"{engine['seconds']:.0f} s"
+        rows.append(
+            (Path(engine["path"]).name, _sm(engine), size, seconds, Text(int8, "green" if complete else "yellow"))
         )
-    _print(console, table)
+    _fill(table, rows, console)
+    backends = dict.fromkeys(engine["backend"] for engine in record["engines"])
+    _print(console, Text(f"built with {_safe(', '.join(backends))}", "dim"))
     for engine in record["engines"]:
         plan = engine["plan"]
         if not plan["readable"]:
@@ -267,19 +263,20 @@ def _sm(engine: Mapping[str, Any]) -> str:
 def _latency(record: Mapping[str, Any], console: Console) -> None:
     rows = record["latency"]
     table = _table("Latency", ">ms", "<")
+    cells = []
     for row in rows:
         ratio = rows[0]["ms"] / row["ms"]
         faster = "" if row is rows[0] else f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
-        style = "green" if ratio >= 1 else "yellow"
-        _add(table, _name(row["name"], console.width - 30), f"{row['ms']:.3f}", Text(faster, style))
-    _print(console, table)
+        cells.append((row["name"], f"{row['ms']:.3f}", Text(faster, "green" if ratio >= 1 else "yellow")))
+    _fill(table, cells, console)
 
 
 def _warnings(record: Mapping[str, Any], console: Console) -> None:
     _print(console, Text("Warnings", "bold yellow"), indent=0)
     table = Table.grid(padding=(0, 1))
     for warning in record["warnings"]:
-        table.add_row(Text("!", "bold yellow"), Text(_safe(warning), "yellow"))
+        style = "bold red" if "COLLAPSED" in warning else "yellow"
+        table.add_row(Text("!", style), Text(_safe(warning), style))
     _print(console, table)
 
 
@@ -305,6 +302,16 @@ def _table(title: str, *columns: str) -> Table:
 
 def _add(table: Table, label: str | Text, *cells: str | Text) -> None:
     table.add_row(Text("  ").append(label), *cells)
+
+
+def _fill(table: Table, rows: Sequence[tuple[str, *tuple[str | Text, ...]]], console: Console) -> None:
+    """Adds rows that begin with a name and prints the table; the name gets the width that the other columns leave."""
+    headings = [str(column.header) for column in table.columns[1:]]
+    others = zip(headings, *(cells for _, *cells in rows), strict=True)
+    width = console.width - 2 - sum(2 + max(map(len, column)) for column in others)
+    for name, *cells in rows:
+        _add(table, _name(name, width), *cells)
+    _print(console, table)
 
 
 def _print(console: Console, content: Table | Text, indent: int = 2) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from channelfold.passes.base import OutputError
 from channelfold.runtime.compare import Comparison, OutputComparison
-from channelfold.runtime.report import plain, render, shorten, write_json
+from channelfold.runtime.report import plain, render, shorten, to_json, write_json
 
 LONG = "/model/layers.11/self_attn/q_proj/projection/in_proj/with_a_long_tail/MatMul"
 NARROW = "8 bits leave its activation a signal-to-noise ratio"
@@ -76,12 +76,13 @@ def record() -> dict[str, Any]:
         "engines": [
             {
                 "sm": 89, "path": "out/resnet50.sm89.engine", "bytes": 26_100_000, "seconds": 41.2,
-                "backend": "tensorrt_rtx",
+                "backend": "tensorrt_rtx 1.7.1",
                 "plan": {"readable": True, "reason": "", "int8": 51, "total": 52,
                          "not_int8": [{"node": "/layer1/downsample/Conv", "runs_as": "float16"}]},
             },
             {
-                "sm": None, "path": "out/resnet50.engine", "bytes": 940, "seconds": 3.6, "backend": "tensorrt_rtx",
+                "sm": None, "path": "out/resnet50.engine", "bytes": 940, "seconds": 3.6,
+                "backend": "tensorrt_rtx 1.7.1",
                 "plan": {"readable": False, "reason": "the plan's format is not known", "int8": 0, "total": 0,
                          "not_int8": []},
             },
@@ -153,9 +154,10 @@ Accuracy  DEGRADED  128 samples from evaluation
   only the new model has: debug
   degraded: class_ids: 93.8% equal
 
-Engines                 for        size  build  runs as int8    built with
-  resnet50.sm89.engine  SM 89   26.1 MB   41 s  51 of 52 nodes  tensorrt_rtx
-  resnet50.engine       any SM    940 B    4 s  not readable    tensorrt_rtx
+Engines                 for        size  build  runs as int8
+  resnet50.sm89.engine  SM 89   26.1 MB   41 s  51 of 52 nodes
+  resnet50.engine       any SM    940 B    4 s  not readable
+  built with tensorrt_rtx 1.7.1
   quantized, but not run as int8 on SM 89:
     /layer1/downsample/Conv  runs as float16
   any SM: the plan's format is not known
@@ -211,7 +213,7 @@ def test_any_part_may_be_absent(key: str):
     whole = record()
     part = {name: whole[name] for name in ("schema", "tool", key)}
     del whole[key]
-    for some in (whole, part):
+    for some in (whole, part, part | {"accuracy": None, "output": None, "warnings": []}):
         assert printed(some, 80).startswith("channelfold 0.1.0")
 
 
@@ -230,7 +232,10 @@ def test_a_collapse_cannot_be_overlooked():
     )
     assert text.startswith("t\n\nAccuracy  COLLAPSED  2 samples\n")
     assert "  collapsed: z: the output is missing\n  collapsed: y: SNR -3.0 dB\n" in text
-    assert text.endswith("\n COLLAPSED: the new model no longer computes what the original does\n")
+    warned = record() | {"warnings": ["THE OUTPUTS HAVE COLLAPSED: y", "a cast"]}
+    colored = printed(warned, 80, color_system="standard", no_color=False)
+    assert "\x1b[1;31mTHE OUTPUTS HAVE COLLAPSED: y\x1b[0m" in colored
+    assert "\x1b[33ma cast" in colored
 
 
 def test_names_are_text_and_not_markup_or_control_sequences():
@@ -298,6 +303,10 @@ class TestJson:
         with pytest.raises(TypeError):
             write_json({"x": object()}, path)
         assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("report.json", "old")]
+
+    def test_text_is_what_the_file_holds(self, tmp_path: Path):
+        write_json(record(), tmp_path / "report.json")
+        assert (tmp_path / "report.json").read_text(encoding="utf-8") == to_json(record()) + "\n"
 
     def test_errors(self, tmp_path: Path):
         with pytest.raises(
