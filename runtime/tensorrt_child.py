@@ -62,8 +62,12 @@ def _build_here(request: dict[str, Any], say: Say) -> dict[str, Any]:
     try:
         builder, network = CreateNetwork(strongly_typed=typed)()
     except Exception as error:
-        reason = _clean((log.errors or [str(error)])[0])
-        raise DependencyError(f"{trt.__name__} {trt.__version__} cannot start: {reason}", _hint("", reason)) from None
+        # The bindings answer a missing driver with a bare TypeError; the reason is in the log.
+        reason = _clean(log.errors[0] if log.errors and isinstance(error, TypeError) else str(error))
+        raise DependencyError(
+            f"{trt.__name__} {trt.__version__} cannot start: {reason}",
+            "Look at the driver with nvidia-smi, and run: pip install -U polygraphy",
+        ) from None
     trt.init_libnvinfer_plugins(get_trt_logger(), "")
     parser = trt.OnnxParser(network, get_trt_logger())
     say(progress=["Reading the model", 0, 1])
@@ -215,12 +219,12 @@ _HINTS = (
     (r"FP32 GEMM is not supported", "Cast the model to fp16 for SM 75."),
     (r"HW-specific datatypes", "fp8 needs SM 89 or newer, fp4 SM 120 or newer: use int8 for this GPU."),
     (r"Quantized constant", "Put the DequantizeLinear before the op that reads the int8 constant, not behind it."),
+    (r"dtype == myelinType", "TensorRT-RTX convolves in int8 from 1.7 on: pip install -U 'tensorrt-rtx-cu12>=1.7'"),
     (r"deconv", "Keep ConvTranspose in float or fp16."),
     (r"Attention nodes with one output", "Keep the key and value caches outside the Attention node."),
     (r"not registered|must match", "The graph itself is not valid: check it with onnx.checker."),
     (r"must be FP16", "Cast the model to fp16."),
     (r"(?i)out ?of ?memory|bad_alloc", "Give it more memory, or a smaller MAX in --shape."),
-    (r"cudaError|driver", "There is no working NVIDIA driver. Build without one: pip install 'channelfold[rtx]'"),
 )  # fmt: skip
 
 
@@ -280,7 +284,7 @@ def _worth_telling(warnings: list[str]) -> list[str]:
             )
         elif match := re.match(r"Profile k(\w+) values are not self-consistent\. (.*)", text, re.DOTALL):
             told.append(f"The engine will fail at the {match[1]} shapes: {_clean(match[2])}")
-        elif "Make sure input" not in text:
+        elif not re.search("Make sure input|Empty initializer", text):
             told.append(_clean(text))
     return list(dict.fromkeys(told))
 
