@@ -141,6 +141,7 @@ def _range(dims: Dims, shapes: list[tuple[int, ...]]) -> ShapeRange:
 
 
 def no_shapes(dynamic: Mapping[str, Dims]) -> UsageError:
+    """The error for inputs whose shapes nobody gave, with an option to copy."""
     listed = ", ".join(f"{name!r} {dims_text(dims)}" for name, dims in dynamic.items())
     name, dims = next(iter(dynamic.items()))
     low, tuned, high = (
@@ -155,10 +156,12 @@ def no_shapes(dynamic: Mapping[str, Dims]) -> UsageError:
 
 
 def fits(shape: Sequence[int], dims: Dims) -> bool:
+    """Whether a shape has the rank and the fixed sizes of ``dims``."""
     return len(shape) == len(dims) and all(not isinstance(d, int) or d == n for d, n in zip(dims, shape, strict=True))
 
 
 def dims_text(dims: Dims) -> str:
+    """``[batch, 3, ?]``"""
     return f"[{', '.join('?' if dim is None else str(dim) for dim in dims)}]"
 
 
