@@ -1,0 +1,456 @@
+"""The command line: parse, call the job of the same name in ``runtime.jobs``, print its record, exit.
+
+The record goes to stdout (tables, or JSON with ``--json``), everything else to stderr. Only click is imported before a
+command runs, so that help is instant and works where nothing else is installed; the choices that passes offer are
+therefore repeated here, and a test compares them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import shlex
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import click
+
+from channelfold import __version__
+from channelfold.passes.base import ChannelfoldError, OutputError, nearest
+
+CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
+TARGETS = ("tensorrt", "onnxruntime")
+DEMO_SMS = (86, 89)
+PROGRESS_AFTER = 1.0  # seconds that a command may take before it shows progress
+
+
+class _Commands(click.Group):
+    """A group that names the nearest command for a misspelt one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            raise click.UsageError(f"No such command {args[0]!r}. {nearest(args[0], self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="channelfold", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Compress ONNX models by working on their channels, build TensorRT engines, prove the result.
+
+    \b
+    See it work:  channelfold demo
+    Main job:     channelfold compress model.onnx -o out --calibration samples.npz
+
+    The report goes to stdout, progress and warnings to stderr.
+
+    \b
+    Exit codes:   0  done
+                  1  failed
+                  2  wrong usage
+                  3  an accuracy gate was missed (all files are written)
+    """
+
+
+# ---- running a job -----------------------------------------------------------------------------------------------
+
+
+def _command(example: str, show: str = "report") -> Callable[[Callable[..., Any]], click.Command]:
+    """Makes a command of a function that returns a record, for which module ``runtime.<show>`` has ``render``.
+
+    Adds --json and --debug, passes ``progress`` and ends the help text with the example.
+    """
+
+    def register(function: Callable[..., Any]) -> click.Command:
+        @functools.wraps(function)
+        def run(as_json: bool, debug: bool, **options: Any) -> None:
+            jobs = importlib.import_module("channelfold.runtime.jobs")
+            try:
+                with _Progress() as progress, contextlib.redirect_stdout(sys.stderr):
+                    record = function(jobs, progress=progress, **options)
+            except jobs.GateMissed as missed:
+                _print(missed.record, show, as_json)
+                raise
+            _print(record, show, as_json)
+
+        run.__doc__ = f"{function.__doc__}\n\n    \b\n    Example:\n      {example}\n"
+        command = cli.command(name=function.__name__)(run)
+        command.params += [
+            click.Option(["--json", "as_json"], is_flag=True, help="Print the report as JSON."),
+            click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+        ]
+        return command
+
+    return register
+
+
+def _print(record: dict[str, Any], show: str, as_json: bool) -> None:
+    """The record to stdout. Warnings go to stderr as well, unless stdout is a terminal, which shows them already."""
+    from rich.console import Console
+
+    from channelfold.runtime.report import to_json
+
+    try:
+        if as_json:
+            click.echo(to_json(record))
+        else:
+            console = Console(width=None if sys.stdout.isatty() else 10_000)
+            importlib.import_module(f"channelfold.runtime.{show}").render(record, console)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"The report cannot be written to stdout ({error.strerror})") from None
+    collapsed = (record.get("accuracy") or {}).get("verdict", {}).get("level") == "collapsed"
+    for warning in record["warnings"]:
+        if as_json or not sys.stdout.isatty() or (collapsed and warning.startswith("THE OUTPUTS")):
+            _say("warning:", warning, "yellow")
+
+
+class _Progress:
+    """Shows on stderr what a command is at, once it has taken a second; only in a terminal."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._display: Any = None
+        self._task: Any = None
+        self._ended = False
+        self._state = ("start", 0, 0)
+        self._timer = threading.Timer(PROGRESS_AFTER, self._start)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Progress:
+        if sys.stderr.isatty():
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        with self._lock:
+            self._ended = True
+            if self._display is not None:
+                self._display.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """``total`` 0: nobody knows how long it takes."""
+        with self._lock:
+            new = stage != self._state[0]
+            self._state = (stage, done, total)
+            if self._display is not None and not self._ended:
+                self._update(new)
+
+    def _start(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        with self._lock:
+            if self._ended:
+                return
+            columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+            self._display = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._update(new=True)
+            self._display.start()
+
+    def _update(self, new: bool) -> None:
+        stage, done, total = self._state
+        if new:
+            if self._task is not None:
+                self._display.remove_task(self._task)
+            self._task = self._display.add_task(stage, total=None)
+        self._display.update(self._task, completed=done, total=total or None)
+
+
+def _say(label: str, text: str, color: str) -> None:
+    plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
+    click.echo(f"{label if plain else click.style(label, fg=color, bold=True)} {text}", err=True)
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """The console script: ends the process with the command's exit code, and never with a traceback."""
+    sys.exit(_main(list(sys.argv[1:] if args is None else args)))
+
+
+def _main(args: list[str]) -> int:
+    try:
+        return cli.main(args, prog_name="channelfold", standalone_mode=False, obj=args) or 0
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted", "", "red")
+        return 130
+    except BrokenPipeError:  # the reader of stdout (head, less) has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if "--debug" in args:
+            traceback.print_exc()
+        message, code = _explained(error, args)
+        _say("error:", message, "red")
+        return code
+
+
+def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
+    """What to tell the user about an error, in one line, and the exit code."""
+    match error:
+        case ChannelfoldError():
+            return " ".join(str(error).split()), error.exit_code
+        case click.UsageError():
+            path = error.ctx.command_path if error.ctx else "channelfold"
+            message = error.format_message()
+            return f"{message if message[-1] in '.?)' else message + '.'} See: {path} --help", error.exit_code
+        case click.ClickException():
+            return error.format_message(), error.exit_code
+        case ImportError():
+            return f"channelfold is not fully installed ({error}). Run: pip install 'channelfold[cpu]'", 1
+        case MemoryError():
+            return "There is not enough memory. Close other programs, or use a machine with more", 1
+        case OSError():
+            return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error), 1
+    hint = (
+        "Report it with the traceback above"
+        if "--debug" in args
+        else "Run again with --debug, and report what it shows"
+    )
+    return f"{type(error).__name__}: {' '.join(str(error).split())}. This is a bug in channelfold. {hint}", 1
+
+
+# ---- options that several commands have --------------------------------------------------------------------------
+
+_SM = "GPU to build an engine for: 10 x compute capability, such as 89 for an L4."
+_DATA = "a .npz (keys are input names, axis 0 counts samples), a .npy, or a folder of either"
+
+_model = click.argument("model", type=click.Path())
+_out = click.option("-o", "--output", required=True, metavar="OUT", type=click.Path(), help="ONNX file to write.")
+_calibration = click.option(
+    "--calibration", metavar="DATA", type=click.Path(), help=f"Samples that activation ranges come from: {_DATA}."
+)
+_random = click.option(
+    "--random",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Use N random samples in place of data: the result runs, its accuracy means nothing.",
+)
+_allow_script = click.option(
+    "--allow-script", is_flag=True, help="Let DATA be a Python script with a load_data() that yields feeds. Runs it."
+)
+_seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is random.")
+_shape = click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME:MIN:OPT:MAX",
+    help="Shapes that a dynamic input may take in an engine, such as image:1x3x224x224:8x3x224x224:16x3x224x224. "
+    "Repeatable.  [default: as in the data]",
+)
+
+
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Several options as one decorator."""
+    return lambda function: functools.reduce(lambda f, option: option(f), reversed(options), function)
+
+
+_gates = _options(
+    click.option("--min-snr", type=float, metavar="DB", help="Gate: signal-to-noise ratio of every output, in dB."),
+    click.option("--min-cosine", type=float, metavar="X", help="Gate: cosine similarity of every output, up to 1."),
+    click.option("--min-agreement", type=float, metavar="X", help="Gate: share of equal argmaxes, 0 to 1."),
+    click.option("--max-rel", type=float, metavar="X", help="Gate: relative L2 error of every output, 0 or more."),
+)
+
+_quantizer = _options(
+    click.option("--calibrator", type=click.Choice(CALIBRATORS), help="How ranges are chosen.  [default: mse]"),
+    click.option(
+        "--percentile", type=float, metavar="P", help="Of the calibrator percentile, 0 to 100.  [default: 99.999]"
+    ),
+    click.option("--target", type=click.Choice(TARGETS), help="Whose rules for QDQ nodes.  [default: tensorrt]"),
+    click.option(
+        "--exclude", multiple=True, metavar="PATTERN", help="Nodes to leave in float: names, * and ? match. Repeatable."
+    ),
+    click.option(
+        "--exclude-op",
+        "exclude_ops",
+        multiple=True,
+        metavar="OP",
+        help="Operator type to leave in float, such as MatMul. Repeatable.",
+    ),
+    click.option(
+        "--min-activation-snr",
+        type=float,
+        metavar="DB",
+        help="Leave a node in float when 8 bits represent its input worse than this, in dB.  [default: 0]",
+    ),
+)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Only what the user gave, so that defaults stand in one place: the pass or the recipe."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+def _split(jobs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Gates, and the options given for passes."""
+    names = ("min_snr", "min_cosine", "min_agreement", "max_rel")
+    return jobs.Gates(*(options.pop(name, None) for name in names)), _given(options)
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+@_command("channelfold compress model.onnx -o out --calibration train.npz --evaluation test.npz --sm 89 --min-snr 20")
+@_model
+@click.option("-o", "--output", required=True, metavar="DIR", type=click.Path(), help="Folder to write to.")
+@click.option(
+    "--recipe",
+    default="int8",
+    show_default=True,
+    metavar="RECIPE",
+    help="int8 (fold, then quantize), fold, int8-weights, or the path of a TOML file.",
+)
+@_calibration
+@click.option("--evaluation", metavar="DATA", type=click.Path(), help="Other samples, to compare the outputs on.")
+@_random
+@_allow_script
+@click.option("--sm", "sms", multiple=True, type=int, metavar="SM", help=f"{_SM} Repeatable.")
+@_shape
+@_gates
+@_quantizer
+@_seed
+def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **options: Any) -> Any:
+    """Run a recipe on MODEL, compare the result with it, build engines, write a report.
+
+    Writes DIR/model.onnx, DIR/model.sm89.engine for --sm 89, and DIR/report.json. An interrupted command goes on
+    where it stopped when it is repeated. Options of passes replace those in the recipe.
+    """
+    names = ("calibration", "evaluation", "random", "allow_script", "sms", "shapes", "seed")
+    settings = {name: options.pop(name) for name in names}
+    gates, overrides = _split(jobs, options)
+    command = shlex.join(click.get_current_context().obj)
+    return jobs.compress(
+        model, output, recipe, gates=gates, overrides=overrides, command=command, progress=progress, **settings
+    )
+
+
+@_command("channelfold fold model.onnx -o folded.onnx")
+@_model
+@_out
+@_seed
+def fold(jobs: Any, progress: Any, model: str, output: str, seed: int) -> Any:
+    """Fold constants, normalizations and channel-wise scales into the weights of MODEL.
+
+    The result computes the same function, with fewer nodes; every step is checked by running it.
+    """
+    return jobs.fold(model, output, seed=seed, progress=progress)
+
+
+@_command("channelfold quantize folded.onnx -o int8.onnx --calibration samples.npz --exclude '*/head/*'")
+@_model
+@_out
+@_calibration
+@_random
+@_allow_script
+@click.option("--weights-only", is_flag=True, help="Store weights as int8 and compute in float. Needs no data.")
+@_quantizer
+@_seed
+def quantize(
+    jobs: Any,
+    progress: Any,
+    model: str,
+    output: str,
+    calibration: str | None,
+    random: int | None,
+    allow_script: bool,
+    weights_only: bool,
+    seed: int,
+    **options: Any,
+) -> Any:
+    """Quantize MODEL to int8: weights per channel, activations by calibration, as QDQ nodes.
+
+    For best accuracy fold first, or use compress, which does both.
+    """
+    return jobs.quantize(
+        model,
+        output,
+        calibration=calibration,
+        random=random,
+        allow_script=allow_script,
+        weights_only=weights_only,
+        options=_given(options),
+        seed=seed,
+        progress=progress,
+    )
+
+
+@_command("channelfold build int8.onnx -o int8.sm89.engine --sm 89 --shape image:1x3x224x224:8x3x224x224:16x3x224x224")
+@_model
+@click.option("-o", "--output", required=True, metavar="ENGINE", type=click.Path(), help="Engine file to write.")
+@click.option("--sm", type=int, metavar="SM", help=f"{_SM}  [default: the GPU of this machine]")
+@_shape
+@click.option("--data", metavar="DATA", type=click.Path(), help=f"Samples to take the shapes from: {_DATA}.")
+@_allow_script
+def build(
+    jobs: Any,
+    progress: Any,
+    model: str,
+    output: str,
+    sm: int | None,
+    shapes: tuple[str, ...],
+    data: str | None,
+    allow_script: bool,
+) -> Any:
+    """Build a TensorRT engine from MODEL, and read back which nodes run as int8.
+
+    With the extra rtx (TensorRT-RTX) this needs no GPU.
+    """
+    return jobs.build(model, output, sm=sm, shapes=shapes, data=data, allow_script=allow_script, progress=progress)
+
+
+@_command("channelfold diff model.onnx out/model.onnx --data test.npz --min-snr 20")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--data", metavar="DATA", type=click.Path(), help=f"Samples to run both models on: {_DATA}.")
+@_random
+@_allow_script
+@_gates
+@_seed
+def diff(
+    jobs: Any,
+    progress: Any,
+    a: str,
+    b: str,
+    data: str | None,
+    random: int | None,
+    allow_script: bool,
+    seed: int,
+    **options: Any,
+) -> Any:
+    """Compare the outputs of model B with those of model A on the same samples."""
+    gates, _ = _split(jobs, options)
+    return jobs.diff(
+        a, b, data=data, random=random, allow_script=allow_script, gates=gates, seed=seed, progress=progress
+    )
+
+
+@_command("channelfold inspect model.onnx", show="inspection")
+@_model
+def inspect(jobs: Any, progress: Any, model: str) -> Any:
+    """Show what is in MODEL: inputs, operators, parameters, and which linear nodes could be int8."""
+    return jobs.inspect(model, progress=progress)
+
+
+@_command("channelfold demo", show="demo")
+@click.option(
+    "-o", "--output", metavar="DIR", type=click.Path(), help="Folder to write to.  [default: a temporary one]"
+)
+@click.option(
+    "--sm", "sms", multiple=True, type=int, metavar="SM", default=DEMO_SMS, show_default=True, help=f"{_SM} Repeatable."
+)
+def demo(jobs: Any, progress: Any, output: str | None, sms: tuple[int, ...]) -> Any:
+    """Compress a small network that ships with channelfold, and show what came of it.
+
+    The network reads handwritten digits; its accuracy is measured before and after. Takes under a minute.
+    """
+    return jobs.demo(output, sms=sms, progress=progress)
