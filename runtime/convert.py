@@ -16,7 +16,7 @@ weight has one form.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from channelfold.passes.base import ModelError
 from channelfold.runtime import weights
-from channelfold.runtime.weights import DataFolder, MappedFile, Scratch
+from channelfold.runtime.weights import DataFolder, MappedFile, Scratch, Values
 
 G_LOGGER.severity = G_LOGGER.ERROR
 
@@ -71,8 +71,16 @@ def all_graphs(graph: gs.Graph) -> Iterator[gs.Graph]:
 # ---- ModelProto -> gs.Graph --------------------------------------------------------------------------------------
 
 
-def import_model(model: onnx.ModelProto, path: Path | None = None, file: MappedFile | None = None) -> gs.Graph:
-    """The graph of a ModelProto. ``path`` is where it lies, for its external data; ``file`` that file, if open already.
+def import_model(
+    model: onnx.ModelProto,
+    path: Path | None = None,
+    file: MappedFile | None = None,
+    weights: Mapping[str, Values] | None = None,
+) -> gs.Graph:
+    """The graph of a ModelProto.
+
+    ``path`` is where it lies, for its external data; ``file`` that file, if open already. ``weights`` are initializers
+    of the main graph that the model leaves out, by name: the values of the constants ``export_skeleton`` sets apart.
 
     Raises ModelError for a model that makes no sense.
     """
@@ -80,7 +88,7 @@ def import_model(model: onnx.ModelProto, path: Path | None = None, file: MappedF
     if not model.HasField("graph") or not model.opset_import:
         raise ModelError(f"{what} has no graph or no opset: it is not an ONNX model", "Export it again.")
     try:
-        return _Importer(model, DataFolder(path, file)).run(path)
+        return _Importer(model, DataFolder(path, file)).run(path, weights or {})
     except ModelError:
         raise
     except Exception as error:  # a file can be wrong in more ways than protobuf, numpy and gs have exceptions for
@@ -94,8 +102,9 @@ class _Importer:
         self.opsets = [onnx.helper.make_opsetid(o.domain, o.version) for o in model.opset_import]
         self.opset = next((o.version for o in self.opsets if o.domain in _STANDARD), None)
 
-    def run(self, path: Path | None) -> gs.Graph:
-        graph = self._graph(self.model.graph, ChainMap())
+    def run(self, path: Path | None, weights: Mapping[str, Values]) -> gs.Graph:
+        constants = {name: gs.Constant(name, values) for name, values in weights.items()}
+        graph = self._graph(self.model.graph, ChainMap(), constants)
         graph.import_domains = self.opsets
         graph.ir_version = self.model.ir_version
         graph.producer_name, graph.producer_version = self.model.producer_name, self.model.producer_version
@@ -105,8 +114,8 @@ class _Importer:
         own.header = self._inlined(_without(self.model, "graph", "opset_import", "ir_version"))
         return graph
 
-    def _graph(self, proto: onnx.GraphProto, outer: ChainMap[str, gs.Tensor]) -> gs.Graph:
-        scope = outer.new_child()
+    def _graph(self, proto: onnx.GraphProto, outer: ChainMap, constants: dict[str, Any] | None = None) -> gs.Graph:
+        scope = outer.new_child(constants)
         local = scope.maps[0]
         keep = _without(
             proto, "node", "input", "output", "initializer", "sparse_initializer", "value_info", "name", "doc_string"

@@ -39,6 +39,7 @@ from channelfold.runtime.convert import (
     import_model,
     tensor_type,
 )
+from channelfold.runtime.opset import raise_opset
 from channelfold.runtime.ort import Session
 from channelfold.runtime.weights import SPILL_LIMIT, MappedFile, MappedValues, Scratch, packed, read
 
@@ -242,35 +243,6 @@ def infer_shapes(graph: gs.Graph) -> None:
             dtype, shape = tensor_type(known[name].tensor_type)
             tensor.dtype = dtype if tensor.dtype is None else tensor.dtype
             tensor.shape = shape if shape is not None else tensor.shape
-
-
-def raise_opset(graph: gs.Graph, opset: int) -> gs.Graph:
-    """The same function at a higher opset of the standard domain (the graph itself when it is there already).
-
-    Raises ModelError when ONNX's version converter cannot convert an operator.
-    """
-    if graph.opset >= opset:
-        return graph
-    model, large = export_skeleton(graph)
-    names = {proto.name for proto, _ in large}
-    for proto, _ in large:
-        model.graph.input.append(onnx.helper.make_tensor_value_info(proto.name, proto.data_type, list(proto.dims)))
-    try:
-        converted = onnx.version_converter.convert_version(model, opset)
-    except Exception as error:
-        raise ModelError(
-            f"The model cannot be raised from opset {graph.opset} to {opset}: {' '.join(str(error).split())[:300]}",
-            f"Export it again with opset_version={opset}.",
-        ) from None
-    kept = [value for value in converted.graph.input if value.name not in names]
-    del converted.graph.input[:]
-    converted.graph.input.extend(kept)
-    raised = import_model(converted)
-    tensors = raised.tensors()
-    for proto, source in large:
-        if proto.name in tensors:
-            tensors[proto.name].to_constant(source._values)
-    return raised
 
 
 def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -> Session:

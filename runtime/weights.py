@@ -30,6 +30,9 @@ _BROKEN = (ValueError, TypeError, KeyError, OverflowError, MemoryError)  # what 
 _BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
 
 
+Values = np.ndarray | LazyValues  # what a gs.Constant holds
+
+
 class MappedFile:
     """A file, open for reading as long as anything refers to it. Raises OSError."""
 
@@ -117,7 +120,7 @@ class DataFolder:
         self._model = model
         self._files = {model.name: own} if model is not None and own is not None else {}
 
-    def values(self, proto: onnx.TensorProto) -> np.ndarray | LazyValues:
+    def values(self, proto: onnx.TensorProto) -> Values:
         """Large external data mapped, everything else as an array.
 
         Raises ModelError for values that do not fit the tensor's type and dims, and for external data that are missing,
@@ -184,7 +187,7 @@ class DataFolder:
         return self._files.setdefault(location, MappedFile(path))
 
 
-def _parsed(proto: onnx.TensorProto) -> np.ndarray | LazyValues:
+def _parsed(proto: onnx.TensorProto) -> Values:
     if proto.data_type == onnx.TensorProto.STRING and not all(is_text(s) for s in proto.string_data):
         return LazyValues(proto)
     return onnx.numpy_helper.to_array(proto)
@@ -218,14 +221,14 @@ def _dense(proto: onnx.SparseTensorProto) -> np.ndarray:
     return out
 
 
-def is_large(values: np.ndarray | LazyValues) -> bool:
+def is_large(values: Values) -> bool:
     """Whether values are kept out of the protobuf message."""
     if isinstance(values, np.ndarray):
         return values.nbytes >= wire.INLINE_LIMIT and values.dtype != object
     return isinstance(values, MappedValues)
 
 
-def tensor_proto(values: np.ndarray | LazyValues, name: str) -> onnx.TensorProto:
+def tensor_proto(values: Values, name: str) -> onnx.TensorProto:
     """A TensorProto that holds the values itself."""
     if isinstance(values, np.ndarray):
         return onnx.numpy_helper.from_array(values, name)
@@ -237,7 +240,7 @@ def tensor_proto(values: np.ndarray | LazyValues, name: str) -> onnx.TensorProto
     return proto
 
 
-def described(values: np.ndarray | LazyValues, name: str) -> onnx.TensorProto:
+def described(values: Values, name: str) -> onnx.TensorProto:
     """A TensorProto with name, type and dims alone."""
     if isinstance(values, MappedValues):
         return onnx.TensorProto(name=name, data_type=values.tensor.data_type, dims=values.shape)
@@ -257,7 +260,7 @@ def stored(scratch: Scratch, values: np.ndarray, name: str = "") -> MappedValues
     return MappedValues(described(values, name), scratch, offset)
 
 
-def packed(values: np.ndarray | LazyValues) -> np.ndarray:
+def packed(values: Values) -> np.ndarray:
     """Values as ONNX stores them: little endian, types below 8 bits two or more to a byte (uint8[n])."""
     if isinstance(values, MappedValues):
         return values.raw() if bits(values.tensor.data_type) < 8 else values.load()
