@@ -2,7 +2,7 @@
 
     python benchmarks/open_set.py fetch [DIR]           the models, the data and the environment they need
     python benchmarks/open_set.py calibrate [TASK ...]  calibration data for each task (all of them by default)
-    python benchmarks/open_set.py task NAME [MODEL]     the accuracy of a model (the float one by default), as one JSON line
+    python benchmarks/open_set.py task NAME [MODEL]     a model's accuracy (default: the float one), one JSON line
 
 DIR is ``--dir``, else $CHANNELFOLD_OPEN_SET, else ~/.cache/channelfold-open-set. See README.md for what is in it.
 """

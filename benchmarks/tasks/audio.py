@@ -65,7 +65,8 @@ def spectrum(open_set: OpenSet) -> Callable[[np.ndarray], np.ndarray]:
     """The log-power spectrogram of the speechmos package: samples to (frames, 257)."""
     path = open_set.packages / "speechmos/speechmos/plcmos.py"
     spec = importlib.util.spec_from_file_location("speechmos_plcmos", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.PLCMOS.__new__(module.PLCMOS).stft_transform

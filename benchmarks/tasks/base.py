@@ -78,7 +78,7 @@ def session(model: Path) -> Any:
 
 
 def write_samples(feeds: Iterable[Feed], folder: Path, name: str) -> Path:
-    """Writes ``folder/name.npz`` with all samples along axis 0, or ``folder/name/`` with a file each when shapes differ."""
+    """``folder/name.npz`` with all samples along axis 0, or a folder of one file each where shapes differ."""
     feeds = list(feeds)
     single, many = folder / f"{name}.npz", folder / name
     folder.mkdir(parents=True, exist_ok=True)

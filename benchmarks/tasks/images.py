@@ -1,4 +1,4 @@
-"""Images: EfficientNet-Lite0 (agreement with its float self, digits probe) and a saliency ViT (find the pasted object)."""
+"""Images: EfficientNet-Lite0 (agreement with its float self, digits probe), a saliency ViT (find the pasted object)."""
 
 from __future__ import annotations
 
@@ -79,9 +79,7 @@ def centre(image: np.ndarray) -> np.ndarray:
     scale = 256 / min(photo.size)
     photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
     left, top = (photo.width - SIDE) // 2, (photo.height - SIDE) // 2
-    return np.asarray(
-        photo.crop(((photo.width - SIDE) // 2, top, (photo.width + SIDE) // 2, (photo.height + SIDE) // 2))
-    )
+    return np.asarray(photo.crop((left, top, left + SIDE, top + SIDE)))
 
 
 def logits(model: Path, images: np.ndarray, batch: int = 20) -> np.ndarray:
@@ -136,7 +134,7 @@ def effnet_samples(open_set: OpenSet) -> Iterator[Feed]:
 
 
 def compositions(n: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A round cut-out of an object on a texture: normalised float32 (1, 3, 224, 224), and where it is: bool (224, 224)."""
+    """Round cut-outs of objects on textures: float32 (1, 3, 224, 224), and where they lie: bool (224, 224)."""
     rng, images = np.random.default_rng(seed), photos()
     textures = [np.array(Image.fromarray(images[name]).resize((SIDE, SIDE))) for name in ("brick", "grass", "gravel")]
     objects = [

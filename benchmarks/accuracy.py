@@ -1,0 +1,194 @@
+"""What ``channelfold compress --recipe int8`` costs the models of the open set, in the figures of their own tasks.
+
+    python benchmarks/accuracy.py [TASK …] [--dir DIR] [--keep FOLDER] [--json FILE] [--write]
+    python benchmarks/accuracy.py --fold-only [TASK …] [--dir DIR] [--json FILE] [--write]
+
+The first calibrates on DIR/calibration and evaluates both models on data the calibration never touches. The second
+measures what folding alone changes in the outputs, for which nothing but float rounding is allowed.
+Exit code 1 when a bound is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import HERE, channelfold, run, table, write
+from open_set import DEFAULT
+
+FOLD_BOUND = 1e-5
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure of a task and the worst it may be: an absolute value, or a loss against the float model."""
+
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+    loss: float | None = None
+    lower_is_better: bool = False
+
+    def lost(self, float_value: float, value: float) -> float:
+        return value - float_value if self.lower_is_better else float_value - value
+
+    def met(self, float_value: float, value: float) -> bool:
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            # Figures are rounded to four digits, and so is their difference.
+            and (self.loss is None or round(self.lost(float_value, value), 4) <= self.loss)
+        )
+
+    def __str__(self) -> str:
+        if self.at_least is not None:
+            return f">= {self.at_least}"
+        if self.at_most is not None:
+            return f"<= {self.at_most}"
+        return f"loss <= {self.loss}" if self.loss is not None else "-"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, the flags it needs beside the recipe, and what is expected of it."""
+
+    model: str
+    goals: tuple[Goal, ...]
+    flags: tuple[str, ...] = ()
+
+
+SUBJECTS = {
+    "crepe_tiny": Subject("crepe_tiny.onnx", (Goal("pitch_accuracy_50_cents", loss=0.01),)),
+    "crepe_full": Subject("crepe_full.onnx", (Goal("pitch_accuracy_50_cents", loss=0.01),)),
+    "effnet": Subject("effnet_lite0.bn.onnx", (Goal("top1_agreement", at_least=0.85), Goal("digits_probe", loss=0.01))),
+    "imgfocus": Subject("vit_s_focus.onnx", (Goal("iou", loss=0.01), Goal("pointing", loss=0.01))),
+    "minilm": Subject("minilm.onnx", (Goal("recall_at_1", at_least=0.46), Goal("spam_probe", loss=0.01))),
+    "smol": Subject("smollm2.onnx", (Goal("perplexity", lower_is_better=True),)),
+    "ocr_rec": Subject("ocr_rec.onnx", (Goal("characters", at_least=0.988),)),
+    "plcmos": Subject("plcmos.onnx", (Goal("spearman", at_most=-0.965, lower_is_better=True),)),
+    "magika": Subject("magika.onnx", (Goal("accuracy", loss=0.01),)),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the report; ``loss`` is positive when compression made it worse."""
+
+    task: str
+    metric: str
+    before: float
+    after: float
+    loss: float
+    bound: str
+    met: bool
+
+    def row(self) -> tuple[str, ...]:
+        figures = (f"{value:.4f}" for value in (self.before, self.after, self.loss))
+        return self.task, self.metric, *figures, self.bound, "yes" if self.met else "**no**"
+
+
+def evaluate(folder: Path, task: str, model: Path | None = None) -> dict[str, Any]:
+    arguments = [sys.executable, str(HERE / "open_set.py"), "--dir", str(folder), "task", task]
+    return json.loads(run([*arguments, *([str(model)] if model else [])]))
+
+
+def calibration(folder: Path, task: str) -> Path:
+    """The task's calibration data, made when it is not there."""
+    data = folder / "calibration"
+    if not (data / f"{task}.npz").exists() and not (data / task).is_dir():
+        run([sys.executable, str(HERE / "open_set.py"), "--dir", str(folder), "calibrate", task])
+    return data / task if (data / task).is_dir() else data / f"{task}.npz"
+
+
+def compressed(folder: Path, task: str, output: Path) -> Path:
+    """The model that the int8 recipe leaves in ``output``."""
+    subject, data = SUBJECTS[task], calibration(folder, task)
+    model = folder / "open" / subject.model
+    run(channelfold("compress", model, "-o", output, "--recipe", "int8", "--calibration", data, *subject.flags))
+    models = sorted(output.glob("*.onnx"))
+    if len(models) != 1:
+        sys.exit(f"Expected one .onnx in {output}, found {[path.name for path in models]}")
+    return models[0]
+
+
+def int8_results(folder: Path, task: str, output: Path) -> list[Result]:
+    after = evaluate(folder, task, compressed(folder, task, output))
+    before = evaluate(folder, task)
+    return [compare(task, goal, before, after) for goal in SUBJECTS[task].goals]
+
+
+def compare(task: str, goal: Goal, before: Mapping[str, float], after: Mapping[str, float]) -> Result:
+    a, b = before[goal.metric], after[goal.metric]
+    return Result(task, goal.metric, a, b, round(goal.lost(a, b), 4), str(goal), goal.met(a, b))
+
+
+def fold_results(folder: Path, task: str, output: Path) -> list[Result]:
+    """The largest difference of each output over the calibration samples, relative to its largest value."""
+    import numpy as np
+
+    from channelfold.runtime.calibration import open_data
+    from channelfold.runtime.ort import Session
+
+    model, folded = folder / "open" / SUBJECTS[task].model, output / "folded.onnx"
+    output.mkdir(parents=True, exist_ok=True)
+    run(channelfold("fold", model, "-o", folded))
+    original, changed = Session(model, threads=2), Session(folded, threads=2)
+    names = [spec.name for spec in original.outputs]
+    difference, largest = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for feed in open_data(calibration(folder, task), original.inputs):
+        a, b = original.run(feed), changed.run(feed)
+        for name in names:
+            difference[name] = max(difference[name], float(np.abs(a[name] - b[name]).max()))
+            largest[name] = max(largest[name], float(np.abs(a[name]).max()))
+    errors = {name: difference[name] / largest[name] for name in names}
+    bound = f"<= {FOLD_BOUND:g}"
+    return [Result(task, name, 0, error, error, bound, error <= FOLD_BOUND) for name, error in errors.items()]
+
+
+def main() -> None:
+    options = parse()
+    measure = fold_results if options.fold_only else int8_results
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for task in options.tasks or SUBJECTS:
+            results += measure(options.dir, task, (options.keep or Path(scratch)) / task)
+            print(f"{task} done", file=sys.stderr)
+    if options.fold_only:
+        header = ("task", "output", "max |a - b| / max |a|", "bound", "met")
+        rows = [(r.task, r.metric, f"{r.after:.2e}", r.bound, r.row()[-1]) for r in results]
+        name, title = "fold.md", "# What folding changes in the outputs, over all calibration samples"
+    else:
+        header = ("task", "figure", "float", "int8", "loss", "bound", "met")
+        rows = [result.row() for result in results]
+        name, title = "accuracy.md", "# Accuracy of the open set after `compress --recipe int8`"
+    text = table(header, rows)
+    print(text)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    if options.write:
+        write(name, title, text)
+    sys.exit(not all(result.met for result in results))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", metavar="TASK")
+    parser.add_argument("--dir", type=Path, default=DEFAULT, help="the open set")
+    parser.add_argument("--fold-only", action="store_true")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the compressed models there")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--write", action="store_true", help="also write results/*.md")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.tasks) - set(SUBJECTS)):
+        parser.error(f"no task {unknown[0]!r}; known: {', '.join(SUBJECTS)}")
+    return options
+
+
+if __name__ == "__main__":
+    main()
