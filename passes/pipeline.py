@@ -1,0 +1,285 @@
+"""Runs passes over a graph and holds each of them to what it promises.
+
+    snapshot -> apply -> contract -> ONNX checker -> (exact passes) verify -> record -> (checkpoint)
+
+The contract, for every pass:
+
+- it returns an Outcome in which every change and refusal names a node, and whose facts are JSON;
+- the model's inputs and outputs keep their names, dtypes and shapes (an open size of an output may become known);
+- it reports changes if and only if the graph changed;
+- weights are replaced, never written into;
+- the graph is valid ONNX (if it was before), and an ``exact`` pass computes the same function (see ``verify``).
+
+A pass that breaks it is rolled back: the graph is bit for bit what it was. Then the run fails, because a compressed
+model that lacks a step is not what was asked for; with ``on_violation="skip"`` it goes on and the record says so.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from channelfold import __version__
+from channelfold.passes.base import ChannelfoldError, Context, Outcome, Pass, UsageError, VerificationError
+from channelfold.passes.verify import Verifier, Violation
+from channelfold.runtime.calibration import Data
+from channelfold.runtime.checkpoint import Checkpoint, Progress
+from channelfold.runtime.graph_io import check, raise_opset
+from channelfold.runtime.snapshot import Snapshot, become
+
+WHOLE = "(whole graph)"  # what a record names where no single node is to blame
+
+
+@dataclass(frozen=True)
+class RaiseOpset(Pass):
+    """Raises the graph to an opset with ONNX's version converter. The pipeline runs it for passes that need it."""
+
+    name: ClassVar[str] = "raise-opset"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
+
+    opset: int
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        outcome = Outcome(facts={"from": graph.opset, "to": self.opset})
+        outcome.change(WHOLE, f"opset {graph.opset} -> {self.opset}")
+        become(graph, raise_opset(graph, self.opset))
+        return outcome
+
+
+def run(
+    graph: gs.Graph,
+    passes: Sequence[Pass],
+    ctx: Context,
+    *,
+    probes: Data | None = None,
+    verify: bool = True,
+    checkpoint: Path | None = None,
+    on_violation: Literal["raise", "skip"] = "raise",
+) -> tuple[gs.Graph, list[dict[str, Any]]]:
+    """Runs ``passes`` in order; returns the graph and one record a step (JSON-able, see ``warnings``).
+
+    Edits ``graph`` in place and returns it, unless a checkpoint was taken up: then another graph comes back.
+    ``probes`` are real samples to verify on (default: the calibration data). ``checkpoint`` is a folder that keeps the
+    state after every step, for a later run with the same arguments to take up; ``checkpoint.clear`` removes it.
+
+    Raises VerificationError for a pass that broke its contract, with the graph as it was before it; other errors of a
+    pass (missing calibration data, an opset that cannot be reached) as they are, likewise rolled back.
+    """
+    if on_violation not in ("raise", "skip"):
+        raise UsageError(f"on_violation is {on_violation!r}", "Expected 'raise' or 'skip'")
+    probes = probes if probes is not None else ctx.calibration
+    state = Snapshot.of(graph)
+    progress, store = Progress(), None
+    if checkpoint is not None:
+        conditions = _conditions(state, ctx, probes, verify, on_violation)
+        store = Checkpoint(Path(checkpoint), conditions, passes)
+        progress = store.resume()
+        if progress.graph is not None:
+            graph, state = progress.graph, Snapshot.of(progress.graph)
+    runner = _Runner(graph, state, ctx, Verifier(probes, ctx.seed) if verify else None, on_violation)
+    for index in range(progress.done, len(passes)):
+        ctx.progress(passes[index].name, index, len(passes))
+        records, changed = runner.run(passes[index])
+        if progress.warning:
+            records[0]["warnings"], progress.warning = [progress.warning, *records[0].get("warnings", [])], ""
+        progress.steps += records
+        progress.done = index + 1
+        if store is not None:
+            store.write(graph, progress, changed=changed)
+    return graph, progress.steps
+
+
+def warnings(steps: Sequence[dict[str, Any]]) -> list[str]:
+    """What the records of a run warn of, one sentence each, with the pass."""
+    return [f"{step['pass']}: {text}" for step in steps for text in step.get("warnings", ())]
+
+
+class _Runner:
+    """One graph, and what it was before the pass at hand."""
+
+    def __init__(self, graph: gs.Graph, state: Snapshot, ctx: Context, verifier: Verifier | None, on_violation: str):
+        self._graph = graph
+        self._state = state
+        self._ctx = ctx
+        self._verifier = verifier
+        self._skips = on_violation == "skip"
+
+    def run(self, step: Pass) -> tuple[list[dict[str, Any]], bool]:
+        """Runs a pass, at the opset it needs. Returns the records, and whether the graph changed."""
+        before, records = self._state, []
+        if step.needs_opset > self._graph.opset:
+            records.append(self._step(RaiseOpset(step.needs_opset)))
+        if step.needs_opset > self._graph.opset:
+            reason = f"it needs opset {step.needs_opset}, and raising the graph to it was rolled back"
+            records.append(_rolled_back(step, 0.0, reason, WHOLE))
+        else:
+            records.append(self._step(step))
+        return records, self._state is not before
+
+    def _step(self, step: Pass) -> dict[str, Any]:
+        started = time.perf_counter()
+        try:
+            outcome, after = self._apply(step)
+            seconds = time.perf_counter() - started
+            verified, warned = self._accept(step, outcome, after)
+        except VerificationError as error:
+            self._state.restore(self._graph)
+            if not self._skips:
+                raise
+            node = error.node if isinstance(error, Violation) and error.node else WHOLE
+            return _rolled_back(step, time.perf_counter() - started, str(error), node)
+        except Exception:
+            self._state.restore(self._graph)
+            raise
+        if outcome.changed:
+            self._state = after
+        return _record(step, seconds, outcome, verified, warned)
+
+    def _apply(self, step: Pass) -> tuple[Outcome, Snapshot]:
+        """What a pass did, and the graph after it. Raises VerificationError when the contract is broken."""
+        try:
+            with self._state.frozen():
+                outcome = step.apply(self._graph, self._ctx)
+            after = Snapshot.of(self._graph)
+        except ChannelfoldError:
+            raise
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(frame.filename).name}, line {frame.lineno}"
+            raise _broken(step, f"it failed with {type(error).__name__}: {error} ({where})") from error
+        if broken := _breach(outcome, self._state, after):
+            raise _broken(step, broken)
+        return outcome, after
+
+    def _accept(self, step: Pass, outcome: Outcome, after: Snapshot) -> tuple[dict[str, Any] | None, list[str]]:
+        """Checks and verifies a graph that changed."""
+        if not outcome.changed:
+            return None, []
+        warned = self._check(step)
+        if self._verifier is None or step.kind != "exact":
+            return None, warned
+        try:
+            verdict = self._verifier.verify(self._state, after)
+        except Violation as error:
+            message = _blame(step, f"it declares itself exact, but {error}")
+            raise Violation(message, error.tensor, error.node, error.error) from None
+        return verdict.record, [*warned, *([verdict.warning] if verdict.warning else [])]
+
+    def _check(self, step: Pass) -> list[str]:
+        try:
+            check(self._graph)
+        except VerificationError as error:
+            original = gs.Graph()
+            self._state.restore(original)
+            try:
+                check(original)
+            except VerificationError:
+                return [f"{error}. It was not before the step either, so the step is not held responsible"]
+            raise _broken(step, str(error)) from None
+        return []
+
+
+def _breach(outcome: Any, before: Snapshot, after: Snapshot) -> str:
+    """Which part of the contract the result of a pass breaks; empty when it keeps it."""
+    if not isinstance(outcome, Outcome):
+        return f"apply() returned {type(outcome).__name__!r}, expected an Outcome"
+    for entry in (*outcome.changed, *outcome.refused):
+        if not isinstance(entry.node, str) or not entry.node:
+            return f"it reports {asdict(entry)} without the name of a node"
+    for what in ("input", "output"):
+        was, now = ([_spec(v) for v in getattr(graph.model.graph, what)] for graph in (before, after))
+        if was != now and not (what == "output" and _refine(was, now)):
+            return f"it changed the model's {what}s from {_listed(was)} to {_listed(now)}"
+    try:
+        json.dumps(outcome.facts)
+    except (TypeError, ValueError) as error:
+        return f"its facts are not JSON ({error})"
+    if bool(outcome.changed) == before.same(after):
+        return (
+            "it reports changes, but the graph is the same" if outcome.changed else "it reports no change, but made one"
+        )
+    return ""
+
+
+def _spec(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...] | None]:
+    """Name, type and dims of an input or output; an unknown dim is ``?``, an unknown rank None."""
+    if not value.type.HasField("tensor_type"):
+        return value.name, " ".join(str(value.type).split()), None
+    tensor = value.type.tensor_type
+    dims = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim)
+    kind = onnx.TensorProto.DataType.Name(onnx.TensorProto.DataType.ValueType(tensor.elem_type)).lower()
+    return value.name, kind, dims if tensor.HasField("shape") else None
+
+
+def _refine(was: list, now: list) -> bool:
+    """Whether shapes are the same or merely better known: a number, or at least a name, where there was none."""
+    if [spec[:2] for spec in was] != [spec[:2] for spec in now]:
+        return False
+    pairs = [(old[2], new[2]) for old, new in zip(was, now, strict=True) if old[2] is not None]
+    return all(
+        new is not None
+        and len(old) == len(new)
+        and all(
+            a == b or a == "?" or (isinstance(a, str) and isinstance(b, int)) for a, b in zip(old, new, strict=True)
+        )
+        for old, new in pairs
+    )
+
+
+def _listed(specs: list) -> str:
+    return ", ".join(f"{name}: {kind}{'' if dims is None else list(dims)}" for name, kind, dims in specs) or "none"
+
+
+def _broken(step: Pass, what: str) -> VerificationError:
+    return VerificationError(_blame(step, what))
+
+
+def _blame(step: Pass, what: str) -> str:
+    hint = f"leave {step.name!r} out of the recipe, or go on without it with on_violation='skip'"
+    if isinstance(step, RaiseOpset):
+        hint = f"export the model again with opset_version={step.opset}"
+    broke = f"Pass {step.name!r} broke its contract and was rolled back: {what.rstrip('.')}"
+    return f"{broke}. Mend the pass; until then {hint}."
+
+
+def _record(
+    step: Pass, seconds: float, outcome: Outcome, verified: dict[str, Any] | None, warned: list[str]
+) -> dict[str, Any]:
+    record = {
+        "pass": step.name,
+        "kind": step.kind,
+        "options": step.options(),
+        "seconds": seconds,
+        "changed": [asdict(change) for change in outcome.changed],
+        "refused": [asdict(refusal) for refusal in outcome.refused],
+        "verified": verified,
+        "facts": outcome.facts,
+    }
+    return json.loads(json.dumps(record | ({"warnings": warned} if warned else {})))
+
+
+def _rolled_back(step: Pass, seconds: float, reason: str, node: str) -> dict[str, Any]:
+    outcome = Outcome()
+    outcome.refuse(node, reason, "rolled back")
+    return _record(step, seconds, outcome, None, [reason])
+
+
+def _conditions(source: Snapshot, ctx: Context, probes: Data | None, verify: bool, on_violation: str) -> dict[str, Any]:
+    """Everything beside the passes that the result of a run depends on."""
+    return {
+        "channelfold": __version__,
+        "source": source.fingerprint(),
+        "calibration": ctx.calibration.fingerprint if ctx.calibration is not None else None,
+        "probes": probes.fingerprint if probes is not None else None,
+        "seed": ctx.seed,
+        "verify": verify,
+        "on_violation": on_violation,
+    }

@@ -1,0 +1,330 @@
+"""The proof that an exact pass is exact: the graph after it beside the graph before it, on probe inputs.
+
+Probes are up to two samples of the data at hand and one random feed of the same shapes; without data, two random feeds
+of two different sizes where the model leaves sizes open. ONNX Runtime runs both graphs unoptimized, node by node as
+they stand, so that its own fusions neither hide nor cause a difference.
+
+The error of an output is max |before - after| / max |before|. It may reach the tolerance of the coarsest float type in
+the graph. Integers, and the places of NaN and Inf, must be the same.
+
+Past the tolerance, every tensor that both graphs know by name is compared, and the error is followed back from the
+output through tensors that differ to the first one, written by a node that the pass has changed. A tensor that a fold
+has rewritten on purpose, as in Conv -> BatchNormalization, is not on that way: what follows it agrees again. Where the
+way ends at a node that is as it was, that node has amplified a smaller error: the search goes on for that one.
+
+Rounding alone can move a value over an edge (ArgMax, Greater, Round ...). An output is not held against the pass when
+each way back ends at such a node, unchanged, whose inputs agree within the tolerance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import onnx
+
+from channelfold.passes.base import DataError, ModelError, VerificationError
+from channelfold.runtime.calibration import Data, random_data
+from channelfold.runtime.compare import difference
+from channelfold.runtime.ort import Feed, Session, TensorSpec
+from channelfold.runtime.snapshot import Snapshot
+
+SAMPLES = 2
+SIZES = ((32, 1), (16, 2), (64, 1), (224, 1), (128, 1), (8, 1), (1, 1), (640, 1), (1024, 1))  # open axes, leading ones
+
+# Folds of trained networks reach 2e-5 in float32 and 5e-3 in float16 (BatchNormalization into Conv, layer scale into
+# MatMul), and 1e-6 and 5e-4 in most. bfloat16 has an eighth of float16's resolution.
+_TYPE = onnx.TensorProto
+TOLERANCES: dict[int, float] = {_TYPE.DOUBLE: 1e-9, _TYPE.FLOAT: 1e-4, _TYPE.FLOAT16: 2e-2, _TYPE.BFLOAT16: 1e-1}
+
+_EDGES = {
+    "ArgMax", "ArgMin", "BitShift", "Cast", "CastLike", "Ceil", "DynamicQuantizeLinear", "Equal", "Floor", "Greater",
+    "GreaterOrEqual", "Hardmax", "Less", "LessOrEqual", "Mod", "NonMaxSuppression", "NonZero", "QuantizeLinear",
+    "Round", "Sign", "TopK", "Unique",
+}  # fmt: skip
+_FETCHED = 256  # tensors in one run when all of them are compared
+_COMPARABLE = {
+    _TYPE.UNDEFINED, _TYPE.FLOAT, _TYPE.DOUBLE, _TYPE.FLOAT16, _TYPE.BOOL, _TYPE.INT8, _TYPE.INT16, _TYPE.INT32,
+    _TYPE.INT64, _TYPE.UINT8, _TYPE.UINT16, _TYPE.UINT32, _TYPE.UINT64,
+}  # fmt: skip
+
+Outputs = dict[str, Any]
+
+
+class Violation(VerificationError):
+    """The graphs differ. ``tensor`` is the first that does, ``node`` writes it, ``error`` is its relative error."""
+
+    def __init__(self, message: str, tensor: str, node: str, error: float):
+        super().__init__(message)
+        self.tensor, self.node, self.error = tensor, node, error
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a report says of the verification of a step, and a warning, if there is one to give."""
+
+    record: dict[str, Any]
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class _Culprit:
+    """Where two graphs part."""
+
+    tensor: str
+    node: str
+    op: str
+    error: float
+
+    def __str__(self) -> str:
+        size = f"by {self.error:.2g}" if math.isfinite(self.error) else "beyond comparison"
+        writer = f", which {self.op} {self.node!r} writes" if self.op else ""
+        return f"the first tensor that differs is {self.tensor!r} ({size}){writer}"
+
+
+class _NoProbe(Exception):
+    """Why a model cannot be verified."""
+
+
+class Verifier:
+    """Verifies one step after another. What a graph gave is kept: it is the reference of the next step."""
+
+    def __init__(self, probes: Data | None = None, seed: int = 0):
+        self._probes = probes
+        self._seed = seed
+        self._feeds: list[Feed] = []
+        self._reference: list[Outputs] = []
+        self._of: Snapshot | None = None
+        self._hopeless = ""
+
+    def verify(self, before: Snapshot, after: Snapshot) -> Verdict:
+        """Raises Violation when ``after`` is not the same function as ``before``, or cannot be run."""
+        started = time.perf_counter()
+        try:
+            self._refer_to(before)
+        except _NoProbe as reason:
+            return Verdict({"unverified": str(reason)}, f"not verified: {reason}")
+        try:
+            found = _run(after.session(), self._feeds)
+        except ModelError as error:
+            raise Violation(f"ONNX Runtime cannot run the graph any more: {error}", "", "", math.inf) from None
+        tolerance = tolerance_of(before.model, before.weights)
+        worst, warning = 0.0, ""
+        for index, (expected, outputs) in enumerate(zip(self._reference, found, strict=True)):
+            errors = {name: difference({name: expected[name]}, {name: outputs[name]}) for name in expected}
+            off = [name for name, (error, _) in errors.items() if error > tolerance]
+            worst = max([worst, *(error for name, (error, _) in errors.items() if name not in off)])
+            if not off:
+                continue
+            try:
+                culprit, edge = _trace(before, after, self._feeds[index], off, tolerance)
+            except _NoProbe as reason:
+                return Verdict({"unverified": str(reason)}, f"not verified: {reason}")
+            said = f"output {errors[off[0]].where} (allowed: {tolerance:.0e}) on probe {index + 1} of {len(found)}"
+            if culprit is not None:
+                raise Violation(f"{said}; {culprit}", culprit.tensor, culprit.node, culprit.error)
+            warning = f"{said}, because rounding moved {edge} over an edge; whether anything else changed is not known"
+        self._reference, self._of = found, after
+        seconds = time.perf_counter() - started
+        record = {"max_rel_error": worst, "tolerance": tolerance, "probes": len(found), "seconds": seconds}
+        return Verdict(record, warning)
+
+    def _refer_to(self, graph: Snapshot) -> None:
+        """Runs ``graph`` on the probes, unless that has been done. Raises _NoProbe."""
+        if self._hopeless:
+            raise _NoProbe(self._hopeless)
+        if self._of is graph:
+            return
+        try:
+            session = graph.session()
+            if self._feeds:
+                self._reference = _run(session, self._feeds)
+            else:
+                self._feeds, self._reference = self._choose(session)
+        except (ModelError, _NoProbe) as error:
+            hint = "" if self._probes is not None else "; calibration data would be used as probes"
+            self._hopeless = f"the model cannot be run on any probe: {error}{hint}"
+            raise _NoProbe(self._hopeless) from None
+        self._of = graph
+
+    def _choose(self, session: Session) -> tuple[list[Feed], list[Outputs]]:
+        """Feeds on which the model runs and gives finite numbers, and what it gives."""
+        reasons: list[str] = []
+        samples = list(_running(session, islice(self._probes or (), SAMPLES), SAMPLES, reasons))
+        shapes = samples[0][0] if samples else None
+        wanted = 1 if samples else SAMPLES
+        try:
+            samples += _running(session, random_feeds(session.inputs, self._seed, shapes), wanted, reasons)
+        except DataError as error:
+            reasons.append(str(error))
+        if not samples:
+            raise _NoProbe(reasons[0] if reasons else "its outputs hold no finite numbers")
+        return [feed for feed, _ in samples], [outputs for _, outputs in samples]
+
+
+def tolerance_of(model: onnx.ModelProto, weights: tuple[onnx.TensorProto, ...] = ()) -> float:
+    """The tolerance of the coarsest float type that a graph computes in; of float32 when it has none."""
+    graph = model.graph
+    types = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
+    types |= {proto.data_type for proto in (*graph.initializer, *weights)}
+    return max((TOLERANCES[t] for t in types if t in TOLERANCES), default=TOLERANCES[_TYPE.FLOAT])
+
+
+def random_feeds(inputs: Sequence[TensorSpec], seed: int, like: Feed | None = None) -> Iterator[Feed]:
+    """Random feeds in the shapes of ``like``, or in one size after another where the model leaves sizes open.
+
+    Raises DataError for inputs that cannot be random (strings, sequences).
+    """
+    if not inputs:
+        yield {}
+        return
+    if like is not None:
+        inputs = tuple(dataclasses.replace(spec, shape=np.shape(like[spec.name])) for spec in inputs)
+    fixed = all(isinstance(dim, int) for spec in inputs for dim in spec.shape)
+    for number, (size, leading) in enumerate(SIZES[:SAMPLES] if fixed else SIZES):
+        dims = {spec.shape[0]: leading for spec in inputs if spec.shape and isinstance(spec.shape[0], str)}
+        yield from random_data(inputs, 1, seed=seed + number, dims=dims, size=size)
+
+
+def _running(
+    session: Session, feeds: Iterable[Feed], wanted: int, reasons: list[str]
+) -> Iterator[tuple[Feed, Outputs]]:
+    for feed in feeds:
+        if not wanted:
+            return
+        try:
+            outputs = session.run(feed)
+        except ModelError as error:
+            reasons.append(str(error))
+            continue
+        if _has_numbers(outputs):
+            wanted -= 1
+            yield feed, outputs
+
+
+def _run(session: Session, feeds: list[Feed]) -> list[Outputs]:
+    return [session.run(feed) for feed in feeds]
+
+
+def _has_numbers(outputs: Outputs) -> bool:
+    """Whether the outputs hold anything that a wrong graph would give otherwise."""
+    floats = [v for v in outputs.values() if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
+    return not floats or any(np.isfinite(v).any() for v in floats)
+
+
+# ---- where two graphs part ---------------------------------------------------------------------------------------
+
+
+def _trace(
+    before: Snapshot, after: Snapshot, feed: Feed, off: list[str], tolerance: float
+) -> tuple[_Culprit | None, str]:
+    """The first tensor on the way to the outputs ``off`` that the pass got wrong; or None, and the node that rounds.
+
+    Raises _NoProbe when ``before`` gives something else every time.
+    """
+    first, second = _run(before.session(), [feed, feed])
+    if any(difference({name: first[name]}, {name: second[name]}).error > tolerance for name in off):
+        raise _NoProbe(f"the model itself gives other values of {off[0]!r} every time it runs")
+    try:
+        errors = _tensor_errors(before, after, feed)
+    except ModelError:  # not every tensor can be made an output
+        errors = {}
+    errors |= dict.fromkeys(off, math.inf) | {name: errors[name] for name in off if name in errors}
+    writers = {name: node for node in after.model.graph.node for name in node.output if name}
+    old = {name: node for node in before.model.graph.node for name in node.output}
+    for threshold in (tolerance, tolerance / 10, tolerance / 100, tolerance / 1000, 0.0):
+        roots = _roots(after.model.graph, writers, _differing(writers, off, errors, threshold), errors)
+        for node, name in roots:
+            if not _unchanged(node, old.get(name), before, after):
+                return _Culprit(name, node.name, node.op_type, errors[name]), ""
+        if threshold == tolerance and roots and all(node.op_type in _EDGES for node, _ in roots):
+            return None, f"{roots[0][0].op_type} {roots[0][0].name!r}"
+    return _Culprit(off[0], "", "", errors[off[0]]), ""
+
+
+def _roots(
+    graph: onnx.GraphProto, writers: Mapping[str, onnx.NodeProto], differing: set[str], errors: Mapping[str, float]
+) -> list[tuple[onnx.NodeProto, str]]:
+    """The nodes, in order, that write one of the differing tensors and read none; with that tensor."""
+    found = []
+    for node in graph.node:
+        wrong = [name for name in node.output if name in differing]
+        if wrong and not differing & _sources(node, writers, errors):
+            found.append((node, wrong[0]))
+    return found
+
+
+def _tensor_errors(before: Snapshot, after: Snapshot, feed: Feed) -> dict[str, float]:
+    """Relative errors of all tensors that both graphs compute, by name. One session at a time; values wait on disk."""
+    kinds = {
+        v.name: v.type.tensor_type.elem_type for v in before.model.graph.value_info if v.type.HasField("tensor_type")
+    }
+    there = {name for node in after.model.graph.node for name in node.output}
+    common = [n for node in before.model.graph.node for n in node.output if n in there and n]
+    common = [name for name in common if kinds.get(name, _TYPE.UNDEFINED) in _COMPARABLE]
+    errors: dict[str, float] = {}
+    with tempfile.TemporaryFile(prefix="channelfold-") as file:
+        kept = []
+        for name, value in _fetch(before, common, feed):
+            if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+                np.save(file, value)
+                kept.append(name)
+        file.seek(0)
+        for name, value in _fetch(after, kept, feed):
+            errors[name] = difference({name: np.load(file)}, {name: value}).error
+    return errors
+
+
+def _fetch(graph: Snapshot, names: list[str], feed: Feed) -> Iterator[tuple[str, Any]]:
+    session = graph.session(outputs=names)
+    for start in range(0, len(names), _FETCHED):
+        yield from session.run(feed, names[start : start + _FETCHED]).items()
+
+
+def _differing(
+    writers: Mapping[str, onnx.NodeProto], outputs: list[str], errors: Mapping[str, float], tolerance: float
+) -> set[str]:
+    """The tensors past the tolerance that the outputs can be reached from through nothing but such tensors."""
+    found, pending = set(outputs), list(outputs)
+    while pending:
+        node = writers.get(pending.pop())
+        sources = _sources(node, writers, errors) if node is not None else []
+        fresh = {name for name in sources if errors[name] > tolerance} - found
+        found |= fresh
+        pending += fresh
+    return found
+
+
+def _sources(node: onnx.NodeProto, writers: Mapping[str, onnx.NodeProto], errors: Mapping[str, float]) -> set[str]:
+    """The nearest tensors with a known error that a node depends on, also through subgraphs."""
+    found, seen, pending = set(), set(), [node]
+    while pending:
+        for name in _reads(pending.pop()):
+            if name in errors:
+                found.add(name)
+            elif name in writers and name not in seen:
+                seen.add(name)
+                pending.append(writers[name])
+    return found
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _reads(inner)
+
+
+def _unchanged(node: onnx.NodeProto, old: onnx.NodeProto | None, before: Snapshot, after: Snapshot) -> bool:
+    """Whether a node is in both graphs with the same attributes, inputs and constants: it made no error of its own."""
+    if old is None or (node.op_type, list(node.input)) != (old.op_type, list(old.input)):
+        return False
+    names = [name for name in _reads(node) if name]
+    return list(node.attribute) == list(old.attribute) and all(before.same_constant(after, name) for name in names)
