@@ -4,19 +4,20 @@
 
 This is what materializes Weight Standardization chains (W - mean(W)) / std(W), pad and reshape arithmetic, masks, and
 weights behind Cast or Transpose. The values come from ONNX Runtime, node by node as the model would have computed them.
+The shape of a tensor that is known whatever the input counts as a constant.
 
 Left as they are: random operators, QuantizeLinear and DequantizeLinear (folding them would undo a quantization), nodes
-with subgraphs, nodes that write a graph output, and groups of nodes whose result would make the file more than 1 MB
+with subgraphs, nodes that write a graph output, and connected nodes whose result would make the file more than 1 MB
 larger (a tied embedding behind a Transpose, a weight that ConstantOfShape makes).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
@@ -39,123 +40,109 @@ class FoldConstants(Pass):
     kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        outcome = Outcome()
         infer_shapes(graph)
-        for group in _groups(graph):
-            grown = _growth(group)
-            if grown > GROWTH_LIMIT:
-                outcome.refuse(group[-1].name, f"its value would make the file {grown / 1e6:.1f} MB larger", "size")
-                continue
-            _fold(graph, group, outcome)
+        outcome = Outcome()
+        try:
+            for group in _groups(graph):
+                _fold(graph, group, outcome)
+        finally:
+            edit.sweep(graph)
         return outcome
 
 
 def _groups(graph: gs.Graph) -> list[list[gs.Node]]:
-    """The foldable nodes, grouped by the tensors that lead from one to another; each group in order."""
-    owner: dict[int, int] = {}
-    groups: dict[int, list[gs.Node]] = {}
+    """The nodes that depend on constants alone, those that are connected together, each group in order."""
+    foldable: dict[int, gs.Node] = {}
     for node in graph.nodes:
-        if not _is_foldable(graph, node):
-            continue
-        sources = [edit.producer(t) for t in node.inputs if not isinstance(t, gs.Constant) and not t.is_empty()]
-        if _is_static_shape(node):
-            sources = []
-        if any(s is None or id(s) not in owner for s in sources):
-            continue
-        keys = sorted({owner[id(s)] for s in sources if s is not None}) or [id(node)]
-        merged = [n for key in keys for n in groups.pop(key, [])] + [node]
-        groups[keys[0]] = merged
-        owner.update({id(n): keys[0] for n in merged})
-    return [_in_order(graph, group) for group in groups.values()]
+        if _is_foldable(graph, node) and all(id(source) in foldable for source in _sources(node)):
+            foldable[id(node)] = node
+    position = {key: place for place, key in enumerate(foldable)}
+    groups = []
+    while foldable:
+        group, pending = [], [foldable.popitem()[1]]
+        while pending:
+            node = pending.pop()
+            group.append(node)
+            for other in [*_sources(node), *(reader for t in node.outputs for reader in t.outputs)]:
+                if foldable.pop(id(other), None) is not None:
+                    pending.append(other)
+        groups.append(sorted(group, key=lambda node: position[id(node)]))
+    return sorted(groups, key=lambda group: position[id(group[0])])
 
 
-def _in_order(graph: gs.Graph, group: list[gs.Node]) -> list[gs.Node]:
-    if len(group) < 2:
-        return group
-    wanted = {id(n) for n in group}
-    return [n for n in graph.nodes if id(n) in wanted]
+def _sources(node: gs.Node) -> list[gs.Node | None]:
+    """The nodes (None for an input of the graph) that a node's result depends on."""
+    if _known_shape(node) is not None:
+        return []
+    return [edit.producer(t) for t in node.inputs if not isinstance(t, gs.Constant) and not t.is_empty()]
 
 
 def _is_foldable(graph: gs.Graph, node: gs.Node) -> bool:
-    if node.op in _KEPT or node.domain not in (None, "", "ai.onnx") or not node.outputs:
+    if node.op in _KEPT or not edit.is_standard(node) or not node.inputs:
         return False
-    if (
-        any(isinstance(value, gs.Graph) for value in node.attrs.values())
-        or vars(node).get("carried", _NOTHING).attribute
-    ):
+    if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
         return False
-    if any(edit.is_output(graph, t) for t in node.outputs):
-        return False
-    return bool(node.inputs) and all(t.dtype is not None for t in node.outputs if t.outputs)
+    return not any(edit.is_output(graph, t) for t in node.outputs)
 
 
-_NOTHING = onnx.NodeProto()
-
-
-def _is_static_shape(node: gs.Node) -> bool:
-    """Whether a node asks for a shape that is known whatever the input."""
-    if node.op not in ("Shape", "Size") or isinstance(node.inputs[0], gs.Constant):
-        return False
+def _known_shape(node: gs.Node) -> np.ndarray | None:
+    """What a Shape or Size node returns, where that is known whatever the input."""
+    if node.op not in ("Shape", "Size") or node.inputs[0].shape is None:
+        return None
     shape = node.inputs[0].shape
-    return shape is not None and all(isinstance(d, int) and d >= 0 for d in shape)
-
-
-def _frontier(group: list[gs.Node]) -> list[gs.Tensor]:
-    """The tensors of a group that nodes outside it read."""
-    inside = {id(node) for node in group}
-    return [t for node in group for t in node.outputs if any(id(reader) not in inside for reader in t.outputs)]
-
-
-def _growth(group: list[gs.Node]) -> int:
-    """Bytes that folding adds to the file, as far as shapes are known."""
-    inside = {id(node) for node in group}
-    added = sum(_nbytes(t) for t in _frontier(group))
-    sources = {id(t): t for node in group for t in node.inputs if isinstance(t, gs.Constant)}
-    freed = sum(_nbytes(t) for t in sources.values() if all(id(reader) in inside for reader in t.outputs))
-    return added - freed
-
-
-def _nbytes(tensor: gs.Tensor) -> int:
-    if tensor.shape is None or any(not isinstance(d, int) for d in tensor.shape):
-        return 0
-    itemsize = 4 if tensor.dtype is None or isinstance(tensor.dtype, int) else np.dtype(tensor.dtype).itemsize
-    return int(np.prod(tensor.shape, dtype=np.int64)) * itemsize
+    if not all(isinstance(d, int) and d >= 0 for d in shape):
+        return None
+    if node.op == "Size":
+        return np.array(math.prod(shape), np.int64)
+    return np.array(shape[node.attrs.get("start", 0) : node.attrs.get("end")], np.int64)
 
 
 def _fold(graph: gs.Graph, group: list[gs.Node], outcome: Outcome) -> None:
-    outputs = _frontier(group)
-    names = [node.name for node in group]
-    computed = {
-        t.name: np.array(node.inputs[0].shape, np.int64)
-        for node in group
-        if _is_static_shape(node)
-        for t in node.outputs
-    }
-    if any(node.op == "Size" or node.attrs for node in group if _is_static_shape(node)):
+    """Computes a group and puts constants in its place, or refuses it."""
+    inside = {id(node) for node in group}
+    results = [t for node in group for t in node.outputs if any(id(reader) not in inside for reader in t.outputs)]
+    sources = {id(t): t for node in group for t in node.inputs if isinstance(t, gs.Constant)}
+    freed = sum(_nbytes(t) for t in sources.values() if all(id(reader) in inside for reader in t.outputs))
+    name = group[-1].name
+    if (grown := sum(map(_nbytes, results)) - freed) > GROWTH_LIMIT:
+        outcome.refuse(name, f"{_ops(group)}: its value would make the file {grown / 1e6:.1f} MB larger", "size")
         return
-    nodes = [node for node in group if not _is_static_shape(node)]
-    if nodes:
-        try:
-            computed |= _compute(graph, nodes, computed, [t.name for t in outputs if t.name not in computed])
-        except ModelError as error:
-            outcome.refuse(names[-1], str(error), "ONNX Runtime cannot compute it")
-            return
-    values = {t.name: computed[t.name] for t in outputs}
-    if not all(isinstance(v, np.ndarray) for v in values.values()):
-        outcome.refuse(names[-1], "its value is not a tensor", "not a tensor")
+    try:
+        values = _compute(graph, group, results)
+    except ModelError as error:
+        outcome.refuse(name, f"{_ops(group)}: {error}", "ONNX Runtime cannot compute it")
         return
-    edit.remove(graph, group)
-    for tensor in outputs:
-        tensor.to_constant(stored(graph, values[tensor.name], tensor.name))
-    outcome.change(names[-1], f"{len(names)} node(s) computed" if len(names) > 1 else f"{group[0].op} computed")
+    if not all(isinstance(value, np.ndarray) for value in values):
+        outcome.refuse(name, f"{_ops(group)}: its value is not a tensor", "not a tensor")
+        return
+    constants = [stored(graph, value, t.name) for value, t in zip(values, results, strict=True)]
+    for node in group:
+        edit.detach(node)
+    for tensor, value in zip(results, constants, strict=True):
+        tensor.to_constant(value)
+    outcome.change(name, f"{_ops(group)} computed")
 
 
-def _compute(graph: gs.Graph, nodes: list[gs.Node], known: dict[str, np.ndarray], wanted: list[str]) -> dict:
-    """Runs nodes that depend on constants (and on ``known`` values) alone, in ONNX Runtime."""
-    if not wanted:
-        return {}
-    inputs = [t for node in nodes for t in node.inputs if t.name in known]
-    inputs = list({t.name: t for t in inputs}.values())
-    tensors = {t.name: t for node in nodes for t in node.outputs}
-    part = gs.Graph(nodes, inputs, [tensors[n] for n in wanted], opset=graph.opset, import_domains=graph.import_domains)
-    return session(part, optimize=False).run({t.name: known[t.name] for t in inputs})
+def _ops(group: list[gs.Node]) -> str:
+    return group[0].op if len(group) == 1 else f"{len(group)} nodes up to {group[-1].op}"
+
+
+def _nbytes(tensor: gs.Tensor) -> int:
+    """Bytes of a tensor's values, 0 where its shape is not known."""
+    if tensor.shape is None or not all(isinstance(d, int) for d in tensor.shape):
+        return 0
+    kind = edit.dtype(tensor)
+    return math.prod(tensor.shape) * (kind.itemsize if kind is not None else 4)
+
+
+def _compute(graph: gs.Graph, group: list[gs.Node], wanted: list[gs.Tensor]) -> list[np.ndarray]:
+    """The values of tensors that a group of nodes makes out of constants. Raises ModelError."""
+    known = {node.outputs[0].name: shape for node in group if (shape := _known_shape(node)) is not None}
+    nodes = [node for node in group if node.outputs[0].name not in known]
+    names = [t.name for t in wanted if t.name not in known]
+    if names:
+        inputs = list({t.name: t for node in nodes for t in node.inputs if t.name in known}.values())
+        outputs = [t for t in wanted if t.name in names]
+        part = gs.Graph(nodes, inputs, outputs, opset=graph.opset, import_domains=graph.import_domains)
+        known |= session(part, optimize=False).run({t.name: known[t.name] for t in inputs})
+    return [known[t.name] for t in wanted]

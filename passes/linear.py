@@ -16,14 +16,16 @@ Gather keeps E.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
-from channelfold.runtime.graph_io import constant, free_name, stored
+from channelfold.runtime.graph_io import constant, free_name, read
 
 LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _SEEN_THROUGH = ("Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
@@ -46,17 +48,17 @@ class Linear:
     weight_input: int
     source: gs.Constant
     chain: list[gs.Node]
-    groups: int
-    in_axis: int
-    out_axis: int
-    bias_node: gs.Node | None
+    groups: int = 1
+    in_axis: int = 1
+    out_axis: int = 1
+    bias_node: gs.Node | None = None
 
     @property
     def name(self) -> str:
         return self.node.name
 
     @property
-    def data(self) -> gs.Tensor:
+    def data(self) -> gs.Variable:
         return self.node.inputs[1 - self.weight_input]
 
     @property
@@ -70,9 +72,9 @@ class Linear:
     @property
     def dtype(self) -> np.dtype:
         """The type the node computes in."""
-        for cast in reversed(self.chain):
-            if cast.op == "Cast":
-                return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(cast.attrs["to"]))
+        for node in reversed(self.chain):
+            if node.op == "Cast":
+                return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
         return np.dtype(self.source.dtype)
 
     @property
@@ -91,7 +93,7 @@ class Linear:
 
     @property
     def padded(self) -> bool:
-        """Whether the node reads zeros beyond the edge of its input, so that a constant shift changes its border."""
+        """Whether some outputs see fewer inputs than others, so that a constant shift changes the border."""
         attrs = self.node.attrs
         if self.node.op == "ConvTranspose":
             return True
@@ -99,13 +101,22 @@ class Linear:
             return False
         return any(attrs.get("pads") or ()) or attrs.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
 
+    @property
+    def growth(self) -> int:
+        """Bytes that ``set_weight`` adds to the model: someone else may keep the old weight, or hold it in less."""
+        tensors = [self.source, *(node.outputs[0] for node in self.chain)]
+        alone = all(len(t.outputs) == 1 and not edit.is_output(self.graph, t) for t in tensors)
+        freed = np.dtype(self.source.dtype).itemsize if alone else 0
+        return math.prod(self.source.shape) * (self.dtype.itemsize - freed)
+
     def weight(self) -> np.ndarray:
-        """The effective weight (alpha included), (out, in / groups, *kernel), in the type it is stored in."""
-        return self._orient(self.stored_weight()) * self._factor("alpha")
+        """The effective weight (alpha included), (out, in / groups, *kernel), in the node's type; not to be written."""
+        weight, alpha = self._orient(self.stored_weight()), self._factor("alpha")
+        return weight if alpha == 1 else (weight.astype(np.float64) * alpha).astype(weight.dtype)
 
     def stored_weight(self) -> np.ndarray:
         """The weight as the node's input sees it: after the chain, before alpha."""
-        values = edit.read(self.source)
+        values = read(self.source)
         for node in self.chain:
             values = _apply(node, values)
         return values
@@ -113,25 +124,24 @@ class Linear:
     def set_weight(self, weight: np.ndarray) -> None:
         """Replaces the effective weight by an array (out, in / groups, *kernel), cast once to the node's type.
 
-        Raises OverflowError, with nothing changed, when a finite value does not fit that type.
+        Raises OverflowError, with nothing changed, when a value is not finite in that type.
         """
-        values = cast(self._unorient(weight), self.dtype)
-        tensor = self.node.inputs[self.weight_input]
-        if self.chain or len(tensor.outputs) != 1 or edit.is_output(self.graph, tensor):
-            tensor = constant(self.graph, f"{self.source.name}_folded", values)
-            edit.set_input(self.node, self.weight_input, tensor)
-            self.source, self.chain = tensor, []
-        else:
-            tensor.values = stored(self.graph, values, tensor.name)
+        values = np.ascontiguousarray(cast(self.unorient(weight), self.dtype))
+        name = f"{self.source.name}_folded"
+        self.source = edit.set_constant(self.graph, self.node, self.weight_input, values, name)
+        unread = [n for n in reversed(self.chain) if _drop_unread(self.graph, n)]
+        self.chain = []
+        if unread:
+            edit.sweep(self.graph)
         if "alpha" in self.node.attrs:
             self.node.attrs["alpha"] = 1.0
 
     def bias(self) -> np.ndarray | None:
-        """The effective bias (beta included), (out,); None when there is none."""
+        """The effective bias (beta included), (out,) in float64; None when there is none."""
         tensor = self._bias_tensor()
         if tensor is None:
             return None
-        values = np.asarray(edit.read(tensor), np.float64) * self._factor("beta")
+        values = np.asarray(read(tensor), np.float64) * self._factor("beta")
         return np.broadcast_to(values.reshape(-1), (self.channels[0],)).copy()
 
     def set_bias(self, bias: np.ndarray) -> None:
@@ -139,20 +149,20 @@ class Linear:
         values = cast(np.asarray(bias), self.dtype)
         name = f"{self.name}_bias"
         if self.node.op != "MatMul":
-            edit.set_input(self.node, 2, constant(self.graph, name, values))
+            edit.set_constant(self.graph, self.node, 2, values, name)
             if "beta" in self.node.attrs:
                 self.node.attrs["beta"] = 1.0
             return
         if self.out_axis == -2:
             values = values[:, None]
-        tensor = constant(self.graph, name, values)
         if self.bias_node is not None:
-            edit.set_input(self.bias_node, _constant_index(self.bias_node), tensor)
+            edit.set_constant(self.graph, self.bias_node, _constant_index(self.bias_node), values, name)
             return
         old = self.node.outputs[0]
         fresh = gs.Variable(free_name(self.graph, f"{old.name}_unbiased"), old.dtype, old.shape)
         edit.set_output(self.node, 0, fresh)
-        self.bias_node = gs.Node("Add", f"{self.name}_bias", inputs=[fresh, tensor], outputs=[old])
+        inputs = [fresh, constant(self.graph, name, values)]
+        self.bias_node = gs.Node("Add", name, inputs=inputs, outputs=[old])
         edit.insert_after(self.graph, self.node, self.bias_node)
 
     def rescaled(
@@ -166,30 +176,41 @@ class Linear:
         """Weight and bias of out_scale * (W (in_scale * x + in_shift) + b) + out_shift, for ``install``.
 
         W' = diag(out_scale) W diag(in_scale);  b' = out_scale * (b + W in_shift) + out_shift, computed in float64 and
-        cast once. Scales and shifts are vectors over the channels or scalars. Raises NotLinear for an ``in_shift`` on a
-        node that is ``padded``, OverflowError when a value does not fit the node's type.
+        cast once. Scales and shifts are vectors over the channels or scalars. The bias is None where there was none and
+        none is needed. Raises NotLinear for an ``in_shift`` on a node that is ``padded``, OverflowError when a value is
+        not finite in the node's type, or when the whole weight is too small for it.
         """
         outs, ins = self.channels
-        weight = self.weight().astype(np.float64)
+        weight = self._orient(self.stored_weight()).astype(np.float64)
+        weight *= self._factor("alpha")
         a = np.broadcast_to(np.asarray(out_scale, np.float64), (outs,))
         d = np.broadcast_to(np.asarray(in_shift, np.float64), (ins,))
         old = self.bias()
         bias = np.zeros(outs) if old is None else old
         if np.any(d):
             if self.padded:
-                raise NotLinear("a shift does not pass zero padding")
-            bias = bias + (weight * self._spread_inputs(d)).reshape(outs, -1).sum(1)
-        bias = a * bias + out_shift
+                raise NotLinear(f"a shift does not pass the zero padding of {self.node.op}")
+            bias = bias + self.respond(weight, d)
+        bias = cast(a * bias + out_shift, self.dtype)
         weight *= self._spread_inputs(np.broadcast_to(np.asarray(in_scale, np.float64), (ins,)))
         weight *= a.reshape(-1, *[1] * (weight.ndim - 1))
-        needed = old is not None or np.any(bias)
-        return cast(weight, self.dtype), cast(bias, self.dtype) if needed else None
+        peak = np.abs(weight).max(initial=0)
+        if 0 < peak < float(ml_dtypes.finfo(self.dtype).smallest_normal):
+            raise OverflowError(f"the folded weight, {peak:.3g} at most, is too small for {self.dtype}")
+        return cast(weight, self.dtype), bias if old is not None or np.any(bias) else None
+
+    def respond(self, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """What ``weight`` (out, in / groups, *kernel) makes of an input that is x (in,) everywhere: (out,) float64."""
+        summed = weight.reshape(*weight.shape[:2], -1).sum(axis=-1, dtype=np.float64)
+        return (summed * self._spread_inputs(x).reshape(weight.shape[0], -1)).sum(axis=1)
 
     def install(self, weight: np.ndarray, bias: np.ndarray | None) -> None:
         """Writes what ``rescaled`` computed."""
         self.set_weight(weight)
         if bias is not None:
             self.set_bias(bias)
+        elif "beta" in self.node.attrs:
+            self.node.attrs["beta"] = 1.0
 
     def _spread_inputs(self, vector: np.ndarray) -> np.ndarray:
         """A vector over all input channels as an array that broadcasts against (out, in / groups, *kernel)."""
@@ -198,19 +219,22 @@ class Linear:
         return per_out.reshape(outs, ins // self.groups, *[1] * len(self.kernel))
 
     def _factor(self, name: str) -> float:
-        return self.node.attrs.get(name, 1.0) if self.node.op == "Gemm" else 1
+        return self.node.attrs.get(name, 1.0) if self.node.op == "Gemm" else 1.0
 
-    def _bias_tensor(self) -> gs.Constant | None:
+    def _bias_tensor(self) -> gs.Tensor | None:
         if self.bias_node is not None:
             return self.bias_node.inputs[_constant_index(self.bias_node)]
-        if self.node.op == "MatMul" or len(self.node.inputs) < 3 or self.node.inputs[2].is_empty():
-            return None
-        return self.node.inputs[2]
+        return self.node.inputs[2] if self.node.op != "MatMul" and edit.has_input(self.node, 2) else None
 
-    def _oriented_shape(self) -> tuple[int, ...]:
+    def _stored_shape(self) -> tuple[int, ...]:
         shape = tuple(self.source.shape)
         for node in self.chain:
-            shape = _apply(node, np.lib.stride_tricks.as_strided(np.empty(1, np.int8), shape, [0] * len(shape))).shape
+            if node.op != "Cast":
+                shape = _apply(node, np.empty(shape, np.int8)).shape
+        return shape
+
+    def _oriented_shape(self) -> tuple[int, ...]:
+        shape = self._stored_shape()
         if self.node.op == "ConvTranspose":
             return (shape[1] * self.groups, shape[0] // self.groups, *shape[2:])
         return shape if self._stored_as_out_in() else tuple(reversed(shape))
@@ -221,43 +245,50 @@ class Linear:
         return self.node.op == "Conv" or bool(self.node.attrs.get("transB", 0))
 
     def _orient(self, values: np.ndarray) -> np.ndarray:
+        """An array as the node's input has it, as (out, in / groups, *kernel)."""
         if self.node.op == "ConvTranspose":
-            ins, outs, *kernel = values.shape
-            grouped = values.reshape(self.groups, ins // self.groups, outs, *kernel)
-            return grouped.swapaxes(1, 2).reshape(self.groups * outs, ins // self.groups, *kernel)
+            return self._swapped(values)
         return values if self._stored_as_out_in() else values.T
 
-    def _unorient(self, values: np.ndarray) -> np.ndarray:
+    def unorient(self, values: np.ndarray) -> np.ndarray:
+        """An array (out, in / groups, *kernel) as the node's input wants it."""
         if self.node.op == "ConvTranspose":
-            outs, ins, *kernel = values.shape
-            grouped = values.reshape(self.groups, outs // self.groups, ins, *kernel)
-            return grouped.swapaxes(1, 2).reshape(self.groups * ins, outs // self.groups, *kernel)
+            return self._swapped(values)
         return values if self._stored_as_out_in() else values.T
+
+    def _swapped(self, values: np.ndarray) -> np.ndarray:
+        """(groups * a, b, *kernel) as (groups * b, a, *kernel)."""
+        rows, columns, *kernel = values.shape
+        grouped = values.reshape(self.groups, rows // self.groups, columns, *kernel)
+        return grouped.swapaxes(1, 2).reshape(self.groups * columns, rows // self.groups, *kernel)
 
 
 def view(graph: gs.Graph, node: gs.Node) -> Linear:
     """The view of a linear node of ``graph``. Raises NotLinear with the reason when it has none."""
-    if node.op not in LINEAR_OPS or node.domain not in (None, "", "ai.onnx"):
+    if node.op not in LINEAR_OPS or not edit.is_standard(node):
         raise NotLinear(f"{node.op} is not a linear operator")
     index = 1
     if node.op == "MatMul" and _resolve(node.inputs[0]) and not _resolve(node.inputs[1]):
         index = 0
     resolved = _resolve(node.inputs[index])
     if resolved is None:
-        raise NotLinear(_why_not_constant(node.inputs[index]))
-    source, chain = resolved
-    linear = Linear(graph, node, index, source, chain, int(node.attrs.get("group", 1)), 1, 1, None)
-    if not edit.is_float(source) and linear.dtype.kind != "f":
-        raise NotLinear(f"its weight is {source.dtype}, not floating point")
-    stored_rank = len(linear.stored_weight().shape) if chain else len(source.shape)
-    if node.op in ("Gemm", "MatMul"):
-        _complete_matmul(linear, stored_rank)
-    elif stored_rank < 3:
-        raise NotLinear(f"its weight has {stored_rank} axes, expected at least 3")
+        raise NotLinear(_why_not_constant(node, node.inputs[index]))
+    linear = Linear(graph, node, index, *resolved)
+    if not edit.is_float_type(linear.dtype):
+        raise NotLinear(f"its weight is {linear.dtype}, not floating point")
+    axes = len(linear._stored_shape())
+    if linear.is_conv:
+        if axes < 3:
+            raise NotLinear(f"its weight has {axes} axes, expected at least 3")
+        linear.groups = int(node.attrs.get("group", 1))
+    elif axes != 2:
+        raise NotLinear(f"its weight has {axes} axes, expected 2")
+    elif node.op == "Gemm":
+        linear.in_axis, linear.out_axis = -2 if node.attrs.get("transA", 0) else -1, -1
+    else:
+        _complete_matmul(linear)
     bias = linear._bias_tensor()
-    if bias is not None and (
-        not isinstance(bias, gs.Constant) or int(np.prod(bias.shape)) not in (1, linear.channels[0])
-    ):
+    if bias is not None and not (isinstance(bias, gs.Constant) and _is_row(bias.shape, linear.channels[0])):
         raise NotLinear("its bias is not a constant vector over the output channels")
     return linear
 
@@ -274,27 +305,24 @@ def linears(graph: gs.Graph) -> list[Linear]:
 
 
 def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """``values`` in ``dtype``. Raises OverflowError when a finite value becomes infinite."""
-    if values.dtype == dtype:
-        return values
-    with np.errstate(over="ignore"):
-        out = values.astype(dtype)
-    if np.isinf(out).any() and not np.isinf(values).any():
-        raise OverflowError(f"a folded value of {np.abs(values).max():.3g} does not fit {dtype}")
+    """``values`` in ``dtype``. Raises OverflowError when a result is infinite or not a number."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = values.astype(dtype, copy=False)
+    if not np.isfinite(out).all():
+        finite = values[np.isfinite(values)]
+        if finite.size < values.size:
+            raise OverflowError("a folded value is infinite or not a number")
+        raise OverflowError(f"a folded value of {np.abs(finite).max():.3g} does not fit {dtype}")
     return out
 
 
-def _complete_matmul(linear: Linear, stored_rank: int) -> None:
-    node = linear.node
-    if stored_rank != 2:
-        raise NotLinear(f"its weight has {stored_rank} axes, expected 2")
-    if node.op == "Gemm":
-        linear.in_axis = -2 if node.attrs.get("transA", 0) else -1
-        linear.out_axis = -1
-        return
-    linear.in_axis = linear.out_axis = -1 if linear.weight_input == 1 else -2
-    add = edit.sole_consumer(linear.graph, node.outputs[0])
-    if add is not None and add.op == "Add" and any(add is n for n in linear.graph.nodes) and _is_bias(linear, add):
+def _complete_matmul(linear: Linear) -> None:
+    size = edit.rank(linear.data)
+    if linear.weight_input == 0 and size is None:
+        raise NotLinear("the rank of its input is unknown")
+    linear.in_axis = linear.out_axis = -2 if linear.weight_input == 0 and size != 1 else -1
+    add = edit.sole_consumer(linear.graph, linear.node.outputs[0])
+    if add is not None and add.op == "Add" and edit.is_standard(add) and _is_bias(linear, add):
         linear.bias_node = add
 
 
@@ -303,18 +331,17 @@ def _is_bias(linear: Linear, add: gs.Node) -> bool:
     if add.attrs or not any(isinstance(t, gs.Constant) for t in add.inputs):
         return False
     shape = tuple(add.inputs[_constant_index(add)].shape)
-    outs = linear.channels[0]
-    data_rank = edit.rank(linear.data)
-    if data_rank is not None and len(shape) > data_rank:
+    size, channels = edit.rank(linear.data), linear.channels[0]
+    if len(shape) > (1 if size is None else size):
         return False
     if linear.out_axis == -2:
-        return len(shape) >= 2 and shape[-2:] == (outs, 1) and all(d == 1 for d in shape[:-2])
-    return (
-        len(shape) >= 1
-        and shape[-1] == outs
-        and all(d == 1 for d in shape[:-1])
-        and (len(shape) == 1 or data_rank is not None)
-    )
+        return shape[-2:] == (channels, 1) and _is_row(shape[:-1], channels)
+    return shape[-1:] == (channels,) and _is_row(shape, channels)
+
+
+def _is_row(shape, channels: int) -> bool:
+    """Whether an array holds one value, or one for each channel along its last axis."""
+    return all(d == 1 for d in shape[:-1]) and (not shape or shape[-1] in (1, channels))
 
 
 def _constant_index(node: gs.Node) -> int:
@@ -326,7 +353,7 @@ def _resolve(tensor: gs.Tensor) -> tuple[gs.Constant, list[gs.Node]] | None:
     chain: list[gs.Node] = []
     while not isinstance(tensor, gs.Constant):
         node = edit.producer(tensor)
-        if node is None or node.op not in _SEEN_THROUGH or not node.inputs:
+        if node is None or node.op not in _SEEN_THROUGH or not edit.is_standard(node):
             return None
         if not all(isinstance(t, gs.Constant) for t in node.inputs[1:]):
             return None
@@ -335,11 +362,13 @@ def _resolve(tensor: gs.Tensor) -> tuple[gs.Constant, list[gs.Node]] | None:
     return tensor, chain[::-1]
 
 
-def _why_not_constant(tensor: gs.Tensor) -> str:
-    node = edit.producer(tensor)
-    if node is not None and node.op == "DequantizeLinear":
+def _why_not_constant(node: gs.Node, tensor: gs.Tensor) -> str:
+    source = edit.producer(tensor)
+    if source is not None and source.op == "DequantizeLinear":
         return "its weight is quantized already"
-    return "its weight is computed at run time"
+    if source is not None and source.inputs and all(isinstance(t, gs.Constant) for t in source.inputs):
+        return f"its weight is made at run time by {source.op}, from constants"
+    return "it multiplies two activations" if node.op == "MatMul" else "its weight is computed at run time"
 
 
 def _apply(node: gs.Node, values: np.ndarray) -> np.ndarray:
@@ -349,11 +378,19 @@ def _apply(node: gs.Node, values: np.ndarray) -> np.ndarray:
         return values.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
     if node.op == "Identity":
         return values
-    arguments = edit.value(node.inputs[1]) if len(node.inputs) > 1 else node.attrs.get("axes")
+    given = edit.argument(node, 1, "shape" if node.op == "Reshape" else "axes")
+    if node.op == "Squeeze":
+        return values.squeeze(None if given is None else tuple(map(int, given)))
+    assert given is not None
     if node.op == "Reshape":
-        shape = [
-            values.shape[i] if d == 0 and not node.attrs.get("allowzero") else int(d) for i, d in enumerate(arguments)
-        ]
-        return values.reshape(shape)
-    axes = None if arguments is None else tuple(int(a) for a in np.asarray(arguments).reshape(-1))
-    return values.squeeze(axes) if node.op == "Squeeze" else np.expand_dims(values, axes)
+        kept = not node.attrs.get("allowzero", 0)
+        return values.reshape([values.shape[i] if d == 0 and kept else int(d) for i, d in enumerate(given)])
+    return np.expand_dims(values, tuple(map(int, given)))
+
+
+def _drop_unread(graph: gs.Graph, node: gs.Node) -> bool:
+    """Detaches a node that nobody reads any more."""
+    if node.outputs[0].outputs or edit.is_output(graph, node.outputs[0]):
+        return False
+    edit.detach(node)
+    return True
