@@ -132,12 +132,16 @@ class Pass:
     numerically after every run), ``calibrated`` (data-driven, approximate) or ``lossy``.
 
     ``apply`` edits ``graph`` in place and keeps no state. It rewrites a site fully or leaves it alone and refuses it
-    with the reason. ``needs_opset`` is the lowest opset it works at; the pipeline raises the graph to it beforehand.
+    with the reason. ``needs_opset`` is the lowest opset it works at, ``opset_for`` the same for one graph where that
+    depends on it; the pipeline raises the graph to it beforehand.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Literal["exact", "calibrated", "lossy"]]
     needs_opset: ClassVar[int] = 0
+
+    def opset_for(self, graph: gs.Graph) -> int:
+        return self.needs_opset
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         raise NotImplementedError

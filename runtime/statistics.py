@@ -11,7 +11,7 @@ with a run of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,11 +36,22 @@ _FIRST_MASKED = int(np.searchsorted(LOWER, MASK))
 
 @dataclass
 class TensorStatistics:
-    """What was seen of one tensor. ``counts``: int64, first the ``BINS`` of positive values, then those of negative."""
+    """What was seen of one tensor. ``counts``: int64, first the ``BINS`` of positive values, then those of negative.
 
+    With a ``channel_axis``, sums over all other axes are kept too.
+    """
+
+    channel_axis: int | None = None
     minimum: float = np.inf
     maximum: float = -np.inf
     counts: np.ndarray = field(default_factory=lambda: np.zeros(2 * BINS, np.int64))
+    _channel_sum: np.ndarray | float = 0.0
+    _positions: int = 0
+
+    @property
+    def channel_mean(self) -> np.ndarray | None:
+        """Mean of each channel, (channels,) float64; None when no channel axis was asked for or nothing was seen."""
+        return np.asarray(self._channel_sum) / self._positions if self._positions else None
 
     @property
     def magnitudes(self) -> np.ndarray:
@@ -77,16 +88,25 @@ class TensorStatistics:
                 return
             low, high = float(kept.min()), float(kept.max())
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        if self.channel_axis is not None:
+            axis = self.channel_axis % values.ndim
+            others = tuple(i for i in range(values.ndim) if i != axis)
+            self._channel_sum = self._channel_sum + values.sum(axis=others, dtype=np.float32).astype(np.float64)
+            self._positions += values.size // values.shape[axis]
 
 
 def collect(
-    graph: gs.Graph, tensors: Sequence[str], data: Data, progress: Callable[[str, int, int], None] = no_progress
+    graph: gs.Graph,
+    tensors: Mapping[str, int | None],
+    data: Data,
+    progress: Callable[[str, int, int], None] = no_progress,
 ) -> dict[str, TensorStatistics]:
     """Statistics of the named float tensors of ``graph`` over all feeds of ``data``.
 
+    ``tensors`` gives the channel axis of each name, or None where means by channel are not needed.
     Raises DataError naming the tensor and the sample when an activation is NaN, ModelError when the model fails to run.
     """
-    statistics = {name: TensorStatistics() for name in tensors}
+    statistics = {name: TensorStatistics(axis) for name, axis in tensors.items()}
     wanted = list(tensors)
     first = next(iter(data), None)
     groups = list(_groups(graph, wanted, first)) if first is not None else []
