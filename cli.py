@@ -281,7 +281,12 @@ _quantizer = _options(
         "--min-activation-snr",
         type=float,
         metavar="DB",
-        help="Leave a node in float when 8 bits represent its input worse than this, in dB.  [default: 0]",
+        help="Leave a node in float when 8 bits represent its input worse than this, in dB.  [default: 15]",
+    ),
+    click.option(
+        "--correct-bias/--no-correct-bias",
+        default=None,
+        help="Make up in the biases for the mean error of rounded weights.  [default: correct-bias]",
     ),
 )
 
