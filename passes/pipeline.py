@@ -115,10 +115,11 @@ class _Runner:
     def run(self, step: Pass) -> tuple[list[dict[str, Any]], bool]:
         """Runs a pass, at the opset it needs. Returns the records, and whether the graph changed."""
         before, records = self._state, []
-        if step.needs_opset > self._graph.opset:
-            records.append(self._step(RaiseOpset(step.needs_opset)))
-        if step.needs_opset > self._graph.opset:
-            reason = f"it needs opset {step.needs_opset}, and raising the graph to it was rolled back"
+        needed = step.opset_for(self._graph)
+        if needed > self._graph.opset:
+            records.append(self._step(RaiseOpset(needed)))
+        if needed > self._graph.opset:
+            reason = f"it needs opset {needed}, and raising the graph to it was rolled back"
             records.append(_rolled_back(step, 0.0, reason, WHOLE))
         else:
             records.append(self._step(step))
