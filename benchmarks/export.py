@@ -97,14 +97,14 @@ def crepe(packages: Path, size: str, path: Path) -> None:
 class Sentence(torch.nn.Module):
     """A BERT encoder, then the mean over the tokens that are not padding, normalised to length 1."""
 
-    def __init__(self, encoder: torch.nn.Module):
+    def __init__(self, base: torch.nn.Module):
         super().__init__()
-        self.encoder = encoder
+        self.base = base
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self.encoder(
+        hidden = self.base(
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
         ).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
@@ -126,12 +126,12 @@ def minilm(packages: Path, path: Path) -> None:
 
 
 class Decoder(torch.nn.Module):
-    def __init__(self, network: Any):
+    def __init__(self, lm: Any):
         super().__init__()
-        self.network = network
+        self.lm = lm
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.network(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return self.lm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
 def smollm2(packages: Path, tokenizer_folder: Path, path: Path) -> None:

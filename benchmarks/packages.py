@@ -96,7 +96,8 @@ def debian(data: Path, package: str, version: str) -> None:
     if target.exists():
         return
     with Unpacked(target) as folder:
-        run(["apt-get", "download", "-qq", package], cwd=folder)
+        # Root would otherwise download as a user who may not write here.
+        run(["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", package], cwd=folder)
         archive = next(folder.glob("*.deb"))
         found = subprocess.check_output(["dpkg-deb", "-f", archive, "Version"], text=True).strip()
         run(["dpkg", "-x", archive, folder])
@@ -112,7 +113,6 @@ class Unpacked:
         self.target = target
 
     def __enter__(self) -> Path:
-        # apt-get downloads as a user of its own when it can, for which the folder must be open.
         self.folder = Path(tempfile.mkdtemp(dir=self.target.parent, prefix=".unpacking-"))
         self.folder.chmod(0o755)
         return self.folder
