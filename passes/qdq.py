@@ -48,15 +48,22 @@ def positive_scale(limit: np.ndarray | float, levels: int, dtype: np.dtype) -> n
     return np.maximum(np.asarray(limit, np.float64) / levels, float(np.finfo(dtype).tiny)).astype(dtype)
 
 
-def quantize_weight(weight: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric int8 per output channel of a weight (out, ...): (values int8, scales (out,) in ``dtype``)."""
+def quantize_weight(
+    weight: np.ndarray, dtype: np.dtype, floor: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric int8 per output channel of a weight (out, ...): (values int8, scales (out,) in ``dtype``).
+
+    No scale is below ``floor``, (out,) or a scalar.
+    """
+    limits = np.broadcast_to(np.asarray(floor, np.float64) * 127, weight.shape[:1])
     outs = weight.shape[0]
     rows = max(1, _CHUNK // max(1, weight[0].size if outs else 1))
     values = np.empty(weight.shape, np.int8)
     scales = np.empty(outs, dtype)
     for start in range(0, outs, rows):
         part = np.asarray(weight[start : start + rows], np.float32)
-        scale = positive_scale(np.abs(part.reshape(part.shape[0], -1)).max(axis=1, initial=0.0), 127, dtype)
+        peak = np.abs(part.reshape(part.shape[0], -1)).max(axis=1, initial=0.0)
+        scale = positive_scale(np.maximum(peak, limits[start : start + rows]), 127, dtype)
         scales[start : start + rows] = scale
         steps = np.asarray(scale, np.float32).reshape(-1, *[1] * (part.ndim - 1))
         values[start : start + rows] = np.clip(np.rint(part / steps), -127, 127)
@@ -135,19 +142,23 @@ class Inserter:
                 if read is tensor:
                     edit.set_input(node, index, self._pairs[id(tensor)])
 
-    def weight(self, linear: Linear, mean: np.ndarray | None = None) -> np.ndarray:
+    def weight(self, linear: Linear, seen: Range | None = None, mean: np.ndarray | None = None) -> np.ndarray:
         """Puts the int8 weight behind DequantizeLinear at a linear node; returns its scales, (out,).
 
+        With the range ``seen`` of its activation no scale is so small that the bias would leave int32 in steps of
+        s_x * s_W: runtimes that compute in integers store it so, and a nearly dead channel with a bias would overflow.
         With the ``mean`` of each input channel the bias takes back what rounding the weight does on average,
         b' = b - (W_q - W) E[x], wherever the node has a bias or a place for one.
         """
         axis = weight_axis(linear)
         alpha = linear.node.attrs.get("alpha", 1.0) if linear.node.op == "Gemm" else 1.0
-        key = (id(linear.source), tuple(id(node) for node in linear.chain), axis, linear.groups, alpha)
+        floor = self._smallest_scale(linear, seen)
+        chain = tuple(id(node) for node in linear.chain)
+        key = (id(linear.source), chain, axis, linear.groups, alpha, np.asarray(floor).tobytes())
         corrected = mean is not None and (linear.node.op != "MatMul" or linear.bias_node is not None)
         if corrected or key not in self._weights:
             weight = linear.weight()
-            values, scales = quantize_weight(weight, linear.dtype)
+            values, scales = quantize_weight(weight, linear.dtype, floor)
             if corrected:
                 steps = np.asarray(scales, np.float32).reshape(-1, *[1] * (weight.ndim - 1))
                 old = linear.bias()
@@ -161,6 +172,12 @@ class Inserter:
         if "alpha" in linear.node.attrs:
             linear.node.attrs["alpha"] = 1.0
         return scales
+
+    def _smallest_scale(self, linear: Linear, seen: Range | None) -> np.ndarray | float:
+        bias = linear.bias()
+        if seen is None or bias is None:
+            return 0.0
+        return np.abs(bias) / (2.0**30 * float(seen.parameters(self.symmetric, np.dtype(np.float32))[0]))
 
     def bias(self, linear: Linear, scales: np.ndarray, seen: Range) -> None:
         """Puts an int32 bias behind DequantizeLinear at a Conv or Gemm that has one."""

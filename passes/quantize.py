@@ -187,7 +187,7 @@ def _insert(
     readers: dict[int, list[gs.Node]] = {key: [] for key in tensors}
     for site in sites:
         readers[id(site.data)].append(site.node)
-        scales = inserter.weight(site, means.get(site.data.name))
+        scales = inserter.weight(site, ranges[site.data.name], means.get(site.data.name))
         if target == "onnxruntime":
             inserter.bias(site, scales, ranges[site.data.name])
     for key, tensor in tensors.items():
