@@ -157,9 +157,9 @@ def make(name: str, options: Mapping[str, Any], where: str = "") -> Pass:
             offer = isinstance(value, str) and kind.item is str and kind.choices
             close = nearest(value, kind.choices) if offer else f"Change {key!r}"
             raise UsageError(f"{where}: {key!r} is {_found(value)}, expected {kind}", close) from None
-    for field in dataclasses.fields(cls):
-        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
-            raise UsageError(f"{where} lacks its option {field.name!r}", f"Give {kinds[field.name]}")
+    for key in _needed(cls):
+        if key not in values:
+            raise UsageError(f"{where} lacks its option {key!r}", f"Give {kinds[key]}")
     try:
         return cls(**values)
     except (ChannelfoldError, ValueError) as error:  # the pass's own rules, in __post_init__
@@ -167,7 +167,7 @@ def make(name: str, options: Mapping[str, Any], where: str = "") -> Pass:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A pass for people: name, kind, needs_opset (None: its options decide), summary, options with type and default."""
+    """A pass for people: name, kind, needs_opset, summary, and its options with type, default and choices."""
     cls = PASSES[name]
     kinds = _options(cls)
     options = [
@@ -175,8 +175,7 @@ def describe(name: str) -> dict[str, Any]:
         for f in dataclasses.fields(cls)
     ]
     summary = (cls.__doc__ or "").strip().splitlines()[0]
-    opset = cls.needs_opset if isinstance(cls.needs_opset, int) else None
-    return {"name": name, "kind": cls.kind, "needs_opset": opset, "summary": summary, "options": options}
+    return {"name": name, "kind": cls.kind, "needs_opset": cls.needs_opset, "summary": summary, "options": options}
 
 
 def schema() -> dict[str, Any]:
@@ -189,7 +188,7 @@ def schema() -> dict[str, Any]:
                 "type": "object",
                 "description": describe(name)["summary"],
                 "properties": {"name": {"const": name}, **properties},
-                "required": ["name"],
+                "required": ["name", *_needed(cls)],
                 "additionalProperties": False,
             }
         )
@@ -290,6 +289,11 @@ def _options(cls: type[Pass]) -> dict[str, _Type]:
     """The types of a pass's fields by name."""
     hints = typing.get_type_hints(cls)
     return {field.name: _Type.of(hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _needed(cls: type[Pass]) -> list[str]:
+    """The options that have no default."""
+    return [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
 
 
 def _default(field: dataclasses.Field) -> Any:

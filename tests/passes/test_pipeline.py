@@ -241,6 +241,18 @@ def test_opset_is_raised_for_a_pass_that_needs_it_and_recorded():
     assert [(n.op, len(n.inputs)) for n in graph.nodes] == [("Squeeze", 2), ("Relu", 1)]  # axes became an input
 
 
+def test_the_opset_a_pass_needs_may_depend_on_the_graph():
+    class Deep(Fake):
+        def opset_for(self, graph):
+            return 13 if len(graph.nodes) == 2 else 0
+
+    graph, steps = run(load(SQUEEZE), Deep(lambda graph: Outcome()))
+    assert (graph.opset, steps[0]["pass"]) == (13, "raise-opset")
+    graph = mlp()
+    graph.opset = 11
+    assert [s["pass"] for s in run(graph, Deep(lambda graph: Outcome()))[1]] == ["fake"]
+
+
 def wrong_opset(graph: gs.Graph, opset: int) -> gs.Graph:
     raised = mlp()
     scale(raised, "W3", 2)
