@@ -187,13 +187,12 @@ class Linear:
         d = np.broadcast_to(np.asarray(in_shift, np.float64), (ins,))
         old = self.bias()
         bias = np.zeros(outs) if old is None else old
-        if np.any(d):
-            if self.padded:
-                raise NotLinear(f"a shift does not pass the zero padding of {self.node.op}")
-            bias = bias + self.respond(weight, d)
-        bias = cast(a * bias + out_shift, self.dtype)
-        weight *= self._spread_inputs(np.broadcast_to(np.asarray(in_scale, np.float64), (ins,)))
-        weight *= a.reshape(-1, *[1] * (weight.ndim - 1))
+        if np.any(d) and self.padded:
+            raise NotLinear(f"a shift does not pass the zero padding of {self.node.op}")
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
+            bias = cast(a * (bias + self.respond(weight, d)) + out_shift, self.dtype)
+            weight *= self._spread_inputs(np.broadcast_to(np.asarray(in_scale, np.float64), (ins,)))
+            weight *= a.reshape(-1, *[1] * (weight.ndim - 1))
         peak = np.abs(weight).max(initial=0)
         if 0 < peak < float(ml_dtypes.finfo(self.dtype).smallest_normal):
             raise OverflowError(f"the folded weight, {peak:.3g} at most, is too small for {self.dtype}")
@@ -287,9 +286,10 @@ def view(graph: gs.Graph, node: gs.Node) -> Linear:
         linear.in_axis, linear.out_axis = -2 if node.attrs.get("transA", 0) else -1, -1
     else:
         _complete_matmul(linear)
-    bias = linear._bias_tensor()
-    if bias is not None and not (isinstance(bias, gs.Constant) and _is_row(bias.shape, linear.channels[0])):
-        raise NotLinear("its bias is not a constant vector over the output channels")
+    if node.op != "MatMul" and edit.has_input(node, 2):
+        bias = node.inputs[2]
+        if not isinstance(bias, gs.Constant) or not _is_row(bias.shape, linear.channels[0]):
+            raise NotLinear("its bias is not a constant vector over the output channels")
     return linear
 
 

@@ -5,8 +5,9 @@
         y = BatchNormalization(c, g, b, m, v)
     ''', W=(4, 3, 3, 3), g=4, b=4, m=4, v=positive(4))
 
-A constant is an array, or a shape that is filled with random numbers, the same in every run. ``float`` in the text
-stands for ``kind``: most tests run in float64 on the ONNX reference evaluator, where a fold is right to 1e-12 or wrong.
+A constant is a float, an array (float64 becomes ``kind``), or a shape that is filled with random numbers, the same in
+every run. ``float`` in the text stands for ``kind``: most tests run in float64 on the ONNX reference evaluator, where a
+fold is right to 1e-12 or wrong.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.ops.op_conv_transpose import ConvTranspose as _ConvTranspose
 
 from channelfold.passes.base import Context, Outcome, Pass
-from channelfold.runtime.graph_io import check, export, import_model, session
+from channelfold.runtime.graph_io import check, export, import_model, infer_shapes, session
 from channelfold.runtime.weights import tensor_proto
 
 RTOL = {"double": 1e-12, "float": 1e-6}  # of the largest output; a few times the rounding of one small convolution
@@ -30,16 +32,21 @@ RTOL = {"double": 1e-12, "float": 1e-6}  # of the largest output; a few times th
 def build(
     signature: str, body: str, *, opset: int = 17, kind: str = "double", domains: str = "", **constants
 ) -> gs.Graph:
-    """A graph from ONNX text, with the constants as initializers."""
+    """A graph from ONNX text, with the constants as initializers and shapes inferred (``float[]`` is an open one)."""
     imports = f'"" : {opset}' + (f", {domains}" if domains else "")
     text = f"<ir_version: 10, opset_import: [{imports}]> g {signature} {{{body}}}"
     model = onnx.parser.parse_model(text.replace("float[", f"{kind}["))
     dtype = onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
     for name, values in constants.items():
-        if not isinstance(values, np.ndarray):
-            values = np.asarray(random(values, name) if not isinstance(values, float) else values, dtype)
+        if isinstance(values, int | tuple):
+            values = random(values, name)
+        values = np.asarray(values)
+        if values.dtype == np.float64:
+            values = values.astype(dtype)
         model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
-    return import_model(model)
+    graph = import_model(model)
+    infer_shapes(graph)
+    return graph
 
 
 def random(shape: int | tuple[int, ...], name: str = "") -> np.ndarray:
@@ -86,6 +93,21 @@ def feeds(graph: gs.Graph, *, size: int = 2) -> dict[str, np.ndarray]:
     return made
 
 
+class ConvTranspose(_ConvTranspose):
+    """With groups, for which the reference evaluator mixes up weights and biases."""
+
+    op_domain = ""
+
+    def _run(self, X, W, B=None, group=None, **attrs):
+        parts = [np.split(X, group, axis=1), np.split(W, group), [None] * group if B is None else np.split(B, group)]
+        made = [super(ConvTranspose, self)._run(*part, group=1, **attrs)[0] for part in zip(*parts, strict=True)]
+        return (np.concatenate(made, axis=1),)
+
+
+def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
+    return ReferenceEvaluator(model, new_ops=[ConvTranspose])
+
+
 def run(graph: gs.Graph, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The outputs: float32 and float16 graphs in ONNX Runtime, others on the reference evaluator."""
     if graph.inputs[0].dtype in ("float32", "float16"):
@@ -93,7 +115,7 @@ def run(graph: gs.Graph, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     model, large = export(graph)
     model.graph.initializer.extend(tensor_proto(values, proto.name) for proto, values in large)
     names = [t.name for t in graph.outputs]
-    return dict(zip(names, ReferenceEvaluator(model).run(None, dict(feed)), strict=True))
+    return dict(zip(names, evaluator(model).run(None, dict(feed)), strict=True))
 
 
 def fold(step: Pass, graph: gs.Graph, *, rtol: float | None = None, size: int = 2) -> Outcome:
