@@ -105,6 +105,8 @@ class _Importer:
     def run(self, path: Path | None, weights: Mapping[str, Values]) -> gs.Graph:
         constants = {name: gs.Constant(name, values) for name, values in weights.items()}
         graph = self._graph(self.model.graph, ChainMap(), constants)
+        for tensor in constants.values():  # by now all tensors of the main graph
+            vars(tensor)["outermost"] = True
         graph.import_domains = self.opsets
         graph.ir_version = self.model.ir_version
         graph.producer_name, graph.producer_version = self.model.producer_name, self.model.producer_version
@@ -292,7 +294,7 @@ def export_skeleton(graph: gs.Graph) -> tuple[onnx.ModelProto, list[tuple[onnx.T
     model = onnx.ModelProto()
     if own := carried(graph):
         model.CopyFrom(own.header)
-    model.producer_name, model.producer_version = graph.producer_name, graph.producer_version
+    _set(model, producer_name=graph.producer_name, producer_version=graph.producer_version)
     model.opset_import.extend(_opset_imports(graph))
     model.ir_version = max(graph.ir_version or 4, onnx.helper.find_min_ir_version_for(model.opset_import, True), 4)
     model.functions.extend(OnnxExporter.export_function(function) for function in graph.functions)
@@ -304,8 +306,8 @@ def export_skeleton(graph: gs.Graph) -> tuple[onnx.ModelProto, list[tuple[onnx.T
 class _Places:
     """Which graph writes a constant, and under which name.
 
-    A small constant goes where its one reader is. One that several graphs read goes into the outermost graph, and so
-    does every large one (``large``), unless a subgraph returns it: then it has to be there.
+    A constant of the outermost graph stays there. So goes one that several graphs read, and every large one
+    (``large``), unless a subgraph returns it: then it has to be there. Any other goes where its reader is.
     """
 
     def __init__(self, graph: gs.Graph):
@@ -323,10 +325,12 @@ class _Places:
         for key, (tensor, parts) in readers.items():
             home = next(iter(parts.values()))
             large = weights.is_large(tensor._values)
-            if len(parts) > 1 or (large and not any(tensor is output for output in home.outputs)):
+            returned = any(tensor is output for output in home.outputs)
+            old = "outermost" in vars(tensor)
+            if len(parts) > 1 or ((old or large) and not returned):
                 home = graph
             name = tensor.name
-            fresh = home is graph and id(graph) not in parts  # nothing there has made sure that the name is free
+            fresh = home is graph and id(graph) not in parts and not old  # its name may be taken there
             while home is graph and (
                 outermost.setdefault(name, key) != key or (fresh and owners.get(name, {key}) != {key})
             ):
@@ -345,7 +349,7 @@ def _tensors_of(graph: gs.Graph) -> Iterator[gs.Tensor]:
 
 
 def _write_graph(graph: gs.Graph, proto: onnx.GraphProto, places: _Places) -> None:
-    proto.name, proto.doc_string = graph.name or "graph", graph.doc_string
+    _set(proto, name=graph.name or "graph", doc_string=graph.doc_string)
     for node in graph.nodes:
         _write_node(node, proto.node.add(), places)
     proto.input.extend(_value_info(tensor) for tensor in graph.inputs)
@@ -378,9 +382,7 @@ def _write_carried(own: onnx.GraphProto, graph: gs.Graph, proto: onnx.GraphProto
 def _write_node(node: gs.Node, proto: onnx.NodeProto, places: _Places) -> None:
     if (keep := vars(node).get("carried")) is not None:
         proto.CopyFrom(keep)
-    proto.op_type, proto.name = node.op, node.name
-    if node.domain is not None:
-        proto.domain = node.domain
+    _set(proto, op_type=node.op, name=node.name, domain=node.domain)
     proto.input.extend(places.names.get(id(tensor), tensor.name) for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)
     kept = {attribute.name for attribute in proto.attribute}
@@ -424,7 +426,7 @@ def _named(out: onnx.ValueInfoProto, tensor: gs.Tensor) -> onnx.ValueInfoProto:
     """A fresh type with the documentation and metadata the file gave the tensor."""
     if "carried" in vars(tensor):
         old = tensor.carried[0]
-        out.doc_string = old.doc_string
+        _set(out, doc_string=old.doc_string)
         out.metadata_props.extend(old.metadata_props)
     return out
 
@@ -452,6 +454,13 @@ def _opset_imports(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
     imports |= dict.fromkeys(standard, graph.opset)
     imports |= dict.fromkeys((d for d in used if d not in imports and d not in _STANDARD), 1)
     return [onnx.helper.make_opsetid(domain, version) for domain, version in imports.items()]
+
+
+def _set(proto: Any, **fields: str | None) -> None:
+    """Sets the fields that are not empty; ONNX tells an empty string from none, but means the same."""
+    for name, value in fields.items():
+        if value:
+            setattr(proto, name, value)
 
 
 def _copy(proto: Any) -> Any:

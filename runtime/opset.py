@@ -64,7 +64,7 @@ class _Raised:
     def convert(self, graph: onnx.GraphProto, inferred: onnx.GraphProto, types: Mapping, constants: Mapping) -> None:
         """Converts the nodes of a graph and of its subgraphs in place.
 
-        ``inferred`` is the same graph after shape inference; ``types`` and ``constants`` come from the graphs around it.
+        ``inferred`` is the same graph after shape inference; ``types`` and ``constants`` are those of the outer graphs.
         """
         values = (*inferred.value_info, *inferred.input, *inferred.output)
         types = {**types, **{value.name: value.type for value in values}}

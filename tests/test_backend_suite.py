@@ -1,0 +1,222 @@
+"""The ONNX backend suite: every model that ships with onnx goes through load, a transform and save, unharmed.
+
+How a case is judged depends on who can run it, and the counts are asserted, so that no case drops out unnoticed:
+
+    reference       ONNX Runtime computes the reference outputs, before and after
+    own values      ONNX Runtime computes something else, and the same before and after
+    evaluator       only onnx.reference can run the model; it computes the reference outputs, before and after
+    structure       nobody here can run the model: it is the same message before and after
+    untouched       the transform has nothing to do
+    refused         the transform says that it cannot work on this model
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
+import pytest
+from onnx import numpy_helper
+from onnx.backend.test.runner import Runner
+from onnx.reference import ReferenceEvaluator
+
+from channelfold.passes.base import ModelError
+from channelfold.runtime.graph_io import check, load, raise_opset, save
+from channelfold.runtime.ort import Session
+
+TRANSFORMS: list[tuple[str, Callable[[gs.Graph], gs.Graph | None]]] = [  # None: nothing to do
+    ("nothing", lambda graph: graph),
+    ("opset 21", lambda graph: raise_opset(graph, 21) if graph.opset < 21 else None),
+]
+COUNTS = {  # (onnx, onnxruntime): transform: cases by how they were proven
+    ("1.23.2", "1.31.1"): {
+        "nothing": {"reference": 1455, "evaluator": 539, "own values": 18, "structure": 21},
+        "opset 21": {
+            "reference": 915, "evaluator": 102, "own values": 14, "structure": 11, "untouched": 990, "refused": 1,
+        },
+    }
+}  # fmt: skip
+DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    model: onnx.ModelProto
+    feed: dict
+    expected: list
+    rtol: float
+    atol: float
+
+
+def _value(item):
+    kinds = {
+        onnx.TensorProto: numpy_helper.to_array,
+        onnx.SequenceProto: numpy_helper.to_list,
+        onnx.OptionalProto: numpy_helper.to_optional,
+    }
+    return kinds[type(item)](item) if type(item) in kinds else item
+
+
+def _stored(file: Path, kind: onnx.TypeProto):
+    classes = {"sequence_type": onnx.SequenceProto, "optional_type": onnx.OptionalProto}
+    message = classes.get(kind.WhichOneof("value"), onnx.TensorProto)()
+    message.ParseFromString(file.read_bytes())
+    return _value(message)
+
+
+def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    given = {tensor.name for tensor in model.graph.initializer} if model.ir_version < 4 else set()
+    return [value for value in model.graph.input if value.name not in given]
+
+
+def _node_cases() -> Iterator[Case]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reference implementations divide by zero on purpose
+        from onnx.backend.test.loader import load_node_model_tests
+
+        for case in load_node_model_tests():
+            ((inputs, outputs),) = case.data_sets
+            names = (value.name for value in _inputs(case.model))
+            feed = dict(zip(names, map(_value, inputs), strict=False))
+            yield Case(case.name, case.model, feed, [_value(item) for item in outputs], case.rtol, case.atol)
+
+
+def _stored_cases() -> Iterator[Case]:
+    for kind in ("simple", "pytorch-converted", "pytorch-operator"):
+        for folder in sorted((DATA / kind).glob("test_*")):
+            model = onnx.load(folder / "model.onnx")
+            data = folder / "test_data_set_0"
+            files = ((value, data / f"input_{i}.pb") for i, value in enumerate(_inputs(model)))
+            feed = {value.name: _stored(file, value.type) for value, file in files if file.exists()}
+            expected = [_stored(data / f"output_{i}.pb", v.type) for i, v in enumerate(model.graph.output)]
+            yield Case(f"{kind}/{folder.name}", model, feed, expected, 1e-3, 1e-7)
+
+
+def _light_cases() -> Iterator[Case]:
+    for file in sorted((DATA / "light").glob("*.onnx")):
+        model = onnx.load(file)
+        feed = {value.name: Runner.generate_dummy_data(value) for value in _inputs(model)}
+        expected = [_stored(file.with_name(f"{file.stem}_output_0.pb"), model.graph.output[0].type)]
+        yield Case(f"light/{file.stem}", model, feed, expected, 1e-3, 1e-7)
+
+
+class Suite:
+    """The cases, each with what can be said about it before anything happens to its model."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.cases = [*_node_cases(), *_stored_cases(), *_light_cases()]
+        self.judged = [self._judge(case) for case in self.cases]
+
+    def _judge(self, case: Case) -> tuple[str, list]:
+        path = self.folder / "before.onnx"
+        path.write_bytes(case.model.SerializeToString())
+        try:
+            values = _run(path, case)
+        except ModelError:
+            return self._judge_without_runtime(case)
+        return ("reference" if _agree(case.expected, values, case) else "own values"), values
+
+    def _judge_without_runtime(self, case: Case) -> tuple[str, list]:
+        try:
+            values = _evaluate(case.model, case)
+        except Exception:  # the evaluator says in many ways that it cannot
+            return "structure", []
+        return ("evaluator" if _agree(case.expected, values, case) else "structure"), values
+
+
+def _run(path: Path, case: Case) -> list:
+    onnxruntime.set_seed(0)
+    return list(Session(path, threads=1).run(case.feed).values())
+
+
+def _evaluate(model: onnx.ModelProto, case: Case) -> list:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ReferenceEvaluator(model).run(None, case.feed)
+
+
+def _agree(expected, value, case: Case) -> bool:
+    """The suite's own measure: the same type and shape, and values within the tolerances of the case."""
+    if isinstance(expected, list | tuple):
+        both = zip(expected, value, strict=False)
+        return (
+            isinstance(value, list | tuple) and len(value) == len(expected) and all(_agree(e, v, case) for e, v in both)
+        )
+    if expected is None or value is None:
+        return expected is value
+    expected, value = np.asarray(expected), np.asarray(value)
+    if expected.shape != value.shape or expected.dtype.kind in "OUS":
+        return np.array_equal(expected, value)
+    if (
+        expected.dtype.kind == "V" and expected.dtype == value.dtype
+    ):  # bfloat16 and smaller; two units in the last place
+        expected, value = expected.astype(np.float32), value.astype(np.float32)
+        return np.allclose(value, expected, max(case.rtol, 2**-6), case.atol, equal_nan=True)
+    return expected.dtype == value.dtype and np.allclose(value, expected, case.rtol, case.atol, equal_nan=True)
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory) -> Suite:
+    return Suite(tmp_path_factory.mktemp("suite"))
+
+
+def _verdict(suite: Suite, case: Case, judge: str, before: list, transform: Callable, same_message: Callable) -> str:
+    """How the case was proven; raises AssertionError when it no longer is what it was."""
+    source, target = suite.folder / "source.onnx", suite.folder / "target.onnx"
+    source.write_bytes(case.model.SerializeToString())
+    graph = load(source)
+    try:
+        changed = transform(graph)
+    except ModelError:
+        return "refused"
+    if changed is None:
+        return "untouched"
+    save(changed, target)
+    assert same_message(target, case.model), "the message changed"
+    if judge in ("reference", "own values"):
+        after = _run(target, case)
+    elif judge == "evaluator":
+        after = _evaluate(onnx.load(target), case)
+    else:
+        check(changed)
+        return judge
+    assert _agree(before if judge == "own values" else case.expected, after, case), f"{judge}: outputs changed"
+    return judge
+
+
+@pytest.mark.parametrize(("name", "transform"), TRANSFORMS, ids=[name for name, _ in TRANSFORMS])
+def test_suite(name, transform, suite, canonical, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # two thousand small files need not outlive a power cut
+    counts, failures = Counter(), []
+
+    def same_message(path, model):
+        return name != "nothing" or canonical(onnx.load(path)) == canonical(model)
+
+    for case, (judge, before) in zip(suite.cases, suite.judged, strict=True):
+        try:
+            counts[_verdict(suite, case, judge, before, transform, same_message)] += 1
+        except Exception as error:
+            failures.append(f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    assert not failures, "\n".join([f"{len(failures)} cases failed", *failures[:40]])
+    print(f"{name}: {dict(counts)}")
+    known = COUNTS.get((onnx.__version__, onnxruntime.__version__))
+    if known is not None:
+        assert counts == known[name]
+    assert counts["refused"] + counts["structure"] <= 0.02 * len(suite.cases)
+
+
+def test_suite_is_whole(suite):
+    kinds = Counter(case.name.partition("/")[0] if "/" in case.name else "node" for case in suite.cases)
+    assert kinds["node"] >= 1500
+    if onnx.__version__ == "1.23.2":
+        assert kinds == {"node": 1884, "simple": 23, "pytorch-converted": 82, "pytorch-operator": 35, "light": 9}
