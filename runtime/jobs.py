@@ -15,8 +15,9 @@ samples in its place. Models, recipes and data raise the ChannelfoldError subcla
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from channelfold.runtime.calibration import Data, load_script, open_data, random
 from channelfold.runtime.checkpoint import clear
 from channelfold.runtime.compare import Gates
 from channelfold.runtime.ort import Session, onnxruntime
+from channelfold.runtime.shapes import name_squeezed_axes, squeezes_without_axes
 from channelfold.runtime.tensorrt import ShapeRange
 
 Record = dict[str, Any]
@@ -260,7 +262,7 @@ class _Job:
         self.record["accuracy"] = self.comparison.to_json()
         level, reasons = compare.verdict(self.comparison)
         if level != "ok":
-            self._warn(f"THE OUTPUTS HAVE {level.upper()}: {'; '.join(reasons)}")
+            self._warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
 
     def build(self, model: Path, engine: Path, sm: int | None, shapes: Mapping[str, ShapeRange]) -> None:
         """Builds an engine and reads its plan."""
@@ -273,9 +275,31 @@ class _Job:
             )
         open_inputs = [spec for spec in self.inputs if spec.name not in shapes]
         ranges = {**tensorrt.default_shapes(open_inputs, self.calibration), **shapes}
-        built = tensorrt.build(model, engine, sm=sm, shapes=ranges, progress=self.progress)
+        with self._repaired(model, ranges) as source:
+            built = tensorrt.build(source, engine, sm=sm, shapes=ranges, progress=self.progress)
         self.record["engines"].append(_engine_entry(built, inspection.int8_nodes(graph_io.load(model))))
         self._warn(*(f"{engine.name}: {text}" for text in built.warnings))
+
+    @contextlib.contextmanager
+    def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:
+        """The model as TensorRT can take it: itself, or a temporary copy in which every Squeeze names its axes."""
+        graph = graph_io.load(model)
+        sentences: list[str] = []
+        if squeezes_without_axes(graph):
+            fixed = {
+                s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in self.inputs if s.name not in ranges
+            }
+            low = fixed | {name: tuple(seen.min) for name, seen in ranges.items()}
+            high = fixed | {name: tuple(seen.max) for name, seen in ranges.items()}
+            sentences = name_squeezed_axes(graph, low, high)
+        if not sentences:
+            yield model
+            return
+        self._warn(*(f"engine: {sentence}" for sentence in sentences))
+        with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
+            copy = Path(folder, model.name)
+            graph_io.save(graph, copy)
+            yield copy
 
     def check(self, gates: Gates | None) -> None:
         """Raises GateMissed when the comparison is worse than the gates allow."""

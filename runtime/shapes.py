@@ -1,0 +1,68 @@
+"""The shapes of all tensors when the inputs have given shapes, and the repair that needs them for TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from channelfold.passes import edit
+from channelfold.runtime.graph_io import constant, weightless
+
+Shape = tuple[int, ...]
+
+
+def shapes_on(graph: gs.Graph, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shape of every tensor that ONNX shape inference can tell when the named inputs have these shapes."""
+    model = weightless(graph)
+    del model.graph.value_info[:]
+    for value in model.graph.input:
+        if value.name in inputs:
+            dims = [onnx.TensorShapeProto.Dimension(dim_value=size) for size in inputs[value.name]]
+            value.type.tensor_type.shape.CopyFrom(onnx.TensorShapeProto(dim=dims))
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # inference that fails only means that shapes stay unknown
+        return {}
+    known = {}
+    for value in [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]:
+        shape = value.type.tensor_type.shape
+        if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in shape.dim):
+            known[value.name] = tuple(dim.dim_value for dim in shape.dim)
+    return known
+
+
+def squeezes_without_axes(graph: gs.Graph) -> list[gs.Node]:
+    """The Squeeze nodes that leave it to run time which axes they remove, which TensorRT refuses where it can vary."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "Squeeze" and not node.attrs.get("axes") and not edit.has_input(node, 1)
+    ]
+
+
+def name_squeezed_axes(graph: gs.Graph, low: Mapping[str, Shape], high: Mapping[str, Shape]) -> list[str]:
+    """Gives every Squeeze its axes where they are the same for all input shapes from ``low`` to ``high``.
+
+    Returns a sentence for each node that was given axes; one whose axes vary stays as it is.
+    """
+    nodes = squeezes_without_axes(graph)
+    smallest, largest = shapes_on(graph, low), shapes_on(graph, high)
+    done = []
+    for node in nodes:
+        first, last = smallest.get(node.inputs[0].name), largest.get(node.inputs[0].name)
+        if first is None or last is None or len(first) != len(last):
+            continue
+        if any((a == 1) != (b == 1) for a, b in zip(first, last, strict=True)):
+            continue
+        axes = [axis for axis, size in enumerate(first) if size == 1]
+        if graph.opset < 13:
+            node.attrs["axes"] = axes
+        else:
+            edit.set_input(node, 1, constant(graph, f"{node.name}_axes", np.array(axes, np.int64)))
+        done.append(f"{node.name} was given axes {axes}, which it removes for every shape of the engine")
+    return done

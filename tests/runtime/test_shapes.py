@@ -1,0 +1,45 @@
+"""Shapes under given inputs, and the Squeeze that TensorRT wants told its axes."""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from channelfold.runtime import graph_io
+from channelfold.runtime.shapes import name_squeezed_axes, shapes_on, squeezes_without_axes
+
+
+def squeeze(opset: int) -> gs.Graph:
+    """x [N, 1, L] -> Squeeze -> Relu -> y"""
+    x = gs.Variable("x", np.float32, ["N", 1, "L"])
+    squeezed, y = gs.Variable("squeezed", np.float32), gs.Variable("y", np.float32)
+    nodes = [
+        gs.Node("Squeeze", "squeeze", inputs=[x], outputs=[squeezed]),
+        gs.Node("Relu", "relu", inputs=[squeezed], outputs=[y]),
+    ]
+    return gs.Graph(nodes, [x], [y], opset=opset)
+
+
+def test_shapes_follow_the_inputs():
+    assert shapes_on(squeeze(13), {"x": (2, 1, 5)}) == {"x": (2, 1, 5), "squeezed": (2, 5), "y": (2, 5)}
+
+
+@pytest.mark.parametrize("opset", [11, 13])
+@pytest.mark.parametrize(
+    ("low", "high", "axes"), [((1, 1, 4), (1, 1, 9), [0, 1]), ((2, 1, 4), (8, 1, 4), [1])], ids=["batch 1", "batch > 1"]
+)
+def test_squeeze_is_given_the_axes_it_has_for_every_shape(opset, low, high, axes):
+    graph = squeeze(opset)
+    (sentence,) = name_squeezed_axes(graph, {"x": low}, {"x": high})
+    assert sentence == f"squeeze was given axes {axes}, which it removes for every shape of the engine"
+    assert squeezes_without_axes(graph) == []
+    for shape in (low, high):
+        feed = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+        np.testing.assert_array_equal(
+            graph_io.session(graph).run(feed)["y"], graph_io.session(squeeze(opset)).run(feed)["y"]
+        )
+
+
+def test_squeeze_whose_axes_vary_is_left_alone():
+    graph = squeeze(13)
+    assert name_squeezed_axes(graph, {"x": (1, 1, 4)}, {"x": (8, 1, 4)}) == []
+    assert [node.name for node in squeezes_without_axes(graph)] == ["squeeze"]
