@@ -65,7 +65,7 @@ def cli() -> None:
 def _command(example: str, show: str = "report") -> Callable[[Callable[..., Any]], click.Command]:
     """Makes a command of a function that returns a record, for which module ``runtime.<show>`` has ``render``.
 
-    Adds --json and --debug, passes ``progress`` and ends the help text with the example.
+    Adds --json and --debug, passes ``progress`` and ends the help with the example.
     """
 
     def register(function: Callable[..., Any]) -> click.Command:
@@ -80,8 +80,7 @@ def _command(example: str, show: str = "report") -> Callable[[Callable[..., Any]
                 raise
             _print(record, show, as_json)
 
-        run.__doc__ = f"{function.__doc__}\n\n    \b\n    Example:\n      {example}\n"
-        command = cli.command(name=function.__name__)(run)
+        command = cli.command(name=function.__name__, epilog=f"\b\nExample:\n  {example}")(run)
         command.params += [
             click.Option(["--json", "as_json"], is_flag=True, help="Print the report as JSON."),
             click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
@@ -179,7 +178,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 def _main(args: list[str]) -> int:
     try:
-        return cli.main(args, prog_name="channelfold", standalone_mode=False, obj=args) or 0
+        return cli.main(args or ["--help"], prog_name="channelfold", standalone_mode=False, obj=args) or 0
     except (KeyboardInterrupt, click.Abort):
         _say("interrupted", "", "red")
         return 130
@@ -305,7 +304,7 @@ def _split(jobs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 # ---- commands ----------------------------------------------------------------------------------------------------
 
 
-@_command("channelfold compress model.onnx -o out --calibration train.npz --evaluation test.npz --sm 89 --min-snr 20")
+@_command("channelfold compress model.onnx -o out --calibration train.npz --min-snr 20")
 @_model
 @click.option("-o", "--output", required=True, metavar="DIR", type=click.Path(), help="Folder to write to.")
 @click.option(
@@ -325,7 +324,7 @@ def _split(jobs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 @_quantizer
 @_seed
 def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **options: Any) -> Any:
-    """Run a recipe on MODEL, compare the result with it, build engines, write a report.
+    """Run a recipe on MODEL, compare with the original, build engines.
 
     Writes DIR/model.onnx, DIR/model.sm89.engine for --sm 89, and DIR/report.json. An interrupted command goes on
     where it stopped when it is repeated. Options of passes replace those in the recipe.
@@ -344,14 +343,14 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
 @_out
 @_seed
 def fold(jobs: Any, progress: Any, model: str, output: str, seed: int) -> Any:
-    """Fold constants, normalizations and channel-wise scales into the weights of MODEL.
+    """Fold normalizations and channel-wise scales into weights.
 
     The result computes the same function, with fewer nodes; every step is checked by running it.
     """
     return jobs.fold(model, output, seed=seed, progress=progress)
 
 
-@_command("channelfold quantize folded.onnx -o int8.onnx --calibration samples.npz --exclude '*/head/*'")
+@_command("channelfold quantize folded.onnx -o int8.onnx --calibration samples.npz")
 @_model
 @_out
 @_calibration
@@ -372,9 +371,10 @@ def quantize(
     seed: int,
     **options: Any,
 ) -> Any:
-    """Quantize MODEL to int8: weights per channel, activations by calibration, as QDQ nodes.
+    """Quantize MODEL to int8 with QDQ nodes.
 
-    For best accuracy fold first, or use compress, which does both.
+    Weights are quantized per output channel, activations per tensor with ranges from calibration data. For best
+    accuracy fold first, or use compress, which does both.
     """
     return jobs.quantize(
         model,
@@ -389,7 +389,7 @@ def quantize(
     )
 
 
-@_command("channelfold build int8.onnx -o int8.sm89.engine --sm 89 --shape image:1x3x224x224:8x3x224x224:16x3x224x224")
+@_command("channelfold build int8.onnx -o int8.engine --sm 89 --shape x:1x64:8x64:16x64")
 @_model
 @click.option("-o", "--output", required=True, metavar="ENGINE", type=click.Path(), help="Engine file to write.")
 @click.option("--sm", type=int, metavar="SM", help=f"{_SM}  [default: the GPU of this machine]")
@@ -406,9 +406,9 @@ def build(
     data: str | None,
     allow_script: bool,
 ) -> Any:
-    """Build a TensorRT engine from MODEL, and read back which nodes run as int8.
+    """Build a TensorRT engine from MODEL.
 
-    With the extra rtx (TensorRT-RTX) this needs no GPU.
+    Reads back from the engine which nodes run as int8. With the extra rtx (TensorRT-RTX) this needs no GPU.
     """
     return jobs.build(model, output, sm=sm, shapes=shapes, data=data, allow_script=allow_script, progress=progress)
 
@@ -432,7 +432,7 @@ def diff(
     seed: int,
     **options: Any,
 ) -> Any:
-    """Compare the outputs of model B with those of model A on the same samples."""
+    """Compare the outputs of B with those of A on the same samples."""
     gates, _ = _split(jobs, options)
     return jobs.diff(
         a, b, data=data, random=random, allow_script=allow_script, gates=gates, seed=seed, progress=progress
@@ -442,7 +442,7 @@ def diff(
 @_command("channelfold inspect model.onnx", show="inspection")
 @_model
 def inspect(jobs: Any, progress: Any, model: str) -> Any:
-    """Show what is in MODEL: inputs, operators, parameters, and which linear nodes could be int8."""
+    """Show what is in MODEL, and which linear nodes could be int8."""
     return jobs.inspect(model, progress=progress)
 
 
@@ -454,7 +454,7 @@ def inspect(jobs: Any, progress: Any, model: str) -> Any:
     "--sm", "sms", multiple=True, type=int, metavar="SM", default=DEMO_SMS, show_default=True, help=f"{_SM} Repeatable."
 )
 def demo(jobs: Any, progress: Any, output: str | None, sms: tuple[int, ...]) -> Any:
-    """Compress a small network that ships with channelfold, and show what came of it.
+    """Compress a small network that ships with channelfold.
 
     The network reads handwritten digits; its accuracy is measured before and after. Takes under a minute.
     """

@@ -119,26 +119,34 @@ def render(record: Mapping[str, Any], console: Console) -> None:
     if linears:
         console.print()
         console.print(_linears_table(linears, console.width), highlight=False)
+    reasons = Counter(linear["reason"] for linear in linears if not linear["quantizable"])
+    if reasons:
+        console.print()
+    for reason, count in reasons.most_common():
+        console.print(Text.assemble((f"  {count} x ", "bold"), "not int8: ", reason), highlight=False)
 
 
 def _linears_table(linears: Sequence[Mapping[str, Any]], width: int) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column(Text("Linear nodes", "bold not dim"), no_wrap=True)
-    table.add_column("op", no_wrap=True)
-    table.add_column("weight", no_wrap=True)
-    for heading in ("groups", "params", "MACs"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("int8")
-    for linear in linears:
-        table.add_row(
-            Text(f"  {report.shorten(linear['node'], max(20, width - 72))}"),
+    rows = [
+        (
             linear["op"],
             "x".join(map(str, linear["shape"] or ())),
             str(linear["groups"]) if linear["groups"] != 1 else "",
             _count(linear["parameters"]) if linear["shape"] else "",
             _count(linear["macs"]),
-            Text("yes", "green") if linear["quantizable"] else Text(f"no: {linear['reason']}", "yellow"),
+            "yes" if linear["quantizable"] else "no",
         )
+        for linear in linears
+    ]
+    headings = ("op", "weight", "groups", "params", "MACs", "int8")
+    taken = sum(max(map(len, column)) + 2 for column in zip(headings, *rows, strict=True))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(Text("Linear nodes", "bold not dim"), no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in ("groups", "params", "MACs") else "left", no_wrap=True)
+    for linear, row in zip(linears, rows, strict=True):
+        name = report.shorten(linear["node"], max(20, width - taken - 4))
+        table.add_row(Text(f"  {name}"), *row[:-1], Text(row[-1], "green" if row[-1] == "yes" else "yellow"))
     return table
 
 

@@ -120,9 +120,11 @@ def test_the_package_itself_is_light():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_help_ends_its_text_with_an_example_that_parses(name, run):
+def test_every_help_ends_with_an_example_that_parses(name, run):
     _, out, _ = run(name, "--help")
-    (example,) = [line.strip() for line in out.splitlines() if line.startswith(f"    channelfold {name}")]
+    example = out.splitlines()[-1]
+    assert example.startswith(f"    channelfold {name}")
+    assert len(example) <= 80
     parse(example)
 
 

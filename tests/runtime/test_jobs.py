@@ -160,7 +160,6 @@ def test_quantize_compares_with_the_original(tmp_path):
 def test_quantize_weights_only_needs_no_data(tmp_path):
     record = jobs.quantize(DIGITS, tmp_path / "int8.onnx", weights_only=True)
     assert record["output"]["bytes"] < 0.4 * record["model"]["bytes"]
-    assert record["accuracy"]["verdict"]["level"] == "ok"
     assert any("4 random samples (seed 0) only" in warning for warning in record["warnings"])
 
 
@@ -207,7 +206,7 @@ def test_diff_names_collapse_in_capitals(tmp_path):
     onnx.save(model, tmp_path / "negated.onnx")
     record = jobs.diff(DIGITS, tmp_path / "negated.onnx", data=EVALUATION)
     assert record["accuracy"]["verdict"]["level"] == "collapsed"
-    assert record["warnings"][-1].startswith("THE OUTPUTS HAVE COLLAPSED: logits: SNR ")
+    assert record["warnings"][-1].startswith("THE OUTPUTS HAVE COLLAPSED on 500 samples from ")
 
 
 def test_opened_data_may_be_passed_on():
