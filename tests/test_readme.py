@@ -85,9 +85,9 @@ def test_the_figures_of_the_demo_are_reproduced(tmp_path):
     """Counts and sizes exactly. ONNX Runtime's int8 kernels differ between processors, and times between moments."""
     (shown,) = [rows(text) for text in blocks("text") if "top-1 accuracy" in text]
     has_rtx = importlib.util.find_spec("tensorrt_rtx") is not None
-    console = Console(file=io.StringIO(), width=200)
-    demo.render(jobs.demo(tmp_path, sms=(86, 89) if has_rtx else ()), console)
-    found = rows(console.file.getvalue())
+    printed = io.StringIO()
+    demo.render(jobs.demo(tmp_path, sms=(86, 89) if has_rtx else ()), Console(file=printed, width=200))
+    found = rows(printed.getvalue())
     assert [label for label in shown if has_rtx or "engine" not in label] == list(found)
     for label, cells in found.items():
         expected = shown[label]
