@@ -44,6 +44,7 @@ from channelfold.runtime.compare import Gates
 from channelfold.runtime.ort import Session, onnxruntime
 from channelfold.runtime.shapes import name_squeezed_axes, squeezes_without_axes
 from channelfold.runtime.tensorrt import ShapeRange
+from channelfold.runtime.tensorrt_run import EngineSession
 
 Record = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -277,8 +278,22 @@ class _Job:
         ranges = {**tensorrt.default_shapes(open_inputs, self.calibration), **shapes}
         with self._repaired(model, ranges) as source:
             built = tensorrt.build(source, engine, sm=sm, shapes=ranges, progress=self.progress)
-        self.record["engines"].append(_engine_entry(built, inspection.int8_nodes(graph_io.load(model))))
+        entry = _engine_entry(built, inspection.int8_nodes(graph_io.load(model)))
+        entry["accuracy"] = self._proved_engine(built)
+        self.record["engines"].append(entry)
         self._warn(*(f"{engine.name}: {text}" for text in built.warnings))
+
+    def _proved_engine(self, built: tensorrt.Engine) -> Record | None:
+        """The engine's outputs against the original's; None without data or without a GPU of its kind."""
+        data = self.evaluation or self.calibration
+        if data is None or tensorrt.local_gpu()[0] is None or built.sm not in (None, tensorrt.local_gpu()[0]):
+            return None
+        with EngineSession(built.path, built.backend) as engine:
+            found = compare.compare(Session(self.model), engine, data, self.progress)
+        level, reasons = compare.verdict(found)
+        if level != "ok":
+            self._warn(f"THE ENGINE'S OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+        return found.to_json()
 
     @contextlib.contextmanager
     def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:

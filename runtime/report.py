@@ -15,7 +15,7 @@ not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
                   facts: {}}]        facts of a pass that quantizes: {linears: all, quantized: count,
                                      by_op: {op: {quantized, total}}}
     accuracy    Comparison.to_json()
-    engines     [{sm (null: any), path, bytes, seconds, backend,
+    engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
     latency     [{name, ms}]         the first one is what the others are measured against
     warnings    [str]
@@ -205,9 +205,12 @@ def _nodes(rows: Sequence[tuple[str, str]], limit: int, console: Console) -> Non
 
 
 def _accuracy(record: Mapping[str, Any], console: Console) -> None:
-    accuracy = record["accuracy"]
+    _comparison("Accuracy", record["accuracy"], console)
+
+
+def _comparison(heading: str, accuracy: Mapping[str, Any], console: Console) -> None:
     level, reasons = accuracy["verdict"]["level"], accuracy["verdict"]["reasons"]
-    title = Text.assemble(("Accuracy", "bold"), "  ", (level.upper(), _LEVELS[level]), f"  {_safe(accuracy['data'])}")
+    title = Text.assemble((heading, "bold"), "  ", (level.upper(), _LEVELS[level]), f"  {_safe(accuracy['data'])}")
     _print(console, title, indent=0)
     table = _table("", ">SNR dB", ">cosine", ">rel. L2", ">max err", ">agree", ">worst sample")
     _fill(table, [(output["name"], *_figures(output)) for output in accuracy["outputs"]], console)
@@ -254,6 +257,9 @@ def _engines(record: Mapping[str, Any], console: Console) -> None:
         elif plan["not_int8"]:
             _print(console, Text(f"quantized, but not run as int8 on {_sm(engine)}:", "yellow"))
             _nodes([(node["node"], f"runs as {node['runs_as']}") for node in plan["not_int8"]], _EXCEPTIONS, console)
+    for engine in record["engines"]:
+        if engine.get("accuracy"):
+            _comparison(f"Accuracy of {Path(engine['path']).name} on the GPU", engine["accuracy"], console)
 
 
 def _sm(engine: Mapping[str, Any]) -> str:

@@ -320,3 +320,10 @@ class TestJson:
 
     def test_plain_keeps_what_is_plain(self):
         assert plain(record()) == record()
+
+
+def test_an_engine_that_was_run_shows_its_accuracy():
+    example = record()
+    example["engines"][0]["accuracy"] = example["accuracy"]
+    shown = printed(example, 100)
+    assert f"Accuracy of {Path(example['engines'][0]['path']).name} on the GPU" in shown
