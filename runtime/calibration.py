@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -57,6 +58,20 @@ class Data:
 
     def __iter__(self) -> Iterator[Feed]:
         return self._feeds()
+
+    def first(self, n: int) -> Data:
+        """The first ``n`` feeds; this object itself when it has no more."""
+        if n >= len(self):
+            return self
+        description = f"the first {n} of {self.description}"
+        return Data(
+            self.inputs,
+            n,
+            lambda: itertools.islice(self._feeds(), n),
+            description,
+            notes=self.notes,
+            synthetic=self.synthetic,
+        )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -547,3 +547,12 @@ class TestRandom:
             random_data(self.INPUTS, 0)
         with pytest.raises(DataError, match="Input 'text' takes strings"):
             random_data([spec("text", "object", 1)], 1)
+
+
+def test_first_feeds():
+    inputs = [TensorSpec("x", np.dtype(np.float32), ("N", 2))]
+    data = open_data({"x": np.arange(8, dtype=np.float32).reshape(4, 2)}, inputs)
+    head = data.first(3)
+    assert (len(head), [float(feed["x"][0, 0]) for feed in head]) == (3, [0.0, 2.0, 4.0])
+    assert head.description == f"the first 3 of {data.description}"
+    assert data.first(4) is data
