@@ -232,17 +232,23 @@ def check(graph: gs.Graph) -> None:
 
 
 def infer_shapes(graph: gs.Graph) -> None:
-    """Fills in the shapes and dtypes of variables as far as ONNX shape inference knows them."""
+    """Fills in the shapes and dtypes of variables as far as ONNX shape inference knows them.
+
+    What the graph declares for its outputs stays. Sizes that inference only has an invented name for are None: the next
+    inference may give that name to another size.
+    """
     try:
         inferred = onnx.shape_inference.infer_shapes(weightless(graph), data_prop=True)
     except Exception:  # an operator that inference chokes on leaves shapes unknown, which every pass copes with
         return
     known = {value.name: value.type for value in (*inferred.graph.value_info, *inferred.graph.output)}
+    declared = {id(tensor) for tensor in graph.outputs if tensor.shape is not None}
     for name, tensor in graph.tensors().items():
         if name in known and isinstance(tensor, gs.Variable) and known[name].HasField("tensor_type"):
             dtype, shape = tensor_type(known[name].tensor_type)
             tensor.dtype = dtype if tensor.dtype is None else tensor.dtype
-            tensor.shape = shape if shape is not None else tensor.shape
+            if shape is not None and id(tensor) not in declared:
+                tensor.shape = [None if isinstance(d, str) and d.startswith("unk__") else d for d in shape]
 
 
 def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -> Session:

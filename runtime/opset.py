@@ -46,20 +46,34 @@ def raise_opset(graph: gs.Graph, opset: int) -> gs.Graph:
         )
     model, large = export_skeleton(graph)
     inferred = _inferred(model, [proto for proto, _ in large])
-    names = {name for part in _graphs(model.graph) for node in part.node for name in (*node.input, *node.output)}
-    _Raised(graph.opset, opset, names).convert(model.graph, inferred, {}, {})
+    _Raised(graph.opset, opset, model.graph).convert(model.graph, inferred, {}, {})
     for entry in model.opset_import:
         if entry.domain in _STANDARD:
             entry.version = opset
+    for function in model.functions:
+        _raise_function(function, opset)
     own = carried(graph)
     return import_model(model, own.path if own else None, weights={proto.name: c._values for proto, c in large})
 
 
+def _raise_function(function: onnx.FunctionProto, opset: int) -> None:
+    """A function imports an opset of its own, which has to agree with the model's; it has no initializers."""
+    imported = next((entry for entry in function.opset_import if entry.domain in _STANDARD), None)
+    if imported is None or imported.version >= opset:
+        return
+    body = onnx.GraphProto(node=function.node)
+    _Raised(imported.version, opset, body).convert(body, body, {}, {})
+    nodes = [onnx.helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in body.initializer]
+    del function.node[:]
+    function.node.extend([*nodes, *body.node])
+    imported.version = opset
+
+
 class _Raised:
-    def __init__(self, old: int, new: int, names: set[str]):
+    def __init__(self, old: int, new: int, graph: onnx.GraphProto):
         self.old = old
         self.new = new
-        self.names = names
+        self.names = {name for part in _graphs(graph) for node in part.node for name in (*node.input, *node.output)}
 
     def convert(self, graph: onnx.GraphProto, inferred: onnx.GraphProto, types: Mapping, constants: Mapping) -> None:
         """Converts the nodes of a graph and of its subgraphs in place.
@@ -91,6 +105,8 @@ class _Raised:
         graph.node.extend(nodes)
 
     def _refuse(self, node: onnx.NodeProto) -> None:
+        if any(attribute.ref_attr_name for attribute in node.attribute):
+            raise self._error(node, f"{node.op_type} takes an attribute from the function it stands in")
         first, what = _REFUSED.get(node.op_type, (0, ""))
         if self.old < first <= self.new and not (node.op_type in _TRAINING and len(node.output) == 1):
             raise self._error(node, f"{node.op_type} {what} from opset {first} on")

@@ -27,7 +27,7 @@ SPILL_LIMIT = 1 << 20  # bytes; a new weight at least this large goes to disk at
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
 _BROKEN = (ValueError, TypeError, KeyError, OverflowError, MemoryError)  # what numpy and onnx raise for nonsense
-_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+_BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
 
 
 Values = np.ndarray | LazyValues  # what a gs.Constant holds
