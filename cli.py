@@ -8,8 +8,10 @@ therefore repeated here, and a test compares them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
+import io
 import os
 import shlex
 import sys
@@ -103,7 +105,7 @@ def _print(record: dict[str, Any], show: str, as_json: bool) -> None:
             console = Console(width=None if sys.stdout.isatty() else 10_000)
             importlib.import_module(f"channelfold.runtime.{show}").render(record, console)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader (head, less) has had enough, which click takes quietly
         raise
     except OSError as error:
         raise OutputError(f"The report cannot be written to stdout ({error.strerror})") from None
@@ -173,6 +175,9 @@ def _say(label: str, text: str, color: str) -> None:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The console script: ends the process with the command's exit code, and never with a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show must not end a command
     sys.exit(_main(list(sys.argv[1:] if args is None else args)))
 
 
@@ -180,11 +185,8 @@ def _main(args: list[str]) -> int:
     try:
         return cli.main(args or ["--help"], prog_name="channelfold", standalone_mode=False, obj=args) or 0
     except (KeyboardInterrupt, click.Abort):
-        _say("interrupted", "", "red")
+        _say("interrupted:", "nothing is half written; compress goes on where it stopped when it is repeated", "red")
         return 130
-    except BrokenPipeError:  # the reader of stdout (head, less) has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         if "--debug" in args:
             traceback.print_exc()
@@ -209,7 +211,9 @@ def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
         case MemoryError():
             return "There is not enough memory. Close other programs, or use a machine with more", 1
         case OSError():
-            return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error), 1
+            where = f"{error.filename}: " if error.filename else ""
+            full = ". Free some space, or set TMPDIR to a larger disk" if error.errno == errno.ENOSPC else ""
+            return f"{where}{error.strerror or error}{full}", 1
     hint = (
         "Report it with the traceback above"
         if "--debug" in args

@@ -252,6 +252,14 @@ def test_a_closed_pipe_is_no_error():
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
 
 
+def test_a_stdout_that_knows_only_ascii(tmp_path):
+    (tmp_path / "größe.onnx").write_bytes(DIGITS.read_bytes())
+    command = [sys.executable, "-m", "channelfold", "inspect", "größe.onnx"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    out = subprocess.check_output(command, cwd=tmp_path, env=environment, timeout=60)
+    assert r"gr\xf6\xdfe" in out.decode("ascii")
+
+
 def test_a_full_disk_behind_stdout_is_one_line():
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
@@ -470,6 +478,15 @@ def test_a_full_disk_leaves_nothing_behind(fails, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_for_temporary_files(fails, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(jobs, "inspect", full)
+    expected = "error: No space left on device. Free some space, or set TMPDIR to a larger disk\n"
+    assert fails(1, "inspect", DIGITS) == expected
+
+
 # ---- missing extras, bugs, interruption --------------------------------------------------------------------------
 
 
@@ -514,7 +531,9 @@ def test_interruption_exits_130(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(jobs, "inspect", interrupted)
-    assert run("inspect", DIGITS)[0] == 130
+    code, out, err = run("inspect", DIGITS)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1].startswith("interrupted: ")
 
 
 @pytest.mark.parametrize("kind", ChannelfoldError.__subclasses__(), ids=lambda kind: kind.__name__)
