@@ -245,7 +245,7 @@ class _Job:
         self._warn(*pipeline.warnings(steps))
         self.progress("save", 0, 0)
         graph_io.save(graph, out)
-        del graph
+        del graph, self.graph  # its mapped weights would count as memory beside the sessions
         self.record["output"] = inspection.model_facts(out, graph_io.load(out))
         if self.evaluation or self.calibration or any(step["kind"] != "exact" for step in steps):
             self.prove(out)  # exact steps alone have been verified one by one
