@@ -158,10 +158,11 @@ class _Raised:
                 names[name] = self._free(f"{node.output[0]}_{name.strip('_')}")
         for tensor in part.initializer:
             tensor.name = names[tensor.name]
+        heir = next((new for new in part.node if new.op_type == node.op_type), part.node[-1])
         for index, new in enumerate(part.node):
             new.input[:] = [names[name] for name in new.input]
             new.output[:] = [names[name] for name in new.output]
-            new.name = node.name if len(part.node) == 1 else f"{node.name}_{index}"
+            new.name = node.name if new is heir or not node.name else f"{node.name}_{index}"
             new.doc_string = node.doc_string
             new.metadata_props.extend(node.metadata_props)
         return part
