@@ -15,7 +15,6 @@ import io
 import os
 import shlex
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -24,11 +23,11 @@ import click
 
 from channelfold import __version__
 from channelfold.passes.base import ChannelfoldError, OutputError, nearest
+from channelfold.runtime.progress import Progress
 
 CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
 TARGETS = ("tensorrt", "onnxruntime")
 DEMO_SMS = (86, 89)
-PROGRESS_AFTER = 1.0  # seconds that a command may take before it shows progress
 
 
 class _Commands(click.Group):
@@ -75,7 +74,7 @@ def _command(example: str, show: str = "report") -> Callable[[Callable[..., Any]
         def run(as_json: bool, debug: bool, **options: Any) -> None:
             jobs = importlib.import_module("channelfold.runtime.jobs")
             try:
-                with _Progress() as progress, contextlib.redirect_stdout(sys.stderr):
+                with Progress() as progress, contextlib.redirect_stdout(sys.stderr):
                     record = function(jobs, progress=progress, **options)
             except jobs.GateMissed as missed:
                 _print(missed.record, show, as_json)
@@ -113,59 +112,6 @@ def _print(record: dict[str, Any], show: str, as_json: bool) -> None:
     for warning in record["warnings"]:
         if as_json or not sys.stdout.isatty() or (collapsed and warning.startswith("THE OUTPUTS")):
             _say("warning:", warning, "yellow")
-
-
-class _Progress:
-    """Shows on stderr what a command is at, once it has taken a second; only in a terminal."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._display: Any = None
-        self._task: Any = None
-        self._ended = False
-        self._state = ("start", 0, 0)
-        self._timer = threading.Timer(PROGRESS_AFTER, self._start)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            self._timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        with self._lock:
-            self._ended = True
-            if self._display is not None:
-                self._display.stop()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """``total`` 0: nobody knows how long it takes."""
-        with self._lock:
-            new = stage != self._state[0]
-            self._state = (stage, done, total)
-            if self._display is not None and not self._ended:
-                self._update(new)
-
-    def _start(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        with self._lock:
-            if self._ended:
-                return
-            columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-            self._display = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._update(new=True)
-            self._display.start()
-
-    def _update(self, new: bool) -> None:
-        stage, done, total = self._state
-        if new:
-            if self._task is not None:
-                self._display.remove_task(self._task)
-            self._task = self._display.add_task(stage, total=None)
-        self._display.update(self._task, completed=done, total=total or None)
 
 
 def _say(label: str, text: str, color: str) -> None:

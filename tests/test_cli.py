@@ -210,7 +210,8 @@ def terminal(*args: str | Path, **environment: str) -> str:
     """What a command shows in a terminal of 80 columns."""
     master, slave = pty.openpty()
     code = "import fcntl, termios, struct, sys; fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 80, 0, 0)); "
-    code += "from channelfold import cli; cli.PROGRESS_AFTER = 0; cli.main(sys.argv[1:])"
+    code += "from channelfold import cli; from channelfold.runtime import progress; progress.AFTER = 0; "
+    code += "cli.main(sys.argv[1:])"
     env = (
         {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR", "TERM")}
         | {"TERM": "xterm"}
