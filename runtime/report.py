@@ -302,7 +302,8 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(Text(title, "bold not dim"), no_wrap=True)
     for column in columns:
-        table.add_column(column[1:], justify="right" if column[0] == ">" else "left")
+        # rich measures a table with a column of no width too narrow
+        table.add_column(column[1:], justify="right" if column[0] == ">" else "left", min_width=1)
     return table
 
 
