@@ -97,8 +97,8 @@ def _fold_everywhere(graph: gs.Graph, outcome: Outcome) -> bool:
 
 def _site(graph: gs.Graph, node: gs.Node) -> Affine | None:
     """The longest map that starts at a node, None when it starts none. Raises Blocked for what looks like one."""
-    run = find_affine(node)
-    if run is None or _biased(graph, node) is not None or _is_factor(node, run):
+    run = find_affine(node) if _biased(graph, node) is None else None
+    if run is None or _is_factor(node, run):
         return None
     while (follower := edit.sole_consumer(graph, run.output)) is not None:
         more = as_affine(follower)
@@ -167,7 +167,7 @@ def _fold(graph: gs.Graph, site: Affine) -> str:
         try:
             _move(graph, site, back.ends, backward, forth.ends, forward, left)
         except (Blocked, NotLinear, OverflowError) as error:
-            reasons.append(str(error))
+            reasons = reasons or [str(error)]
         else:
             return words
     if np.any(site.scale != 1):
@@ -347,7 +347,7 @@ def _shorten(graph: gs.Graph, site: Affine, reason: str) -> str:
     """Writes a run of nodes as one Mul and one Add. Raises Blocked when it is short already."""
     try:
         parts = _parts(site, site.scale, site.shift)
-    except OverflowError:
+    except (Blocked, OverflowError):
         raise Blocked(reason) from None
     if len(parts) >= len(site.nodes) or len(site.nodes) == 1:
         raise Blocked(reason)
