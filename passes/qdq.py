@@ -1,19 +1,22 @@
 """QuantizeLinear / DequantizeLinear nodes as each target wants them.
 
-    activation   DQ(Q(x))       per tensor: q = clip(round(x / s) + z, -128, 127), s and z scalars, round half to even
+    activation   DQ(Q(x))       per tensor: q = clip(round(x / s) + z), s and z scalars, round half to even
     weight       DQ(W_q)        per output channel: W_q int8 stored, s a vector, z = 0, |q| <= 127
     bias         DQ(b_q)        onnxruntime only: b_q int32, s = s_x * s_W
 
-tensorrt      z = 0; a pair of nodes in front of the quantized operators only, which all share it; the bias stays float.
-onnxruntime   z free; *every* reader of a quantized tensor reads it through its pair, and the results of Conv and of the
-              operators between convolutions are quantized too: that is what its integer kernels fuse.
+tensorrt      int8, z = 0; a pair of nodes in front of the quantized operators only, which all share it; the bias stays
+              float.
+onnxruntime   uint8, z free; *every* reader of a quantized tensor reads it through its pair, and the results of Conv and
+              of the operators between convolutions are quantized too: that is what its integer kernels fuse. With int8
+              it fuses nothing around a tensor that has two readers.
 
 A Q or DQ without a zero point would be uint8 by the ONNX specification, which TensorRT clamps to half its range, so the
-zero point is always written. A scale is never zero: a dead channel gets the smallest normal number of its type.
+zero point is always written. A scale is never zero: a dead channel gets a small number.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +25,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
-from channelfold.passes.linear import LINEAR_OPS, Linear
+from channelfold.passes.linear import LINEAR_OPS, Linear, linears
 from channelfold.runtime.graph_io import constant, free_name
 
 _CHUNK = 1 << 22  # weight values quantized at once
+_SMALLEST = {  # scale of each type; 2^-17 is not normal in float16, but 127 s is still off by s / 2 at most
+    np.dtype(np.float16): 2.0**-17,
+    np.dtype(np.float32): 2.0**-126,
+}
 
 
 @dataclass(frozen=True)
@@ -36,16 +43,16 @@ class Range:
     high: float
 
     def parameters(self, symmetric: bool, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """(scale in ``dtype``, zero point int8), scalars."""
+        """(scale in ``dtype``, zero point), scalars: int8 and 0 where ``symmetric``, else uint8."""
         if symmetric:
             return positive_scale(max(-self.low, self.high), 127, dtype), np.array(0, np.int8)
         scale = positive_scale(self.high - self.low, 255, dtype)
-        return scale, np.array(np.clip(np.rint(-128 - self.low / float(scale)), -128, 127), np.int8)
+        return scale, np.array(np.clip(np.rint(-self.low / float(scale)), 0, 255), np.uint8)
 
 
 def positive_scale(limit: np.ndarray | float, levels: int, dtype: np.dtype) -> np.ndarray:
-    """limit / levels in ``dtype``, at least the smallest normal number of that type."""
-    return np.maximum(np.asarray(limit, np.float64) / levels, float(np.finfo(dtype).tiny)).astype(dtype)
+    """limit / levels in ``dtype``, which is float32 or float16; never zero."""
+    return np.maximum(np.asarray(limit, np.float64) / levels, _SMALLEST[np.dtype(dtype)]).astype(dtype)
 
 
 def quantize_weight(
@@ -72,10 +79,17 @@ def quantize_weight(
 
 def opset_of_scales(graph: gs.Graph) -> int:
     """The opset at which a DequantizeLinear by channel can have the types of this graph's weights as scales."""
-    types = {node.inputs[1].dtype for node in graph.nodes if node.op in LINEAR_OPS and len(node.inputs) > 1}
-    return (
-        19 if np.dtype(np.float16) in {np.dtype(t) for t in types if t is not None and not isinstance(t, int)} else 13
-    )
+    return 19 if any(linear.dtype == np.float16 for linear in linears(graph)) else 13
+
+
+def why_not_int8(linear: Linear) -> str:
+    """Why a weight cannot be int8 by channel, whatever the target; empty when it can."""
+    if linear.dtype not in _SMALLEST:
+        return f"it computes in {linear.dtype}, expected float32 or float16"
+    bias = linear.bias()
+    if not np.isfinite(linear.weight()).all() or (bias is not None and not np.isfinite(bias).all()):
+        return "its weight or bias holds infinities or NaN"
+    return ""
 
 
 def weight_axis(linear: Linear) -> int:
@@ -90,16 +104,16 @@ def weight_axis(linear: Linear) -> int:
 def summary(graph: gs.Graph, kept: list[Linear]) -> dict[str, Any]:
     """The counts a report wants of a quantization: how many linear nodes there are, and which now read int8."""
     quantized = {id(site.node) for site in kept}
-    linears = [node for node in graph.nodes if node.op in LINEAR_OPS]
+    nodes = [node for node in graph.nodes if node.op in LINEAR_OPS]
     by_op = {
         op: {
-            "quantized": sum(node.op == op and id(node) in quantized for node in linears),
-            "total": sum(node.op == op for node in linears),
+            "quantized": sum(node.op == op and id(node) in quantized for node in nodes),
+            "total": sum(node.op == op for node in nodes),
         }
-        for op in dict.fromkeys(node.op for node in linears)
+        for op in dict.fromkeys(node.op for node in nodes)
     }
     return {
-        "linears": len(linears),
+        "linears": len(nodes),
         "quantized": len(kept),
         "by_op": by_op,
         "quantized_nodes": [site.name for site in kept],
@@ -115,7 +129,7 @@ class Inserter:
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
         self._pairs: dict[int, gs.Variable] = {}
-        self._weights: dict[tuple, tuple[gs.Variable, np.ndarray]] = {}
+        self._weights: dict[tuple, gs.Variable] = {}
 
     def activation(self, tensor: gs.Variable, seen: Range, readers: Sequence[gs.Node]) -> None:
         """Lets ``readers`` read a tensor through a Q and a DQ node."""
@@ -124,7 +138,7 @@ class Inserter:
             scale, zero_point = seen.parameters(self.symmetric, dtype)
             s = constant(self.graph, f"{tensor.name}_scale", scale)
             z = constant(self.graph, f"{tensor.name}_zero_point", zero_point)
-            quantized = gs.Variable(free_name(self.graph, f"{tensor.name}_quantized"), np.int8, tensor.shape)
+            quantized = gs.Variable(free_name(self.graph, f"{tensor.name}_quantized"), zero_point.dtype, tensor.shape)
             restored = gs.Variable(free_name(self.graph, f"{tensor.name}_dequantized"), dtype, tensor.shape)
             pair = [
                 gs.Node(op, f"{tensor.name}_{op}", inputs=[data, s, z], outputs=[result])
@@ -153,22 +167,19 @@ class Inserter:
         axis = weight_axis(linear)
         alpha = linear.node.attrs.get("alpha", 1.0) if linear.node.op == "Gemm" else 1.0
         floor = self._smallest_scale(linear, seen)
-        chain = tuple(id(node) for node in linear.chain)
-        key = (id(linear.source), chain, axis, linear.groups, alpha, np.asarray(floor).tobytes())
-        corrected = mean is not None and (linear.node.op != "MatMul" or linear.bias_node is not None)
-        if corrected or key not in self._weights:
-            weight = linear.weight()
-            values, scales = quantize_weight(weight, linear.dtype, floor)
-            if corrected:
-                steps = np.asarray(scales, np.float32).reshape(-1, *[1] * (weight.ndim - 1))
-                old = linear.bias()
+        weight = linear.weight()
+        values, scales = quantize_weight(weight, linear.dtype, floor)
+        if mean is not None and (linear.node.op != "MatMul" or linear.bias_node is not None):
+            steps = np.asarray(scales, np.float32).reshape(-1, *[1] * (weight.ndim - 1))
+            old = linear.bias()
+            with contextlib.suppress(OverflowError):  # a float16 bias at the end of its type stays as it is
                 linear.set_bias((0.0 if old is None else old) - linear.respond(values * steps - weight, mean))
+        chain = tuple(id(node) for node in linear.chain)
+        key = (id(linear.source), chain, axis, linear.groups, alpha, scales.tobytes())
         if key not in self._weights:
             stored = np.ascontiguousarray(linear.unorient(values))
-            restored = self._dequantized(linear.source.name, stored, scales, axis, linear.node)
-            self._weights[key] = restored, scales
-        restored, scales = self._weights[key]
-        edit.set_input(linear.node, linear.weight_input, restored)
+            self._weights[key] = self._dequantized(linear.source.name, stored, scales, axis, linear.node)
+        edit.set_input(linear.node, linear.weight_input, self._weights[key])
         if "alpha" in linear.node.attrs:
             linear.node.attrs["alpha"] = 1.0
         return scales
@@ -180,17 +191,16 @@ class Inserter:
         return np.abs(bias) / (2.0**30 * float(seen.parameters(self.symmetric, np.dtype(np.float32))[0]))
 
     def bias(self, linear: Linear, scales: np.ndarray, seen: Range) -> None:
-        """Puts an int32 bias behind DequantizeLinear at a Conv or Gemm that has one."""
+        """Puts an int32 bias behind DequantizeLinear at a float32 Conv or Gemm that has one.
+
+        In float16 it stays as it is: s_x * s_W is too small for that type.
+        """
         bias = linear.bias()
-        if bias is None or linear.node.op == "MatMul":
+        if bias is None or linear.node.op == "MatMul" or linear.dtype != np.float32:
             return
-        combined = np.maximum(
-            scales.astype(np.float64) * float(seen.parameters(self.symmetric, scales.dtype)[0]), 1e-30
-        )
-        values = np.rint(bias / combined)
-        if np.abs(values).max(initial=0) >= 2**31:
-            return
-        stored = values.astype(np.int32)
+        step = float(seen.parameters(self.symmetric, scales.dtype)[0])
+        combined = np.maximum(scales.astype(np.float64) * step, 1e-30)
+        stored = np.rint(bias / combined).astype(np.int32)  # fits: see _smallest_scale
         restored = self._dequantized(f"{linear.name}_bias", stored, combined.astype(scales.dtype), 0, linear.node)
         edit.set_input(linear.node, 2, restored)
         if "beta" in linear.node.attrs:

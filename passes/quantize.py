@@ -4,9 +4,9 @@
     W_q per output channel, symmetric int8;  x per tensor with a calibrated range;  b' float (bias correction, DFQ)
 
 Every Conv, Gemm and MatMul with a constant weight is a site. What is left in float is refused with the reason: what
-TensorRT would run in float anyway (ConvTranspose, fewer than 16 channels), what was excluded, and what 8 bits cannot
-represent: an activation whose range is so wide against its values that rounding would leave a signal-to-noise ratio
-below ``min_activation_snr`` dB.
+TensorRT would run in float anyway (ConvTranspose, fewer than 16 channels), what was excluded, what was always zero in
+calibration, and what 8 bits cannot represent: an activation whose range is so wide against its values that rounding
+would leave a signal-to-noise ratio below ``min_activation_snr`` dB.
 
 Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, section 4.2, with E[x] measured.
 """
@@ -14,7 +14,7 @@ Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,9 +22,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
-from channelfold.passes.base import Context, DataError, Outcome, Pass
+from channelfold.passes.base import Context, DataError, Outcome, Pass, UsageError
 from channelfold.passes.linear import LINEAR_OPS, Linear, NotLinear, view
-from channelfold.passes.qdq import Inserter, Range, opset_of_scales, summary
+from channelfold.passes.qdq import Inserter, Range, opset_of_scales, summary, why_not_int8
 from channelfold.runtime import calibrators
 from channelfold.runtime.calibrators import Calibrator
 from channelfold.runtime.graph_io import infer_shapes
@@ -46,6 +46,8 @@ _BETWEEN = (
     "Sigmoid",
 )
 _FUSED_ACTIVATIONS = ("Relu", "Clip")
+# What onnxruntime carries out on int8 as it is, where the scale before and behind is the same.
+_MOVING = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Quantize(Pass):
 
     ``exclude``: patterns of node names (``*`` and ``?``) that stay float; ``exclude_ops``: operator types that do.
     ``percentile``: of the calibrator of that name. ``min_activation_snr``: in dB; 0 quantizes whatever it costs.
+    Raises UsageError for a percentile outside (0, 100].
     """
 
     name: ClassVar[str] = "quantize"
@@ -68,6 +71,10 @@ class Quantize(Pass):
     percentile: float = 99.999
     correct_bias: bool = True
 
+    def __post_init__(self) -> None:
+        if not 0 < self.percentile <= 100:
+            raise UsageError(f"'percentile' is {self.percentile:g}", "Expected more than 0 and at most 100")
+
     def opset_for(self, graph: gs.Graph) -> int:
         return opset_of_scales(graph)
 
@@ -77,18 +84,32 @@ class Quantize(Pass):
         outcome = Outcome()
         infer_shapes(graph)
         sites = list(self._sites(graph, outcome))
-        between = _between(graph, sites) if self.target == "onnxruntime" else []
-        axes: dict[str, int | None] = {tensor.name: None for tensor in between}
+        integers = self.target == "onnxruntime"
+        axes: dict[str, int | None] = {tensor.name: None for tensor in _between(graph, sites)} if integers else {}
         axes |= {site.data.name: site.in_axis for site in sites}
         statistics = collect(graph, axes, ctx.calibration, ctx.progress)
         ranges = {name: self._range(seen) for name, seen in statistics.items()}
-        facts = {name: _facts(statistics[name], seen) for name, seen in ranges.items()}
-        kept = [site for site in sites if self._is_representable(site, statistics, facts, outcome)]
-        for site in kept:
-            limit = max(-ranges[site.data.name].low, ranges[site.data.name].high)
-            outcome.change(site.name, f"{site.node.op}: int8, activation {site.data.name} up to {limit:.4g}")
-        means = {name: seen.channel_mean for name, seen in statistics.items()} if self.correct_bias else {}
-        _insert(graph, kept, between, ranges, means, self.target)
+        ranges = _unified(graph, ranges) if integers else ranges
+        facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
+        reasons = {name: self._why_not_representable(statistics[name], facts[name]["snr_db"]) for name in axes}
+        kept = []
+        for site in sites:
+            name = site.data.name
+            if reason := reasons[name]:
+                snr = facts[name]["snr_db"]
+                detail = name if snr is None else f"{name}: {snr} dB, {self.min_activation_snr:g} wanted"
+                outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({detail})", reason)
+                continue
+            limit = max(-ranges[name].low, ranges[name].high)
+            outcome.change(site.name, f"{site.node.op}: int8, activation {name} up to {limit:.4g}")
+            kept.append(site)
+        poor = {name for name, reason in reasons.items() if reason or statistics[name].masked}
+        between = _between(graph, kept, poor) if integers else []
+        means = (
+            {(name, axis): statistics[name].channel_mean for name, axis in axes.items()} if self.correct_bias else {}
+        )
+        if kept:
+            _insert(graph, kept, between, ranges, means, self.target)
         outcome.facts = summary(graph, kept) | {"activations": facts}
         return outcome
 
@@ -120,54 +141,70 @@ class Quantize(Pass):
             return "ConvTranspose runs in float anyway"
         if linear.weight_input == 0:
             return "its weight is the left operand"
-        if linear.dtype not in (np.float32, np.float16):
-            return f"it computes in {linear.dtype}, expected float32 or float16"
         if min(outs, ins) < MIN_CHANNELS:
             return f"fewer than {MIN_CHANNELS} channels"
-        return ""
+        return why_not_int8(linear)
 
     def _range(self, seen: TensorStatistics) -> Range:
         low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
         if seen.total == 0:
             return Range(0.0, 0.0)
-        levels = 127 if self.target == "tensorrt" else max(127, int(255 * seen.amax / (high - low or 1.0)))
+        levels = self._levels(Range(low, high))
         limit = calibrators.threshold(seen, self.calibrator, percentile=self.percentile, levels=levels)
         return Range(max(low, -limit), min(high, limit))
 
-    def _is_representable(self, site: Linear, statistics: dict, facts: dict, outcome: Outcome) -> bool:
-        name = site.data.name
-        snr = facts[name]["snr_db"]
-        if statistics[name].total == 0:
-            reason = "no calibration sample reached its activation"
-        elif snr is not None and snr < self.min_activation_snr:
-            reason = "8 bits cannot represent its activation"
-        else:
-            return True
-        detail = f" ({name}: {snr} dB, {self.min_activation_snr:g} wanted)" if snr is not None else f" ({name})"
-        outcome.refuse(site.name, f"{site.node.op} stays float: {reason}{detail}", reason)
-        return False
+    def _levels(self, seen: Range) -> int:
+        """The steps between zero and the end of a range that is farther from it."""
+        if self.target == "tensorrt" or seen.high == seen.low:
+            return 127
+        return max(127, round(255 * max(-seen.low, seen.high) / (seen.high - seen.low)))
+
+    def _facts(self, statistics: TensorStatistics, seen: Range) -> dict[str, Any]:
+        """What a report says of an activation: its range, what is covered, and what rounding leaves of it."""
+        empty = statistics.total == 0
+        snr = np.inf if empty else calibrators.snr(statistics, max(-seen.low, seen.high), self._levels(seen))
+        return {
+            "minimum": None if empty else statistics.minimum,
+            "maximum": None if empty else statistics.maximum,
+            "low": seen.low,
+            "high": seen.high,
+            "snr_db": round(snr, 2) if np.isfinite(snr) else None,
+            "masked": statistics.masked,
+        }
+
+    def _why_not_representable(self, seen: TensorStatistics, snr: float | None) -> str:
+        if seen.total == 0:
+            return "no calibration sample reached its activation"
+        if seen.amax == 0:
+            return "its activation is zero in every calibration sample"
+        if snr is not None and snr < self.min_activation_snr:
+            return "8 bits cannot represent its activation"
+        return ""
 
 
-def _between(graph: gs.Graph, sites: list[Linear]) -> list[gs.Variable]:
-    """What onnxruntime wants quantized besides what sites read: results of Conv and Gemm, and what carries them on."""
+def _between(graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset()) -> list[gs.Variable]:
+    """What onnxruntime wants quantized besides what sites read: results of Conv and Gemm, and what carries them on.
+
+    Tensors named in ``poor`` stay float.
+    """
     known = {id(site.data) for site in sites}
     found: list[gs.Variable] = []
     conv = {id(site.node) for site in sites if site.node.op in ("Conv", "Gemm")}
     for node in graph.nodes:
         result = node.outputs[0] if node.outputs else None
-        if result is None or edit.is_output(graph, result) or not edit.is_float(result):
+        if result is None or edit.is_output(graph, result) or edit.dtype(result) not in (np.float32, np.float16):
             continue
         inputs = [t for t in node.inputs if not isinstance(t, gs.Constant) and not t.is_empty()]
         carried = node.op in _BETWEEN and bool(inputs) and all(id(t) in known for t in inputs)
-        if id(node) in conv:
+        if id(node) not in conv and (not carried or (node.op in ("Add", "Mul") and len(inputs) < 2)):
+            continue
+        if id(node) in conv or node.op == "Add":
             reader = edit.sole_consumer(graph, result)
             if reader is not None and reader.op in _FUSED_ACTIVATIONS:
                 result = reader.outputs[0]
                 if edit.is_output(graph, result):
                     continue
-        elif not carried or (node.op in ("Add", "Mul") and len(inputs) < 2):
-            continue
-        if id(result) not in known:
+        if id(result) not in known and result.name not in poor:
             known.add(id(result))
             found.append(result)
     return found
@@ -178,16 +215,20 @@ def _insert(
     sites: list[Linear],
     between: list[gs.Variable],
     ranges: dict[str, Range],
-    means: dict[str, np.ndarray | None],
+    means: Mapping[tuple[str, int | None], np.ndarray | None],
     target: str,
 ) -> None:
-    """Puts the QDQ nodes around every site."""
+    """Puts the QDQ nodes around every site.
+
+    ``means`` by tensor and axis: where a Conv and a MatMul read one tensor their channels are not the same.
+    """
     inserter = Inserter(graph, symmetric=target == "tensorrt")
     tensors = {id(tensor): tensor for tensor in [*between, *(site.data for site in sites)]}
     readers: dict[int, list[gs.Node]] = {key: [] for key in tensors}
     for site in sites:
         readers[id(site.data)].append(site.node)
-        scales = inserter.weight(site, ranges[site.data.name], means.get(site.data.name))
+        site.data.dtype = site.dtype  # where shape inference could not tell
+        scales = inserter.weight(site, ranges[site.data.name], means.get((site.data.name, site.in_axis)))
         if target == "onnxruntime":
             inserter.bias(site, scales, ranges[site.data.name])
     for key, tensor in tensors.items():
@@ -197,16 +238,10 @@ def _insert(
     edit.remove_dead(graph)
 
 
-def _facts(statistics: TensorStatistics, seen: Range) -> dict[str, Any]:
-    """What a report says of an activation: its range, what is covered, and what rounding leaves of it."""
-    if statistics.total == 0:
-        return {"minimum": None, "maximum": None, "low": 0.0, "high": 0.0, "snr_db": None, "masked": statistics.masked}
-    snr = calibrators.snr(statistics, max(-seen.low, seen.high))
-    return {
-        "minimum": statistics.minimum,
-        "maximum": statistics.maximum,
-        "low": seen.low,
-        "high": seen.high,
-        "snr_db": round(snr, 2) if np.isfinite(snr) else None,
-        "masked": statistics.masked,
-    }
+def _unified(graph: gs.Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The ranges, with that of its input for the result of an operator that only moves values."""
+    unified = dict(ranges)
+    for node in graph.nodes:
+        if node.op in _MOVING and node.inputs[0].name in unified and node.outputs[0].name in unified:
+            unified[node.outputs[0].name] = unified[node.inputs[0].name]
+    return unified

@@ -12,13 +12,12 @@ import fnmatch
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
 from channelfold.passes.base import Context, Outcome, Pass
 from channelfold.passes.linear import LINEAR_OPS, Linear, NotLinear, view
-from channelfold.passes.qdq import Inserter, opset_of_scales, summary
+from channelfold.passes.qdq import Inserter, opset_of_scales, summary, why_not_int8
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,9 @@ class QuantizeWeights(Pass):
             inserter.weight(linear)
             outcome.change(node.name, f"{node.op}: int8 weight")
             kept.append(linear)
-        inserter.finish()
-        edit.remove_dead(graph)
+        if kept:
+            inserter.finish()
+            edit.remove_dead(graph)
         outcome.facts = summary(graph, kept)
         return outcome
 
@@ -68,8 +68,6 @@ class QuantizeWeights(Pass):
                 return f"excluded by pattern {pattern!r}"
         if linear.node.op in self.exclude_ops:
             return f"excluded by operator type {linear.node.op}"
-        if linear.dtype not in (np.float32, np.float16):
-            return f"it computes in {linear.dtype}, expected float32 or float16"
         if linear.node.op == "ConvTranspose" and linear.groups > 1:
             return "the output channels of a grouped ConvTranspose are not on one axis of its weight"
-        return ""
+        return why_not_int8(linear)

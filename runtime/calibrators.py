@@ -26,9 +26,12 @@ _MSE_FLOOR = 1 / 64  # of the largest magnitude: below it no range was ever bett
 
 
 def threshold(statistics: TensorStatistics, calibrator: str, *, percentile: float = 99.999, levels: int = 127) -> float:
-    """The largest magnitude to represent, in the tensor's units; 0.0 when nothing but zeros was seen."""
-    if statistics.amax == 0.0:
-        return 0.0
+    """The largest magnitude to represent, in the tensor's units; 0.0 when nothing but zeros was seen.
+
+    ``percentile`` in (0, 100]; ``levels``: the steps from zero to that magnitude.
+    """
+    if statistics.amax < LOWER[1]:  # zeros, and denormals that have no bins
+        return statistics.amax
     choose: dict[str, Callable[[], float]] = {
         "minmax": lambda: statistics.amax,
         "percentile": lambda: _percentile(statistics, percentile),
@@ -87,9 +90,9 @@ def _entropy(statistics: TensorStatistics, levels: int, bins: int = 2048) -> flo
     linear = _linear_histogram(statistics, bins)
     steps = levels + 1
     best, best_divergence = bins, np.inf
-    for stop in range(steps, bins + 1, 8):
+    for stop in range(bins, steps - 1, -8):  # from the widest, so that nothing is clipped without a gain
         divergence = _divergence(linear, stop, steps)
-        if divergence < best_divergence:
+        if divergence < best_divergence - 1e-9:
             best, best_divergence = stop, divergence
     return float(statistics.amax * best / bins)
 

@@ -24,21 +24,21 @@ from channelfold.runtime.graph_io import export, open_model
 from channelfold.runtime.ort import Feed
 
 BINS = 1 << 15  # of magnitudes; with the sign there are twice as many
-MASK = 1e30  # values at least this large are attention masks and the like, not activations
+MASK = 2.0**100  # values at least this large (1.3e30) are attention masks and the like; the edge of a bin
 GROUP_BYTES = 1 << 29  # activations of one sample that may be observed in one run
 
 _INFINITE = 0xFF << 7  # the first bin of infinities and NaN
 _EDGES = (np.arange(_INFINITE, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
 LOWER = _EDGES[:-1]  # magnitude at the lower edge of each finite bin
 WIDTH = np.diff(_EDGES)
-_FIRST_MASKED = int(np.searchsorted(LOWER, MASK))
+_FIRST_MASKED = int(np.flatnonzero(LOWER == MASK)[0])
 
 
 @dataclass
 class TensorStatistics:
     """What was seen of one tensor. ``counts``: int64, first the ``BINS`` of positive values, then those of negative.
 
-    With a ``channel_axis``, sums over all other axes are kept too.
+    With a ``channel_axis``, sums over all other axes are kept too, with 0 in the place of what is masked.
     """
 
     channel_axis: int | None = None
@@ -65,7 +65,7 @@ class TensorStatistics:
 
     @property
     def masked(self) -> int:
-        """How many values were left out because their magnitude is 1e30 or more."""
+        """How many values were left out because their magnitude is ``MASK`` or more."""
         return int((self.counts[_FIRST_MASKED:BINS] + self.counts[BINS + _FIRST_MASKED :]).sum())
 
     @property
@@ -74,25 +74,33 @@ class TensorStatistics:
         return max(abs(self.minimum), abs(self.maximum)) if self.total else 0.0
 
     def add(self, values: np.ndarray) -> None:
-        """Counts the values of one sample. Raises DataError for NaN."""
+        """Counts the values of one sample, float32. Raises DataError for NaN, and where the channels are not as before.
+
+        The upper half of a value is the second of its two uint16: ONNX Runtime runs on little-endian machines only.
+        """
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         if flat.size == 0:
             return
-        self.counts += np.bincount(flat.view(np.uint16)[1::2], minlength=2 * BINS)
         low, high = float(flat.min()), float(flat.max())
+        if np.isnan(low):
+            raise DataError("it holds NaN")
         if not (low > -MASK and high < MASK):
-            if np.isnan(flat).any():
-                raise DataError("it holds NaN")
-            kept = flat[np.abs(flat) < MASK]
-            if kept.size == 0:
-                return
-            low, high = float(kept.min()), float(kept.max())
-        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+            masked = np.abs(values) >= MASK
+            low = float(values.min(initial=np.inf, where=~masked))
+            high = float(values.max(initial=-np.inf, where=~masked))
+            values = np.where(masked, np.float32(0), values)
         if self.channel_axis is not None:
-            axis = self.channel_axis % values.ndim
-            others = tuple(i for i in range(values.ndim) if i != axis)
-            self._channel_sum = self._channel_sum + values.sum(axis=others, dtype=np.float32).astype(np.float64)
-            self._positions += values.size // values.shape[axis]
+            self._add_channels(values, self.channel_axis % values.ndim)
+        self.counts += np.bincount(flat.view(np.uint16)[1::2], minlength=2 * BINS)
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+
+    def _add_channels(self, values: np.ndarray, axis: int) -> None:
+        seen = np.size(self._channel_sum)
+        if self._positions and seen != values.shape[axis]:
+            raise DataError(f"it has {values.shape[axis]} channels on axis {self.channel_axis}, and had {seen} before")
+        others = tuple(i for i in range(values.ndim) if i != axis)
+        self._channel_sum = self._channel_sum + values.sum(axis=others, dtype=np.float64)
+        self._positions += values.size // values.shape[axis]
 
 
 def collect(
@@ -182,7 +190,7 @@ def _sizes(graph: gs.Graph, feed: Feed) -> dict[str, int]:
     except Exception:  # inference that fails only means that sizes are unknown
         return {}
     sizes = {}
-    for value in [*inferred.graph.value_info, *inferred.graph.input]:
+    for value in [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]:
         dims = value.type.tensor_type.shape.dim
         if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
             sizes[value.name] = 4 * int(np.prod([d.dim_value for d in dims], dtype=np.int64))
