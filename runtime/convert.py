@@ -104,6 +104,7 @@ class _Importer:
 
     def run(self, path: Path | None, weights: Mapping[str, Values]) -> gs.Graph:
         constants = {name: gs.Constant(name, values) for name, values in weights.items()}
+        _check_text(self.model.producer_name, self.model.producer_version)
         graph = self._graph(self.model.graph, ChainMap(), constants)
         for tensor in constants.values():  # by now all tensors of the main graph
             vars(tensor)["outermost"] = True
@@ -119,6 +120,7 @@ class _Importer:
     def _graph(self, proto: onnx.GraphProto, outer: ChainMap, constants: dict[str, Any] | None = None) -> gs.Graph:
         scope = outer.new_child(constants)
         local = scope.maps[0]
+        _check_text(proto.name, proto.doc_string, *(tensor.name for tensor in proto.initializer))
         keep = _without(
             proto, "node", "input", "output", "initializer", "sparse_initializer", "value_info", "name", "doc_string"
         )
@@ -133,9 +135,8 @@ class _Importer:
             if tensor.name not in names:
                 local[tensor.name] = gs.Constant(tensor.name, self.folder.values(tensor))
         for sparse in proto.sparse_initializer:
-            values = SparseValues(self._inlined(sparse))
-            values.shape = tuple(sparse.dims)
-            local[sparse.values.name] = gs.Constant(sparse.values.name, values)
+            _check_text(sparse.values.name)
+            local[sparse.values.name] = gs.Constant(sparse.values.name, weights.sparse_values(self._inlined(sparse)))
         info = {value.name: value for value in (*proto.value_info, *proto.output, *inputs)}
         graph_inputs = [_lookup(value.name, local, local, info) for value in inputs]
         nodes = [
@@ -152,6 +153,8 @@ class _Importer:
         return graph
 
     def _node(self, proto: onnx.NodeProto, name: str, scope: ChainMap, info: dict) -> gs.Node | None:
+        attributes = (attribute.name for attribute in proto.attribute)
+        _check_text(proto.op_type, proto.name, proto.domain, *proto.output, *attributes)
         keep = _without(proto, "input", "output", "name", "op_type", "domain", "attribute")
         attrs: dict[str, Any] = {}
         for attribute in proto.attribute:
@@ -194,6 +197,7 @@ class _Importer:
             case _KIND.STRINGS if all(weights.is_text(s) for s in proto.strings):
                 return [s.decode() for s in proto.strings]
             case _KIND.TENSOR:
+                _check_text(proto.t.name)
                 return gs.Constant(proto.t.name, self.folder.values(proto.t))
             case _KIND.GRAPH:
                 return self._graph(proto.g, scope)
@@ -216,12 +220,20 @@ def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
                 yield from _tensors(item)
 
 
+def _check_text(*texts: str | bytes | None) -> None:
+    """Protobuf hands out a text that is not UTF-8 as bytes, and takes it back from nobody."""
+    for text in texts:
+        if isinstance(text, bytes):
+            raise ValueError(f"the name {text!r} is not UTF-8")
+
+
 def _lookup(name: str, scope: Any, local: Any, info: dict[str, onnx.ValueInfoProto]) -> gs.Tensor:
     """The tensor a name means in ``scope``, made in ``local`` when it is new."""
     if not name:
         return gs.Variable.empty()
     tensor = scope.get(name)
     if tensor is None:
+        _check_text(name)
         tensor = local[name] = gs.Variable(name)
         if name in info:
             _set_info(tensor, info[name])
@@ -243,6 +255,7 @@ def tensor_type(proto: onnx.TypeProto.Tensor) -> tuple[np.dtype | None, list[int
     if not proto.HasField("shape"):
         return dtype, None
     dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in proto.shape.dim]
+    _check_text(*(d for d in dims if not isinstance(d, int)))
     return dtype, [None if isinstance(d, int) and d < 0 else d for d in dims]
 
 

@@ -158,11 +158,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises OutputError for anything the file system refuses.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "not a regular file"
-        raise OutputError(f"Cannot write {path}: it is {what}", "Give the path of a file.")
     temporary = path.with_name(f".channelfold-{secrets.token_hex(4)}.tmp")
     try:
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "not a regular file"
+            raise OutputError(f"Cannot write {path}: it is {what}", "Give the path of a file.")
         with temporary.open("wb") as file:
             yield file
             file.flush()

@@ -211,6 +211,23 @@ def read(constant: gs.Constant) -> np.ndarray:
     return onnx.numpy_helper.to_array(values.tensor) if isinstance(values, LazyValues) else values
 
 
+def sparse_values(proto: onnx.SparseTensorProto) -> SparseValues:
+    """The values of a sparse initializer. Raises ModelError when they do not fit its dims."""
+    try:
+        indices, dims = onnx.numpy_helper.to_array(proto.indices), list(proto.dims)
+        shape = (len(onnx.numpy_helper.to_array(proto.values)), len(dims))
+        limits = math.prod(dims) if indices.ndim == 1 else np.array(dims)
+        if indices.shape not in (shape, shape[:1]) or min(dims) < 0 or ((indices < 0) | (indices >= limits)).any():
+            raise ValueError(f"its values or their indices do not fit its dims {dims}")
+    except _BROKEN as error:
+        raise ModelError(
+            f"The sparse tensor {proto.values.name!r} is broken: {error}", "Export the model again."
+        ) from None
+    values = SparseValues(proto)
+    values.shape = tuple(dims)
+    return values
+
+
 def _dense(proto: onnx.SparseTensorProto) -> np.ndarray:
     values, indices = onnx.numpy_helper.to_array(proto.values), onnx.numpy_helper.to_array(proto.indices)
     out = np.zeros(tuple(proto.dims), values.dtype)

@@ -107,7 +107,7 @@ def test_tensors_that_make_no_sense(folder, change):
     for field, value in change.items():
         proto.ClearField(field)
         proto.MergeFrom(TensorProto(**{field: value}))
-    with pytest.raises(ModelError, match="data of tensor 'w' (are broken|need bytes)"):
+    with pytest.raises(ModelError, match=r"data of tensor 'w' (are broken|need bytes)"):
         _values(proto, folder)
 
 
