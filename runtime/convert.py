@@ -261,12 +261,12 @@ def tensor_type(proto: onnx.TypeProto.Tensor) -> tuple[np.dtype | None, list[int
 
 def _lift(proto: onnx.NodeProto, attrs: dict[str, Any], local: Any) -> bool:
     """Turns the output of a Constant node into a constant of the graph; False where it must stay a node."""
-    if len(proto.attribute) != 1 or len(proto.output) != 1 or not proto.output[0]:
+    if len(proto.attribute) != 1 or len(proto.output) != 1 or not proto.output[0] or not attrs:
         return False
-    ((kind, value),) = attrs.items() or [("", None)]
+    ((kind, value),) = attrs.items()
     if kind not in _LIFTED or (kind == "value") != isinstance(value, gs.Constant):
         return False
-    values = value._values if kind == "value" else np.array(value, _LIFTED[kind])
+    values = value._values if isinstance(value, gs.Constant) else np.array(value, _LIFTED[kind])
     name = proto.output[0]
     if isinstance(known := local.get(name), gs.Variable):  # read by an earlier node of an unsorted graph, or declared
         known.to_constant(values)
@@ -351,6 +351,9 @@ class _Places:
             self.names[key] = name
             (self.large if large and home is graph else self.small.setdefault(id(home), [])).append(tensor)
 
+    def name(self, tensor: Any) -> str:
+        return self.names[id(tensor)] if id(tensor) in self.names else tensor.name
+
 
 def _tensors_of(graph: gs.Graph) -> Iterator[gs.Tensor]:
     """The tensors of a graph, inputs and outputs first; some more than once."""
@@ -396,7 +399,7 @@ def _write_node(node: gs.Node, proto: onnx.NodeProto, places: _Places) -> None:
     if (keep := vars(node).get("carried")) is not None:
         proto.CopyFrom(keep)
     _set(proto, op_type=node.op, name=node.name, domain=node.domain)
-    proto.input.extend(places.names.get(id(tensor), tensor.name) for tensor in node.inputs)
+    proto.input.extend(places.name(tensor) for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)
     kept = {attribute.name for attribute in proto.attribute}
     for name, value in node.attrs.items():
