@@ -16,6 +16,7 @@ samples in its place. Models, recipes and data raise the ChannelfoldError subcla
 from __future__ import annotations
 
 import contextlib
+import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -245,7 +246,8 @@ class _Job:
         self._warn(*pipeline.warnings(steps))
         self.progress("save", 0, 0)
         graph_io.save(graph, out)
-        del graph, self.graph  # its mapped weights would count as memory beside the sessions
+        del graph, self.graph
+        gc.collect()  # nodes and tensors refer to each other, and their mapped weights count as memory while they live
         self.record["output"] = inspection.model_facts(out, graph_io.load(out))
         if self.evaluation or self.calibration or any(step["kind"] != "exact" for step in steps):
             self.prove(out)  # exact steps alone have been verified one by one
