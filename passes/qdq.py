@@ -101,10 +101,20 @@ def weight_axis(linear: Linear) -> int:
     return 0 if linear.node.op == "Conv" else 1
 
 
+def live_linears(graph: gs.Graph) -> list[gs.Node]:
+    """The linear nodes whose results are needed, in order."""
+    dead: set[int] = set()
+    for node in reversed(graph.nodes):
+        readers = [reader for tensor in node.outputs for reader in tensor.outputs]
+        if all(id(reader) in dead for reader in readers) and not any(edit.is_output(graph, t) for t in node.outputs):
+            dead.add(id(node))
+    return [node for node in graph.nodes if node.op in LINEAR_OPS and id(node) not in dead]
+
+
 def summary(graph: gs.Graph, kept: list[Linear]) -> dict[str, Any]:
     """The counts a report wants of a quantization: how many linear nodes there are, and which now read int8."""
     quantized = {id(site.node) for site in kept}
-    nodes = [node for node in graph.nodes if node.op in LINEAR_OPS]
+    nodes = live_linears(graph)
     by_op = {
         op: {
             "quantized": sum(node.op == op and id(node) in quantized for node in nodes),

@@ -23,8 +23,8 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
 from channelfold.passes.base import Context, DataError, Outcome, Pass, UsageError
-from channelfold.passes.linear import LINEAR_OPS, Linear, NotLinear, view
-from channelfold.passes.qdq import Inserter, Range, opset_of_scales, summary, why_not_int8
+from channelfold.passes.linear import Linear, NotLinear, view
+from channelfold.passes.qdq import Inserter, Range, live_linears, opset_of_scales, summary, why_not_int8
 from channelfold.runtime import calibrators
 from channelfold.runtime.calibrators import Calibrator
 from channelfold.runtime.graph_io import infer_shapes
@@ -114,9 +114,7 @@ class Quantize(Pass):
         return outcome
 
     def _sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Linear]:
-        for node in graph.nodes:
-            if node.op not in LINEAR_OPS:
-                continue
+        for node in live_linears(graph):
             try:
                 linear = view(graph, node)
             except NotLinear as error:

@@ -16,8 +16,8 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
 from channelfold.passes.base import Context, Outcome, Pass
-from channelfold.passes.linear import LINEAR_OPS, Linear, NotLinear, view
-from channelfold.passes.qdq import Inserter, opset_of_scales, summary, why_not_int8
+from channelfold.passes.linear import Linear, NotLinear, view
+from channelfold.passes.qdq import Inserter, live_linears, opset_of_scales, summary, why_not_int8
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class QuantizeWeights(Pass):
         outcome = Outcome()
         inserter = Inserter(graph)
         kept = []
-        linears = [node for node in graph.nodes if node.op in LINEAR_OPS]
+        linears = live_linears(graph)
         for done, node in enumerate(linears):
             ctx.progress("Quantizing weights", done, len(linears))
             try:
