@@ -352,7 +352,7 @@ class _Places:
             (self.large if large and home is graph else self.small.setdefault(id(home), [])).append(tensor)
 
     def name(self, tensor: Any) -> str:
-        return self.names[id(tensor)] if id(tensor) in self.names else tensor.name
+        return self.names.get(id(tensor)) or tensor.name
 
 
 def _tensors_of(graph: gs.Graph) -> Iterator[gs.Tensor]:
