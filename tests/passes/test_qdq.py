@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
@@ -149,7 +151,7 @@ def test_float16_scales_need_opset_19(kind, text, opset):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_refused(bad):
     for name in "Wb":
-        constants = {"W": random((8, 8), "W"), "b": random(8, "b")}
+        constants: dict[str, Any] = {"W": random((8, 8), "W"), "b": random(8, "b")}
         constants[name].flat[3] = bad
         graph = build("(float[N,8] x) => (float[] y)", "y = Gemm(x, W, b)", kind="float", **constants)
         assert why_not_int8(linears(graph)[0]) == "its weight or bias holds infinities or NaN"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -456,9 +457,9 @@ def test_nodes_that_nobody_reads_do_not_count():
 
 def network() -> gs.Graph:
     """Convolutions with a residual, pools and a classifier, 16 channels wide from the start."""
-    shapes = {"W1": (32, 16, 3, 3), "b1": 32, "W2": (32, 32, 3, 3), "b2": 32, "W3": (24, 32), "b3": 24}
-    scales = {name: np.sqrt(2 / np.prod(shape[1:])) if name[0] == "W" else 0.1 for name, shape in shapes.items()
-              for shape in [(shape,) if isinstance(shape, int) else shape]}  # fmt: skip
+    weights: dict[str, Any] = {"W1": (32, 16, 3, 3), "W2": (32, 32, 3, 3), "W3": (24, 32)}
+    for name, shape in weights.items():
+        weights[name] = np.sqrt(2 / np.prod(shape[1:])) * random(shape, name)
     return build(
         "(float[N,16,8,8] x) => (float[] y)",
         """
@@ -473,7 +474,10 @@ def network() -> gs.Graph:
         y = Gemm<transB=1>(f, W3, b3)
         """,
         kind="float",
-        **{name: scales[name] * random(shape, name) for name, shape in shapes.items()},
+        **weights,
+        b1=0.1 * random(32, "b1"),
+        b2=0.1 * random(32, "b2"),
+        b3=0.1 * random(24, "b3"),
     )
 
 
@@ -532,7 +536,7 @@ def test_what_is_refused_leaves_its_result_float_for_onnxruntime():
     outcome = quantize(graph, Quantize(target="onnxruntime", exclude=("Conv_3",)))
     assert outcome.facts["quantized"] == 2
     quantized = [n.inputs[0].name for n in graph.nodes if n.op == "QuantizeLinear"]
-    assert quantized == ["x", "r1", "p", "f"] or quantized == ["x", "r1", "f"]
+    assert quantized == ["x", "r1", "p", "f"]
 
 
 def test_old_models_whose_weights_are_computed_are_refused(tmp_path):
@@ -548,7 +552,7 @@ def test_old_models_whose_weights_are_computed_are_refused(tmp_path):
 @given(
     data=st.data(), target=st.sampled_from(["tensorrt", "onnxruntime"]), calibrator=st.sampled_from(["minmax", "mse"])
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=(HealthCheck.too_slow,), derandomize=True)
 def test_random_networks(data, target, calibrator):
     """Whatever the graph: no crash, a model that runs, and outputs that stay near the float ones."""
     graph = data.draw(strategies.graphs())
@@ -593,6 +597,7 @@ def test_tensorrt_runs_every_quantized_node_in_int8(tmp_path):
     pytest.importorskip("tensorrt_rtx")
     from channelfold.runtime import tensorrt
 
+    weights: dict[str, Any] = {name: random((64, 64), name) / 8 for name in "QKVOF"}
     attention = build(
         "(float[2,16,64] x) => (float[] y)",
         """
@@ -601,7 +606,7 @@ def test_tensorrt_runs_every_quantized_node_in_int8(tmp_path):
         s = MatMul(q, t) a = Softmax<axis=-1>(s) m = MatMul(a, v)
         o = MatMul(m, O) r = Add(o, x) y = MatMul(r, F)
         """,
-        kind="float", **{name: random((64, 64), name) / 8 for name in "QKVOF"},
+        kind="float", **weights,
     )  # fmt: skip
     cnn = network()
     for name, graph in (("cnn", cnn), ("attention", attention)):

@@ -168,7 +168,7 @@ def test_denormal_numbers_have_a_range(calibrator, value):
 
 @pytest.mark.parametrize("calibrator", CALIBRATORS)
 def test_masks_do_not_count(calibrator):
-    masked = np.append(DATA["normal"], np.float32([-3e38] * 1000))
+    masked = np.append(DATA["normal"], np.full(1000, -3e38, np.float32))
     assert threshold(seen(masked), calibrator) == threshold(seen(DATA["normal"]), calibrator)
     assert snr(seen(masked), 3.0) == snr(seen(DATA["normal"]), 3.0)
 
