@@ -188,6 +188,8 @@ def _plans(site: Affine, back: _Way, forth: _Way) -> Iterator[tuple[str, _Map, _
         return
     ratio = np.divide(shift, scale, out=zero.copy(), where=scale != 0)
     whole = np.isfinite(ratio).all() and not np.any(shift[scale == 0])
+    if edit.dtype(site.input) == np.float16:
+        whole = False  # x + t / s can be out of its range where s * x + t is not
     yield "scale into what precedes it, shift into what follows it", (scale, zero), (one, shift), nothing
     if whole:
         yield "shift into what precedes it, scale into what follows it", (one, ratio), (scale, zero), nothing
@@ -207,7 +209,7 @@ def _backward(graph: gs.Graph, site: Affine) -> _Way:
             node = edit.producer(tensor)
             if node is None:
                 raise Blocked("an input of the graph precedes it")
-            if edit.sole_consumer(graph, tensor) is not reader:
+            if edit.is_output(graph, tensor) or [id(n) for n in tensor.outputs if not _asks_shape(n)] != [id(reader)]:
                 raise Blocked(f"{node.op} in front of it has other readers")
             end = _end(graph, node)
             if end is not None:
@@ -231,9 +233,11 @@ def _forward(graph: gs.Graph, site: Affine) -> _Way:
     try:
         while pending:
             tensor, v = pending.pop()
-            if edit.is_output(graph, tensor) or not tensor.outputs:
+            if edit.is_output(graph, tensor):
                 raise Blocked("its result is an output of the graph")
             for node in edit.consumers(tensor):
+                if _asks_shape(node):
+                    continue
                 if not edit.in_graph(graph, node):
                     raise Blocked("a subgraph reads its result")
                 places = [i for i, t in enumerate(node.inputs) if t is tensor]
@@ -251,6 +255,10 @@ def _forward(graph: gs.Graph, site: Affine) -> _Way:
     except Blocked as error:
         way.no_scale = way.no_shift = str(error).replace("is in between", "follows it")
     return way
+
+
+def _asks_shape(node: gs.Node) -> bool:
+    return node.op in ("Shape", "Size") and edit.is_standard(node)
 
 
 def _limit(way: _Way, site: Affine, v: Vector) -> None:
@@ -299,14 +307,15 @@ def _move(graph: gs.Graph, site: Affine, back, backward: _Map, forth, forward: _
     writes = []
     if _matters(backward):
         for end, v in back:
-            scale, shift = v.expand(backward[0]), v.expand(backward[1])
             if isinstance(end, Linear):
+                scale, shift = _expand(v, backward, end, end.channels[0])
                 writes.append((end, end.rescaled(out_scale=scale, out_shift=shift)))
             else:
-                writes.append((end, _norm_parameters(end, scale, shift)))
+                writes.append((end, _norm_parameters(end, *backward)))
     if _matters(forward):
         for end, v in forth:
-            writes.append((end, end.rescaled(in_scale=v.expand(forward[0]), in_shift=v.expand(forward[1]))))
+            scale, shift = _expand(v, forward, end, end.channels[1])
+            writes.append((end, end.rescaled(in_scale=scale, in_shift=shift)))
     linears = [(end, values) for end, values in writes if isinstance(end, Linear)]
     for linear, _ in linears:
         _check_growth(linear)
@@ -323,14 +332,21 @@ def _move(graph: gs.Graph, site: Affine, back, backward: _Map, forth, forward: _
     _leave(graph, site, parts)
 
 
+def _expand(v: Vector, part: _Map, end: Linear, channels: int) -> _Map:
+    scale, shift = v.expand(part[0]), v.expand(part[1])
+    if scale.ndim and scale.size != channels:
+        raise Blocked(f"it has {scale.size} channels, but {end.name} has {channels}: the shapes in the file are wrong")
+    return scale, shift
+
+
 def _matters(part: _Map) -> bool:
     return bool(np.any(part[0] != 1) or np.any(part[1] != 0))
 
 
 def _check_growth(linear: Linear) -> None:
     if linear.growth > GROWTH_LIMIT:
-        size = f"{linear.growth / 1e6:.1f} MB"
-        raise Blocked(f"the weight of {linear.name} is stored for others too: a copy would make the file {size} larger")
+        size, cause = f"{linear.growth / 1e6:.1f} MB", "the old one has other readers or takes fewer bytes"
+        raise Blocked(f"a new weight for {linear.name} would make the file {size} larger ({cause})")
 
 
 def _norm_parameters(node: gs.Node, scale: np.ndarray, shift: np.ndarray) -> list[tuple[int, np.ndarray]]:

@@ -14,6 +14,7 @@ larger (a tied embedding behind a Transpose, a weight that ConstantOfShape makes
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,6 +26,7 @@ from channelfold.passes.base import Context, ModelError, Outcome, Pass
 from channelfold.runtime.graph_io import infer_shapes, session, stored
 
 GROWTH_LIMIT = 1 << 20  # bytes
+_BATCH = 1 << 26  # bytes of values that are computed in one session
 
 _KEPT = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "RandomNormal", "RandomNormalLike", "RandomUniform",
@@ -42,12 +44,44 @@ class FoldConstants(Pass):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()
+        small = [group for group in map(_Group.of, _groups(graph)) if not _is_too_large(group, group.nbytes, outcome)]
         try:
-            for group in _groups(graph):
-                _fold(graph, group, outcome)
+            for batch in _batches(small):
+                for group, values in _computed(graph, batch):
+                    _replace(graph, group, values, outcome)
         finally:
             edit.sweep(graph)
         return outcome
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Nodes that fold together, their tensors that others read, and the bytes of constants that go with them."""
+
+    nodes: list[gs.Node]
+    results: list[gs.Tensor]
+    freed: int
+
+    @classmethod
+    def of(cls, nodes: list[gs.Node]) -> _Group:
+        inside = {id(node) for node in nodes}
+        results = [t for node in nodes for t in node.outputs if any(id(reader) not in inside for reader in t.outputs)]
+        sources = {id(t): t for node in nodes for t in node.inputs if isinstance(t, gs.Constant)}
+        freed = [_nbytes(t) for t in sources.values() if all(id(reader) in inside for reader in t.outputs)]
+        return cls(nodes, results, sum(freed))
+
+    @property
+    def name(self) -> str:
+        return self.nodes[-1].name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its results, as far as their shapes are known."""
+        return sum(map(_nbytes, self.results))
+
+    def __str__(self) -> str:
+        last = self.nodes[-1].op
+        return last if len(self.nodes) == 1 else f"{len(self.nodes)} nodes up to {last}"
 
 
 def _groups(graph: gs.Graph) -> list[list[gs.Node]]:
@@ -97,36 +131,6 @@ def _known_shape(node: gs.Node) -> np.ndarray | None:
     return np.array(shape[node.attrs.get("start", 0) : node.attrs.get("end")], np.int64)
 
 
-def _fold(graph: gs.Graph, group: list[gs.Node], outcome: Outcome) -> None:
-    """Computes a group and puts constants in its place, or refuses it."""
-    inside = {id(node) for node in group}
-    results = [t for node in group for t in node.outputs if any(id(reader) not in inside for reader in t.outputs)]
-    sources = {id(t): t for node in group for t in node.inputs if isinstance(t, gs.Constant)}
-    freed = sum(_nbytes(t) for t in sources.values() if all(id(reader) in inside for reader in t.outputs))
-    name = group[-1].name
-    if (grown := sum(map(_nbytes, results)) - freed) > GROWTH_LIMIT:
-        outcome.refuse(name, f"{_ops(group)}: its value would make the file {grown / 1e6:.1f} MB larger", "size")
-        return
-    try:
-        values = _compute(graph, group, results)
-    except ModelError as error:
-        outcome.refuse(name, f"{_ops(group)}: {error}", "ONNX Runtime cannot compute it")
-        return
-    if not all(isinstance(value, np.ndarray) for value in values):
-        outcome.refuse(name, f"{_ops(group)}: its value is not a tensor", "not a tensor")
-        return
-    constants = [stored(graph, value, t.name) for value, t in zip(values, results, strict=True)]
-    for node in group:
-        edit.detach(node)
-    for tensor, value in zip(results, constants, strict=True):
-        tensor.to_constant(value)
-    outcome.change(name, f"{_ops(group)} computed")
-
-
-def _ops(group: list[gs.Node]) -> str:
-    return group[0].op if len(group) == 1 else f"{len(group)} nodes up to {group[-1].op}"
-
-
 def _nbytes(tensor: gs.Tensor) -> int:
     """Bytes of a tensor's values, 0 where its shape is not known."""
     if tensor.shape is None or not all(isinstance(d, int) for d in tensor.shape):
@@ -135,14 +139,68 @@ def _nbytes(tensor: gs.Tensor) -> int:
     return math.prod(tensor.shape) * (kind.itemsize if kind is not None else 4)
 
 
-def _compute(graph: gs.Graph, group: list[gs.Node], wanted: list[gs.Tensor]) -> list[np.ndarray]:
-    """The values of tensors that a group of nodes makes out of constants. Raises ModelError."""
-    known = {node.outputs[0].name: shape for node in group if (shape := _known_shape(node)) is not None}
-    nodes = [node for node in group if node.outputs[0].name not in known]
-    names = [t.name for t in wanted if t.name not in known]
-    if names:
+def _is_too_large(group: _Group, nbytes: int, outcome: Outcome) -> bool:
+    """Refuses a group whose results, ``nbytes`` in all, would make the file much larger."""
+    grown = nbytes - group.freed
+    if grown > GROWTH_LIMIT:
+        outcome.refuse(group.name, f"{group}: its value would make the file {grown / 1e6:.1f} MB larger", "size")
+    return grown > GROWTH_LIMIT
+
+
+def _batches(groups: list[_Group]) -> Iterator[list[_Group]]:
+    """Groups that may be computed at once."""
+    batch, size = [], 0
+    for group in groups:
+        batch.append(group)
+        size += group.nbytes
+        if size > _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _computed(graph: gs.Graph, groups: list[_Group]) -> Iterator[tuple[_Group, list[np.ndarray] | ModelError]]:
+    """Every group with the values of its results, or with what ONNX Runtime says against it."""
+    try:
+        values = iter(_compute(graph, [n for g in groups for n in g.nodes], [t for g in groups for t in g.results]))
+    except ModelError as error:
+        if len(groups) == 1:
+            yield groups[0], error
+            return
+        middle = len(groups) // 2  # a session costs more than most nodes: the one that fails is searched for by halves
+        yield from _computed(graph, groups[:middle])
+        yield from _computed(graph, groups[middle:])
+    else:
+        for group in groups:
+            yield group, [next(values) for _ in group.results]
+
+
+def _compute(graph: gs.Graph, nodes: list[gs.Node], wanted: list[gs.Tensor]) -> list[np.ndarray]:
+    """The values of tensors that nodes make out of constants. Raises ModelError."""
+    known = {node.outputs[0].name: shape for node in nodes if (shape := _known_shape(node)) is not None}
+    nodes = [node for node in nodes if node.outputs[0].name not in known]
+    outputs = [t for t in wanted if t.name not in known]
+    if outputs:
         inputs = list({t.name: t for node in nodes for t in node.inputs if t.name in known}.values())
-        outputs = [t for t in wanted if t.name in names]
         part = gs.Graph(nodes, inputs, outputs, opset=graph.opset, import_domains=graph.import_domains)
         known |= session(part, optimize=False).run({t.name: known[t.name] for t in inputs})
     return [known[t.name] for t in wanted]
+
+
+def _replace(graph: gs.Graph, group: _Group, values: list[np.ndarray] | ModelError, outcome: Outcome) -> None:
+    """Puts constants in the place of a group, or refuses it."""
+    if isinstance(values, ModelError):
+        outcome.refuse(group.name, f"{group}: {values}", "ONNX Runtime cannot compute it")
+        return
+    if not all(isinstance(value, np.ndarray) for value in values):
+        outcome.refuse(group.name, f"{group}: its value is not a tensor", "not a tensor")
+        return
+    if _is_too_large(group, sum(value.nbytes for value in values), outcome):
+        return
+    constants = [stored(graph, value, t.name) for value, t in zip(values, group.results, strict=True)]
+    for node in group.nodes:
+        edit.detach(node)
+    for tensor, value in zip(group.results, constants, strict=True):
+        tensor.to_constant(value)
+    outcome.change(group.name, f"{group} computed")

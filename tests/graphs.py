@@ -135,7 +135,6 @@ def fold(step: Pass, graph: gs.Graph, *, rtol: float | None = None, size: int = 
     again = step.apply(graph, Context())
     assert not again.changed, f"a second time: {again.changed}"
     assert listing(graph) == new
-    assert again.refused == outcome.refused, f"{again.refused} not {outcome.refused}"
     return outcome
 
 

@@ -155,6 +155,12 @@ def _conv(b: _Builder, x: str) -> str | None:
     return b.add(op, inputs, **attrs)
 
 
+def _padded_conv(b: _Builder, x: str) -> str | None:
+    size = len(b.values[x].shape)
+    padded = b.add("Pad", [x, b.constant(np.array([b.pick(0, 1, 2) if i % size > 1 else 0 for i in range(2 * size)]))])
+    return (padded and _conv(b, padded)) or padded
+
+
 def _matmul(b: _Builder, x: str) -> str | None:
     shape = b.values[x].shape
     n = b.pick(1, 2, 3, 4)
@@ -290,7 +296,7 @@ def _decomposed_norm(b: _Builder, x: str) -> str | None:
 
 
 _AFFINE = (_arithmetic, _arithmetic, _batchnorm)
-_LINEAR = (_conv, _conv, _matmul, _matmul, _gemm, _norm)
+_LINEAR = (_conv, _conv, _padded_conv, _matmul, _matmul, _gemm, _norm)
 _BETWEEN = (_pool, _pad, _rearrange, _rearrange, _elementwise)
 _OTHER = (_combine, _decomposed_norm)
 

@@ -11,7 +11,19 @@ from channelfold.passes.fold_affine import FoldAffine
 from channelfold.passes.fold_constants import GROWTH_LIMIT
 from channelfold.passes.linear import Linear
 from channelfold.tests.graphs import (
-    assert_same, build, changes, constants, feeds, fold, listing, node, ops, positive, random, reasons, run,
+    assert_same,
+    build,
+    changes,
+    constants,
+    feeds,
+    fold,
+    listing,
+    node,
+    ops,
+    positive,
+    random,
+    reasons,
+    run,
 )  # fmt: skip
 
 IMAGE = "(float[N,4,6,6] x) => (float[] y)"
@@ -28,11 +40,11 @@ def affine(graph, **options):
 # ---- backward ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("opset", [7, 9, 13, 14, 15, 21])
-@pytest.mark.parametrize("kind", ["double", "float"])
-def test_batchnorm_goes_into_the_conv_before_it(opset, kind):
-    if kind == "double" and opset < 14:
-        pytest.skip("the reference evaluator takes BatchNormalization before opset 14 to be in training")
+# (the reference evaluator, which runs float64, takes BatchNormalization before opset 14 to be in training)
+@pytest.mark.parametrize(
+    ("kind", "opset"), [*(("float", o) for o in (7, 9, 13, 14, 15, 21)), *(("double", o) for o in (14, 15, 21))]
+)
+def test_batchnorm_goes_into_the_conv_before_it(kind, opset):
     body = f"c = Conv<pads=[1,1,1,1]>(x, W, b)\n y = {BN}<epsilon=0.01>(c, g, s, m, v)"
     graph = build(IMAGE, body, opset=opset, kind=kind, W=(4, 4, 3, 3), b=4, **NORM)
     outcome = affine(graph)
@@ -259,6 +271,36 @@ def test_a_result_that_is_an_output_is_not_scaled():
     ]
 
 
+def test_who_only_asks_for_the_shape_is_no_reader():
+    body = """
+        c = Conv(x, W)
+        s = Shape(c)
+        r = Relu(c)
+        n = Mul(r, a)
+        t = Shape(n)
+        m = Mul(n, a)
+        d = Conv(m, W)
+        u = Shape(m)
+        v = Add(s, t)
+        w = Add(u, v)
+        y = Cast<to=11>(w)
+        z = Sin(d)
+    """
+    graph = build("(float[N,4,6,6] x) => (float[] y, float[] z)", body, W=(4, 4, 1, 1), a=positive((4, 1, 1)))
+    affine(graph)
+    assert "Mul" not in ops(graph)
+
+
+def test_shapes_that_contradict_the_weights_are_refused():
+    body = "m = my.Pool(x)\n p = Mul(m, a)\n f = Flatten(p)\n y = Gemm(f, W)"
+    graph = build(f"{IMAGE} <float[N,4,1,1] m>", body, domains='"my": 1', W=(144, 3), a=(4, 1, 1))
+    outcome = FoldAffine().apply(graph, Context())
+    assert not outcome.changed
+    assert reasons(outcome) == [
+        "Mul: it has 4 channels, but Gemm_3 has 144: the shapes in the file are wrong; Pool is in between"
+    ]
+
+
 def test_an_output_inside_a_run_ends_it():
     graph = build(
         "(float[N,4,6,6] x) => (float[] t, float[] y)",
@@ -330,8 +372,8 @@ def test_a_large_shared_weight_is_not_copied():
     )
     outcome = FoldAffine().apply(graph, Context())
     assert reasons(outcome) == [
-        "Mul: the weight of MatMul_2 is stored for others too: a copy would make the file 2.1 MB larger; "
-        "its result is an output of the graph"
+        "Mul: a new weight for MatMul_2 would make the file 2.1 MB larger (the old one has other readers or takes "
+        "fewer bytes); its result is an output of the graph"
     ]
     assert ops(graph) == ["Gather", "Transpose", "MatMul", "Mul"]
 
