@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import zlib
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -232,3 +234,25 @@ def test_an_attribute_that_a_function_is_given_is_refused():
     )
     with pytest.raises(ModelError, match="Squeeze takes an attribute from the function it stands in"):
         raise_opset(import_model(model), 17)
+
+
+OPEN_SET = Path(os.environ.get("CHANNELFOLD_OPEN_SET", "~/.cache/channelfold-open-set")).expanduser() / "open"
+
+
+@pytest.mark.open_set
+@pytest.mark.skipif(not OPEN_SET.is_dir(), reason="the open set is not there")
+@pytest.mark.parametrize("name", ["ocr_rec", "plcmos", "vit_s_focus", "magika"])
+def test_real_models(name):
+    path = OPEN_SET / f"{name}.onnx"
+    graph, run = load(path), Session(path, threads=2)
+    rng = np.random.default_rng(0)
+    feed = {}
+    for spec in run.inputs:
+        shape = [d if isinstance(d, int) else {"frames": 300}.get(str(d), 2) for d in spec.shape]
+        feed[spec.name] = rng.uniform(0, 1, shape).astype(spec.dtype)
+    before = run.run(feed)
+    for opset in (13, 17, 21):
+        raised = raise_opset(graph, opset)
+        check(raised)
+        after = session(raised, threads=2).run(feed)
+        assert all(np.array_equal(after[key], values) for key, values in before.items())
