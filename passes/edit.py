@@ -113,7 +113,7 @@ def set_constant(graph: gs.Graph, node: gs.Node, index: int, values: np.ndarray,
     called ``name``, and the other readers keep what they had. Raises OutputError when the disk is full.
     """
     old = node.inputs[index] if len(node.inputs) > index else None
-    if isinstance(old, gs.Constant) and len(old.outputs) == 1 and not is_output(graph, old):
+    if old is not None and isinstance(old, gs.Constant) and len(old.outputs) == 1 and not is_output(graph, old):
         old.values = stored(graph, values, old.name)
         return old
     new = constant(graph, name, values)

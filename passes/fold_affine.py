@@ -222,7 +222,7 @@ def _backward(graph: gs.Graph, site: Affine) -> _Way:
         return way
     way.ends.append((end, v))
     _limit(way, site, v)
-    if isinstance(end, gs.Node) and not edit.has_input(end, 2):
+    if not isinstance(end, Linear) and not edit.has_input(end, 2):
         way.no_shift = way.no_shift or f"{end.op} has no bias"
     return way
 
@@ -354,8 +354,8 @@ def _norm_parameters(node: gs.Node, scale: np.ndarray, shift: np.ndarray) -> lis
     changed = []
     for index, move in ((1, 0.0), (2, shift)):
         if edit.has_input(node, index):
-            old = edit.value(node.inputs[index])
-            changed.append((index, cast(np.asarray(old, np.float64) * scale + move, old.dtype)))
+            old = np.asarray(edit.value(node.inputs[index]))
+            changed.append((index, cast(old.astype(np.float64) * scale + move, old.dtype)))
     return changed
 
 
@@ -382,9 +382,12 @@ def _parts(site: Affine, scale: np.ndarray, shift: np.ndarray) -> list[tuple[str
         values = cast(values, kind or np.dtype(np.float32))
         if not np.any(values != idle):
             continue
-        if site.axis is not None and size is None:
+        if site.axis is None:
+            parts.append((op, values))
+        elif size is None:
             raise Blocked("the rank of its input is unknown")
-        parts.append((op, values if site.axis is None else values.reshape(-1, *[1] * (size - 1 - site.axis))))
+        else:
+            parts.append((op, values.reshape(-1, *[1] * (size - 1 - site.axis))))
     return parts
 
 
