@@ -4,8 +4,8 @@
     python benchmarks/accuracy.py --fold-only [TASK …] [--dir DIR] [--json FILE] [--write]
 
 The first calibrates on DIR/calibration and evaluates both models on data the calibration never touches. The second
-measures what folding alone changes in the outputs, for which nothing but float rounding is allowed.
-Exit code 1 when a bound is missed.
+measures what folding alone changes in the outputs: 1e-5 of an output's largest value is allowed, or what ONNX Runtime's
+own optimizations change in the original where that is more. Exit code 1 when a bound is missed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from harness import HERE, channelfold, run, table, write
 from open_set import DEFAULT
 
@@ -111,10 +112,7 @@ def compressed(folder: Path, task: str, output: Path) -> Path:
     subject, data = SUBJECTS[task], calibration(folder, task)
     model = folder / "open" / subject.model
     run(channelfold("compress", model, "-o", output, "--recipe", "int8", "--calibration", data, *subject.flags))
-    models = sorted(output.glob("*.onnx"))
-    if len(models) != 1:
-        sys.exit(f"Expected one .onnx in {output}, found {[path.name for path in models]}")
-    return models[0]
+    return output / "model.onnx"
 
 
 def int8_results(folder: Path, task: str, output: Path) -> list[Result]:
@@ -129,26 +127,30 @@ def compare(task: str, goal: Goal, before: Mapping[str, float], after: Mapping[s
 
 
 def fold_results(folder: Path, task: str, output: Path) -> list[Result]:
-    """The largest difference of each output over the calibration samples, relative to its largest value."""
-    import numpy as np
+    """The largest difference of each output over the calibration samples, relative to its largest value.
 
+    ``before`` is that of the original run without ONNX Runtime's optimizations: rounding in another order, no more.
+    """
     from channelfold.runtime.calibration import open_data
     from channelfold.runtime.ort import Session
 
     model, folded = folder / "open" / SUBJECTS[task].model, output / "folded.onnx"
     output.mkdir(parents=True, exist_ok=True)
     run(channelfold("fold", model, "-o", folded))
-    original, changed = Session(model, threads=2), Session(folded, threads=2)
+    original, plain, changed = Session(model), Session(model, optimize=False), Session(folded)
     names = [spec.name for spec in original.outputs]
-    difference, largest = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    extremes = []
     for feed in open_data(calibration(folder, task), original.inputs):
-        a, b = original.run(feed), changed.run(feed)
-        for name in names:
-            difference[name] = max(difference[name], float(np.abs(a[name] - b[name]).max()))
-            largest[name] = max(largest[name], float(np.abs(a[name]).max()))
-    errors = {name: difference[name] / largest[name] for name in names}
-    bound = f"<= {FOLD_BOUND:g}"
-    return [Result(task, name, 0, error, error, bound, error <= FOLD_BOUND) for name, error in errors.items()]
+        a, b, c = original.run(feed), plain.run(feed), changed.run(feed)
+        extremes.append([(np.abs(a[n]).max(), np.abs(a[n] - b[n]).max(), np.abs(a[n] - c[n]).max()) for n in names])
+    largest, rounding, folding = np.max(extremes, axis=0).T.astype(float)
+    figures = zip(names, (rounding / largest).tolist(), (folding / largest).tolist(), strict=True)
+    return [_fold_result(task, name, own, error) for name, own, error in figures]
+
+
+def _fold_result(task: str, output: str, own: float, error: float) -> Result:
+    bound = max(FOLD_BOUND, own)
+    return Result(task, output, own, error, error, f"<= {bound:.1e}", error <= bound)
 
 
 def main() -> None:
@@ -160,9 +162,9 @@ def main() -> None:
             results += measure(options.dir, task, (options.keep or Path(scratch)) / task)
             print(f"{task} done", file=sys.stderr)
     if options.fold_only:
-        header = ("task", "output", "max |a - b| / max |a|", "bound", "met")
-        rows = [(r.task, r.metric, f"{r.after:.2e}", r.bound, r.row()[-1]) for r in results]
-        name, title = "fold.md", "# What folding changes in the outputs, over all calibration samples"
+        header = ("task", "output", "folding", "ONNX Runtime's own", "bound", "met")
+        rows = [(r.task, r.metric, f"{r.after:.1e}", f"{r.before:.1e}", *r.row()[-2:]) for r in results]
+        name, title = "fold.md", "# What folding changes: max |a - b| / max |a| over all calibration samples"
     else:
         header = ("task", "figure", "float", "int8", "loss", "bound", "met")
         rows = [result.row() for result in results]
