@@ -11,6 +11,7 @@ with a run of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from channelfold.passes.base import DataError, no_progress
 from channelfold.runtime.calibration import Data
 from channelfold.runtime.graph_io import export, open_model
 from channelfold.runtime.ort import Feed
+from channelfold.runtime.shapes import shapes_on
 
 BINS = 1 << 15  # of magnitudes; with the sign there are twice as many
 MASK = 2.0**100  # values at least this large (1.3e30) are attention masks and the like; the edge of a bin
@@ -174,24 +176,5 @@ def _groups(graph: gs.Graph, tensors: list[str], feed: Feed) -> Iterator[list[st
 
 def _sizes(graph: gs.Graph, feed: Feed) -> dict[str, int]:
     """Bytes of each tensor as float32 when the model runs on this feed, as far as shape inference can tell."""
-    model, weights = export(graph)
-    for proto, _ in weights:
-        model.graph.input.append(onnx.helper.make_tensor_value_info(proto.name, proto.data_type, list(proto.dims)))
-    del model.graph.value_info[:]
-    for value in model.graph.input:
-        if value.name in feed:
-            value.type.tensor_type.shape.CopyFrom(
-                onnx.TensorShapeProto(
-                    dim=[onnx.TensorShapeProto.Dimension(dim_value=d) for d in feed[value.name].shape]
-                )
-            )
-    try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except Exception:  # inference that fails only means that sizes are unknown
-        return {}
-    sizes = {}
-    for value in [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]:
-        dims = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
-            sizes[value.name] = 4 * int(np.prod([d.dim_value for d in dims], dtype=np.int64))
-    return sizes
+    shapes = shapes_on(graph, {name: array.shape for name, array in feed.items()})
+    return {name: 4 * math.prod(shape) for name, shape in shapes.items()}
