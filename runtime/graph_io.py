@@ -48,7 +48,8 @@ __all__ = [
     "load", "open_model", "packed", "raise_opset", "read", "save", "session", "stored", "weightless", "writing",
 ]  # fmt: skip
 
-EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data (protobuf ends at 2 GiB)
+EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data
+PROTOBUF_LIMIT = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
 
@@ -72,7 +73,7 @@ def _read(path: Path) -> tuple[onnx.ModelProto, MappedFile]:
             raise ModelError(f"{path} is empty", "Export the model again.")
         if file.data[:24] == b"version https://git-lfs.":
             raise ModelError(f"{path} is a Git LFS pointer, not the model", "Run: git lfs pull")
-        return onnx.ModelProto.FromString(wire.skeleton(file.data, path.name)), file
+        return onnx.ModelProto.FromString(wire.skeleton(file.data, _weights.OWN_FILE)), file
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist", "Check the path of the model.") from None
     except OSError as error:
@@ -94,8 +95,11 @@ def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None
     path = Path(path)
     model, large = export_skeleton(graph)
     size = sum(_weights.packed_nbytes(proto) for proto, _ in large)
+    size += model.ByteSize()
     if external is None:
-        external = size + model.ByteSize() > EXTERNAL_LIMIT
+        external = size > EXTERNAL_LIMIT
+    if not external and size > PROTOBUF_LIMIT:
+        raise OutputError(f"Cannot write {path}: {size} bytes are too many for one file", "Let it have external data.")
     streamed = ((proto, packed(c._values)) for proto, c in large)
     with contextlib.ExitStack() as undo:
         with writing(path) as file:
@@ -119,6 +123,8 @@ def _write_data(
     """Writes the weights to a new file beside ``path`` and lets the model refer to it; ``undo`` removes it again."""
     numbers = (f".{n}" if n else "" for n in itertools.count())
     name = next(n for n in (f"{path.name}{number}.data" for number in numbers) if not path.with_name(n).exists())
+    if name.encode(errors="ignore").decode() != name:
+        raise OutputError(f"Cannot write {path}: ONNX cannot refer to {name!r}", "Give another output path.")
     with path.with_name(name).open("xb") as file:
         undo.callback(path.with_name(name).unlink, missing_ok=True)
         for proto, values in weights:
@@ -158,7 +164,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises OutputError for anything the file system refuses.
     """
     path = Path(path)
-    temporary = path.with_name(f".channelfold-{secrets.token_hex(4)}.tmp")
+    temporary = path.parent / f".channelfold-{secrets.token_hex(4)}.tmp"
     try:
         if path.exists() and not path.is_file():
             what = "a folder" if path.is_dir() else "not a regular file"

@@ -23,6 +23,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from channelfold.passes.base import ModelError, OutputError
 from channelfold.runtime import wire
 
+OWN_FILE = ":"  # as a location: the model's own file; no other location may have a colon
 SPILL_LIMIT = 1 << 20  # bytes; a new weight at least this large goes to disk at once
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
@@ -118,7 +119,7 @@ class DataFolder:
 
     def __init__(self, model: Path | None, own: MappedFile | None = None):
         self._model = model
-        self._files = {model.name: own} if model is not None and own is not None else {}
+        self._files = {OWN_FILE: own} if own is not None else {}
 
     def values(self, proto: onnx.TensorProto) -> Values:
         """Large external data mapped, everything else as an array.

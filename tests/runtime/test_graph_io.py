@@ -279,6 +279,25 @@ def test_data_of_another_exporter(path):
     assert _weights(path) == {6}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_text(path, graph):
+    odd = path.parent / os.fsdecode(b"\xffmodel.onnx")
+    save(graph, odd)
+    assert _weights(odd) == {1}
+    with pytest.raises(OutputError, match=r"ONNX cannot refer to .*Give another output path"):
+        save(graph, odd, external=True)
+    assert len(_files(path)) == 1
+
+
+def test_more_than_one_file_can_hold(path, graph, monkeypatch):
+    monkeypatch.setattr("channelfold.runtime.graph_io.PROTOBUF_LIMIT", 3000)
+    monkeypatch.setattr("channelfold.runtime.graph_io.EXTERNAL_LIMIT", 2500)
+    with pytest.raises(OutputError, match=r"too many for one file. Let it have external data"):
+        save(graph, path, external=False)
+    save(graph, path)
+    assert _files(path) == ["model.onnx", "model.onnx.data"]
+
+
 def test_large_weights_are_aligned(path, graph):
     for tensor in graph.nodes[0].inputs[1:]:
         tensor.values = np.full(300_000, 2, np.float32)
@@ -300,6 +319,7 @@ def test_the_mode_of_a_file_that_is_replaced_stays(path, graph):
     ("name", "message"),
     [
         ("", "it is a folder. Give the path of a file"),
+        ("..", "it is a folder"),
         ("pipe", "it is not a regular file"),
         ("missing/deep/m.onnx", r"No such file or directory.* Create the folder .*missing/deep first"),
         ("file/m.onnx", r"Not a directory.* Create the folder .*file first"),
@@ -313,6 +333,14 @@ def test_paths_that_cannot_be_written(path, graph, name, message, external):
     with pytest.raises(OutputError, match=f"Cannot write {re.escape(str(path.parent / name))}.*{message}"):
         save(graph, path.parent / name, external=external)
     assert _files(path) == ["file", "pipe"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_no_name_at_all(graph, name):
+    with pytest.raises(OutputError, match="it is a folder"):
+        save(graph, name)
+    with pytest.raises(ModelError, match="is not a file"):
+        load(name)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc is a folder that nobody may write to")
