@@ -56,7 +56,8 @@ class Affine:
         if self.axis is not None and other.axis is not None and self.axis != other.axis:
             return None
         axis = self.axis if self.axis is not None else other.axis
-        scale, shift = other.scale * self.scale, other.scale * self.shift + other.shift
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite any more is refused when it is written
+            scale, shift = other.scale * self.scale, other.scale * self.shift + other.shift
         return Affine(self.nodes + other.nodes, axis, scale, shift, self.input, other.output)
 
 

@@ -142,17 +142,24 @@ def _is_normalized(tensor: gs.Tensor) -> bool:
 
 
 def _is_root(tensor: gs.Tensor) -> bool:
-    node = edit.producer(tensor)
-    if node is not None and node.op in ("Add", "Expand"):
-        return _is_root(node.inputs[0])
+    node = _origin(tensor, "Add")
     return node is not None and node.op in ("Sqrt", "Pow")
 
 
 def _is_inverse_root(tensor: gs.Tensor) -> bool:
-    node = edit.producer(tensor)
-    if node is not None and (node.op == "Expand" or (node.op == "Mul" and not _is_product(node))):
-        return any(map(_is_inverse_root, node.inputs))
+    node = _origin(tensor, "Mul")
     return node is not None and (node.op == "Pow" or (node.op in ("Reciprocal", "Div") and _is_root(node.inputs[-1])))
+
+
+def _origin(tensor: gs.Tensor, op: str) -> gs.Node | None:
+    """The node that computes a tensor, seen through Expand and through ``op`` with a constant."""
+    node = edit.producer(tensor)
+    while node is not None and node.op in (op, "Expand"):
+        inner = [t for t in node.inputs if not isinstance(t, gs.Constant)]
+        if not inner or (node.op == op and len(inner) > 1):
+            break
+        node = edit.producer(inner[0])
+    return node
 
 
 def _fold(graph: gs.Graph, site: Affine) -> str:
@@ -186,7 +193,8 @@ def _plans(site: Affine, back: _Way, forth: _Way) -> Iterator[tuple[str, _Map, _
     yield "into what follows it", nothing, (scale, shift), nothing
     if not np.any(scale != 1) or not np.any(shift != 0):
         return
-    ratio = np.divide(shift, scale, out=zero.copy(), where=scale != 0)
+    with np.errstate(over="ignore"):
+        ratio = np.divide(shift, scale, out=zero.copy(), where=scale != 0)
     whole = np.isfinite(ratio).all() and not np.any(shift[scale == 0])
     if edit.dtype(site.input) == np.float16:
         whole = False  # x + t / s can be out of its range where s * x + t is not

@@ -467,6 +467,24 @@ def test_what_overflows_float16_is_refused_with_nothing_changed():
     assert listing(graph) == "c = Conv(x, W)\ny = BatchNormalization(c, g, s, m, v)"
 
 
+def test_float16_is_not_shifted_out_of_its_range():
+    """s * x + t may fit where x + t / s does not, whatever x is."""
+    body = f"n = {BN}(x, g, s, m, v)\n y = Conv<pads=[1,1,1,1]>(n, W)"
+    given = NORM | {"g": np.full(4, 1e-3), "s": np.full(4, 50.0)}
+    single = build(IMAGE, body, kind="float", W=(3, 4, 3, 3), **given)
+    affine(single, rtol=1e-5)
+    assert ops(single) == ["Add", "Conv"]
+    half = build(IMAGE, body, kind="float16", W=(3, 4, 3, 3), **given)
+    assert not FoldAffine().apply(half, Context()).changed
+
+
+def test_products_out_of_the_range_of_float64_are_refused():
+    graph = build(IMAGE, "a = Mul(x, k)\n b = Mul(a, k)\n y = Sin(b)", k=np.full((4, 1, 1), 1e200))
+    outcome = FoldAffine().apply(graph, Context())
+    assert not outcome.changed
+    assert reasons(outcome) == ["Mul+Mul: an input of the graph precedes it; Sin follows it"]
+
+
 def test_where_one_way_overflows_the_other_is_taken():
     graph = build(
         ROWS,
