@@ -1,8 +1,8 @@
 """The proof that an exact pass is exact: the graph after it beside the graph before it, on probe inputs.
 
 Probes are up to two samples of the data at hand and one random feed of the same shapes; without data, two random feeds
-of two different sizes where the model leaves sizes open. ONNX Runtime runs both graphs unoptimized, node by node as
-they stand, so that its own fusions neither hide nor cause a difference.
+of two different sizes where the model leaves sizes open, but none for a model of more than 1 GB. ONNX Runtime runs both
+graphs unoptimized, node by node as they stand, so that its own fusions neither hide nor cause a difference.
 
 The error of an output is max |before - after| / max |before|. It may reach the tolerance of the coarsest float type in
 the graph. Integers, and the places of NaN and Inf, must be the same.
@@ -35,7 +35,9 @@ from channelfold.runtime.calibration import Data, random_data
 from channelfold.runtime.compare import difference
 from channelfold.runtime.ort import Feed, Session, TensorSpec
 from channelfold.runtime.snapshot import Snapshot
+from channelfold.runtime.weights import packed_nbytes
 
+LARGE = 1_000_000_000  # bytes of weights; running such a model takes minutes and many times its size in memory
 SAMPLES = 2
 SIZES = ((32, 1), (16, 2), (64, 1), (224, 1), (128, 1), (8, 1), (1, 1), (640, 1), (1024, 1))  # open axes, leading ones
 
@@ -54,6 +56,8 @@ _COMPARABLE = {
     _TYPE.UNDEFINED, _TYPE.FLOAT, _TYPE.DOUBLE, _TYPE.FLOAT16, _TYPE.BOOL, _TYPE.INT8, _TYPE.INT16, _TYPE.INT32,
     _TYPE.INT64, _TYPE.UINT8, _TYPE.UINT16, _TYPE.UINT32, _TYPE.UINT64,
 }  # fmt: skip
+
+_WANTED = "calibration data would be used as probes"
 
 Outputs = dict[str, Any]
 
@@ -142,6 +146,10 @@ class Verifier:
             raise _NoProbe(self._hopeless)
         if self._of is graph:
             return
+        size = sum(packed_nbytes(proto) for proto in graph.weights)
+        if self._probes is None and size > LARGE:
+            self._hopeless = f"a model of {size / 1e9:.1f} GB is not run on random inputs; {_WANTED}"
+            raise _NoProbe(self._hopeless)
         try:
             session = graph.session()
             if self._feeds:
@@ -149,7 +157,7 @@ class Verifier:
             else:
                 self._feeds, self._reference = self._choose(session)
         except (ModelError, _NoProbe) as error:
-            hint = "" if self._probes is not None else "; calibration data would be used as probes"
+            hint = "" if self._probes is not None else f"; {_WANTED}"
             self._hopeless = f"the model cannot be run on any probe: {error}{hint}"
             raise _NoProbe(self._hopeless) from None
         self._of = graph

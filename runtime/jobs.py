@@ -25,7 +25,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 import channelfold
-from channelfold.passes import pipeline
+from channelfold.passes import pipeline, verify
 from channelfold.passes import recipe as recipes
 from channelfold.passes.base import (
     Context,
@@ -345,6 +345,9 @@ class _Job:
     def _probes(self) -> Data | None:
         """Random samples to compare on when there is no data; None, with a warning, when the original refuses them."""
         hint = "Give --calibration or --evaluation to have them compared"
+        if self.record["model"]["bytes"] > verify.LARGE:
+            self._warn(f"The outputs were not compared, for there are no data and the model is large. {hint}")
+            return None
         try:
             probes = random_data(self.inputs, PROBES, seed=self.seed)
             Session(self.model).run(next(iter(probes)))

@@ -265,3 +265,15 @@ def test_one_graph_serves_as_the_reference_of_the_next_step(monkeypatch):
     assert verifier.verify(a, b).record["max_rel_error"] == pytest.approx(5e-5, rel=1e-2)
     # against the graph before it, not against the first
     assert verifier.verify(b, c).record["max_rel_error"] == pytest.approx(5e-5, rel=1e-2)
+
+
+def test_a_large_model_is_run_on_samples_but_not_on_random_inputs(monkeypatch):
+    monkeypatch.setattr("channelfold.passes.verify.LARGE", 1000)
+    text = "g (float[N,512] x) => (float[N,512] y) { y = Mul(x, w) }"
+    weight = np.ones(512, np.float32)
+    before = snapshot(text, w=weight)
+    unverified = "a model of 0.0 GB is not run on random inputs; calibration data would be used as probes"
+    assert Verifier().verify(before, snapshot(text, w=weight)).record == {"unverified": unverified}
+    samples = open_data([{"x": np.ones((1, 512), np.float32)}], before.session().inputs)
+    with pytest.raises(Violation):
+        Verifier(samples).verify(before, snapshot(text, w=2 * weight))
