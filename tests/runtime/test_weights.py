@@ -136,6 +136,7 @@ def _descriptors() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
 def test_a_thousand_weights_take_few_file_descriptors(tmp_path):
+    gc.collect()
     before = _descriptors()
     path = tmp_path / "m.onnx"
     weights = [numpy_helper.from_array(np.full(300, i, np.float32), f"w{i}") for i in range(1000)]
