@@ -41,7 +41,6 @@ THROUGH = {
     "Pad with zeros": ("t = Pad(c, pads)", "scale"),
     "Pad by repetition": ('t = Pad<mode="edge">(c, pads)', "all"),
     "Pad with ones": ("t = Pad(c, pads, one)", ""),
-    "Pad of channels": ("t0 = Pad(c, channels)\n t = Slice(t0, one_, five, first)", ""),
     "Slice of space": ("t = Slice(c, one_, two_, last)", "all"),
     "Slice of channels": ("t0 = Slice(c, one_, two_, first)\n t = Concat<axis=1>(t0, t0, t0, t0)", ""),
     "Transpose and back": ("t0 = Transpose<perm=[0,2,3,1]>(c)\n t = Transpose<perm=[0,3,1,2]>(t0)", "all"),
@@ -53,8 +52,8 @@ THROUGH = {
 }  # fmt: skip
 HELPERS = {
     "k": (4, 1, 1), "one": 1.0, "flat": np.array([0, 4, -1]),
-    "pads": np.array([0, 0, 1, 0, 0, 0, 0, 2]), "channels": np.array([0, 1, 0, 0, 0, 0, 0, 0]),
-    "one_": np.array([1]), "two_": np.array([2]), "five": np.array([5]), "first": np.array([1]), "last": np.array([-1]),
+    "pads": np.array([0, 0, 1, 0, 0, 0, 0, 2]), "one_": np.array([1]), "two_": np.array([2]), "first": np.array([1]),
+    "last": np.array([-1]),
 }  # fmt: skip
 
 
@@ -79,6 +78,23 @@ def shift_reason(between):
         "Pad": "a shift does not pass zero padding (Pad)",
         "AveragePool": "a shift does not pass the zero padding of AveragePool",
     }.get(op, f"a shift does not pass {op}")
+
+
+@pytest.mark.parametrize(
+    ("pad", "given"),
+    [
+        ("Pad(c, q)", {"q": np.array([0, 1, 0, 0, 0, 0, 0, 0])}),
+        ("Pad(c, q, , a)", {"q": np.array([0, 1]), "a": np.array([-3])}),
+        ("Pad(c, r)", {"q": np.array([0, 1, 0, 0, 0, 0, 0, 0])}),
+    ],
+)
+def test_a_pad_that_may_add_channels_stops_a_map(pad, given):
+    norm = {name: 5 if name != "v" else positive(5) for name in NORM}
+    body = f"c = Conv(x, W)\n r = Identity(q)\n t = {pad}\n n = {BN}(t, g, s, m, v)\n y = Sin(n)"
+    graph = build(IMAGE, body, opset=18, W=(4, 4, 1, 1), **given, **norm)
+    outcome = affine(graph)
+    assert not outcome.changed
+    assert reasons(outcome) == [f"{BN}: Pad is in between and may cut or pad the channels; Sin follows it"]
 
 
 @pytest.mark.parametrize("op", ["Relu(c)", "PRelu(c, k)", "MaxPool<kernel_shape=[2,2]>(c)", "GlobalMaxPool(c)"])
@@ -304,3 +320,36 @@ def test_operators_of_other_domains_are_left_alone():
     graph = build(IMAGE, body, domains='"my": 1', W=(4, 4, 1, 1), **NORM)
     outcome = FoldAffine().apply(graph, Context())
     assert reasons(outcome) == [f"{BN}: Relu is in between; its result is an output of the graph"]
+
+
+@pytest.mark.parametrize(
+    ("between", "opset", "left"),
+    [
+        ("t = Slice<starts=[1], ends=[9], axes=[-1]>(c)", 9, []),
+        ("t0 = Slice<starts=[1], ends=[3], axes=[1]>(c)\n t = Concat<axis=1>(t0, t0)", 9, [BN]),
+        ("t = Pad<pads=[0,0,1,1,0,0,0,0]>(c)", 9, ["Add"]),
+        ("t = Pad<pads=[0,0,1,1,0,0,0,0], value=2.0>(c)", 9, [BN]),
+        ("t0 = Unsqueeze<axes=[0]>(c)\n t = Squeeze<axes=[0]>(t0)", 11, []),
+        ("t = Dropout<ratio=0.5>(c)", 11, []),
+    ],
+)
+def test_old_opsets_say_it_in_attributes(between, opset, left):
+    body = f"c = Conv(x, W)\n {between}\n y = {BN}(t, g, s, m, v)"
+    graph = build(IMAGE, body, opset=opset, kind="float", W=(4, 4, 1, 1), **NORM)
+    affine(graph)
+    assert [op for op in ops(graph) if op in (BN, "Add")] == left
+
+
+def test_dropout_with_a_training_switch_stops_a_map():
+    body = f"c = Conv(x, W)\n t = Dropout(c, ratio, on)\n y = {BN}(t, g, s, m, v)"
+    graph = build(IMAGE, body, W=(4, 4, 1, 1), ratio=np.float32(0.5), on=np.array(True), **NORM)
+    reason = "Dropout with a training switch is in between; its result is an output of the graph"
+    assert reasons(FoldAffine().apply(graph, Context())) == [f"{BN}: {reason}"]
+
+
+def test_what_has_to_stay_needs_a_known_rank():
+    body = f"n = {BN}(x, g, s, m, v)\n y = Conv<pads=[1,1,1,1]>(n, W)"
+    graph = build("(float[] x) => (float[] y)", body, W=(3, 4, 3, 3), **NORM)
+    outcome = FoldAffine().apply(graph, Context())
+    assert not outcome.changed
+    assert reasons(outcome) == [f"{BN}: the rank of its input is unknown; an input of the graph precedes it"]

@@ -66,6 +66,11 @@ def test_connected_nodes_fold_together_and_others_apart():
     assert [c.node for c in outcome.changed] == ["Exp_2", "Transpose_1"]
 
 
+def test_nodes_with_one_source_fold_together():
+    graph = build(ROWS, "a = Neg(W)\n b = Exp(a)\n c = Sin(a)\n d = MatMul(x, b)\n y = MatMul(d, c)", W=(4, 4))
+    assert changes(folded(graph)) == ["3 nodes up to Sin computed"]
+
+
 @pytest.mark.parametrize(
     ("body", "left"),
     [
