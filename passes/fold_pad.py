@@ -32,11 +32,11 @@ class FoldPad(Pass):
     kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        infer_shapes(graph)
         outcome = Outcome()
-        for node in reversed(graph.nodes):  # of two Pads in a row, the second makes way for the first
-            if node.op != "Pad" or not edit.is_standard(node):
-                continue
+        found = [node for node in graph.nodes if node.op == "Pad" and edit.is_standard(node)]
+        if found:
+            infer_shapes(graph)
+        for node in reversed(found):  # of two Pads in a row, the second makes way for the first
             try:
                 convs = _convs(graph, node)
                 pads = _spatial_pads(node)
