@@ -121,7 +121,8 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps([asdict(pair) | {"ratio": pair.ratio} for pair in pairs], indent=1))
     if options.write:
-        how = f"`{options.command}`, 64 samples, {options.runs} runs in turn with the floor after one warm-up each."
+        command = options.command.replace(shlex.join(channelfold()), "channelfold")
+        how = f"`{command}`, 64 samples, {options.runs} runs in turn with the floor after one warm-up each."
         write("speed.md", "# Time and memory of INT8 calibration", how, text)
 
 

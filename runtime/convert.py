@@ -398,6 +398,9 @@ def _write_carried(own: onnx.GraphProto, graph: gs.Graph, proto: onnx.GraphProto
 def _write_node(node: gs.Node, proto: onnx.NodeProto, places: _Places) -> None:
     if (keep := vars(node).get("carried")) is not None:
         proto.CopyFrom(keep)
+        kept = [attribute for attribute in keep.attribute if _is_empty(node.attrs.get(attribute.name, []))]
+        del proto.attribute[:]
+        proto.attribute.extend(kept)
     _set(proto, op_type=node.op, name=node.name, domain=node.domain)
     proto.input.extend(places.name(tensor) for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)

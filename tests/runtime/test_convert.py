@@ -424,3 +424,14 @@ def test_nonsense(change, message):
     change(model)
     with pytest.raises(ModelError, match=message):
         import_model(model)
+
+
+def test_an_attribute_that_was_empty_can_be_given_a_value():
+    model = _parse("g (float[1,1,4,4] x, float[1,1,3,3] w) => (float[1,1,4,4] y) { y = Conv(x, w) }")
+    model.graph.node[0].attribute.add(name="pads", type=onnx.AttributeProto.INTS)
+    graph = import_model(model)
+    assert export(graph)[0].graph.node[0].attribute == model.graph.node[0].attribute
+    graph.nodes[0].attrs["pads"] = [1, 1, 1, 1]
+    (pads,) = export(graph)[0].graph.node[0].attribute
+    assert list(pads.ints) == [1, 1, 1, 1]
+    check(graph)
