@@ -169,19 +169,19 @@ def before(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
     axis = v.axis
     if axis is not None and node.op in _RESHAPES:
         axis = _axis_before(node, axis)
-    return node.inputs[0], _pass(node, replace(v, axis=axis))
+    return node.inputs[0], passes(node, replace(v, axis=axis))
 
 
 def after(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
     """The map on the first input of a node, moved to its output. Raises Blocked."""
-    passed = _pass(node, v)
+    passed = passes(node, v)
     if v.axis is not None and node.op in _RESHAPES:
         axis, repeat, tile = _axis_after(node, v.axis)
         passed = replace(passed, axis=axis, repeat=v.repeat * repeat, tile=v.tile * tile)
     return node.outputs[0], passed
 
 
-def _pass(node: gs.Node, v: Vector) -> Vector:
+def passes(node: gs.Node, v: Vector) -> Vector:
     """What a node asks of a map on its first input, so that the map may be on its output instead. Raises Blocked."""
     op = node.op
     if not edit.is_standard(node) or any(not t.is_empty() for t in node.outputs[1:]):

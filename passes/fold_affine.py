@@ -28,8 +28,8 @@ import onnx_graphsurgeon as gs
 from channelfold.passes import edit
 from channelfold.passes.affine import Affine, Blocked, Vector, after, as_affine, before, find_affine
 from channelfold.passes.base import Context, Outcome, Pass
-from channelfold.passes.fold_constants import GROWTH_LIMIT
 from channelfold.passes.linear import LINEAR_OPS, Linear, NotLinear, cast, view
+from channelfold.passes.rescale import check_growth, norm_parameters
 from channelfold.runtime.graph_io import constant, infer_shapes
 
 _NORMS = ("LayerNormalization", "InstanceNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -319,14 +319,14 @@ def _move(graph: gs.Graph, site: Affine, back, backward: _Map, forth, forward: _
                 scale, shift = _expand(v, backward, end, end.channels[0])
                 writes.append((end, end.rescaled(out_scale=scale, out_shift=shift)))
             else:
-                writes.append((end, _norm_parameters(end, *backward)))
+                writes.append((end, norm_parameters(end, *backward)))
     if _matters(forward):
         for end, v in forth:
             scale, shift = _expand(v, forward, end, end.channels[1])
             writes.append((end, end.rescaled(in_scale=scale, in_shift=shift)))
     linears = [(end, values) for end, values in writes if isinstance(end, Linear)]
     for linear, _ in linears:
-        _check_growth(linear)
+        check_growth(linear)
     parts = _parts(site, *left)
     new = sum(linear.node.op == "MatMul" and linear.bias_node is None and b is not None for linear, (_, b) in linears)
     if new + len(parts) > len(site.nodes):
@@ -335,8 +335,8 @@ def _move(graph: gs.Graph, site: Affine, back, backward: _Map, forth, forward: _
         if isinstance(end, Linear):
             end.install(*values)
         else:
-            for index, array in values:
-                edit.set_constant(graph, end, index, array, f"{end.inputs[index].name}_folded")
+            for index, array, name in values:
+                edit.set_constant(graph, end, index, array, name)
     _leave(graph, site, parts)
 
 
@@ -349,22 +349,6 @@ def _expand(v: Vector, part: _Map, end: Linear, channels: int) -> _Map:
 
 def _matters(part: _Map) -> bool:
     return bool(np.any(part[0] != 1) or np.any(part[1] != 0))
-
-
-def _check_growth(linear: Linear) -> None:
-    if linear.growth > GROWTH_LIMIT:
-        size, cause = f"{linear.growth / 1e6:.1f} MB", "the old one has other readers or takes fewer bytes"
-        raise Blocked(f"a new weight for {linear.name} would make the file {size} larger ({cause})")
-
-
-def _norm_parameters(node: gs.Node, scale: np.ndarray, shift: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """The gamma and beta of a norm after a scale and a shift, with their input indices. Raises OverflowError."""
-    changed = []
-    for index, move in ((1, 0.0), (2, shift)):
-        if edit.has_input(node, index):
-            old = np.asarray(edit.value(node.inputs[index]))
-            changed.append((index, cast(old.astype(np.float64) * scale + move, old.dtype)))
-    return changed
 
 
 def _shorten(graph: gs.Graph, site: Affine, reason: str) -> str:
@@ -422,7 +406,7 @@ def _fold_gemm_factors(graph: gs.Graph, outcome: Outcome) -> None:
             continue
         try:
             linear = view(graph, node)
-            _check_growth(linear)
+            check_growth(linear)
             linear.install(*linear.rescaled())
         except (Blocked, NotLinear, OverflowError) as error:
             outcome.refuse(node.name, f"Gemm: alpha and beta stay: {error}", str(error))

@@ -9,7 +9,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
-from channelfold.runtime.graph_io import constant, weightless
+from channelfold.runtime.graph_io import constant, export, open_model, weightless
+from channelfold.runtime.ort import Feed
 
 Shape = tuple[int, ...]
 
@@ -34,6 +35,26 @@ def shapes_on(graph: gs.Graph, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
         if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in shape.dim):
             known[value.name] = tuple(dim.dim_value for dim in shape.dim)
     return known
+
+
+def measured_shapes(graph: gs.Graph, feed: Feed) -> dict[str, Shape]:
+    """The shape of every tensor of the graph (bodies of subgraphs left out) when the model runs on ``feed``.
+
+    What ONNX shape inference cannot tell is measured in ONNX Runtime. Raises ModelError when the model does not run.
+    """
+    known = shapes_on(graph, {name: values.shape for name, values in feed.items()})
+    names = [t.name for node in graph.nodes for t in node.outputs if not t.is_empty() and t.name not in known]
+    if not names:
+        return known
+    model, weights = export(graph)
+    del model.graph.output[:]
+    for name in names:
+        model.graph.node.append(onnx.helper.make_node("Shape", [name], [f"{name}__shape"]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}__shape", onnx.TensorProto.INT64, None))
+    session = open_model(model, weights, optimize=False)
+    inputs = {spec.name for spec in session.inputs}
+    found = session.run({name: values for name, values in feed.items() if name in inputs})
+    return known | {name: tuple(map(int, found[f"{name}__shape"])) for name in names}
 
 
 def squeezes_without_axes(graph: gs.Graph) -> list[gs.Node]:

@@ -1,0 +1,182 @@
+"""A scale and a shift moved through a region of a graph (``channels``) without changing its function.
+
+    x' = (x - z) / s       in every tensor of the region, with s > 0 and z by class
+    writers                W' = diag(1/s) W,   b' = (b - z) / s;    a norm's gamma' = gamma / s,  beta' = (beta - z) / s
+    readers                W' = W diag(s),     b' = b + W z
+    a constant factor      c' = c / s          x = c u becomes x' = c' u
+    a constant term        c' = (c - z) / s    x = u + c becomes x' = u / s + c';  behind x, (c + z) / s
+
+where 1 / s stands for s in a map's negative entries. Everything is computed in float64 and cast once, and all of it
+before anything is written: where one weight cannot be, the region stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes import edit
+from channelfold.passes.affine import Blocked
+from channelfold.passes.channels import Cut, End, Region
+from channelfold.passes.fold_constants import GROWTH_LIMIT
+from channelfold.passes.linear import Linear, NotLinear, cast, view
+from channelfold.runtime.graph_io import constant, free_name
+
+LOWEST, HIGHEST = 1e-5, 1e5  # of a scale; a channel that is always zero asks for 0, one that explodes for infinity
+
+
+def clamped(scale: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """A scale by class with 1 where the class is not free or the value is no number, and within 1e-5 .. 1e5."""
+    usable = free & np.isfinite(scale) & (scale > 0)
+    return np.where(usable, np.clip(np.where(usable, scale, 1.0), LOWEST, HIGHEST), 1.0)
+
+
+def at(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """A scale by class, looked up for an index map; the inverse where the map is negative."""
+    found = values[np.abs(index) - 1]
+    return np.where(index > 0, found, 1 / found)
+
+
+def rescale(graph: gs.Graph, region: Region, scale: np.ndarray, shift: np.ndarray | None = None) -> None:
+    """Moves ``scale`` and ``shift``, (classes,) float64, through a region.
+
+    Raises Blocked with the reason, and nothing changed, where a weight cannot take its part: a value too large for its
+    type, a shared weight of more than 1 MB, a shift where ``region.no_shift`` says why there can be none.
+    """
+    scale = clamped(scale, region.free)
+    shift = np.zeros_like(scale) if shift is None else np.where(region.free, shift, 0.0)
+    if np.any(shift) and region.no_shift:
+        raise Blocked(region.no_shift)
+    try:
+        writes = [write for end in _joined(region.ends) for write in _planned(graph, end, scale, shift)]
+    except (NotLinear, OverflowError) as error:
+        raise Blocked(str(error)) from None
+    for write in writes:
+        write()
+    for tensor in {id(cut.tensor): cut.tensor for cut in region.cuts}.values():
+        _insert(graph, [cut for cut in region.cuts if cut.tensor is tensor], scale, shift)
+    edit.sweep(graph)
+
+
+@dataclass
+class _Both:
+    """A linear with what its inputs and its outputs take up."""
+
+    linear: Linear
+    inner: End | None = None
+    outer: End | None = None
+
+
+def _joined(ends: list[End]) -> list[End | _Both]:
+    """The ends, those of one linear together: it may write one tensor of a region and read another."""
+    linears: dict[int, _Both] = {}
+    others: list[End | _Both] = []
+    for end in ends:
+        if end.linear is None:
+            others.append(end)
+            continue
+        both = linears.setdefault(id(end.node), _Both(end.linear))
+        if end.role == "in":
+            both.inner = end
+        else:
+            both.outer = end
+    return [*others, *linears.values()]
+
+
+def _planned(graph: gs.Graph, end: End | _Both, scale: np.ndarray, shift: np.ndarray) -> list[Callable[[], object]]:
+    """The writes an end takes, computed."""
+    if isinstance(end, _Both):
+        return _planned_linear(end, scale, shift)
+    s = at(scale, end.index)
+    z = shift[np.abs(end.index) - 1] if end.shifted else np.zeros_like(s)
+    if end.role == "norm":
+        values = norm_parameters(end.node, 1 / s, -z / s)
+        return [lambda i=i, v=v, name=name: edit.set_constant(graph, end.node, i, v, name) for i, v, name in values]
+    place = next(i for i, t in enumerate(end.node.inputs) if isinstance(t, gs.Constant))
+    old = np.asarray(edit.value(end.node.inputs[place]))
+    wide = old.astype(np.float64)
+    if end.role == "factor":
+        new = wide * s if end.node.op == "Div" else wide / s
+    else:
+        added = -wide if end.node.op == "Sub" else wide
+        added = (added + (z if end.forward else -z)) / s
+        new = -added if end.node.op == "Sub" else added
+    values, name = cast(new, old.dtype), f"{end.node.inputs[place].name}_smoothed"
+    return [lambda: edit.set_constant(graph, end.node, place, values, name)]
+
+
+def _planned_linear(both: _Both, scale: np.ndarray, shift: np.ndarray) -> list[Callable[[], object]]:
+    linear = view(both.linear.graph, both.linear.node)  # as it is now: other regions share it
+    outs, ins = linear.channels
+    out_scale, out_shift = np.ones(outs), np.zeros(outs)
+    in_scale, in_shift = np.ones(ins), np.zeros(ins)
+    if both.outer is not None:
+        out_scale = 1 / at(scale, both.outer.index)
+        if both.outer.shifted:
+            out_shift = -shift[np.abs(both.outer.index) - 1] * out_scale
+    if both.inner is not None:
+        in_scale = at(scale, both.inner.index)
+        if both.inner.shifted:
+            in_shift = shift[np.abs(both.inner.index) - 1]
+    check_growth(linear)
+    values = linear.rescaled(out_scale=out_scale, out_shift=out_shift, in_scale=in_scale, in_shift=in_shift)
+    return [lambda: linear.install(*values)]
+
+
+def check_growth(linear: Linear) -> None:
+    """Raises Blocked where writing a weight would leave its old copy in the file, too."""
+    if linear.growth > GROWTH_LIMIT:
+        size, cause = f"{linear.growth / 1e6:.1f} MB", "the old one has other readers or takes fewer bytes"
+        raise Blocked(f"a new weight for {linear.name} would make the file {size} larger ({cause})")
+
+
+def norm_parameters(node: gs.Node, scale: np.ndarray, shift: np.ndarray) -> list[tuple[int, np.ndarray, str]]:
+    """The gamma and beta of a norm behind a scale and a shift, (channels,): (input index, values, name for a new one).
+
+    A beta is added where a shift needs one. Raises OverflowError.
+    """
+    first = 2 if node.op.startswith("Skip") else 1
+    gamma = np.asarray(edit.value(node.inputs[first]))
+    changed = [(first, gamma.astype(np.float64) * scale)]
+    if edit.has_input(node, first + 1):
+        changed.append((first + 1, np.asarray(edit.value(node.inputs[first + 1])).astype(np.float64) * scale + shift))
+    elif np.any(shift):
+        changed.append((first + 1, np.asarray(shift, np.float64)))
+    names = [t.name for t in node.inputs] + [f"{node.name}_beta"]
+    return [(i, cast(values, gamma.dtype), f"{names[min(i, len(names) - 1)]}_folded") for i, values in changed]
+
+
+def _insert(graph: gs.Graph, cuts: list[Cut], scale: np.ndarray, shift: np.ndarray) -> None:
+    """Puts explicit nodes on the cut edges of a tensor.
+
+    Where its writer cannot take the scale up, (x - z) / s is computed for the readers that expect it; else s x' + z is
+    restored for those that do not.
+    """
+    tensor, index = cuts[0].tensor, cuts[0].index
+    s, z = at(scale, index), shift[np.abs(index) - 1]
+    blocked = [cut.reader for cut in cuts if cut.reader is not None]
+    if len(blocked) < len(cuts):
+        readers = [n for n in edit.consumers(tensor) if not any(n is b for b in blocked)]
+        steps = [("Mul", 1 / s, 1.0), ("Add", -z / s, 0.0)]
+    else:
+        readers, steps = blocked, [("Mul", s, 1.0), ("Add", z, 0.0)]
+    kind = edit.dtype(tensor) or np.dtype(np.float32)
+    after, source = edit.producer(tensor), tensor
+    for op, values, idle in steps:
+        if not np.any(values != idle):
+            continue
+        name = f"{tensor.name}_smooth_{op}"
+        result = gs.Variable(free_name(graph, name), tensor.dtype, tensor.shape)
+        node = gs.Node(op, name, inputs=[source, constant(graph, f"{name}_by", cast(values, kind))], outputs=[result])
+        if after is None:
+            graph.nodes.insert(0, node)
+        else:
+            edit.insert_after(graph, after, node)
+        after, source = node, result
+    for reader in readers:
+        for place, read in enumerate(reader.inputs):
+            if read is tensor:
+                edit.set_input(reader, place, source)
