@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -198,9 +198,14 @@ def _replace(graph: gs.Graph, group: _Group, values: list[np.ndarray] | ModelErr
         return
     if _is_too_large(group, sum(value.nbytes for value in values), outcome):
         return
-    constants = [stored(graph, value, t.name) for value, t in zip(values, group.results, strict=True)]
+    constants = [_owned(stored(graph, value, t.name)) for value, t in zip(values, group.results, strict=True)]
     for node in group.nodes:
         edit.detach(node)
     for tensor, value in zip(group.results, constants, strict=True):
         tensor.to_constant(value)
     outcome.change(group.name, f"{group} computed")
+
+
+def _owned(values: Any) -> Any:
+    """Values in memory of their own: arrays in ONNX Runtime's cannot be made writeable again once they were frozen."""
+    return values.copy() if isinstance(values, np.ndarray) and not values.flags.owndata else values
