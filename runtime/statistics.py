@@ -5,6 +5,10 @@ whatever the range turns out to be. Counts are integers, so the result does not 
 how they were batched, or on an interruption; minimum and maximum are kept exactly beside them. Every calibrator works
 on these bins (``calibrators``), so all of them cost one run.
 
+``ChannelStatistics`` keeps what scaling by channel asks for: ranges and means of every channel, and a bounded sample of
+rows, on which the error of a layer can be measured. Which rows are kept depends on what the samples hold, not on their
+order.
+
 One sample's activations are in memory at a time. When even those are too many, the tensors are observed in groups, each
 with a run of its own.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -27,6 +32,7 @@ from channelfold.runtime.shapes import shapes_on
 
 BINS = 1 << 15  # of magnitudes; with the sign there are twice as many
 MASK = 2.0**100  # values at least this large (1.3e30) are attention masks and the like; the edge of a bin
+_HASHED = 64  # values of a row that its key is made of
 GROUP_BYTES = 1 << 29  # activations of one sample that may be observed in one run
 
 _INFINITE = 0xFF << 7  # the first bin of infinities and NaN
@@ -105,19 +111,144 @@ class TensorStatistics:
         self._positions += values.size // values.shape[axis]
 
 
+@dataclass
+class ChannelStatistics:
+    """What was seen of the channels of one tensor along ``axis``; all vectors are (channels,) float64.
+
+    With ``rows`` above 0 that many positions are kept as they are (``sample``).
+    """
+
+    axis: int
+    rows: int = 0
+    minimum: np.ndarray | float = np.inf
+    maximum: np.ndarray | float = -np.inf
+    positions: int = 0
+    samples: int = 0
+    _absolute_sum: np.ndarray | float = 0.0
+    _middle_sum: np.ndarray | float = 0.0
+    _largest: _Kept = field(default_factory=lambda: _Kept())
+    _random: _Kept = field(default_factory=lambda: _Kept())
+
+    @property
+    def amax(self) -> np.ndarray:
+        """The largest magnitude of each channel."""
+        return np.maximum(np.abs(self.minimum), np.abs(self.maximum))
+
+    @property
+    def absolute_mean(self) -> np.ndarray:
+        """E|x| of each channel."""
+        return np.asarray(self._absolute_sum) / self.positions
+
+    @property
+    def middle(self) -> np.ndarray:
+        """(minimum + maximum) / 2 of each channel in each sample, averaged over the samples."""
+        return np.asarray(self._middle_sum) / self.samples
+
+    def sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """(rows (n, channels) float32, weights (n,)): a sample of all positions, each standing for ``weight`` of them.
+
+        An eighth of the rows are those with the largest magnitudes, standing for themselves: a few tokens with huge
+        values decide what a range costs, and a random sample would miss them. The others are drawn at random.
+        """
+        taken = set(self._largest.keys.tolist())
+        others = np.array([key not in taken for key in self._random.keys.tolist()], bool)
+        rest = self.positions - len(taken)
+        weights = np.concatenate([np.ones(len(taken)), np.full(others.sum(), rest / max(1, others.sum()))])
+        return np.concatenate([self._largest.rows, self._random.rows[others]]), weights
+
+    def add(self, values: np.ndarray) -> None:
+        """Takes up the values of one sample, float32. Raises DataError for NaN and where the channels change."""
+        if values.size == 0:
+            return
+        flat = np.moveaxis(values, self.axis, -1).reshape(-1, values.shape[self.axis])
+        low, high = flat.min(axis=0).astype(np.float64), flat.max(axis=0).astype(np.float64)
+        if np.isnan(low).any():
+            raise DataError("it holds NaN")
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise DataError("it holds infinities")
+        if self.positions and low.size != np.size(self.minimum):
+            raise DataError(f"it has {low.size} channels on axis {self.axis}, and had {np.size(self.minimum)} before")
+        self.minimum, self.maximum = np.minimum(self.minimum, low), np.maximum(self.maximum, high)
+        self._absolute_sum = self._absolute_sum + np.abs(flat).sum(axis=0, dtype=np.float64)
+        self._middle_sum = self._middle_sum + (low + high) / 2
+        self.positions += flat.shape[0]
+        self.samples += 1
+        if self.rows:
+            keys, peaks = _keys(flat), np.abs(flat).max(axis=1)
+            self._largest.add(flat, keys, -peaks, self.rows // 8)
+            self._random.add(flat, keys, keys, self.rows - self.rows // 8)
+
+
+@dataclass
+class _Kept:
+    """The rows of lowest rank so far, with the keys that tell them apart."""
+
+    rows: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    ranks: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def add(self, rows: np.ndarray, keys: np.ndarray, ranks: np.ndarray, limit: int) -> None:
+        if len(self.keys) == limit:
+            better = ranks < self.ranks[-1]
+            rows, keys, ranks = rows[better], keys[better], ranks[better]
+        if not len(keys):
+            return
+        if not len(self.keys):
+            self.rows, self.ranks = np.empty((0, rows.shape[1]), rows.dtype), ranks[:0]
+        keys, ranks = np.concatenate([self.keys, keys]), np.concatenate([self.ranks, ranks])
+        order = np.lexsort((keys, ranks))[:limit]
+        self.rows = np.concatenate([self.rows, rows])[order]
+        self.keys, self.ranks = keys[order], ranks[order]
+
+
+def _keys(rows: np.ndarray) -> np.ndarray:
+    """A number for each row, as good as random, (n,) uint64: made of some of its values, its place and its sample."""
+    some = np.ascontiguousarray(rows[:, :: -(-rows.shape[1] // _HASHED)], np.float32)
+    bits = some.view(np.uint32).astype(np.uint64)
+    factors = np.random.default_rng(0).integers(1 << 63, size=bits.shape[1], dtype=np.uint64) | np.uint64(1)
+    keys = _mixed(bits @ factors)
+    return _mixed(keys + keys.sum() + np.arange(len(keys), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _mixed(keys: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64: every bit of the result depends on every bit of the key."""
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))
+
+
+class Observer(Protocol):
+    """What takes up the values of a tensor, one sample at a time; raises DataError for values it cannot use."""
+
+    def add(self, values: np.ndarray) -> None: ...
+
+
 def collect(
     graph: gs.Graph,
     tensors: Mapping[str, int | None],
     data: Data,
     progress: Callable[[str, int, int], None] = no_progress,
 ) -> dict[str, TensorStatistics]:
-    """Statistics of the named float tensors of ``graph`` over all feeds of ``data``.
+    """Statistics of the named float tensors of ``graph`` over all feeds of ``data``; see ``observe``.
 
     ``tensors`` gives the channel axis of each name, or None where means by channel are not needed.
-    Raises DataError naming the tensor and the sample when an activation is NaN, ModelError when the model fails to run.
     """
     statistics = {name: TensorStatistics(axis) for name, axis in tensors.items()}
-    wanted = list(tensors)
+    observe(graph, statistics, data, progress)
+    return statistics
+
+
+def observe(
+    graph: gs.Graph,
+    observers: Mapping[str, Observer],
+    data: Data,
+    progress: Callable[[str, int, int], None] = no_progress,
+) -> None:
+    """Shows each observer the tensor of its name, in float32, on every feed of ``data``.
+
+    Raises DataError naming the tensor and the sample when an activation is NaN, ModelError when the model fails to run.
+    """
+    wanted = list(observers)
     first = next(iter(data), None)
     groups = list(_groups(graph, wanted, first)) if first is not None else []
     for number, group in enumerate(groups):
@@ -126,14 +257,13 @@ def collect(
             progress("Observing activations", number * len(data) + index, len(groups) * len(data))
             for name, values in observed.run(feed):
                 try:
-                    statistics[name].add(values)
+                    observers[name].add(values)
                 except DataError as error:
                     raise DataError(
                         f"Activation {name!r} of sample {index} cannot be used: {error}",
                         "Check that sample, and that the float model computes finite values on it.",
                     ) from None
     progress("Observing activations", len(data) * len(groups), len(data) * len(groups))
-    return statistics
 
 
 class _Observed:

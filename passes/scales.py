@@ -1,0 +1,114 @@
+"""How much each channel is scaled and shifted: the formulas of the methods, over statistics by class of channel.
+
+    x' = (x - z) / s;   A = max |x - z|, W = the columns that read x; normalized so that the geometric mean of s is 1
+
+    smoothquant   s = A^alpha / max|W|^(1 - alpha)            Xiao et al., SmoothQuant, ICML 2023
+    os-plus       s = max(1, A / t),  z = (max + min) / 2     Wei et al., Outlier Suppression+, EMNLP 2023
+    awq           s = E|x|^ratio                              Lin et al., AWQ, MLSys 2024
+    repq          s = r / r~,  z = (z~ - z_j) r               Li et al., RepQ-ViT, ICCV 2023; r = (max - min) / 255,
+                                                              z_j = -min / r; r~ mean, median (DopQ-ViT) or mean of the
+                                                              clipped r (LRP-QViT), z~ an integer
+    outliertune   s = A,  z = mean of (max + min) / 2         Wang et al., OutlierTune, 2024; MergeQuant without z
+    fp4-shift     s = 2^-k,  k = rint(b) - rint(min b)        Liu et al., LLM-FP4, EMNLP 2023
+
+A channel that is always zero, or does not change after the shift, has s = 1 in all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Aim = Literal["mean", "median", "clipped"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What calibration saw of each class of channels, and the weights that read it; vectors (classes,) float64.
+
+    ``middle``: (minimum + maximum) / 2 of each sample, averaged. ``columns``: the largest magnitude of the weights that
+    read the class. ``free``: what may be scaled.
+    """
+
+    minimum: np.ndarray
+    maximum: np.ndarray
+    absolute_mean: np.ndarray
+    middle: np.ndarray
+    columns: np.ndarray
+    free: np.ndarray
+
+    def amax(self, shift: np.ndarray | float = 0.0) -> np.ndarray:
+        """max |x - shift| of each class."""
+        return np.maximum(np.abs(self.minimum - shift), np.abs(self.maximum - shift))
+
+    @property
+    def center(self) -> np.ndarray:
+        return (self.minimum + self.maximum) / 2
+
+    def normalized(self, scale: np.ndarray) -> np.ndarray:
+        """A scale with a geometric mean of 1 over the classes that may be scaled and are not dead (those get 1)."""
+        usable = self.free & np.isfinite(scale) & (scale > 0)
+        if not usable.any():
+            return np.ones_like(scale)
+        logs = np.log(np.where(usable, scale, 1.0))
+        return np.where(usable, np.exp(logs - logs[usable].mean()), 1.0)
+
+
+def smoothquant(seen: Seen, alpha: float, shift: np.ndarray | float = 0.0) -> np.ndarray:
+    """A^alpha / max|W|^(1 - alpha); 0 leaves everything to the activations, 1 to the weights."""
+    amax = seen.amax(shift)
+    columns = np.maximum(seen.columns, 1e-5)
+    return seen.normalized(np.where(amax > 0, np.maximum(amax**alpha / columns ** (1 - alpha), 1e-5), 0.0))
+
+
+def os_plus(seen: Seen, limit: float, shift: np.ndarray | float = 0.0) -> np.ndarray:
+    """Shrinks the channels that leave [-limit, limit] to it, and leaves the others alone."""
+    return np.where(seen.free, np.maximum(1.0, seen.amax(shift) / limit), 1.0)
+
+
+def awq(seen: Seen, ratio: float) -> np.ndarray:
+    return seen.normalized(np.maximum(seen.absolute_mean**ratio, 1e-4) * (seen.absolute_mean > 0))
+
+
+def repq(seen: Seen, aim: Aim, shifted: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, shift) that give every channel one range. Symmetric int8 wants the common zero point in the middle, 128.
+
+    Without a shift the range is symmetric as it is, r = max|x| / 127.
+    """
+    if not shifted:
+        return _to_common(seen, seen.amax() / 127, aim), np.zeros_like(seen.minimum)
+    step = (seen.maximum - seen.minimum) / 255
+    zero_point = np.divide(-seen.minimum, step, out=np.zeros_like(step), where=step > 0)
+    return _to_common(seen, step, aim), np.where(step > 0, (128 - zero_point) * step, seen.center)
+
+
+def _to_common(seen: Seen, step: np.ndarray, aim: Aim) -> np.ndarray:
+    """step / step~, 1 where nothing is to be scaled."""
+    usable = seen.free & (step > 0)
+    if not usable.any():
+        return np.ones_like(step)
+    steps = step[usable]
+    if aim == "clipped":
+        steps = np.clip(steps, *np.percentile(steps, (1, 99)))
+    common = np.median(steps) if aim == "median" else steps.mean()
+    return np.where(usable, np.where(usable, step, 1.0) / common, 1.0)
+
+
+def outliertune(seen: Seen, shift: np.ndarray | float) -> np.ndarray:
+    """Every channel by its own range: per-channel steps that the weights carry, so that one step is left."""
+    return seen.normalized(seen.amax(shift))
+
+
+def fp4_shift(seen: Seen, exponent_bits: int = 2, mantissa_bits: int = 1) -> np.ndarray:
+    """Powers of two that move each channel's exponent bias to the common one, at most 2^exponent_bits - 1 apart."""
+    amax = seen.amax()
+    usable = seen.free & (amax > 0)
+    if not usable.any():
+        return np.ones_like(amax)
+    span = 2**exponent_bits
+    bias = span - np.log2(np.where(usable, amax, 1.0)) + np.log2(2 - 2.0**-mantissa_bits) - 1
+    lowest = np.rint(bias[usable].min())
+    shift = np.clip(np.rint(bias), lowest, lowest + span - 1) - lowest
+    return np.where(usable, 2.0**-shift, 1.0)
