@@ -56,6 +56,7 @@ PASSES: Mapping[str, type[Pass]] = _Registry(
         "remove-identities": "remove_identities:RemoveIdentities",
         "fold-pad": "fold_pad:FoldPad",
         "fold-affine": "fold_affine:FoldAffine",
+        "equalize": "equalize:Equalize",
         "smooth": "smooth:Smooth",
         "merge-convs": "merge_convs:MergeConvs",
         "quantize": "quantize:Quantize",
