@@ -4,7 +4,7 @@
     writers                W' = diag(1/s) W,   b' = (b - z) / s;    a norm's gamma' = gamma / s,  beta' = (beta - z) / s
     readers                W' = W diag(s),     b' = b + W z
     a constant factor      c' = c / s          x = c u becomes x' = c' u
-    a constant term        c' = (c - z) / s    x = u + c becomes x' = u / s + c';  behind x, (c + z) / s
+    a constant term        c' = (c - z) / s    x = u + c becomes x' = u / s + c';  behind x, c' = (c + z) / s
 
 where 1 / s stands for s in a map's negative entries. Everything is computed in float64 and cast once, and all of it
 before anything is written: where one weight cannot be, the region stays as it is.
@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
 from channelfold.passes.affine import Blocked
-from channelfold.passes.channels import Cut, End, Region
+from channelfold.passes.channels import SKIP_NORMS, UNBIASED_NORMS, Cut, End, Region
 from channelfold.passes.fold_constants import GROWTH_LIMIT
 from channelfold.passes.linear import Linear, NotLinear, cast, view
 from channelfold.runtime.graph_io import constant, free_name
@@ -52,12 +52,12 @@ def rescale(graph: gs.Graph, region: Region, scale: np.ndarray, shift: np.ndarra
         raise Blocked(region.no_shift)
     try:
         writes = [write for end in _joined(region.ends) for write in _planned(graph, end, scale, shift)]
+        for tensor in {id(cut.tensor): cut.tensor for cut in region.cuts}.values():
+            writes.append(_inserted(graph, [cut for cut in region.cuts if cut.tensor is tensor], scale, shift))
     except (NotLinear, OverflowError) as error:
         raise Blocked(str(error)) from None
     for write in writes:
         write()
-    for tensor in {id(cut.tensor): cut.tensor for cut in region.cuts}.values():
-        _insert(graph, [cut for cut in region.cuts if cut.tensor is tensor], scale, shift)
     edit.sweep(graph)
 
 
@@ -95,17 +95,19 @@ def _planned(graph: gs.Graph, end: End | _Both, scale: np.ndarray, shift: np.nda
     if end.role == "norm":
         values = norm_parameters(end.node, 1 / s, -z / s)
         return [lambda i=i, v=v, name=name: edit.set_constant(graph, end.node, i, v, name) for i, v, name in values]
-    place = next(i for i, t in enumerate(end.node.inputs) if isinstance(t, gs.Constant))
-    old = np.asarray(edit.value(end.node.inputs[place]))
+    node = end.node
+    place = next(i for i, t in enumerate(node.inputs) if isinstance(t, gs.Constant))
+    old = np.asarray(edit.value(node.inputs[place]))
     wide = old.astype(np.float64)
     if end.role == "factor":
-        new = wide * s if end.node.op == "Div" else wide / s
+        new = wide * s if node.op == "Div" else wide / s
     else:
-        added = -wide if end.node.op == "Sub" else wide
-        added = (added + (z if end.forward else -z)) / s
-        new = -added if end.node.op == "Sub" else added
-    values, name = cast(new, old.dtype), f"{end.node.inputs[place].name}_smoothed"
-    return [lambda: edit.set_constant(graph, end.node, place, values, name)]
+        sign = -1 if node.op == "Sub" and place == 1 else 1  # of c in x = u + c, x = u - c, x = c - u
+        taken = end.forward and not (node.op == "Sub" and place == 0)
+        new = (wide + sign * (z if taken else -z)) / s
+    values = cast(new.reshape(old.shape) if new.size == old.size else new, old.dtype)
+    name = f"{node.inputs[place].name}_smoothed"
+    return [lambda: edit.set_constant(graph, node, place, values, name)]
 
 
 def _planned_linear(both: _Both, scale: np.ndarray, shift: np.ndarray) -> list[Callable[[], object]]:
@@ -138,39 +140,43 @@ def norm_parameters(node: gs.Node, scale: np.ndarray, shift: np.ndarray) -> list
 
     A beta is added where a shift needs one. Raises OverflowError.
     """
-    first = 2 if node.op.startswith("Skip") else 1
+    first = 2 if node.op in SKIP_NORMS else 1
     gamma = np.asarray(edit.value(node.inputs[first]))
     changed = [(first, gamma.astype(np.float64) * scale)]
-    if edit.has_input(node, first + 1):
-        changed.append((first + 1, np.asarray(edit.value(node.inputs[first + 1])).astype(np.float64) * scale + shift))
-    elif np.any(shift):
-        changed.append((first + 1, np.asarray(shift, np.float64)))
-    names = [t.name for t in node.inputs] + [f"{node.name}_beta"]
-    return [(i, cast(values, gamma.dtype), f"{names[min(i, len(names) - 1)]}_folded") for i, values in changed]
+    if node.op not in UNBIASED_NORMS:  # what follows gamma there is a bias in front of the norm
+        beta = edit.value(node.inputs[first + 1]) if edit.has_input(node, first + 1) else None
+        if beta is not None or np.any(shift):
+            changed.append((first + 1, (0.0 if beta is None else beta.astype(np.float64)) * scale + shift))
+    names = [node.inputs[i].name if edit.has_input(node, i) else f"{node.name}_beta" for i, _ in changed]
+    return [(i, cast(values, gamma.dtype), f"{name}_folded") for (i, values), name in zip(changed, names, strict=True)]
 
 
-def _insert(graph: gs.Graph, cuts: list[Cut], scale: np.ndarray, shift: np.ndarray) -> None:
+def _inserted(graph: gs.Graph, cuts: list[Cut], scale: np.ndarray, shift: np.ndarray) -> Callable[[], object]:
     """Puts explicit nodes on the cut edges of a tensor.
 
     Where its writer cannot take the scale up, (x - z) / s is computed for the readers that expect it; else s x' + z is
     restored for those that do not.
     """
     tensor, index = cuts[0].tensor, cuts[0].index
-    s, z = at(scale, index), shift[np.abs(index) - 1]
+    s = at(scale, index)
+    z = shift[np.abs(index) - 1] if cuts[0].shifted else np.zeros_like(s)
     blocked = [cut.reader for cut in cuts if cut.reader is not None]
     if len(blocked) < len(cuts):
         readers = [n for n in edit.consumers(tensor) if not any(n is b for b in blocked)]
-        steps = [("Mul", 1 / s, 1.0), ("Add", -z / s, 0.0)]
+        steps = [("Mul", 1 / s), ("Add", -z / s)]
     else:
-        readers, steps = blocked, [("Mul", s, 1.0), ("Add", z, 0.0)]
+        readers, steps = blocked, [("Mul", s), ("Add", z)]
     kind = edit.dtype(tensor) or np.dtype(np.float32)
+    needed = [(op, cast(values, kind)) for op, values in steps if np.any(values != (op == "Mul"))]
+    return lambda: _insert(graph, tensor, readers, needed)
+
+
+def _insert(graph: gs.Graph, tensor: gs.Tensor, readers: list[gs.Node], steps: list[tuple[str, np.ndarray]]) -> None:
     after, source = edit.producer(tensor), tensor
-    for op, values, idle in steps:
-        if not np.any(values != idle):
-            continue
+    for op, values in steps:
         name = f"{tensor.name}_smooth_{op}"
         result = gs.Variable(free_name(graph, name), tensor.dtype, tensor.shape)
-        node = gs.Node(op, name, inputs=[source, constant(graph, f"{name}_by", cast(values, kind))], outputs=[result])
+        node = gs.Node(op, name, inputs=[source, constant(graph, f"{name}_by", values)], outputs=[result])
         if after is None:
             graph.nodes.insert(0, node)
         else:
