@@ -57,8 +57,12 @@ PASSES: Mapping[str, type[Pass]] = _Registry(
         "fold-pad": "fold_pad:FoldPad",
         "fold-affine": "fold_affine:FoldAffine",
         "equalize": "equalize:Equalize",
+        "absorb-bias": "absorb_bias:AbsorbBias",
         "smooth": "smooth:Smooth",
         "merge-convs": "merge_convs:MergeConvs",
+        "split-channels": "split_channels:SplitChannels",
+        "merge-channels": "merge_channels:MergeChannels",
+        "reorder-channels": "reorder_channels:ReorderChannels",
         "quantize": "quantize:Quantize",
         "quantize-weights": "quantize_weights:QuantizeWeights",
     }
