@@ -139,9 +139,10 @@ def read_by(graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape]) -> Wid
     return width
 
 
-def gathered(graph: gs.Graph, tensor: gs.Tensor, axis: int, readers: list[Linear], shapes: dict[str, Shape]) -> Width:
+def gathered(graph: gs.Graph, readers: list[Linear], shapes: dict[str, Shape]) -> Width:
     """Puts a Gather of all channels between a tensor and some linears that read it; returns the group behind it."""
-    channels = _shape(shapes, tensor)[axis]
+    tensor, channels = readers[0].data, readers[0].channels[1]
+    axis = readers[0].in_axis % len(shapes[tensor.name])
     name = f"{tensor.name}_channels"
     result = gs.Variable(free_name(graph, name), tensor.dtype, tensor.shape)
     index = constant(graph, f"{name}_indices", np.arange(channels))
