@@ -24,7 +24,7 @@ instead, and explicit Mul and Add nodes on the edges that block it (its ``cuts``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,15 +35,17 @@ from channelfold.passes.affine import Blocked, Vector, passes
 from channelfold.passes.index_maps import (
     ATTENTIONS,
     MOVES,
+    Classes,
     Shape,
     collapsed,
-    components,
     data_input,
     image,
+    mixed_axes,
     preimage,
     raised,
 )
 from channelfold.passes.linear import LINEAR_OPS, Linear, NotLinear, view
+from channelfold.passes.region import Cut, End, Region
 
 NORMS = (
     "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
@@ -52,72 +54,12 @@ NORMS = (
 UNBIASED_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _OVER_AXIS_1 = ("InstanceNormalization", "BatchNormalization", "GroupNormalization")
-_ADDITIVE = ("Add", "Sub")
+_ADDITIVE = ("Add", "Sub", "Min", "Max")  # as far as scales go
 _ARITHMETIC = ("Mul", "Div", *_ADDITIVE)
 _SHIFTED = (*MOVES, "Cast", "Resize", "ReduceMax")  # the rest is asked of ``affine.passes``, except for
 _UNSHIFTED = ("Neg", "Abs", "ReduceSum", *ATTENTIONS)
 
 Move = tuple[gs.Tensor, np.ndarray, bool]  # a tensor to follow, its map, whether a shift comes along
-
-
-@dataclass(frozen=True)
-class End:
-    """Where a region ends in constants.
-
-    ``role``: "out" and "in" are the output and input channels of a ``linear``, "norm" the gamma and beta of a norm,
-    "factor" and "term" the constant operand of a Mul, Div, Add or Sub. ``index``: the classes, a vector over the
-    channels, or an array that broadcasts against the operand's reader. ``shifted``: whether the shift ends here too.
-    ``forward``: of a term, whether the region is on the side of the input, not of the result.
-    """
-
-    role: str
-    node: gs.Node
-    index: np.ndarray
-    shifted: bool
-    linear: Linear | None = None
-    forward: bool = False
-
-
-@dataclass(frozen=True)
-class Cut:
-    """An edge where the scale is undone by explicit nodes: in front of ``reader``, or (None) behind the writer."""
-
-    tensor: gs.Tensor
-    reader: gs.Node | None
-    index: np.ndarray
-    reason: str
-    shifted: bool = True
-
-
-@dataclass
-class Region:
-    """Tensors that are scaled together. ``index`` arrays hold signed class numbers; class c is row c - 1 of a scale.
-
-    ``fixed``: why each class is pinned, "" where it is free. ``no_shift``: why nothing here can be shifted. ``places``:
-    the tensors and their maps, by id.
-    """
-
-    ends: list[End]
-    cuts: list[Cut]
-    fixed: list[str]
-    no_shift: str
-    places: dict[int, tuple[gs.Tensor, np.ndarray]]
-
-    @property
-    def size(self) -> int:
-        return len(self.fixed)
-
-    @property
-    def free(self) -> np.ndarray:
-        return np.array([not reason for reason in self.fixed], bool)
-
-    def readers(self) -> list[End]:
-        return [end for end in self.ends if end.role == "in"]
-
-    def why_fixed(self, index: np.ndarray) -> str:
-        """Why no class of an index map is free; empty when one is."""
-        reasons = [self.fixed[abs(int(c)) - 1] for c in np.unique(index)]
-        return "" if "" in reasons else next(iter(reasons), "it has no channels")
 
 
 def trace(graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: Mapping[str, Shape], insert: bool = False) -> Region:
@@ -126,12 +68,12 @@ def trace(graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: Mapping[str, Sh
     With ``insert`` nothing is followed beyond that tensor and the constants that are next to it. Raises Blocked where
     the tensor's shape is unknown.
     """
-    tracer = _Tracer(graph, shapes, insert)
+    tracer = _Tracer(graph=graph, shapes=shapes, insert=insert)
     first = tracer.follow(tensor, axis)
     for node in tracer.choices:
         if not first.why_fixed(first.places[id(tensor)][1]):
             break
-        other = _Tracer(graph, shapes, insert, instead=node).follow(tensor, axis)
+        other = _Tracer(graph=graph, shapes=shapes, insert=insert, instead=node).follow(tensor, axis)
         if not other.why_fixed(other.places[id(tensor)][1]):
             return other
     return first
@@ -144,8 +86,8 @@ class _Place:
     shifted: bool
 
 
-@dataclass
-class _Tracer:
+@dataclass(kw_only=True)
+class _Tracer(Classes):
     """Follows maps from tensor to tensor, over every node once.
 
     ``related``: by node, the tensors whose maps it ties together. ``choices``: the products of two activations where
@@ -161,11 +103,8 @@ class _Tracer:
     pending: list[_Place] = field(default_factory=list)
     ends: list[End] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
-    pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
-    merges: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     related: dict[int, list[gs.Tensor]] = field(default_factory=dict)
-    no_shift: str = ""
-    count: int = 0
+    deferred: list[tuple[_Place, gs.Node | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.dynamic = {d for t in self.graph.inputs for d in t.shape or () if isinstance(d, str)}
@@ -174,8 +113,11 @@ class _Tracer:
         shape = self.shape(tensor)
         wide = [size if i == axis % len(shape) else 1 for i, size in enumerate(shape)]
         self.visit(tensor, self.fresh(wide), shifted=True)
-        while self.pending:
-            self.expand(self.pending.pop())
+        while self.pending or self.deferred:
+            if self.pending:
+                self.expand(self.pending.pop())
+            else:
+                self.attempt(*self.deferred.pop(), last=True)
         return self.region()
 
     def shape(self, tensor: gs.Tensor) -> Shape:
@@ -185,46 +127,47 @@ class _Tracer:
             raise Blocked(f"the shape of {tensor.name!r} is unknown")
         return self.shapes[tensor.name]
 
-    def fresh(self, shape: Sequence[int]) -> np.ndarray:
-        size = int(np.prod(shape))
-        self.count += size
-        return np.arange(self.count - size + 1, self.count + 1).reshape(shape)
-
-    def merge(self, one: np.ndarray, other: np.ndarray) -> None:
-        if one.shape != other.shape or not np.array_equal(one, other):
-            one, other = np.broadcast_arrays(one, other)
-            self.merges.append((one.reshape(-1), other.reshape(-1)))
-
     def visit(self, tensor: gs.Tensor, index: np.ndarray, shifted: bool) -> None:
         index = collapsed(index)
         old = self.places.get(id(tensor))
         if old is not None:
             self.merge(old.index, index)
             if old.shifted != shifted:
-                self.forbid_shift(f"a shift reaches {tensor.name!r} on one way only")
+                self.forbid_shift(index, f"a shift reaches {tensor.name!r} on one way only")
             return
         self.places[id(tensor)] = place = _Place(tensor, index, shifted)
         if isinstance(tensor, gs.Constant):
-            self.pins.append((index.reshape(-1), "a constant feeds it"))
+            self.pin(index, "a constant feeds it")
         elif not edit.is_float(tensor):
-            self.pins.append((index.reshape(-1), "it is not floating point"))
+            self.pin(index, "it is not floating point")
         else:
             self.pending.append(place)
         for size, length in zip(index.shape, tensor.shape or (), strict=False):
             if size > 1 and length in self.dynamic:  # the map would be another one for another input
-                self.pins.append((index.reshape(-1), f"the length of its axis {length!r} may change"))
+                self.pin(index, f"the length of its axis {length!r} may change")
 
     def expand(self, place: _Place) -> None:
         """Follows a tensor to the node that writes it and to all that read it."""
         readers = [n for n in edit.consumers(place.tensor) if not (n.op in ("Shape", "Size") and edit.is_standard(n))]
         for node in (None, *readers):
-            try:
-                self.cross(node or self.writer(place.tensor), place, forward=node is not None)
-            except Blocked as error:
-                if self.insert:
-                    self.cuts.append(Cut(place.tensor, node, place.index, str(error), place.shifted))
-                else:
-                    self.pins.append((place.index.reshape(-1), str(error)))
+            self.attempt(place, node)
+
+    def attempt(self, place: _Place, reader: gs.Node | None, last: bool = False) -> None:
+        """Follows a tensor across a reader, or (None) its writer.
+
+        What a product of two activations takes the scale from is asked ``last``, when one of them may be known.
+        """
+        try:
+            node = reader or self.writer(place.tensor)
+            if reader is None and not last and node.op in ("Mul", "Div") and _constant_operand(node) is None:
+                self.deferred.append((place, None))
+            else:
+                self.cross(node, place, forward=reader is not None)
+        except Blocked as error:
+            if self.insert:
+                self.cuts.append(Cut(place.tensor, reader, place.index, str(error), place.shifted))
+            else:
+                self.pin(place.index, str(error))
 
     def writer(self, tensor: gs.Tensor) -> gs.Node:
         if edit.is_output(self.graph, tensor):
@@ -262,28 +205,6 @@ class _Tracer:
         source = node.inputs[1 - operand]
         alone = edit.sole_consumer(self.graph, source) is node
         return self.takes_scale(node, operand) or (alone and not forward)
-
-    def forbid_shift(self, reason: str) -> None:
-        self.no_shift = self.no_shift or reason
-
-    def along(self, index: np.ndarray, axis: int, channels: int) -> np.ndarray:
-        """A map as a vector over the channels on one axis: all positions along the other axes become one class."""
-        columns = np.moveaxis(index, axis, 0).reshape(index.shape[axis], -1)
-        if columns.shape[1] > 1:
-            self.merge(columns[:, :1], columns)
-        return np.broadcast_to(columns[:, 0], (channels,))
-
-    def fitted(self, index: np.ndarray, shape: Shape) -> np.ndarray:
-        """The map of an operand of this shape, from that of the result it is broadcast to."""
-        index = raised(index, max(index.ndim, len(shape)))
-        first = index
-        for axis in range(index.ndim):
-            place = axis - index.ndim + len(shape)
-            if first.shape[axis] > 1 and (place < 0 or shape[place] == 1):
-                first = np.take(first, [0], axis=axis)
-        if first.shape != index.shape:
-            self.merge(first, index)
-        return first.reshape(first.shape[first.ndim - len(shape) :])
 
     # ---- where a region ends -----------------------------------------------------------------------------------------
 
@@ -328,7 +249,7 @@ class _Tracer:
         if any(not isinstance(t, gs.Constant) or tuple(t.shape) != (channels,) for t in parameters) or not parameters:
             raise Blocked(f"the parameters of {node.op} are not constant vectors over the channels")
         if place.shifted and node.op in UNBIASED_NORMS:
-            self.forbid_shift(f"{node.op} has no bias")
+            self.forbid_shift(place.index, f"{node.op} has no bias")
         self.ends.append(End("norm", node, self.along(place.index, axis, channels), place.shifted))
 
     def reads(self, node: gs.Node, place: _Place) -> bool:
@@ -344,7 +265,7 @@ class _Tracer:
         if linear.data is not place.tensor:
             raise Blocked(f"{node.op} reads it as its weight")
         if place.shifted and linear.padded:
-            self.forbid_shift(f"a shift does not pass the zero padding of {node.op}")
+            self.forbid_shift(place.index, f"a shift does not pass the zero padding of {node.op}")
         vector = self.along(place.index, linear.in_axis, linear.channels[1])
         self.ends.append(End("in", node, vector, place.shifted, linear))
         return True
@@ -373,26 +294,28 @@ class _Tracer:
         if node.op == "Cast" and not edit.is_float(result):
             raise Blocked("Cast makes integers of it")
         shapes = self.shape(source), self.shape(result)
+        mixed = mixed_axes(node, *shapes)
+        index = self.fitted(place.index, [1 if i in mixed else n for i, n in enumerate(place.index.shape)])
+        shifted = self.shift_passes(node, index, place.shifted)
         if forward:
-            other, tensor = image(node, place.index, *shapes), result
-        else:
-            (other, follows), tensor = preimage(node, place.index, *shapes, self.fresh), source
-            self.merge(follows, place.index)
-        return [(tensor, other, self.shift_passes(node, place))]
+            return [(result, image(node, index, *shapes), shifted)]
+        before, follows = preimage(node, index, *shapes, self.fresh)
+        self.merge(follows, index)
+        return [(source, before, shifted)]
 
-    def shift_passes(self, node: gs.Node, place: _Place) -> bool:
+    def shift_passes(self, node: gs.Node, index: np.ndarray, shifted: bool) -> bool:
         """Whether a shift comes along; notes why not. Raises Blocked where not even a positive scale passes."""
         reason = f"a shift does not pass {node.op}" if node.op in _UNSHIFTED else ""
         if node.op not in (*_SHIFTED, *_UNSHIFTED):
-            wide = [axis for axis, size in enumerate(place.index.shape) if size > 1]
+            wide = [axis for axis, size in enumerate(index.shape) if size > 1]
             for axis in wide or [None]:
                 reason = reason or passes(node, Vector(axis)).no_shift
-        if place.shifted and reason:
-            self.forbid_shift(reason)
-        return place.shifted and not reason
+        if shifted and reason:
+            self.forbid_shift(index, reason)
+        return shifted and not reason
 
     def arithmetic(self, node: gs.Node, place: _Place, forward: bool) -> list[Move]:
-        """Mul, Div, Add and Sub: what is tied together has one map, as far as each is not broadcast.
+        """Mul, Div, Add, Sub, Min and Max: what is tied together has one map, as far as each is not broadcast.
 
         A constant factor by channel takes up the whole scale, and what is on the other side stays as it is; a constant
         term takes up the shift, and the scale goes on; any other factor lets the scale pass.
@@ -406,14 +329,15 @@ class _Tracer:
             tied = [node.inputs[1 - operand]]
         if node.op == "Div" and tied[0] is node.inputs[1]:
             raise Blocked("a constant is divided by it" if operand == 0 else "Div divides by it")
-        if place.shifted and not (additive and operand is not None):
-            self.forbid_shift(f"a shift does not pass {node.op}")
+        shifted = place.shifted and operand is not None and node.op in ("Add", "Sub")
+        if place.shifted and not shifted:
+            self.forbid_shift(index, f"a shift does not pass {node.op}")
         if operand is not None and self.takes_scale(node, operand, index):
             self.ends.append(End("factor", node, -index if forward else index, False))
             return []
         moves = [(tensor, self.fitted(index, self.shape(tensor)), False) for tensor in (*tied, result)]
         if additive and operand is not None:
-            self.ends.append(End("term", node, index, place.shifted, forward=forward))
+            self.ends.append(End("term", node, index, shifted, forward=forward))
         return [move for move in moves if move[0] is not place.tensor]
 
     def takes_scale(self, node: gs.Node, operand: int, index: np.ndarray | None = None) -> bool:
@@ -434,19 +358,16 @@ class _Tracer:
             raise Blocked(f"{node.op} of two activations is in between")
         if len(carriers) > 1:
             self.choices.append(node)
+        carriers.sort(key=lambda tensor: len(tensor.outputs))
         return carriers[-1 if node is self.instead else 0]
 
     def comes_from_weights(self, tensor: gs.Tensor) -> bool:
-        """Whether a tensor is made from one linear, norm or factor, most likely with nothing else to read it."""
+        """Whether a tensor is made from one linear, norm or factor by operators that a scale passes."""
         while (node := edit.producer(tensor)) is not None:
             operand = _constant_operand(node)
-            if node.op == "Split" or (operand is not None and self.takes_scale(node, operand)):
+            if node.op in LINEAR_OPS or node.op in NORMS or (operand is not None and self.takes_scale(node, operand)):
                 return True
-            if len([n for n in tensor.outputs if n.op not in ("Shape", "Size")]) != 1:
-                return False
-            if node.op in LINEAR_OPS or node.op in NORMS or node.op == "Slice":
-                return True
-            data = data_input(node) if operand is None else 1 - operand
+            data = 0 if node.op in ("Concat", "Split") else data_input(node) if operand is None else 1 - operand
             if data is None:
                 return False
             tensor = node.inputs[data]
@@ -475,7 +396,7 @@ class _Tracer:
             passed = place.shifted and place.tensor is right and self.rows_sum_to_one(left)
             tensor, other = result, raised(index, len(self.shape(result)))
         if place.shifted and not passed:
-            self.forbid_shift("a shift does not pass MatMul")
+            self.forbid_shift(index, "a shift does not pass MatMul")
         return [(tensor, other, passed)]
 
     def rows_sum_to_one(self, tensor: gs.Tensor) -> bool:
@@ -510,31 +431,21 @@ class _Tracer:
 
     def region(self) -> Region:
         """The region with its classes renumbered: merged ones are one, those that nothing refers to are gone."""
-        number = components(self.count, self.merges)
-        resolve = lambda index: np.sign(index) * number[np.abs(index)]  # noqa: E731
         used = [*(e.index for e in self.ends), *(c.index for c in self.cuts), *(p.index for p in self.places.values())]
-        labels = np.unique(np.concatenate([np.abs(resolve(i)).reshape(-1) for i in used]))
-        final = np.zeros(self.count + 2, np.int64)
-        final[labels] = np.arange(1, labels.size + 1)
-        renumber = lambda index: np.sign(resolve(index)) * final[np.abs(resolve(index))]  # noqa: E731
-        fixed = [""] * labels.size
-        if labels.size and labels[-1] == self.count + 1:
-            fixed[-1] = "it is scaled against itself"
-        for index, reason in self.pins:
-            for c in np.unique(np.abs(renumber(index))):
-                fixed[c - 1] = fixed[c - 1] or reason
+        renumber, size = self.renumbered(used)
+        fixed = self.reasons(self.pins, renumber, size)
         return Region(
             [replace(e, index=renumber(e.index)) for e in self.ends],
             [replace(c, index=renumber(c.index)) for c in self.cuts],
             fixed,
-            self.no_shift,
+            [one or other for one, other in zip(fixed, self.reasons(self.unshifted, renumber, size), strict=True)],
             {key: (place.tensor, renumber(place.index)) for key, place in self.places.items()},
         )
 
 
 def _constant_operand(node: gs.Node) -> int | None:
-    """Which operand of a Mul, Div, Add or Sub is the one that is constant; None where none or both are."""
-    if node.op not in _ARITHMETIC or not edit.is_standard(node):
+    """Which operand of an arithmetic node is the one that is constant; None where none or both are."""
+    if node.op not in _ARITHMETIC or not edit.is_standard(node) or len(node.inputs) != 2:
         return None
     constants = [i for i, tensor in enumerate(node.inputs) if isinstance(tensor, gs.Constant)]
     return constants[0] if len(constants) == 1 else None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -28,10 +29,10 @@ Shape = tuple[int, ...]
 RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax")
 ATTENTIONS = ("Attention", "MultiHeadAttention")  # linear in the values, which are their third input
+POOLS = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")
 MOVES = ("Transpose", *RESHAPES, "Slice", "Gather", "Expand")
 ALONGSIDE = (  # what keeps every channel where it is
-    "Identity", "Dropout", "Relu", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "GlobalMaxPool",
-    "GlobalAveragePool", "Pad", "Neg", "Abs", "Cast", "Resize",
+    *POOLS, "Identity", "Dropout", "Relu", "LeakyRelu", "PRelu", "Pad", "Neg", "Abs", "Cast", "Resize",
 )  # fmt: skip
 
 
@@ -61,10 +62,8 @@ def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.
         if any(index.shape[axis] > 1 for axis in axes):
             raise Blocked(f"{node.op} reduces the channel axis")
         return index if node.attrs.get("keepdims", 1) else np.squeeze(index, axes)
-    if node.op == "Resize":
-        _check_resize(node, index, source, result)
-    if node.op == "Pad" and len(source) != len(result):
-        raise Blocked(f"{node.op} changes its axes")
+    if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        raise Blocked("Resize may fill in values of its own")
     return index
 
 
@@ -89,6 +88,17 @@ def preimage(
     else:
         before = index
     return before, image(node, before, source, result)
+
+
+def mixed_axes(node: gs.Node, source: Shape, result: Shape) -> set[int]:
+    """The axes along which each value of a result comes from several of the source, which are to be of one class."""
+    if node.op in POOLS:
+        return set(range(2, len(source)))
+    if node.op != "Resize":
+        return set()
+    scales = edit.argument(node, 2 if len(node.inputs) > 2 else 1, "scales")
+    known = scales is not None and len(scales) == len(source)
+    return {i for i, n in enumerate(source) if n != result[i] or (known and scales is not None and scales[i] != 1)}
 
 
 def raised(index: np.ndarray, rank: int) -> np.ndarray:
@@ -127,7 +137,78 @@ def reshaped(index: np.ndarray, source: Shape, result: Shape, op: str) -> np.nda
     return np.broadcast_to(index, wide).reshape(new)
 
 
-def components(count: int, merges: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+@dataclass
+class Classes:
+    """The numbers in index maps: which of them are one, which are pinned to a scale of 1, which cannot be shifted."""
+
+    count: int = 0
+    merges: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    unshifted: list[tuple[np.ndarray, str]] = field(default_factory=list)
+
+    def fresh(self, shape: Sequence[int]) -> np.ndarray:
+        size = int(np.prod(shape))
+        self.count += size
+        return np.arange(self.count - size + 1, self.count + 1).reshape(shape)
+
+    def merge(self, one: np.ndarray, other: np.ndarray) -> None:
+        if one.shape != other.shape or not np.array_equal(one, other):
+            one, other = np.broadcast_arrays(one, other)
+            self.merges.append((one.reshape(-1), other.reshape(-1)))
+
+    def pin(self, index: np.ndarray, reason: str) -> None:
+        self.pins.append((index.reshape(-1), reason))
+
+    def forbid_shift(self, index: np.ndarray, reason: str) -> None:
+        self.unshifted.append((index.reshape(-1), reason))
+
+    def along(self, index: np.ndarray, axis: int, channels: int) -> np.ndarray:
+        """A map as a vector over the channels on one axis: all positions along the other axes become one class."""
+        columns = np.moveaxis(index, axis, 0).reshape(index.shape[axis], -1)
+        if columns.shape[1] > 1:
+            self.merge(columns[:, :1], columns)
+        return np.broadcast_to(columns[:, 0], (channels,))
+
+    def fitted(self, index: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """The map of an operand of this shape, from that of the result it is broadcast to."""
+        index = raised(index, max(index.ndim, len(shape)))
+        first = index
+        for axis in range(index.ndim):
+            place = axis - index.ndim + len(shape)
+            if first.shape[axis] > 1 and (place < 0 or shape[place] == 1):
+                first = np.take(first, [0], axis=axis)
+        if first.shape != index.shape:
+            self.merge(first, index)
+        return first.reshape(first.shape[first.ndim - len(shape) :])
+
+    def renumbered(self, used: list[np.ndarray]) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+        """A function from the maps in ``used`` to maps with classes 1 .. n, one for those that were merged, and n."""
+        number = _components(self.count, self.merges)
+        labels = np.unique(np.concatenate([np.abs(number[np.abs(index)]).reshape(-1) for index in used]))
+        final = np.zeros(self.count + 2, np.int64)
+        final[labels] = np.arange(1, labels.size + 1)
+        if labels[-1] == self.count + 1:
+            self.pin(np.flatnonzero(number == self.count + 1), "it is scaled against itself")
+
+        def renumber(index: np.ndarray) -> np.ndarray:
+            found = number[np.abs(index)]
+            return np.sign(index) * np.sign(found) * final[np.abs(found)]
+
+        return renumber, labels.size
+
+    @staticmethod
+    def reasons(
+        noted: list[tuple[np.ndarray, str]], renumber: Callable[[np.ndarray], np.ndarray], size: int
+    ) -> list[str]:
+        """The first reason noted for each class, "" where there is none."""
+        found = [""] * size
+        for index, reason in noted:
+            for c in np.unique(np.abs(renumber(index))):
+                found[c - 1] = found[c - 1] or reason
+        return found
+
+
+def _components(count: int, merges: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """For every class 0 .. ``count`` the signed class that stands for it, the lowest one of those it is merged with.
 
     ``merges``: pairs of 1-d arrays whose entries are equal in turn. Where a class meets its own inverse it is
@@ -213,17 +294,6 @@ def _reduced_axes(node: gs.Node, rank: int) -> tuple[int, ...]:
     if axes is None or not axes.size:
         raise Blocked(f"{node.op} names no constant axes")
     return tuple(sorted({int(axis) % rank for axis in axes}))
-
-
-def _check_resize(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> None:
-    wide = [axis for axis, size in enumerate(index.shape) if size > 1]
-    scales = edit.argument(node, 2 if len(node.inputs) > 2 else 1, "scales")
-    if any(source[axis] != result[axis] for axis in wide) or (
-        scales is not None and len(scales) == len(source) and any(scales[axis] != 1 for axis in wide)
-    ):
-        raise Blocked("Resize changes its channels")
-    if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
-        raise Blocked("Resize may fill in values of its own")
 
 
 def _attended(node: gs.Node, index: np.ndarray, values: Shape) -> np.ndarray:

@@ -20,9 +20,10 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
 from channelfold.passes.affine import Blocked
-from channelfold.passes.channels import SKIP_NORMS, UNBIASED_NORMS, Cut, End, Region
+from channelfold.passes.channels import SKIP_NORMS, UNBIASED_NORMS
 from channelfold.passes.fold_constants import GROWTH_LIMIT
 from channelfold.passes.linear import Linear, NotLinear, cast, view
+from channelfold.passes.region import Cut, End, Region
 from channelfold.runtime.graph_io import constant, free_name
 
 LOWEST, HIGHEST = 1e-5, 1e5  # of a scale; a channel that is always zero asks for 0, one that explodes for infinity
@@ -41,15 +42,15 @@ def at(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def rescale(graph: gs.Graph, region: Region, scale: np.ndarray, shift: np.ndarray | None = None) -> None:
-    """Moves ``scale`` and ``shift``, (classes,) float64, through a region.
+    """Moves ``scale`` and ``shift``, (classes,) float64, through a region, 1 and 0 where a class cannot take them.
 
     Raises Blocked with the reason, and nothing changed, where a weight cannot take its part: a value too large for its
     type, a shared weight of more than 1 MB, a shift where ``region.no_shift`` says why there can be none.
     """
     scale = clamped(scale, region.free)
-    shift = np.zeros_like(scale) if shift is None else np.where(region.free, shift, 0.0)
-    if np.any(shift) and region.no_shift:
+    if shift is not None and np.any(shift) and region.no_shift:
         raise Blocked(region.no_shift)
+    shift = np.zeros_like(scale) if shift is None else np.where(region.shiftable, shift, 0.0)
     try:
         writes = [write for end in _joined(region.ends) for write in _planned(graph, end, scale, shift)]
         for tensor in {id(cut.tensor): cut.tensor for cut in region.cuts}.values():
@@ -92,10 +93,12 @@ def _planned(graph: gs.Graph, end: End | _Both, scale: np.ndarray, shift: np.nda
         return _planned_linear(end, scale, shift)
     s = at(scale, end.index)
     z = shift[np.abs(end.index) - 1] if end.shifted else np.zeros_like(s)
-    if end.role == "norm":
-        values = norm_parameters(end.node, 1 / s, -z / s)
-        return [lambda i=i, v=v, name=name: edit.set_constant(graph, end.node, i, v, name) for i, v, name in values]
+    if not np.any(s != 1) and not np.any(z):
+        return []
     node = end.node
+    if end.role == "norm":
+        values = norm_parameters(node, 1 / s, -z / s)
+        return [lambda i=i, v=v, name=name: edit.set_constant(graph, node, i, v, name) for i, v, name in values]
     place = next(i for i, t in enumerate(node.inputs) if isinstance(t, gs.Constant))
     old = np.asarray(edit.value(node.inputs[place]))
     wide = old.astype(np.float64)
@@ -123,6 +126,8 @@ def _planned_linear(both: _Both, scale: np.ndarray, shift: np.ndarray) -> list[C
         in_scale = at(scale, both.inner.index)
         if both.inner.shifted:
             in_shift = shift[np.abs(both.inner.index) - 1]
+    if all(np.all(v == idle) for v, idle in ((out_scale, 1), (in_scale, 1), (out_shift, 0), (in_shift, 0))):
+        return []
     check_growth(linear)
     values = linear.rescaled(out_scale=out_scale, out_shift=out_shift, in_scale=in_scale, in_shift=in_shift)
     return [lambda: linear.install(*values)]
