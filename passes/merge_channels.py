@@ -11,7 +11,7 @@ a gate or a Gather one of the two channels stays for both, with the factor c tha
 
 Every even channel can be paired with every odd one, each with one at most, the least change first. Copies that
 ``split-channels`` made, known by equal rows and equal columns, are never merged: that would undo the split. They also
-tell how wide the tensor was.
+tell how wide the tensor was, so that the pass is for once behind a split: a second run would take as many again.
 
 Source: Liu et al., QLLM, ICLR 2024, section 4.1 (channel assembly), which merges activations by their mean at run time.
 """
