@@ -8,13 +8,15 @@ layers is a region of ``channels``: any number of writers and readers (r1 and r2
 Adds, reshapes, attention. In q k^T the weights of k stand in the place of the reader's.
 
 It evens out the ranges of channels within one weight, which is what quantization with one scale per tensor suffers
-from, and those of activations as far as they follow the weights. A scale per output channel of a weight is invariant to
-the writer's half of it. Biases are scaled along with the rows, and a small row with a large bias makes an activation
-with a wide range: ``absorb-bias`` is for that.
+from. A scale per output channel makes up for the writer's half by itself; with such scales equalizing gains little and
+may cost accuracy, because activations take the ranges of the weights, not their own. Biases are scaled along with the
+rows, and a small row with a large bias makes an activation with a wide range: ``absorb-bias`` is for that.
 
-Exact through Relu, LeakyRelu and PRelu, pooling and whatever else a positive scale commutes with, and not through GELU,
-SiLU or Clip: those regions are refused. So are those that a norm writes or a constant factor ends, whose range is that
-of their data: ``smooth`` is for them.
+Exact through Relu, LeakyRelu and PRelu, pooling and whatever else a positive scale commutes with, and not through GELU
+or SiLU: those regions are refused. So are those that a norm writes or a constant factor ends, whose range is that of
+their data: ``smooth`` is for them. ReLU6 passes where its bound may differ by channel, which takes a node more:
+
+    Clip(x, 0, 6)   becomes   Min(Relu(x / s), 6 / s)
 
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.1.
 """
@@ -29,15 +31,17 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from channelfold.passes import edit
 from channelfold.passes.affine import Blocked
 from channelfold.passes.base import Context, DataError, ModelError, Outcome, Pass, UsageError
-from channelfold.passes.channels import End, Region, Shape, trace
+from channelfold.passes.channels import trace
 from channelfold.passes.linear import Linear, linears
+from channelfold.passes.region import End, Region
 from channelfold.passes.rescale import at, clamped, rescale
 from channelfold.passes.verify import random_feeds
-from channelfold.runtime.graph_io import infer_shapes
+from channelfold.runtime.graph_io import constant, free_name, infer_shapes
 from channelfold.runtime.inspection import required_inputs
-from channelfold.runtime.shapes import measured_shapes, shapes_on
+from channelfold.runtime.shapes import Shape, measured_shapes, shapes_on
 
 SETTLED = 1e-4  # of log s: where one more round changes less, the ranges are equal
 WORTHWHILE = 1e-2  # of log s: a region in which no channel is off by more stays as it is
@@ -48,25 +52,32 @@ DEAD = 1e-6  # of the largest range on its side: a channel below it does nothing
 class Equalize(Pass):
     """Equalizes the weight ranges of neighbouring layers channel by channel; needs no data.
 
-    ``iterations``: at most so many rounds over the whole model. ``exclude``: patterns of node names (``*`` and ``?``)
-    whose weights stay as they are. Raises UsageError for less than one round.
+    ``iterations``: at most so many rounds over the whole model. ``allow_insert``: a Clip from 0 may become a Relu and a
+    Min with a bound by channel, which runtimes do not fuse into what precedes it. ``exclude``: patterns of node names
+    (``*`` and ``?``) whose weights stay as they are. Raises UsageError for less than one round.
     """
 
     name: ClassVar[str] = "equalize"
     kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
 
     iterations: int = 100
+    allow_insert: bool = False
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise UsageError(f"'iterations' is {self.iterations}", "Expected at least 1")
 
+    def opset_for(self, graph: gs.Graph) -> int:
+        return 13 if self.allow_insert and any(_is_relu_n(node) for node in graph.nodes) else 0
+
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()
+        shapes = shapes_of(graph, ctx)
+        clips = _opened(graph, shapes) if self.allow_insert else []
         weights: dict[int, _Weight] = {}
-        sites = list(self._sites(graph, shapes_of(graph, ctx), weights, outcome))
+        sites = list(self._sites(graph, shapes, weights, outcome))
         for site in sites:
             site.leave_out_dead(weights)
         rounds, step = 0, 0.0
@@ -77,9 +88,9 @@ class Equalize(Pass):
             if step < SETTLED:
                 break
         weights.clear()
-        for site in sites:
-            _write(graph, site, outcome)
-        outcome.facts = {"regions": len(outcome.changed), "iterations": rounds, "last_step": step}
+        written = [_write(graph, site, outcome) for site in sites]
+        _close(graph, clips, outcome)
+        outcome.facts = {"regions": len(sites), "scaled": sum(written), "iterations": rounds, "last_step": step}
         return outcome
 
     def _sites(
@@ -98,7 +109,8 @@ class Equalize(Pass):
                 outcome.refuse(linear.name, f"{linear.node.op} is not equalized with what follows: {error}", str(error))
                 continue
             for end, found in site.linears():
-                weights.setdefault(id(end.node), _Weight.of(found))
+                if id(end.node) not in weights:
+                    weights[id(end.node)] = _Weight.of(found)
             yield site
 
     def _usable(self, linear: Linear, region: Region) -> np.ndarray:
@@ -216,18 +228,85 @@ def _writes(end: End) -> np.ndarray:
     return (end.index > 0) == (end.role == "out")
 
 
-def _write(graph: gs.Graph, site: _Site, outcome: Outcome) -> None:
-    off = np.abs(np.log(site.scale))
-    if off.max() < WORTHWHILE:
-        return
+def _write(graph: gs.Graph, site: _Site, outcome: Outcome) -> bool:
+    """Writes the scale of a region; returns whether it did."""
+    if np.abs(np.log(site.scale)).max() < WORTHWHILE:
+        return False
     node, nodes = site.first.node, {id(end.node) for end, _ in site.linears()}
     try:
         rescale(graph, site.region, site.scale)
     except Blocked as error:
         outcome.refuse(node.name, f"{node.op} is not equalized with what follows: {error}", str(error))
-        return
+        return False
     scales = f"scales {site.scale.min():.3g} to {site.scale.max():.3g}"
     outcome.change(node.name, f"{node.op}: {int(site.usable.sum())} channels of {len(nodes)} weights, {scales}")
+    return True
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """A Clip that has been taken out of the graph, with its inputs, and what stands in its place."""
+
+    node: gs.Node
+    inputs: list[gs.Tensor]
+    highest: np.ndarray
+    relu: gs.Node
+    bound: gs.Node
+
+
+def _is_relu_n(node: gs.Node) -> bool:
+    if node.op != "Clip" or not edit.is_standard(node) or not edit.is_float(node.inputs[0]):
+        return False
+    low, high = _bounds(node)
+    return low == 0 and 0 < high < np.inf
+
+
+def _bounds(node: gs.Node) -> tuple[float, float]:
+    """The constant bounds of a Clip; NaN where there is none."""
+    found = [edit.argument(node, i, name) for i, name in ((1, "min"), (2, "max"))]
+    low, high = (float(b[0]) if b is not None and b.size == 1 else np.nan for b in found)
+    return low, high
+
+
+def _opened(graph: gs.Graph, shapes: dict[str, Shape]) -> list[_Clip]:
+    """Puts a Relu and a Min in the place of every Clip from 0, for a while, and their shapes into ``shapes``."""
+    clips, nodes = [], []
+    for node in graph.nodes:
+        if not _is_relu_n(node):
+            nodes.append(node)
+            continue
+        inputs, result = list(node.inputs), node.outputs[0]
+        between = gs.Variable(free_name(graph, f"{node.name}_relu"), result.dtype, result.shape)
+        kind = edit.dtype(inputs[0]) or np.dtype(np.float32)
+        highest = np.array(_bounds(node)[1], kind)
+        edit.detach(node)
+        relu = gs.Node("Relu", node.name, inputs=[inputs[0]], outputs=[between])
+        operands = [between, constant(graph, f"{node.name}_max", highest)]
+        bound = gs.Node("Min", f"{node.name}_bound", inputs=operands, outputs=[result])
+        if result.name in shapes:
+            shapes[between.name] = shapes[result.name]
+        clips.append(_Clip(node, inputs, highest, relu, bound))
+        nodes += [relu, bound]
+    graph.nodes[:] = nodes
+    return clips
+
+
+def _close(graph: gs.Graph, clips: list[_Clip], outcome: Outcome) -> None:
+    """Puts back every Clip whose bound is as it was."""
+    closed = {}
+    for clip in clips:
+        bound = edit.value(clip.bound.inputs[1])
+        if bound is None or not np.array_equal(bound, clip.highest):
+            outcome.change(clip.node.name, "Clip: a Relu and a Min by channel in its place")
+            continue
+        result = clip.bound.outputs[0]
+        edit.detach(clip.relu)
+        edit.detach(clip.bound)
+        clip.node.inputs.extend(clip.inputs)
+        clip.node.outputs.append(result)
+        closed[id(clip.relu)] = clip.node
+    graph.nodes[:] = [closed.get(id(node), node) for node in graph.nodes]
+    edit.sweep(graph)
 
 
 def shapes_of(graph: gs.Graph, ctx: Context) -> dict[str, Shape]:

@@ -13,7 +13,8 @@ from channelfold.passes.base import Context, UsageError
 from channelfold.passes.equalize import Equalize
 from channelfold.passes.fold_constants import GROWTH_LIMIT
 from channelfold.passes.linear import linears
-from channelfold.tests.graphs import build, changes, feeds, fold, listing, random, reasons, run
+from channelfold.runtime.snapshot import Snapshot
+from channelfold.tests.graphs import assert_same, build, changes, constants, feeds, fold, listing, random, reasons, run
 
 IMAGE = "(float[N,3,8,8] x) => (float[] y)"
 ROWS = "(float[N,6] x) => (float[] y)"
@@ -92,7 +93,7 @@ def test_ranges_are_equal_on_both_sides(case):
     np.testing.assert_allclose(per_input(second, 4), middle, rtol=1e-12)
     assert listing(graph) == nodes
     assert len(outcome.changed) == 1
-    assert outcome.facts["regions"] == 1
+    assert (outcome.facts["regions"], outcome.facts["scaled"]) == (1, 1)
     assert outcome.facts["iterations"] == 2  # the second finds nothing to do
 
 
@@ -353,3 +354,65 @@ def test_a_graph_without_weights_is_left_alone():
     graph = build(IMAGE, "y = Relu(x)")
     outcome = equalize(graph)
     assert (outcome.changed, outcome.refused, outcome.facts["iterations"]) == ([], [], 0)
+
+
+# ---- Clip --------------------------------------------------------------------------------------------------------
+
+RELU6 = "a = Conv(x, A, a0)\n r = Clip(a, low, high)\n y = Conv(r, B)"
+RELU6_SHAPES: dict[str, Any] = {"A": (4, 3, 1, 1), "a0": 4, "B": (5, 4, 3, 3), "low": 0.0, "high": 1.5}
+
+
+def test_a_clip_from_zero_gets_a_bound_by_channel():
+    graph = build(IMAGE, RELU6, **RELU6_SHAPES)
+    feed = feeds(graph)
+    before = run(graph, feed)
+    first, second = weights(graph)
+    scale = np.sqrt(rows(first) / columns(second))
+    outcome = Equalize(allow_insert=True).apply(graph, Context())
+    assert_same(before, run(graph, feed))
+    assert listing(graph).splitlines() == [
+        "a = Conv(x, A, a0)",
+        "Clip_1_relu = Relu(a)",
+        "r = Min(Clip_1_relu, Clip_1_max)",
+        "y = Conv(r, B)",
+    ]
+    np.testing.assert_allclose(constants(graph)["Clip_1_max"].reshape(-1), 1.5 / scale, rtol=1e-12)
+    np.testing.assert_allclose(rows(weights(graph)[0]), columns(weights(graph)[1]), rtol=1e-12)
+    assert changes(outcome)[1:] == ["Clip: a Relu and a Min by channel in its place"]
+    again = Equalize(allow_insert=True).apply(graph, Context())
+    assert not again.changed
+    assert (again.facts["regions"], again.facts["scaled"]) == (1, 0)
+
+
+def test_the_bound_of_a_single_channel_is_scaled_too():
+    shapes = {"A": (1, 3, 1, 1), "a0": 1, "B": (5, 1, 3, 3), "low": 0.0, "high": 1.5}
+    graph = build(IMAGE, RELU6, **shapes)
+    feed = feeds(graph)
+    before = run(graph, feed)
+    outcome = Equalize(allow_insert=True).apply(graph, Context())
+    assert_same(before, run(graph, feed))
+    assert len(outcome.changed) == 2
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.5, 1.5), (0.0, 0.0), (0.1, 6.0)])
+def test_other_clips_stay(low, high):
+    graph = build(IMAGE, RELU6, **RELU6_SHAPES | {"low": low, "high": high})
+    outcome = equalize(graph, allow_insert=True)
+    assert reasons(outcome)[0] == "Conv is not equalized with what follows: Clip reads it"
+
+
+def test_a_clip_is_put_back_where_nothing_is_scaled():
+    graph = build(IMAGE, "a = Conv(x, A)\n r = Clip(a, low, high)\n y = Sigmoid(r)", A=(4, 3, 1, 1), low=0.0, high=6.0)
+    before = Snapshot.of(graph)
+    outcome = equalize(graph, allow_insert=True)
+    assert not outcome.changed
+    assert before.same(Snapshot.of(graph))
+
+
+def test_a_clip_with_attributes_is_raised_to_one_with_inputs():
+    body = "a = Conv(x, A)\n r = Clip<min=0.0, max=6.0>(a)\n y = Conv(r, B)"
+    graph = build(IMAGE, body, opset=10, kind="float", A=(4, 3, 1, 1), B=(5, 4, 1, 1))
+    graph, (raised, record) = pipeline.run(graph, [Equalize(allow_insert=True)], Context())
+    assert raised["pass"] == "raise-opset"
+    assert record["verified"]["max_rel_error"] < 1e-6
+    assert [node.op for node in graph.nodes] == ["Conv", "Relu", "Min", "Conv"]
