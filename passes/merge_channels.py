@@ -18,6 +18,7 @@ Source: Liu et al., QLLM, ICLR 2024, section 4.1 (channel assembly), which merge
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -193,6 +194,10 @@ def _paired(rows: np.ndarray, matrix: np.ndarray, single: np.ndarray, wanted: in
 def _copies(width: Width) -> np.ndarray:
     """How many channels equal each one, itself included, (channels,); 1 for those that nothing reads."""
     columns = width.columns().T
-    channels = [row.tobytes() for row in np.concatenate([width.rows(), columns], axis=1)]
-    counts = Counter(channels)
-    return np.where(columns.any(axis=1), [counts[channel] for channel in channels], 1)
+    channels = [hashlib.blake2b() for _ in range(width.channels)]
+    for part in (*width.rows(), columns):
+        for channel, values in zip(channels, part, strict=True):
+            channel.update(values.tobytes())
+    digests = [channel.digest() for channel in channels]
+    counts = Counter(digests)
+    return np.where(columns.any(axis=1), [counts[digest] for digest in digests], 1)

@@ -197,8 +197,7 @@ def _check_operands(graph: gs.Graph, region: Region, heads: _Heads, shapes: dict
             continue
         varied = [axis - index.ndim for axis, size in enumerate(index.shape) if size > 1]
         for node in [*tensor.inputs, *edit.consumers(tensor)]:
-            indices = edit.argument(node, 1, "indices") if node.op == "Gather" else None
-            if indices is not None and indices.size > 1:
+            if node.op == "Gather" and _picks_channels(node, region):
                 raise Blocked("Gather picks its channels one by one")
             if node.op not in ("Mul", "Div", "Add", "Sub") or id(node) in biases:
                 continue
@@ -206,6 +205,16 @@ def _check_operands(graph: gs.Graph, region: Region, heads: _Heads, shapes: dict
                 shape = shapes[other.name]
                 if any(len(shape) >= -axis and shape[axis] > 1 for axis in varied):
                     raise Blocked(f"{node.op} combines its channels with {other.name!r}, as rotary embeddings do")
+
+
+def _picks_channels(node: gs.Node, region: Region) -> bool:
+    """Whether a Gather takes several channels along the axis that has those of one head."""
+    indices, source = edit.argument(node, 1, "indices"), region.places.get(id(node.inputs[0]))
+    if indices is None or indices.size == 1 or source is None:
+        return False
+    index = source[1]
+    last = max((axis for axis, size in enumerate(index.shape) if size > 1), default=-1)
+    return int(node.attrs.get("axis", 0)) % index.ndim == last
 
 
 def _weights(graph: gs.Graph, region: Region, heads: _Heads, signed: np.ndarray) -> np.ndarray:

@@ -40,6 +40,7 @@ from channelfold.runtime.shapes import measured_shapes
 from channelfold.runtime.statistics import ChannelStatistics, observe
 
 _STEPS = 100  # of the threshold
+_OUTPUTS = 1024  # at most, that the error is measured on
 _WORTH_NODES = 3.0  # dB
 
 
@@ -142,6 +143,7 @@ class SplitChannels(Pass):
         amax = np.zeros(region.size)
         np.maximum.at(amax, classes, seen.amax)
         matrix = np.concatenate([columns_of(reader) for reader in readers])
+        matrix = matrix[:: -(-len(matrix) // _OUTPUTS)]
         search = _Search(amax[classes], classes, free, *seen.sample(), matrix.astype(np.float32))
         parts, snr = search.best(self.max_extra, self.align)
         needed = max(self.min_gain, _WORTH_NODES) if inserts else self.min_gain

@@ -57,15 +57,11 @@ class Width:
     vectors: list[tuple[gs.Node, int, int]] = field(default_factory=list)
     linear: bool = True
 
-    def rows(self) -> np.ndarray:
-        """Everything that makes a channel what it is, (channels, values) float64."""
-        parts = [linear.weight().reshape(self.channels, -1) for linear in self.writers]
-        parts += [_own_bias(linear)[:, None] for linear in self.writers]
-        for node, place, axis in self.vectors:
-            values = np.asarray(edit.value(node.inputs[place]))
-            parts.append(np.moveaxis(values, axis, 0).reshape(self.channels, -1))
-        parts += [np.asarray(edit.value(gather.inputs[1]))[:, None] for gather in self.gathers]
-        return np.concatenate(parts, axis=1, dtype=np.float64)
+    def rows(self) -> list[np.ndarray]:
+        """Everything that makes a channel what it is, arrays (channels, …)."""
+        parts = [part for linear in self.writers for part in (linear.weight(), _own_bias(linear))]
+        parts += [np.moveaxis(np.asarray(edit.value(n.inputs[i])), axis, 0) for n, i, axis in self.vectors]
+        return [*parts, *(np.asarray(edit.value(gather.inputs[1])) for gather in self.gathers)]
 
     def columns(self) -> np.ndarray:
         """The weights that read the channels, (outputs, channels); each place of a kernel counts as an output."""

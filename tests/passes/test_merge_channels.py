@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def merge(graph, **options):
     return outcome
 
 
-def up_and_bias(channels=20, copies=()):
+def up_and_bias(channels=20, copies=()) -> dict[str, Any]:
     """A weight and a bias in which (channel, source, factor) are multiples of other channels."""
     up, bias = random((16, channels), "U"), random(channels, "b")
     for channel, source, factor in copies:

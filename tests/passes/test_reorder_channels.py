@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -150,6 +152,12 @@ def test_one_weight_for_queries_keys_and_values(body):
         assert (np.diff(head_norms(old[:, part], groups)) > 0).any()
 
 
+def test_heads_that_a_gather_repeats():
+    body = PROJECTED + SPLIT_HEADS + "\n queries = Identity(q)\n keys = Gather<axis=1>(kt, twice)"
+    graph = attention(4, 2, body=body + "\n values = Gather<axis=1>(v, twice)", twice=np.array([0, 0, 1, 1]))
+    assert len(reorder(graph).changed) == 2
+
+
 @given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([2, 5, 16]))
 def test_any_number_of_heads(groups, repeat, size):
     outcome = reorder(attention(groups * repeat, groups, size))
@@ -208,7 +216,12 @@ def test_rotary_tables_are_shared_by_all_heads():
     body = PROJECTED + SPLIT_HEADS.replace("kt = Transpose<perm=[0,2,3,1]>(k2)", "k = Transpose<perm=[0,2,1,3]>(k2)")
     body += rotary("q", "queries") + rotary("k", "kr")
     body += "\n keys = Transpose<perm=[0,1,3,2]>(kr)\n values = Identity(v)"
-    slices = {"start": np.array([0]), "middle": np.array([4]), "end": np.array([8]), "last": np.array([-1])}
+    slices: dict[str, Any] = {
+        "start": np.array([0]),
+        "middle": np.array([4]),
+        "end": np.array([8]),
+        "last": np.array([-1]),
+    }
     graph = attention(4, 4, body=body, inputs=", float[1,1,5,8] cos, float[1,1,5,8] sin", **slices)
     outcome = reorder(graph)
     assert [what.split(",")[0] for what in changes(outcome)] == ["values"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -158,8 +160,8 @@ def test_any_outliers(drawn):
     gated, share = drawn.draw(st.booleans()), drawn.draw(st.sampled_from([0.1, 0.3, 1.0]))
     align = drawn.draw(st.sampled_from([1, 2, 5]))
     up = planted((16, channels), "U", outliers)
-    body, more = (SWIGLU, {"G": (16, channels)}) if gated else (FFN, {"b": channels})
-    graph = build(TOKENS, body, U=up, D=(channels, 4), **more)
+    more: dict[str, Any] = {"G": (16, channels)} if gated else {"b": channels}
+    graph = build(TOKENS, SWIGLU if gated else FFN, U=up, D=(channels, 4), **more)
     outcome = split(graph, max_extra=share, align=align)
     for site in outcome.facts["sites"]:
         old, new = site["width"]
