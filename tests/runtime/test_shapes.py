@@ -4,8 +4,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
+from channelfold.passes.base import ChannelfoldError
 from channelfold.runtime import graph_io
-from channelfold.runtime.shapes import name_squeezed_axes, shapes_on, squeezes_without_axes
+from channelfold.runtime.shapes import measured_shapes, name_squeezed_axes, shapes_on, squeezes_without_axes
+from channelfold.tests.graphs import build
 
 
 def squeeze(opset: int) -> gs.Graph:
@@ -21,6 +23,38 @@ def squeeze(opset: int) -> gs.Graph:
 
 def test_shapes_follow_the_inputs():
     assert shapes_on(squeeze(13), {"x": (2, 1, 5)}) == {"x": (2, 1, 5), "squeezed": (2, 5), "y": (2, 5)}
+
+
+RESHAPED = "(float[N,4] x, int64[M] to) => (float[] y, float[] z)"  # to a shape that only a run can tell
+BODY = "r = Reshape(x, to)\n y = Relu(r)\n z = Relu(x)"
+
+
+def test_what_inference_cannot_tell_is_measured():
+    graph = build(RESHAPED, BODY, kind="float")
+    feed = {"x": np.zeros((3, 4), np.float32), "to": np.array([2, 6])}
+    inferred = {"x": (3, 4), "to": (2,), "z": (3, 4)}
+    assert shapes_on(graph, {name: values.shape for name, values in feed.items()}) == inferred
+    assert measured_shapes(graph, feed) == inferred | {"r": (2, 6), "y": (2, 6)}
+    assert [t.name for t in graph.outputs] == ["y", "z"]
+
+
+def test_shapes_of_subgraphs_are_left_out():
+    body = """
+        r = Reshape(x, to)
+        y = If(c) <
+            then_branch = p () => (float[A,B] q) { q = Relu(r) }, else_branch = s () => (float[A,B] o) { o = Neg(r) }
+        >
+        z = Relu(x)
+    """
+    graph = build(RESHAPED, body, kind="float", c=np.array(True))
+    shapes = measured_shapes(graph, {"x": np.zeros((3, 4), np.float32), "to": np.array([2, 6])})
+    assert shapes == {"x": (3, 4), "to": (2,), "r": (2, 6), "y": (2, 6), "z": (3, 4)}
+
+
+def test_a_model_that_does_not_run_says_so():
+    graph = build(RESHAPED, BODY, kind="float")
+    with pytest.raises(ChannelfoldError, match="Reshape"):
+        measured_shapes(graph, {"x": np.zeros((3, 4), np.float32), "to": np.array([5, 5])})
 
 
 @pytest.mark.parametrize("opset", [11, 13])
