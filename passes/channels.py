@@ -212,7 +212,6 @@ class _Tracer(Classes):
         """Whether a linear or a norm that writes a tensor ends the region."""
         linear = self.written_by(node, place.tensor)
         if linear is not None:
-            self.shape(place.tensor)
             vector = self.along(place.index, linear.out_axis, linear.channels[0])
             self.ends.append(End("out", linear.node, vector, place.shifted, linear))
         elif node.op in NORMS:
@@ -318,7 +317,7 @@ class _Tracer(Classes):
         """Mul, Div, Add, Sub, Min and Max: what is tied together has one map, as far as each is not broadcast.
 
         A constant factor by channel takes up the whole scale, and what is on the other side stays as it is; a constant
-        term takes up the shift, and the scale goes on; any other factor lets the scale pass.
+        term takes up the shift (a bound does not), and the scale goes on; any other factor lets the scale pass.
         """
         result, operand = node.outputs[0], _constant_operand(node)
         index = raised(place.index, len(self.shape(result)))

@@ -38,8 +38,8 @@ ALONGSIDE = (  # what keeps every channel where it is
 
 def data_input(node: gs.Node) -> int | None:
     """Which input of a node ``image`` can follow to its output; None where there is none."""
-    if node.op in ATTENTIONS:
-        return 2
+    if node.op in ATTENTIONS and edit.is_standard(node) == (node.op == "Attention"):
+        return 2 if edit.has_input(node, 2) else None
     return 0 if edit.is_standard(node) and node.op in (*MOVES, *REDUCTIONS, *ALONGSIDE) else None
 
 

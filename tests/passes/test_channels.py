@@ -7,8 +7,10 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.affine import Blocked
-from channelfold.passes.channels import Region, trace
+from channelfold.passes.channels import trace
+from channelfold.passes.index_maps import image, preimage
 from channelfold.passes.linear import linears
+from channelfold.passes.region import Region
 from channelfold.passes.rescale import rescale
 from channelfold.runtime.graph_io import check
 from channelfold.runtime.shapes import shapes_on
@@ -48,6 +50,27 @@ def moved(graph: gs.Graph, *, rtol: float | None = None, **options) -> Region:
     for feed, old in zip(checked, before, strict=True):
         assert_same(old, run(graph, feed), rtol)
     return region
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("y = Transpose<perm=[0,2,1]>(x)", [[[1], [2], [3], [4]]]),
+        ("y = Reshape(x, to)", [[[[1, 2], [3, 4]]]]),
+        ("y = Slice(x, from, end, last)", [[[3, 4]]]),
+        ("y = Gather<axis=1>(x, first)", [[1, 2, 3, 4]]),
+    ],
+)
+def test_maps_move_as_the_data_does(body, expected):
+    given = {"to": np.array([2, 5, 2, 2]), "first": np.array(0), "from": np.array([2]), "end": np.array([4])}
+    given = {name: value for name, value in (given | {"last": np.array([2])}).items() if name in body}
+    (node,) = build("(float[2,5,4] x) => (float[] y)", body, **given).nodes
+    index, result = np.arange(1, 5).reshape(1, 1, 4), tuple(node.outputs[0].shape)
+    moved_on = image(node, index, (2, 5, 4), result)
+    assert moved_on.tolist() == expected
+    back, follows = preimage(node, moved_on, (2, 5, 4), result, lambda shape: np.broadcast_to(index, shape))
+    np.testing.assert_array_equal(back, np.broadcast_to(index, back.shape))
+    np.testing.assert_array_equal(follows, moved_on)
 
 
 # ---- norms as writers --------------------------------------------------------------------------------------------
@@ -274,6 +297,8 @@ BETWEEN = {
     "a mask over the image": ("t = Mul(c, k)", {"k": (6, 6)}, 4, "a shift does not pass Mul"),
     "a term over the image": ("t = Add(k, c)", {"k": (6, 6)}, 4, ""),
     "BatchNormalization": ("t = BatchNormalization(c, g, s, s, g)", {"g": positive(4), "s": 4}, 4, ""),
+    "bounds": ("i = Max(c, k)\n t = Min(l, i)", {"k": -0.5, "l": (4, 1, 1)}, 4, "a shift does not pass Min"),
+    "the larger of two": ("r = Relu(c)\n t = Max(r, c)", {}, 4, "a shift does not pass Max"),
     "itself": ("r = Relu(c)\n t = Add(c, r)", {}, 4, "a shift does not pass Add"),
     "Clip": ("t = Clip(c)", {}, 0, ""),
     "its square": ("t = Mul(c, c)", {}, 0, ""),
