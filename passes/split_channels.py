@@ -13,7 +13,8 @@ the channels (``rescale``), the copies are made where they cost nothing:
 
 theta goes in 100 steps from the largest channel down, until more than ``max_extra`` of the channels would be added; the
 one whose quantized outputs (int8, activation per tensor, weights per output channel) are closest to the float ones on a
-sample of rows is taken, and none where no split helps.
+sample of rows is taken, and none where no split helps. Afterwards many channels reach the edge of the range, where one
+did: what calibration has not seen is clipped in all of them, so that it should see enough.
 
 Source: Liu et al., QLLM, ICLR 2024, section 4.1 (channel disassembly); the number of steps there depends on the unit.
 """
@@ -50,8 +51,8 @@ class SplitChannels(Pass):
 
     ``max_extra``: channels that may be added, as a share of those there are. ``min_gain``: what a split must gain in
     the signal-to-noise ratio of the quantized outputs, in dB (3 at least where nodes are inserted). ``align``: the new
-    width is a multiple of it, by further splits. ``allow_insert``: where the writer cannot get wider, a
-    Gather may repeat the channels. Raises UsageError for an option out of its range.
+    width is a multiple of it, by further splits. ``allow_insert``: where the writer cannot get wider, a Gather may
+    repeat the channels. Raises UsageError for an option out of its range.
     """
 
     name: ClassVar[str] = "split-channels"
