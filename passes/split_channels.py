@@ -152,11 +152,11 @@ class SplitChannels(Pass):
             raise Blocked(f"no split gains {needed:g} dB")
         scale = np.ones(region.size)
         scale[classes] = np.where(index > 0, parts, 1 / parts)
-        nodes, width, theta = len(graph.nodes), len(parts), float((amax[classes] / parts).max())
+        nodes, width, theta = set(map(id, graph.nodes)), len(parts), float((amax[classes] / parts).max())
         rescale(graph, region, scale)
         _complete(graph, shapes)
         _repeat(graph, readers, parts, shapes)
-        extra, added = int(parts.sum()) - width, len(graph.nodes) - nodes
+        extra, added = int(parts.sum()) - width, sum(id(node) not in nodes for node in graph.nodes)
         what = (
             f"{tensor.name}: {int((parts > 1).sum())} of {width} channels split, {extra} added; range "
             f"{amax.max():.3g} -> {theta:.3g}, output {snr[0]:.1f} -> {snr[1]:.1f} dB"

@@ -153,6 +153,14 @@ def test_a_shared_weight_stays_with_its_other_reader():
     assert sorted(v.shape for n, v in constants(graph).items() if n[0] == "D") == [(40, 8), (site["width"][1], 8)]
 
 
+def test_a_chain_in_front_of_a_weight_that_goes_is_no_negative_insertion():
+    body = "u = MatMul(x, U)\n h = Relu(u)\n t = Transpose(D)\n y = MatMul(h, t)"
+    graph = build(TOKENS, body, U=planted((16, 40), "U", {3: 60.0}), D=(8, 40))
+    (site,) = split(graph).facts["sites"]
+    assert ops(graph) == ["MatMul", "Relu", "MatMul"]
+    assert site["inserted"] == 0
+
+
 @given(st.data())
 def test_any_outliers(drawn):
     channels = drawn.draw(st.integers(4, 48))
