@@ -27,6 +27,19 @@ from channelfold.runtime.progress import Progress
 
 CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
 TARGETS = ("tensorrt", "onnxruntime")
+METHODS = (
+    "auto",
+    "smoothquant",
+    "os-plus",
+    "awq",
+    "repq",
+    "outliertune",
+    "fp4-shift",
+    "equalize",
+    "split-merge",
+    "reorder",
+)
+AIMS = ("mean", "median", "clipped")
 DEMO_SMS = (86, 89)
 
 
@@ -39,6 +52,15 @@ class _Commands(click.Group):
         if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             raise click.UsageError(f"No such command {args[0]!r}. {nearest(args[0], self.commands)}", ctx)
         return super().resolve_command(ctx, args)
+
+
+class _Choice(click.Choice):
+    """A choice that names the nearest one for a misspelt one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value not in self.choices:
+            self.fail(f"{value!r} is unknown. {nearest(value, self.choices)}", param, ctx)
+        return value
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -178,6 +200,9 @@ _out = click.option("-o", "--output", required=True, metavar="OUT", type=click.P
 _calibration = click.option(
     "--calibration", metavar="DATA", type=click.Path(), help=f"Samples that activation ranges come from: {_DATA}."
 )
+_evaluation = click.option(
+    "--evaluation", metavar="DATA", type=click.Path(), help="Other samples, to compare the outputs on."
+)
 _random = click.option(
     "--random",
     type=click.IntRange(min=1),
@@ -211,11 +236,11 @@ _gates = _options(
 )
 
 _quantizer = _options(
-    click.option("--calibrator", type=click.Choice(CALIBRATORS), help="How ranges are chosen.  [default: mse]"),
+    click.option("--calibrator", type=_Choice(CALIBRATORS), help="How ranges are chosen.  [default: mse]"),
     click.option(
         "--percentile", type=float, metavar="P", help="Of the calibrator percentile, 0 to 100.  [default: 99.999]"
     ),
-    click.option("--target", type=click.Choice(TARGETS), help="Whose rules for QDQ nodes.  [default: tensorrt]"),
+    click.option("--target", type=_Choice(TARGETS), help="Whose rules for QDQ nodes.  [default: tensorrt]"),
     click.option(
         "--exclude", multiple=True, metavar="PATTERN", help="Nodes to leave in float: names, * and ? match. Repeatable."
     ),
@@ -233,10 +258,92 @@ _quantizer = _options(
         help="Leave a node in float when 8 bits represent its input worse than this, in dB.  [default: 15]",
     ),
     click.option(
+        "--float-share",
+        type=float,
+        metavar="X",
+        help="Share of the linear nodes that may stay float because int8 changes their outputs most, 0 to 1.  "
+        "[default: 0]",
+    ),
+    click.option(
         "--correct-bias/--no-correct-bias",
         default=None,
         help="Make up in the biases for the mean error of rounded weights.  [default: correct-bias]",
     ),
+)
+
+
+_smoother = _options(
+    click.option(
+        "--method",
+        type=_Choice(METHODS),
+        metavar="NAME",
+        default="auto",
+        help="One of those above.  [default: auto]",
+    ),
+    click.option(
+        "--alpha", type=float, metavar="X", help="smoothquant: how much the weights take, 0 to 1.  [default: 0.5]"
+    ),
+    click.option("--search-alpha", is_flag=True, default=None, help="smoothquant: find the best alpha for each site."),
+    click.option("--aim", type=_Choice(AIMS), help="repq: the range that all channels get.  [default: mean]"),
+    click.option(
+        "--shift/--no-shift",
+        default=None,
+        help="auto, os-plus, repq, outliertune: shift channels too, where biases can take it up.  [default: shift]",
+    ),
+    click.option(
+        "--activation-bits", type=int, metavar="N", help="auto, os-plus, --search-alpha: quantizer.  [default: 8]"
+    ),
+    click.option(
+        "--weight-bits", type=int, metavar="N", help="auto, os-plus, awq, --search-alpha: quantizer.  [default: 8]"
+    ),
+    click.option(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="The same: weights that share a scale, 0 for a whole row.  [default: 0]",
+    ),
+    click.option("--iterations", type=int, metavar="N", help="equalize: rounds at most.  [default: 100]"),
+    click.option(
+        "--absorb-bias",
+        is_flag=True,
+        default=None,
+        help="equalize: then move what channels never fall below into the next biases. Needs data, approximate.",
+    ),
+    click.option(
+        "--sigmas",
+        type=float,
+        metavar="X",
+        help="--absorb-bias: standard deviations below the mean that are kept.  [default: 3]",
+    ),
+    click.option(
+        "--max-extra", type=float, metavar="X", help="split-merge: channels that may be added, a share.  [default: 0.2]"
+    ),
+    click.option(
+        "--min-gain", type=float, metavar="DB", help="split-merge: what a split must gain, in dB.  [default: 1]"
+    ),
+    click.option("--align", type=int, metavar="N", help="split-merge: widths become multiples of it.  [default: 16]"),
+    click.option(
+        "--restore-width",
+        is_flag=True,
+        default=None,
+        help="split-merge: then merge similar channels until the width is as before. Approximate.",
+    ),
+    click.option(
+        "--max-change",
+        type=float,
+        metavar="X",
+        help="--restore-width: squared relative change of the outputs, at most.  [default: 0.01]",
+    ),
+    click.option(
+        "--allow-insert",
+        is_flag=True,
+        default=None,
+        help="Not only weights and norms may take scales up: a few nodes may be inserted.",
+    ),
+    click.option(
+        "--include", multiple=True, metavar="PATTERN", help="Only these linear nodes: names, * and ? match. Repeatable."
+    ),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these linear nodes. Repeatable."),
 )
 
 
@@ -262,10 +369,10 @@ def _split(jobs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     default="int8",
     show_default=True,
     metavar="RECIPE",
-    help="int8 (fold, then quantize), fold, int8-weights, or the path of a TOML file.",
+    help="int8 (fold, then quantize), int8-smooth, fold, int8-weights, or the path of a TOML file.",
 )
 @_calibration
-@click.option("--evaluation", metavar="DATA", type=click.Path(), help="Other samples, to compare the outputs on.")
+@_evaluation
 @_random
 @_allow_script
 @click.option("--sm", "sms", multiple=True, type=int, metavar="SM", help=f"{_SM} Repeatable.")
@@ -298,6 +405,60 @@ def fold(jobs: Any, progress: Any, model: str, output: str, seed: int) -> Any:
     The result computes the same function, with fewer nodes; every step is checked by running it.
     """
     return jobs.fold(model, output, seed=seed, progress=progress)
+
+
+@_command("channelfold smooth model.onnx -o smooth.onnx --calibration samples.npz")
+@_model
+@_out
+@_calibration
+@_evaluation
+@_random
+@_allow_script
+@_smoother
+@_seed
+def smooth(
+    jobs: Any,
+    progress: Any,
+    model: str,
+    output: str,
+    method: str,
+    calibration: str | None,
+    evaluation: str | None,
+    random: int | None,
+    allow_script: bool,
+    seed: int,
+    **options: Any,
+) -> Any:
+    """Scale the channels of activations, so that quantizing MODEL loses less.
+
+    The scales go into the weights and norms around the activations: the result computes the same function, which is
+    checked by running it. Fold first, quantize afterwards; the recipe int8-smooth of compress does all three.
+
+    \b
+    Methods:
+      auto         the best of smoothquant and os-plus at each site, by trial
+      smoothquant  moves a share of the activations' ranges to the weights
+      os-plus      centers channels, shrinks those past a limit, found by trial
+      awq          by mean magnitude, for weights that are quantized alone
+      repq         gives all channels one range and one zero point
+      outliertune  gives all channels one range, symmetric
+      fp4-shift    powers of two that bring exponents together
+      equalize     equal weight ranges across layers; needs no data
+      split-merge  splits channels that stand out into several
+      reorder      sorts channels in attention heads; needs no data
+    """
+    return jobs.smooth(
+        model,
+        output,
+        method,
+        calibration=calibration,
+        evaluation=evaluation,
+        random=random,
+        allow_script=allow_script,
+        options=_given(options),
+        seed=seed,
+        progress=progress,
+    )
 
 
 @_command("channelfold quantize folded.onnx -o int8.onnx --calibration samples.npz")
@@ -391,9 +552,16 @@ def diff(
 
 @_command("channelfold inspect model.onnx", show="inspection")
 @_model
-def inspect(jobs: Any, progress: Any, model: str) -> Any:
+@click.option(
+    "--calibration",
+    metavar="DATA",
+    type=click.Path(),
+    help=f"Samples to look for outlier channels on: the largest of an input against its median channel. {_DATA}.",
+)
+@_allow_script
+def inspect(jobs: Any, progress: Any, model: str, calibration: str | None, allow_script: bool) -> Any:
     """Show what is in MODEL, and which linear nodes could be int8."""
-    return jobs.inspect(model, progress=progress)
+    return jobs.inspect(model, calibration=calibration, allow_script=allow_script, progress=progress)
 
 
 @_command("channelfold demo", show="demo")

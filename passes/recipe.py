@@ -10,14 +10,24 @@
     calibrator = "entropy"             # every field of the pass is a key; what is left out keeps its default
     exclude = ["/head/*"]
 
-Passes run from top to bottom. A good order is: constants, identities, pads, affine maps; quantization last. What cannot
-work is refused: after a quantization the weights lie behind DequantizeLinear, where no fold finds them.
+Passes run from top to bottom. A good order is
+
+    constants, identities, pads, affine maps     they clear the way between linears, and leave less to scale
+    equalize, smooth                             shifts and scales, which need a weight or a norm to go into
+    split-channels, merge-channels, reorder      they choose by the ranges that scales have left
+    quantize                                     on the ranges that all of them have left
+
+What cannot work is refused: after a quantization the weights lie behind DequantizeLinear, where nothing finds them. The
+other orders are all right for the function the model computes, since exact passes keep it, but in some a later pass
+takes back what an earlier one has gained. Those run, with a warning (``Recipe.warnings``): recipes are also written to
+find out what a pass is worth.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import tomllib
 import types
@@ -31,6 +41,12 @@ from channelfold.passes.base import ChannelfoldError, Pass, UsageError, nearest
 
 _QUANTIZATIONS = ("quantize", "quantize-weights")
 _ANYWHERE = ("fold-constants", "remove-identities")  # they do not touch weights behind DequantizeLinear
+_TAKEN_BACK = {
+    ("smooth", "fold-affine"): "folds the Mul nodes that allow_insert gives it back into the weights",
+    ("smooth", "equalize"): "gives the channels that both find other scales, which suit the weights alone",
+    ("reorder-channels", "smooth"): "scales channels that are sorted by their size",
+    ("reorder-channels", "equalize"): "scales channels that are sorted by their size",
+}
 
 
 class _Registry(Mapping[str, type[Pass]]):
@@ -72,6 +88,7 @@ _FOLD = ("fold-constants", "remove-identities", "fold-pad", "fold-affine")
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "fold": _FOLD,
     "int8": (*_FOLD, "quantize"),
+    "int8-smooth": (*_FOLD, "smooth", "quantize"),
     "int8-weights": (*_FOLD, "quantize-weights"),
 }
 
@@ -82,6 +99,17 @@ class Recipe:
 
     name: str
     passes: tuple[Pass, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Where a pass takes back what an earlier one has gained, one sentence each."""
+        pairs = itertools.combinations(enumerate(self.passes, 1), 2)
+        return tuple(
+            f"Pass {second} ({later.name!r}) {what}, after pass {first} ({earlier.name!r}). Swap them"
+            for (first, earlier), (second, later) in pairs
+            if (what := _TAKEN_BACK.get((earlier.name, later.name)))
+            and (later.name != "fold-affine" or earlier.options()["allow_insert"])
+        )
 
 
 def load_recipe(source: str | Path) -> Recipe:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from channelfold.passes import edit
-from channelfold.passes.base import Outcome
-from channelfold.passes.linear import LINEAR_OPS, Linear, NotLinear, view
+from channelfold.passes.base import Outcome, no_progress
+from channelfold.passes.linear import LINEAR_OPS, Linear, NotLinear, linears, view
 from channelfold.passes.quantize import Quantize
 from channelfold.runtime import report, wire
+from channelfold.runtime.calibration import Data
 from channelfold.runtime.graph_io import all_graphs, infer_shapes
 from channelfold.runtime.ort import TensorSpec
+from channelfold.runtime.statistics import ChannelStatistics, observe
 from channelfold.runtime.weights import MappedFile
 
 
@@ -67,25 +70,34 @@ def _is_dequantized(tensor: gs.Tensor) -> bool:
     return node is not None and node.op == "DequantizeLinear" and zero_point is not None and zero_point.dtype == np.int8
 
 
-def inspect(path: Path, graph: gs.Graph) -> dict[str, Any]:
+def inspect(
+    path: Path,
+    graph: gs.Graph,
+    data: Data | None = None,
+    progress: Callable[[str, int, int], None] = no_progress,
+) -> dict[str, Any]:
     """The ``inspection`` entry of a report record.
 
     ``linears``: one entry a Conv, ConvTranspose, Gemm or MatMul, with ``shape`` (out, in / groups, *kernel), ``macs``
     for one sample (a symbolic first dimension counts as 1; None when a shape is unknown), and ``reason`` when the pass
-    ``quantize`` would leave it in float. ``parameters`` counts the elements of constants that are not int32, int64,
-    bool or strings. Fills in the shapes of ``graph``.
+    ``quantize`` would leave it in float. With ``data`` they have ``outlier_ratio``, of the channels of their input: the
+    largest magnitude against the median one; None for a product of two activations. ``parameters`` counts the elements
+    of constants that are not int32, int64, bool or strings. Fills in the shapes of ``graph``.
     """
     infer_shapes(graph)
     refused = Outcome()
     quantizable = {id(site.node) for site in Quantize()._sites(graph, refused)}
     reasons = {refusal.node: refusal.code or refusal.reason for refusal in refused.refused}
-    linears = [
+    entries: list[dict[str, Any]] = [
         {**_linear(graph, node), "quantizable": id(node) in quantizable, "reason": reasons.get(node.name, "")}
         for node in graph.nodes
         if node.op in LINEAR_OPS
     ]
+    if data is not None:
+        ratios = _outlier_ratios(graph, data, progress)
+        entries = [entry | {"outlier_ratio": ratios.get(entry["node"])} for entry in entries]
     norms = Counter(n.op for part in all_graphs(graph) for n in part.nodes if n.op.endswith("Normalization"))
-    macs = [linear["macs"] for linear in linears]
+    macs = [entry["macs"] for entry in entries]
     return {
         "inputs": [str(_spec(tensor)) for tensor in graph.inputs],
         "outputs": [str(_spec(tensor)) for tensor in graph.outputs],
@@ -93,8 +105,36 @@ def inspect(path: Path, graph: gs.Graph) -> dict[str, Any]:
         "macs": sum(macs) if None not in macs else None,
         "norms": dict(norms),
         "external_data": [{"path": str(f), "bytes": f.stat().st_size} for f in external_files(path)],
-        "linears": linears,
+        "linears": entries,
     }
+
+
+def outlier_ratio(amax: np.ndarray) -> float | None:
+    """The largest of the magnitudes of channels, (channels,), against the median one; None where all are zero."""
+    largest, median = float(amax.max(initial=0.0)), float(np.median(amax))
+    return largest / median if median > 0 else math.inf if largest > 0 else None
+
+
+def _outlier_ratios(graph: gs.Graph, data: Data, progress: Callable[[str, int, int], None]) -> dict[str, float | None]:
+    """``outlier_ratio`` of what each linear node reads, by the node's name."""
+    found = [linear for linear in linears(graph) if isinstance(linear.data, gs.Variable)]
+    seen: dict[str, _ByAxis] = {}
+    for linear in found:
+        seen.setdefault(linear.data.name, _ByAxis()).axes[linear.in_axis] = ChannelStatistics(linear.in_axis)
+    observe(graph, seen, data, progress)
+    reached = [(linear.name, seen[linear.data.name].axes[linear.in_axis]) for linear in found]
+    return {name: outlier_ratio(statistics.amax) for name, statistics in reached if statistics.positions}
+
+
+@dataclass(frozen=True)
+class _ByAxis:
+    """Shows a tensor to statistics of each axis that some linear node reads it along."""
+
+    axes: dict[int, ChannelStatistics] = field(default_factory=dict)
+
+    def add(self, values: np.ndarray) -> None:
+        for statistics in self.axes.values():
+            statistics.add(values)
 
 
 def render(record: Mapping[str, Any], console: Console) -> None:
@@ -119,6 +159,9 @@ def render(record: Mapping[str, Any], console: Console) -> None:
     if linears:
         console.print()
         console.print(_linears_table(linears, console.width), highlight=False)
+        if "outlier_ratio" in linears[0]:
+            words = "  outliers: the largest channel of what a node reads, against the median channel"
+            console.print(Text(words, "dim"), highlight=False)
     reasons = Counter(linear["reason"] for linear in linears if not linear["quantizable"])
     if reasons:
         console.print()
@@ -127,6 +170,7 @@ def render(record: Mapping[str, Any], console: Console) -> None:
 
 
 def _linears_table(linears: Sequence[Mapping[str, Any]], width: int) -> Table:
+    measured = "outlier_ratio" in linears[0]
     rows = [
         (
             linear["op"],
@@ -134,16 +178,17 @@ def _linears_table(linears: Sequence[Mapping[str, Any]], width: int) -> Table:
             str(linear["groups"]) if linear["groups"] != 1 else "",
             _count(linear["parameters"]) if linear["shape"] else "",
             _count(linear["macs"]),
+            *([report.ratio(linear["outlier_ratio"])] if measured else []),
             "yes" if linear["quantizable"] else "no",
         )
         for linear in linears
     ]
-    headings = ("op", "weight", "groups", "params", "MACs", "int8")
+    headings = ("op", "weight", "groups", "params", "MACs", *(["outliers"] if measured else []), "int8")
     taken = sum(max(map(len, column)) + 2 for column in zip(headings, *rows, strict=True))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(Text("Linear nodes", "bold not dim"), no_wrap=True)
     for heading in headings:
-        table.add_column(heading, justify="right" if heading in ("groups", "params", "MACs") else "left", no_wrap=True)
+        table.add_column(heading, justify="left" if heading in ("op", "weight", "int8") else "right", no_wrap=True)
     for linear, row in zip(linears, rows, strict=True):
         name = report.shorten(linear["node"], max(20, width - taken - 4))
         table.add_row(Text(f"  {name}"), *row[:-1], Text(row[-1], "green" if row[-1] == "yes" else "yellow"))

@@ -9,7 +9,8 @@
 
 Every call that writes a model opens the written file again and compares its outputs with the original's: on evaluation
 data where given, else on the calibration data, else on a few random probes; ``record["data"]["evaluation"]`` says on
-which. Data is a path, a Python object (see ``calibration.open_data``) or a ``Data``; ``random=N`` asks for N random
+which. Steps that are all exact have been verified one by one, and are compared only on evaluation data, or for a gate.
+Data is a path, a Python object (see ``calibration.open_data``) or a ``Data``; ``random=N`` asks for N random
 samples in its place. Models, recipes and data raise the ChannelfoldError subclasses of ``passes.base``.
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 import channelfold
-from channelfold.passes import pipeline, verify
+from channelfold.passes import methods, pipeline, verify
 from channelfold.passes import recipe as recipes
 from channelfold.passes.base import (
     Context,
@@ -91,7 +92,8 @@ def compress(
     Raises GateMissed after everything is written.
     """
     model, out_dir = Path(model), Path(out_dir)
-    passes = _overridden(recipes.load_recipe(recipe).passes, overrides or {})
+    loaded = recipes.load_recipe(recipe)
+    passes = _overridden(loaded.passes, overrides or {})
     ranges = _parsed(shapes)
     onnxruntime()
     for sm in sms:
@@ -99,11 +101,10 @@ def compress(
     _check_folder(out_dir)
     out = out_dir / "model.onnx"
     job = _Job(command, model, progress, seed, allow_script)
+    job.warn(*loaded.warnings)
     job.calibration = job.open("calibration", calibration, random)
-    job.evaluation = job.open("evaluation", evaluation)
-    for _ in job.evaluation or ():  # what is wrong with a sample has to be known before the work, not after it
-        pass
-    job.transform(passes, out, checkpoint=out_dir / "checkpoint")
+    job.evaluation = job.open_evaluation(evaluation)
+    job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
     report.write_json(job.record, out_dir / "report.json")
     for sm in sms:
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
@@ -117,6 +118,33 @@ def fold(model: PathLike, out: PathLike, *, seed: int = 0, progress: Progress = 
     """Applies the exact folds: the same function in fewer nodes. Writes ``out``."""
     job = _Job("fold", Path(model), progress, seed)
     job.transform(recipes.load_recipe("fold").passes, Path(out))
+    return job.record
+
+
+def smooth(
+    model: PathLike,
+    out: PathLike,
+    method: str = "auto",
+    *,
+    calibration: Any = None,
+    evaluation: Any = None,
+    random: int | None = None,
+    allow_script: bool = False,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Record:
+    """Scales the channels of activations for quantization, without quantizing. Writes ``out``.
+
+    ``method`` and the ``options`` it heeds: see ``passes.methods``. equalize and reorder need no data.
+    """
+    passes = methods.passes_of(method, options or {})
+    job = _Job("smooth", Path(model), progress, seed, allow_script)
+    job.calibration = job.open("calibration", calibration, random)
+    job.evaluation = job.open_evaluation(evaluation)
+    job.transform(passes, Path(out))
+    if not any(step["changed"] for step in job.record["steps"]):
+        job.warn("No channel was changed: the result computes with the weights that the model had")
     return job.record
 
 
@@ -186,10 +214,13 @@ def diff(
     return job.record
 
 
-def inspect(model: PathLike, *, progress: Progress = no_progress) -> Record:
+def inspect(
+    model: PathLike, *, calibration: Any = None, allow_script: bool = False, progress: Progress = no_progress
+) -> Record:
     """What is in a model: ``record["inspection"]``, described in ``inspection.inspect``."""
-    job = _Job("inspect", Path(model), progress)
-    job.record["inspection"] = inspection.inspect(job.model, job.graph)
+    job = _Job("inspect", Path(model), progress, 0, allow_script)
+    data = job.open("calibration", calibration)
+    job.record["inspection"] = inspection.inspect(job.model, job.graph, data, progress)
     return job.record
 
 
@@ -232,25 +263,36 @@ class _Job:
         data = random_data(self.inputs, random, seed=self.seed) if random else self._opened(source)
         if data is not None:
             self.record["data"][role] = data.description
-            self._warn(*(f"{role} data: {note}" for note in data.notes))
+            self.warn(*(f"{role} data: {note}" for note in data.notes))
         return data
 
-    def transform(self, passes: Sequence[Pass], out: Path, checkpoint: Path | None = None) -> None:
-        """Runs the passes, writes the model, opens it again and compares it with the original."""
+    def open_evaluation(self, source: Any) -> Data | None:
+        """The evaluation data, read once: what is wrong with a sample has to be known before the work, not after it."""
+        data = self.open("evaluation", source)
+        for _ in data or ():
+            pass
+        return data
+
+    def transform(self, passes: Sequence[Pass], out: Path, checkpoint: Path | None = None, gated: bool = False) -> None:
+        """Runs the passes, writes the model, opens it again and compares it with the original.
+
+        Exact steps have been verified one by one: for them the calibration data are run again only if a gate needs it.
+        """
         _check_output(out, self.model)
         context = Context(self.calibration, self.progress, self.seed)
         graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
         self.record["steps"] = steps
         if resumed := sum(step.get("resumed", False) for step in steps):
-            self._warn(f"{resumed} of {len(steps)} steps were done by an earlier, interrupted call")
-        self._warn(*pipeline.warnings(steps))
+            self.warn(f"{resumed} of {len(steps)} steps were done by an earlier, interrupted call")
+        self.warn(*pipeline.warnings(steps))
         self.progress("save", 0, 0)
         graph_io.save(graph, out)
         del graph, self.graph
         gc.collect()  # nodes and tensors refer to each other, and their mapped weights count as memory while they live
         self.record["output"] = inspection.model_facts(out, graph_io.load(out))
-        if self.evaluation or self.calibration or any(step["kind"] != "exact" for step in steps):
-            self.prove(out)  # exact steps alone have been verified one by one
+        exact = all(step["kind"] == "exact" for step in steps)
+        if self.evaluation or not exact or (gated and self.calibration):
+            self.prove(out)
 
     def prove(self, candidate: Path) -> None:
         """Compares the original's outputs with the candidate's."""
@@ -261,13 +303,13 @@ class _Job:
                 return
         elif data is self.calibration and not data.synthetic:
             data = data.first(SEEN)
-            self._warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
+            self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
         self.record["data"]["evaluation"] = data.description
         self.comparison = compare.compare(Session(self.model), Session(candidate), data, self.progress)
         self.record["accuracy"] = self.comparison.to_json()
         level, reasons = compare.verdict(self.comparison)
         if level != "ok":
-            self._warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+            self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
 
     def build(self, model: Path, engine: Path, sm: int | None, shapes: Mapping[str, ShapeRange]) -> None:
         """Builds an engine and reads its plan."""
@@ -285,7 +327,7 @@ class _Job:
         entry = _engine_entry(built, inspection.int8_nodes(graph_io.load(model)))
         entry["accuracy"] = self._proved_engine(built)
         self.record["engines"].append(entry)
-        self._warn(*(f"{engine.name}: {text}" for text in built.warnings))
+        self.warn(*(f"{engine.name}: {text}" for text in built.warnings))
 
     def _proved_engine(self, built: tensorrt.Engine) -> Record | None:
         """The engine's outputs against the original's; None without data or without a GPU of its kind."""
@@ -296,7 +338,7 @@ class _Job:
             found = compare.compare(Session(self.model), engine, data, self.progress)
         level, reasons = compare.verdict(found)
         if level != "ok":
-            self._warn(f"THE ENGINE'S OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+            self.warn(f"THE ENGINE'S OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
         return found.to_json()
 
     @contextlib.contextmanager
@@ -314,7 +356,7 @@ class _Job:
         if not sentences:
             yield model
             return
-        self._warn(*(f"engine: {sentence}" for sentence in sentences))
+        self.warn(*(f"engine: {sentence}" for sentence in sentences))
         with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
             copy = Path(folder, model.name)
             graph_io.save(graph, copy)
@@ -346,18 +388,18 @@ class _Job:
         """Random samples to compare on when there is no data; None, with a warning, when the original refuses them."""
         hint = "Give --calibration or --evaluation to have them compared"
         if self.record["model"]["bytes"] > verify.LARGE:
-            self._warn(f"The outputs were not compared, for there are no data and the model is large. {hint}")
+            self.warn(f"The outputs were not compared, for there are no data and the model is large. {hint}")
             return None
         try:
             probes = random_data(self.inputs, PROBES, seed=self.seed)
             Session(self.model).run(next(iter(probes)))
         except (DataError, ModelError) as error:
-            self._warn(f"The outputs were not compared, for the model does not run on random inputs: {error} {hint}")
+            self.warn(f"The outputs were not compared, for the model does not run on random inputs: {error} {hint}")
             return None
-        self._warn(f"The outputs were compared on {probes.description} only, which says nothing about accuracy. {hint}")
+        self.warn(f"The outputs were compared on {probes.description} only, which says nothing about accuracy. {hint}")
         return probes
 
-    def _warn(self, *texts: str) -> None:
+    def warn(self, *texts: str) -> None:
         self.record["warnings"] += [text for text in texts if text not in self.record["warnings"]]
 
 

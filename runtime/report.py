@@ -13,7 +13,8 @@ not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
                   changed: [{node, what}], refused: [{node, reason, code}],
                   verified: {max_rel_error, probes} | {unverified: reason} | null,
                   facts: {}}]        facts of a pass that quantizes: {linears: all, quantized: count,
-                                     by_op: {op: {quantized, total}}}
+                                     by_op: {op: {quantized, total}}}; of one that changes channels
+                                     {sites: [{node, and of _SITE what applies to the pass}]}
     accuracy    Comparison.to_json()
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from channelfold.passes.base import OutputError
 from channelfold.runtime.compare import json_number
 
 SCHEMA = 1
-_EXAMPLES, _EXCEPTIONS = 3, 12
+_EXAMPLES, _EXCEPTIONS, _SITES = 3, 12, 12
 _LEVELS = {"ok": "green", "degraded": "yellow", "collapsed": "bold red"}
 
 
@@ -108,9 +109,7 @@ def _model(record: Mapping[str, Any], console: Console) -> None:
     after = after or {}
     width = (console.width - 40) // 2
     _add(table, "file", *(_name(Path(side["path"]).name, width) for side in (before, after) if side))
-    ratio = before["bytes"] / after["bytes"] if after.get("bytes") else 1
-    smaller = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
-    _add(table, "size", *(_bytes(side["bytes"]) for side in (before, after) if side), smaller if after else "")
+    _add(table, "size", *(_bytes(side["bytes"]) for side in (before, after) if side), _smaller(before, after))
     for key in ("nodes", "opset"):
         _add(table, key, *_change(before.get(key), after.get(key)))
     ops, new_ops = before.get("ops", {}), after.get("ops", before.get("ops", {}))
@@ -120,6 +119,13 @@ def _model(record: Mapping[str, Any], console: Console) -> None:
     _print(console, table)
     if after and (same := len(ops) - sum(op in ops for op in changed)):
         _print(console, Text(f"{same} other operator types are unchanged in number", "dim"))
+
+
+def _smaller(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    times = before["bytes"] / after["bytes"] if after.get("bytes") else 1.0
+    if abs(times - 1) < 0.005:
+        return ""
+    return f"{times:.2f}x smaller" if times > 1 else f"{1 / times:.2f}x larger"
 
 
 def _change(before: Any, after: Any) -> tuple[str, str, str]:
@@ -150,6 +156,7 @@ def _steps(record: Mapping[str, Any], console: Console) -> None:
     _print(console, table)
     for step in record["steps"]:
         _quantized(step, console)
+        _sites(step, console)
         _refused(step, console)
 
 
@@ -176,6 +183,61 @@ def _quantized(step: Mapping[str, Any], console: Console) -> None:
 
 def _share(count: int, total: int) -> tuple[str, str]:
     return f"{count} of {total}", f"{total - count} left in float" if count < total else ""
+
+
+def _sites(step: Mapping[str, Any], console: Console) -> None:
+    """What a pass has done to the channels of each site, those first that are worst now."""
+    sites = sorted(step.get("facts", {}).get("sites", ()), key=_badness, reverse=True)
+    if not sites:
+        return
+    columns = {key: column for key, column in _SITE.items() if any(site.get(key) for site in sites)}
+    table = _table(f"By {step['pass']}", *(heading for heading, _ in columns.values()))
+    rows = [
+        (site["node"], *(form(site[key]) if site.get(key) else "" for key, (_, form) in columns.items()))
+        for site in sites[:_SITES]
+    ]
+    console.print()
+    _fill(table, rows, console)
+    if len(sites) > _SITES:
+        _print(console, Text(f"… and {len(sites) - _SITES} more, with --json", "dim"))
+    if legend := [words for key, words in _LEGEND.items() if key in columns]:
+        _print(console, Text("; ".join(legend), "dim"))
+    if inserted := sum(site.get("inserted", 0) for site in sites):
+        _print(console, Text(f"{inserted} node{'s were' if inserted > 1 else ' was'} inserted", "yellow"))
+
+
+def _badness(site: Mapping[str, Any]) -> float:
+    """What is left to be desired of a site: the noise of its quantized outputs, or else how its channels differ."""
+    for key, sign in (("output_snr_db", -1), ("outlier_ratio", 1), ("bfp_error", 1)):
+        if site.get(key):
+            return sign * float(np.inf if site[key][1] is None else site[key][1])
+    return float(site.get("relative_change", 0.0))
+
+
+def ratio(value: Any) -> str:
+    """How many times as large something is: a number, infinite or "inf", or None."""
+    return _number(value, "{:.1f}" if value is None or float(value) < 100 else "{:.0f}")
+
+
+def _pair(form: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda pair: " -> ".join(map(form, pair))
+
+
+_SITE: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "method": ("<method", lambda text: _safe(text)),
+    "width": (">channels", _pair(str)),
+    "outlier_ratio": (">outliers", _pair(ratio)),
+    "output_snr_db": (">SNR dB", _pair(lambda value: _number(value, "{:.1f}"))),
+    "bfp_error": (">block error", _pair(lambda value: _number(value, "{:.1e}"))),
+    "relative_change": (">change", lambda value: _number(value, "{:.1e}")),
+    "inserted": (">nodes", "{:+d}".format),
+}  # a key of a site: the heading of its column, and how it is written
+
+_LEGEND = {
+    "outlier_ratio": "outliers: largest channel against the median",
+    "output_snr_db": "SNR: of int8 outputs",
+    "bfp_error": "error in blocks that share an exponent",
+}
 
 
 def _refused(step: Mapping[str, Any], console: Console) -> None:

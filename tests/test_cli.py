@@ -19,7 +19,7 @@ import pytest
 
 import channelfold
 from channelfold import cli, models
-from channelfold.passes import recipe
+from channelfold.passes import methods, recipe
 from channelfold.passes.base import ChannelfoldError
 from channelfold.runtime import jobs
 
@@ -152,6 +152,22 @@ def test_options_and_choices_are_those_of_the_pass():
                 assert f"[default: {spelt(name, option['default'])}]" in (flags[name].help or "")
 
 
+def test_options_of_smooth_are_those_of_its_passes():
+    flags = {option.name: option for option in cli.cli.commands["smooth"].params}
+    others = {option.name for option in cli.cli.commands["compress"].params} - {"exclude"}
+    assert set(cli.METHODS) == set(methods.METHODS)
+    heeded = set()
+    for method in methods.METHODS.values():
+        heeded |= {*method.options, *method.switched, *([method.switch] if method.switch else [])}
+        for step, names in {method.step: method.options, method.then or method.step: method.switched}.items():
+            described = {option["name"]: option for option in recipe.describe(step)["options"]}
+            for name in names:
+                assert set(getattr(flags[name].type, "choices", ())) == set(described[name]["choices"])
+                if described[name]["default"] not in ([], (), False):
+                    assert f"[default: {spelt(name, described[name]['default'])}]" in (flags[name].help or "")
+    assert heeded == flags.keys() - others - {"method"}
+
+
 def spelt(name: str, default: object) -> str:
     """A default as help texts have it."""
     if isinstance(default, bool):
@@ -194,11 +210,39 @@ def test_compress_writes_what_it_says(run, tmp_path):
     assert "Accuracy" in out
 
 
+def test_smooth_shows_each_site(run, tmp_path):
+    line = ("smooth", DIGITS, "-o", tmp_path / "out.onnx", "--calibration", CALIBRATION)
+    code, out, err = run(*line, "--method", "smoothquant", "--alpha", "0.7", "--exclude", "/pointwise/*")
+    assert (code, err) == (0, "")
+    assert "By smooth" in out
+    assert "  /depthwise/conv/Conv        smoothquant, alpha 0.7  8.1 -> " in out
+    assert "  1 x excluded by pattern '/pointwise/*'\n" in out
+    assert "Accuracy" not in out
+
+
+def test_smooth_on_random_data_warns(run, tmp_path):
+    code, _, err = run("smooth", DIGITS, "-o", tmp_path / "out.onnx", "--random", "4")
+    assert code == 0
+    assert "warning: calibration data: The inputs are random" in err
+
+
+def test_inspect_before_and_after(run, tmp_path):
+    def outliers(path: Path) -> float:
+        code, out, _ = run("inspect", path, "--calibration", CALIBRATION)
+        (line,) = [line for line in out.splitlines() if "/depthwise/conv/Conv" in line]
+        assert (code, "outliers: the largest channel" in out) == (0, True)
+        return float(line.split()[-2])
+
+    assert run("smooth", DIGITS, "-o", tmp_path / "s.onnx", "--method", "repq", "--calibration", CALIBRATION)[0] == 0
+    assert (outliers(DIGITS), outliers(tmp_path / "s.onnx")) == (8.1, 1.0)
+
+
 def test_inspect_lists_every_linear_node(run):
     code, out, err = run("inspect", DIGITS)
     assert (code, err) == (0, "")
     assert "5 of 7 linear nodes" in out
     assert "/depthwise/conv/Conv" in out
+    assert "outliers" not in out
 
 
 def test_no_color_and_no_control_characters_in_a_pipe(run):
@@ -313,11 +357,11 @@ def test_a_gate_that_nothing_could_meet(fails):
     ("line", "expected"),
     [
         (("compres", "m.onnx"), "No such command 'compres'. Did you mean 'compress'? See: channelfold --help"),
-        (("frobnicate",), "No such command 'frobnicate'. Known: build, compress, demo, diff, fold, inspect, quantize"),
+        (("frobnicate",), "Known: build, compress, demo, diff, fold, inspect, quantize, smooth. See"),
         (("fold", "m.onnx", "--outptu", "x"), "--output"),
         (("fold", "m.onnx"), "Missing option '-o' / '--output'. See: channelfold fold --help"),
         (("fold", "-o", "x"), "Missing argument 'MODEL'"),
-        (("quantize", "m.onnx", "-o", "x", "--calibrator", "msee"), "'minmax', 'percentile', 'entropy', 'mse'"),
+        (("quantize", "m.onnx", "-o", "x", "--calibrator", "msee"), "'msee' is unknown. Did you mean 'mse'?"),
         (("quantize", "m.onnx", "-o", "x", "--random", "0"), "0 is not in the range"),
         (("compress", DIGITS, "-o", "x", "--recipe", "in8"), "There is no recipe 'in8'. Did you mean 'int8'?"),
         (("compress", DIGITS, "-o", "x", "--recipe", "fold", "--calibrator", "mse"), "has an option 'calibrator'"),
@@ -326,6 +370,13 @@ def test_a_gate_that_nothing_could_meet(fails):
         (("diff", DIGITS, DIGITS, "--data", EVALUATION, "--random", "1"), "Give one of them"),
         (("diff", DIGITS, DIGITS, "--data", "data.py"), "Add --allow-script"),
         (("fold", DIGITS, "-o", DIGITS), "is the model itself"),
+        (("smooth", "m.onnx", "-o", "x", "--method", "smothquant"), "Did you mean 'smoothquant'? See"),
+        (("smooth", "m.onnx", "-o", "x", "--method", "repq", "--aim", "media"), "Did you mean 'median'? See"),
+        (("smooth", "m.onnx", "-o", "x", "--alpha", "0.3"), "Method 'auto' has no option 'alpha'. It is for: smoothq"),
+        (("smooth", "m.onnx", "-o", "x", "--method", "reorder", "--no-shift"), "It is for: auto, os-plus, repq, outl"),
+        (("smooth", "m.onnx", "-o", "x", "--method", "equalize", "--sigmas", "2"), "Add --absorb-bias"),
+        (("smooth", "m.onnx", "-o", "x", "--weight-bits", "1"), "'weight_bits' is 1. Expected 2 to 16"),
+        (("quantize", DIGITS, "-o", "x", "--float-share", "2"), "'float_share' is 2. Expected 0 to 1"),
     ],
     ids=lambda value: " ".join(map(str, value)).replace(str(DIGITS.parent), "") if isinstance(value, tuple) else "",
 )
@@ -431,8 +482,10 @@ def test_data_that_does_not_fit(arrays, expected, role, fails, samples, tmp_path
     assert not (tmp_path / "out" / "model.onnx").exists()
 
 
-def test_no_data_at_all(fails, tmp_path):
-    assert "--calibration" in fails(1, "quantize", DIGITS, "-o", tmp_path / "out.onnx")
+@pytest.mark.parametrize("line", ["quantize", "smooth", "smooth --method equalize --absorb-bias"])
+def test_no_data_at_all(line, fails, tmp_path):
+    assert "Give some with --calibration" in fails(1, *line.split(), DIGITS, "-o", tmp_path / "out.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_data_file(fails, tmp_path):

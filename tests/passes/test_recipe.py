@@ -11,13 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 
+from channelfold.passes import pipeline
 from channelfold.passes import recipe as recipes
-from channelfold.passes.base import Pass, UsageError
+from channelfold.passes.base import Context, Pass, UsageError
 from channelfold.passes.fold_affine import FoldAffine
 from channelfold.passes.quantize import Quantize
 from channelfold.passes.recipe import BUILT_IN, PASSES, Recipe, describe, dumps, load_recipe, loads, make, schema
+from channelfold.runtime.calibration import open_data
+from channelfold.runtime.inspection import required_inputs
+from channelfold.tests.graphs import assert_same, build, feeds, ops, positive, random, run
 
 
 @dataclass(frozen=True)
@@ -268,3 +274,67 @@ def test_a_fold_after_a_quantization_cannot_work():
         "my.toml: pass 3 ('fold-affine') comes after pass 1 ('quantize'), where the weights lie behind "
         "DequantizeLinear and nothing can change them any more. Move it before 'quantize'"
     )
+
+
+def steps(*names: str) -> Recipe:
+    """A recipe of passes by name; one that ends in + may insert nodes."""
+    return Recipe(
+        "r", tuple(make(name.rstrip("+"), {"allow_insert": True} if name[-1] == "+" else {}) for name in names)
+    )
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_recipes_take_nothing_back(name):
+    assert load_recipe(name).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "warning"),
+    [
+        (("smooth", "equalize"), "Pass 2 ('equalize') gives the channels that both find other scales"),
+        (("smooth+", "fold-pad", "fold-affine"), "Pass 3 ('fold-affine') folds the Mul nodes that allow_insert gives"),
+        (
+            ("reorder-channels", "smooth"),
+            "Pass 2 ('smooth') scales channels that are sorted by their size, after pass 1",
+        ),
+        (("smooth", "fold-affine"), ""),
+        (("fold-affine", "equalize", "smooth+", "split-channels", "merge-channels", "reorder-channels"), ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_orders_that_take_back_what_was_gained_are_warned_of(names, warning):
+    found = steps(*names).warnings
+    assert len(found) == bool(warning)
+    assert all(text.startswith(warning) and text.endswith(". Swap them") for text in found)
+
+
+def decoder() -> gs.Graph:
+    """A linear with a norm before it and one with GELU before it, each fed with a channel that stands out."""
+    gamma, wide = positive(32, "gamma"), random((32, 32), "wide")
+    gamma[3], wide[:, 5] = 40 * gamma[3], 40 * wide[:, 5]
+    return build(
+        "(float[N,32] x) => (float[] y)",
+        """
+        n = LayerNormalization(x, gamma, beta)
+        a = MatMul(n, wide)
+        h = Gelu(a)
+        y = MatMul(h, narrow)
+        """,
+        opset=20, kind="float", gamma=gamma, beta=32, wide=wide, narrow=(32, 32),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("inserts", [False, True])
+def test_folds_after_smooth_keep_the_function(inserts):
+    """They are exact in any order; only what smooth has inserted goes back where it came from."""
+    graph = decoder()
+    inputs = required_inputs(graph)
+    data = open_data([{"x": random((1, 32), f"x{i}").astype(np.float32)} for i in range(8)], inputs)
+    feed = feeds(graph)
+    before = run(graph, feed)
+    smooth = make("smooth", {"method": "smoothquant", "allow_insert": inserts})
+    graph, records = pipeline.run(graph, [smooth, *load_recipe("fold").passes], Context(data))
+    assert records[0]["verified"]["max_rel_error"] < 1e-5
+    assert [site["inserted"] for site in records[0]["facts"]["sites"]] == [0, 1][: 1 + inserts]
+    assert_same(before, run(graph, feed), rtol=1e-5)  # float32 through two products of 32 terms
+    assert ops(graph) == ["LayerNormalization", "MatMul", "Gelu", "MatMul"]

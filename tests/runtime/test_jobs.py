@@ -12,10 +12,11 @@ import pytest
 
 from channelfold import __version__, models
 from channelfold.passes.base import DataError, GateError, OutputError, UsageError
-from channelfold.runtime import jobs
+from channelfold.runtime import graph_io, jobs
 from channelfold.runtime.calibration import open_data
 from channelfold.runtime.compare import Gates
 from channelfold.runtime.ort import Session
+from channelfold.tests.graphs import build, random
 
 DIGITS = models.path("digits_cnn.onnx")
 CALIBRATION = models.path("digits_calibration.npz")
@@ -134,6 +135,32 @@ def test_a_gate_without_anything_to_measure_is_missed(tmp_path):
         jobs.compress(DIGITS, tmp_path, "fold", gates=Gates(min_snr=20))
 
 
+def test_a_gate_compares_an_exact_recipe_on_the_calibration_data(tmp_path):
+    record = jobs.compress(DIGITS, tmp_path / "plain", "fold", calibration=CALIBRATION)
+    assert (record["accuracy"], record["warnings"]) == (None, [])  # every step has been verified
+    record = jobs.compress(DIGITS, tmp_path / "gated", "fold", calibration=CALIBRATION, gates=Gates(min_snr=80))
+    assert record["accuracy"]["feeds"] == 16
+
+
+def test_an_order_that_takes_something_back_is_warned_of(tmp_path):
+    (tmp_path / "r.toml").write_text('[[pass]]\nname = "smooth"\n[[pass]]\nname = "equalize"\n')
+    record = jobs.compress(DIGITS, tmp_path / "out", tmp_path / "r.toml", calibration=CALIBRATION)
+    assert record["warnings"][0].startswith("Pass 2 ('equalize') gives the channels that both find other scales")
+
+
+def test_the_share_left_in_float_is_an_option_of_the_recipe(tmp_path):
+    record = jobs.compress(DIGITS, tmp_path, calibration=CALIBRATION, overrides={"float_share": 0.5})
+    assert record["steps"][-1]["options"]["float_share"] == 0.5
+
+
+def test_the_smooth_recipe_folds_first(tmp_path):
+    record = jobs.compress(DIGITS, tmp_path, "int8-smooth", calibration=CALIBRATION, evaluation=EVALUATION)
+    assert [step["pass"] for step in record["steps"]][-3:] == ["fold-affine", "smooth", "quantize"]
+    (site, *_) = record["steps"][-2]["facts"]["sites"]
+    assert site["output_snr_db"][1] > site["output_snr_db"][0]
+    assert record["accuracy"]["outputs"][0]["snr"] > 25
+
+
 def test_progress_tells_the_stages(tmp_path):
     stages: dict[str, None] = {}
     jobs.compress(DIGITS, tmp_path, calibration=CALIBRATION, progress=lambda stage, *_: stages.update({stage: None}))
@@ -161,6 +188,84 @@ def test_quantize_weights_only_needs_no_data(tmp_path):
     record = jobs.quantize(DIGITS, tmp_path / "int8.onnx", weights_only=True)
     assert record["output"]["bytes"] < 0.4 * record["model"]["bytes"]
     assert any("4 random samples (seed 0) only" in warning for warning in record["warnings"])
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("folded") / "folded.onnx"
+    jobs.fold(DIGITS, path)
+    return path
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "repq", "equalize"])
+def test_smooth_is_the_same_function_and_is_not_compared_again(method, folded, tmp_path):
+    record = jobs.smooth(folded, tmp_path / "s.onnx", method, calibration=CALIBRATION)
+    (step,) = record["steps"]
+    assert (bool(step["changed"]), record["accuracy"], record["warnings"]) == (True, None, [])
+    assert (record["model"]["ops"], record["model"]["nodes"]) == (record["output"]["ops"], record["output"]["nodes"])
+    reference = outputs(DIGITS)
+    assert np.abs(outputs(tmp_path / "s.onnx") - reference).max() < 1e-5 * np.abs(reference).max()
+
+
+def test_smooth_says_when_there_was_nothing_to_do(tmp_path):
+    record = jobs.smooth(DIGITS, tmp_path / "s.onnx", "reorder", calibration=CALIBRATION)
+    assert [step["pass"] for step in record["steps"]] == ["reorder-channels"]
+    assert record["warnings"] == ["No channel was changed: the result computes with the weights that the model had"]
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_split_and_merge(restore, tmp_path):
+    """A hidden layer of 32 whose channel 5 is ten times as large as the others."""
+    first = random((32, 32), "first") / 6
+    first[:, 5] *= 10
+    body = "a = MatMul(x, first)\nh = Relu(a)\ny = MatMul(h, second)"
+    graph = build("(float[N,32] x) => (float[] y)", body, kind="float", first=first, second=(32, 32))
+    graph_io.save(graph, tmp_path / "m.onnx")
+    samples = {"x": random((64, 32), "x").astype(np.float32)}
+    options = {"align": 8, "max_extra": 0.3} | ({"restore_width": True, "max_change": 1.0} if restore else {})
+    record = jobs.smooth(tmp_path / "m.onnx", tmp_path / "s.onnx", "split-merge", calibration=samples, options=options)
+    assert [step["pass"] for step in record["steps"]] == ["split-channels", "merge-channels"][: 1 + restore]
+    assert [step["facts"]["sites"][0]["width"] for step in record["steps"]] == [[32, 40], [40, 32]][: 1 + restore]
+    assert (record["accuracy"] is None) == (not restore)
+    before, after = (Session(tmp_path / name).run(samples)["y"] for name in ("m.onnx", "s.onnx"))
+    assert (np.abs(after - before).max() < 1e-5 * np.abs(before).max()) == (not restore)
+
+
+@pytest.mark.parametrize("method", ["equalize", "reorder"])
+def test_what_needs_no_data_takes_none(method, folded, tmp_path):
+    record = jobs.smooth(folded, tmp_path / "s.onnx", method)
+    assert (record["data"], record["accuracy"]) == ({}, None)
+
+
+def test_smooth_runs_the_calibration_data_once(folded, tmp_path, monkeypatch):
+    """Beside the sample that shapes are measured on and those that a step is verified on."""
+    fed = []
+    run = Session.run
+    monkeypatch.setattr(Session, "run", lambda self, feed, *rest: (fed.append(feed), run(self, feed, *rest))[1])
+    jobs.smooth(folded, tmp_path / "s.onnx", "smoothquant", calibration=CALIBRATION)
+    assert 128 <= len(fed) <= 128 + 1 + 2 * 3
+
+
+def test_smooth_compares_on_evaluation_data(folded, tmp_path):
+    record = jobs.smooth(folded, tmp_path / "s.onnx", "fp4-shift", calibration=CALIBRATION, evaluation=EVALUATION)
+    assert record["accuracy"]["feeds"] == 500
+    assert record["accuracy"]["outputs"][0]["snr"] == "inf"  # powers of two round nothing
+
+
+def test_what_is_approximate_is_compared(folded, tmp_path):
+    options = {"absorb_bias": True}
+    record = jobs.smooth(folded, tmp_path / "s.onnx", "equalize", calibration=CALIBRATION, options=options)
+    assert [step["pass"] for step in record["steps"]] == ["equalize", "absorb-bias"]
+    assert record["accuracy"]["feeds"] == 16
+    assert any("compared on the calibration data" in warning for warning in record["warnings"])
+
+
+def test_smooth_without_what_it_needs(tmp_path):
+    with pytest.raises(UsageError, match="no method 'smothquant'"):
+        jobs.smooth(DIGITS, tmp_path / "s.onnx", "smothquant")
+    with pytest.raises(DataError, match="needs calibration data"):
+        jobs.smooth(DIGITS, tmp_path / "s.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_option_of_a_pass(tmp_path):

@@ -327,3 +327,71 @@ def test_an_engine_that_was_run_shows_its_accuracy():
     example["engines"][0]["accuracy"] = example["accuracy"]
     shown = printed(example, 100)
     assert f"Accuracy of {Path(example['engines'][0]['path']).name} on the GPU" in shown
+
+
+def site(node: str, outliers: float, snr: float | None = None, **rest: Any) -> dict[str, Any]:
+    searched = None if snr is None else [snr - 6, snr]
+    return {"node": node, "tensor": "t", "readers": [node], "method": "repq, mean",
+            "outlier_ratio": [540.2, outliers], "output_snr_db": searched, "inserted": 0, **rest}  # fmt: skip
+
+
+def shown(*sites: dict[str, Any], name: str = "smooth", width: int | None = 80) -> list[str]:
+    changed = step(name, "exact", len(sites), 0.1, verified=None, facts={"sites": list(sites)})
+    text = printed({"schema": 1, "tool": "t", "steps": [changed]}, width)
+    start = text.find("\nBy ") + 1
+    return text[start:].splitlines() if start else []
+
+
+class TestSites:
+    def test_the_worst_comes_first(self):
+        assert shown(site("/a", 2.0, 30.0), site("/b", 9.0, 40.0), site("/d", 1.0, 20.5)) == [
+            "By smooth  method        outliers        SNR dB",
+            "  /d       repq, mean  540 -> 1.0  14.5 -> 20.5",
+            "  /a       repq, mean  540 -> 2.0  24.0 -> 30.0",
+            "  /b       repq, mean  540 -> 9.0  34.0 -> 40.0",
+            "  outliers: largest channel against the median; SNR: of int8 outputs",
+        ]
+
+    def test_without_a_search_it_is_the_largest_outlier(self):
+        lines = shown(site("/a", 2.0), site("/b", 9.0), site("/c", float("inf")))
+        assert [line.split()[0] for line in lines[:-1]] == ["By", "/c", "/b", "/a"]
+        assert lines[1].endswith("540 -> inf")
+        assert "SNR" not in lines[0]
+
+    def test_nodes_that_were_inserted_are_told(self):
+        lines = shown(site("/a", 3.0, inserted=2), site("/b", 2.0))
+        assert [line.split()[-1] for line in lines[:3]] == ["nodes", "+2", "2.0"]
+        assert lines[4] == "  2 nodes were inserted"
+        assert shown(site("/a", 3.0, inserted=1))[-1] == "  1 node was inserted"
+
+    def test_the_rest_is_in_the_json(self):
+        lines = shown(*(site(f"/{i}", float(i)) for i in range(15)))
+        assert lines[1].startswith("  /14")
+        assert (len(lines), lines[13]) == (15, "  … and 3 more, with --json")
+
+    def test_other_passes_have_other_columns(self):
+        split = {"node": "/a", "tensor": "x", "width": [64, 80], "output_snr_db": [20.0, 24.0], "inserted": 0}
+        assert shown(split, name="split-channels") == [
+            "By split-channels  channels        SNR dB",
+            "  /a               64 -> 80  20.0 -> 24.0",
+            "  SNR: of int8 outputs",
+        ]
+        merge = {"node": "/a", "tensor": "x", "width": [80, 64], "relative_change": 0.0012, "mean": False}
+        assert shown(merge, name="merge-channels")[1].split() == ["/a", "80", "->", "64", "1.2e-03"]
+        order = {"node": "/a", "kind": "keys", "heads": [12, 64], "norms": [], "bfp_error": [0.0042, 0.001]}
+        assert shown(order, name="reorder-channels")[1].split() == ["/a", "4.2e-03", "->", "1.0e-03"]
+        assert not shown(name="smooth")
+
+    @pytest.mark.parametrize("width", [60, 80, 120])
+    def test_lines_fit_the_terminal(self, width: int):
+        lines = shown(site(LONG, 2.0, 30.0, method="os-plus, limit 0.261, shifted", inserted=1), width=width)
+        assert max(map(len, lines)) <= width
+        assert width == 60 or "os-plus, limit 0.261, shifted" in lines[1]
+
+
+def test_a_size_that_is_the_same_has_no_remark():
+    example = record()
+    example["output"]["bytes"] = example["model"]["bytes"] + 100
+    text = printed(example, 100)
+    assert "smaller" not in text
+    assert "larger" not in text
