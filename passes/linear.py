@@ -181,8 +181,7 @@ class Linear:
         not finite in the node's type, or when the whole weight is too small for it.
         """
         outs, ins = self.channels
-        weight = self._orient(self.stored_weight()).astype(np.float64)
-        weight *= self._factor("alpha")
+        alpha, weight = self._factor("alpha"), self._orient(self.stored_weight())
         a = np.broadcast_to(np.asarray(out_scale, np.float64), (outs,))
         d = np.broadcast_to(np.asarray(in_shift, np.float64), (ins,))
         old = self.bias()
@@ -190,10 +189,12 @@ class Linear:
         if np.any(d) and self.padded:
             raise NotLinear(f"a shift does not pass the zero padding of {self.node.op}")
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
-            bias = cast(a * (bias + self.respond(weight, d)) + out_shift, self.dtype)
-            weight *= self._spread_inputs(np.broadcast_to(np.asarray(in_scale, np.float64), (ins,)))
-            weight *= a.reshape(-1, *[1] * (weight.ndim - 1))
-        peak = np.abs(weight).max(initial=0)
+            if np.any(d):
+                bias = bias + alpha * self.respond(weight.astype(np.float64), d)
+            bias = cast(a * bias + out_shift, self.dtype)
+            weight = weight * self._spread_inputs(np.broadcast_to(np.asarray(in_scale, np.float64), (ins,)))
+            weight *= (alpha * a).reshape(-1, *[1] * (weight.ndim - 1))
+        peak = max(weight.max(initial=0), -weight.min(initial=0))
         if 0 < peak < float(ml_dtypes.finfo(self.dtype).smallest_normal):
             raise OverflowError(f"the folded weight, {peak:.3g} at most, is too small for {self.dtype}")
         return cast(weight, self.dtype), bias if old is not None or np.any(bias) else None

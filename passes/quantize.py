@@ -6,7 +6,7 @@
 Every Conv, Gemm and MatMul with a constant weight is a site. What is left in float is refused with the reason: what
 TensorRT would run in float anyway (ConvTranspose, fewer than 16 channels), what was excluded, what was always zero in
 calibration, and what 8 bits cannot represent: an activation whose range is so wide against its values that rounding
-would leave a signal-to-noise ratio below ``min_activation_snr`` dB.
+would leave a signal-to-noise ratio below ``min_activation_snr`` dB, over the whole tensor or for its median row.
 
 Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, section 4.2, with E[x] measured.
 """
@@ -23,12 +23,13 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
 from channelfold.passes.base import Context, DataError, Outcome, Pass, UsageError
-from channelfold.passes.linear import Linear, NotLinear, view
+from channelfold.passes.layer_error import ROWS, Bits, LayerError
+from channelfold.passes.linear import Linear, NotLinear, linears, view
 from channelfold.passes.qdq import Inserter, Range, live_linears, opset_of_scales, summary, why_not_int8
 from channelfold.runtime import calibrators
 from channelfold.runtime.calibrators import Calibrator
 from channelfold.runtime.graph_io import infer_shapes
-from channelfold.runtime.statistics import TensorStatistics, collect
+from channelfold.runtime.statistics import ChannelStatistics, TensorStatistics, observe
 
 MIN_CHANNELS = 16  # TensorRT runs narrower operators in float, or slower than float
 
@@ -56,7 +57,8 @@ class Quantize(Pass):
 
     ``exclude``: patterns of node names (``*`` and ``?``) that stay float; ``exclude_ops``: operator types that do.
     ``percentile``: of the calibrator of that name. ``min_activation_snr``: in dB; 0 quantizes whatever it costs.
-    Raises UsageError for a percentile outside (0, 100].
+    ``float_share``: of all linear nodes, how many may stay float because int8 changes their outputs most.
+    Raises UsageError for a percentile outside (0, 100], a share outside [0, 1].
     """
 
     name: ClassVar[str] = "quantize"
@@ -70,10 +72,13 @@ class Quantize(Pass):
     min_activation_snr: float = 15.0
     percentile: float = 99.999
     correct_bias: bool = True
+    float_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.percentile <= 100:
             raise UsageError(f"'percentile' is {self.percentile:g}", "Expected more than 0 and at most 100")
+        if not 0 <= self.float_share <= 1:
+            raise UsageError(f"'float_share' is {self.float_share:g}", "Expected 0 to 1")
 
     def opset_for(self, graph: gs.Graph) -> int:
         return opset_of_scales(graph)
@@ -87,16 +92,30 @@ class Quantize(Pass):
         integers = self.target == "onnxruntime"
         axes: dict[str, int | None] = {tensor.name: None for tensor in _between(graph, sites)} if integers else {}
         axes |= {site.data.name: site.in_axis for site in sites}
-        statistics = collect(graph, axes, ctx.calibration, ctx.progress)
+        statistics = {name: TensorStatistics(axis) for name, axis in axes.items()}
+        rows = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites if self.float_share}
+        observe(
+            graph,
+            {name: _Both(seen, rows.get(name)) for name, seen in statistics.items()},
+            ctx.calibration,
+            ctx.progress,
+        )
         ranges = {name: self._range(seen) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges
         facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
-        reasons = {name: self._why_not_representable(statistics[name], facts[name]["snr_db"]) for name in axes}
+        reasons = {name: self._why_not_representable(statistics[name], _lower_snr(facts[name])) for name in axes}
+        worst = self._worst(graph, [site for site in sites if not reasons[site.data.name]], rows)
         kept = []
         for site in sites:
             name = site.data.name
+            if id(site.node) in worst:
+                reason = "int8 changes its outputs most"
+                outcome.refuse(
+                    site.name, f"{site.node.op} stays float: {reason} ({worst[id(site.node)]:.1f} dB)", reason
+                )
+                continue
             if reason := reasons[name]:
-                snr = facts[name]["snr_db"]
+                snr = _lower_snr(facts[name])
                 detail = name if snr is None else f"{name}: {snr} dB, {self.min_activation_snr:g} wanted"
                 outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({detail})", reason)
                 continue
@@ -143,6 +162,26 @@ class Quantize(Pass):
             return f"fewer than {MIN_CHANNELS} channels"
         return why_not_int8(linear)
 
+    def _worst(self, graph: gs.Graph, sites: list[Linear], rows: Mapping[str, ChannelStatistics]) -> dict[int, float]:
+        """The nodes that ``float_share`` leaves in float, with the error of their outputs in dB.
+
+        First those that write an output of the graph, where nothing averages an error out, then by their error. Counted
+        are the linear nodes with a constant weight; one with a kernel cannot be measured and is quantized.
+        """
+        if not self.float_share:
+            return {}
+        errors = {}
+        for site in sites:
+            seen = rows[site.data.name]
+            if seen.positions and seen.axis == site.in_axis and all(size == 1 for size in site.kernel):
+                errors[id(site.node)] = LayerError.of([site], seen.sample(), Bits()).error()
+        live = {id(node) for node in live_linears(graph)}
+        total = sum(id(linear.node) in live for linear in linears(graph))
+        count = int(self.float_share * total) - (total - len(sites))
+        last = {id(site.node) for site in sites if edit.is_output(graph, site.output)}
+        chosen = sorted(errors, key=lambda key: (key in last, errors[key]), reverse=True)[: max(0, count)]
+        return {key: -10 * float(np.log10(errors[key])) for key in chosen if errors[key] > 0}
+
     def _range(self, seen: TensorStatistics) -> Range:
         low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
         if seen.total == 0:
@@ -160,13 +199,16 @@ class Quantize(Pass):
     def _facts(self, statistics: TensorStatistics, seen: Range) -> dict[str, Any]:
         """What a report says of an activation: its range, what is covered, and what rounding leaves of it."""
         empty = statistics.total == 0
-        snr = np.inf if empty else calibrators.snr(statistics, max(-seen.low, seen.high), self._levels(seen))
+        limit, levels = max(-seen.low, seen.high), self._levels(seen)
+        snr = np.inf if empty else calibrators.snr(statistics, limit, levels)
+        row_snr = np.inf if empty else calibrators.row_snr(statistics, limit, levels)
         return {
             "minimum": None if empty else statistics.minimum,
             "maximum": None if empty else statistics.maximum,
             "low": seen.low,
             "high": seen.high,
             "snr_db": round(snr, 2) if np.isfinite(snr) else None,
+            "row_snr_db": round(row_snr, 2) if np.isfinite(row_snr) else None,
             "masked": statistics.masked,
         }
 
@@ -178,6 +220,25 @@ class Quantize(Pass):
         if snr is not None and snr < self.min_activation_snr:
             return "8 bits cannot represent its activation"
         return ""
+
+
+@dataclass(frozen=True)
+class _Both:
+    """Shows a tensor to two observers."""
+
+    first: TensorStatistics
+    second: ChannelStatistics | None
+
+    def add(self, values: np.ndarray) -> None:
+        self.first.add(values)
+        if self.second is not None:
+            self.second.add(values)
+
+
+def _lower_snr(facts: Mapping[str, Any]) -> float | None:
+    """The signal-to-noise ratio of a tensor or of its median row, whichever is lower; None where there is no noise."""
+    known = [facts[key] for key in ("snr_db", "row_snr_db") if facts[key] is not None]
+    return min(known, default=None)
 
 
 def _between(graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset()) -> list[gs.Variable]:

@@ -29,7 +29,7 @@ class Seen:
     """What calibration saw of each class of channels, and the weights that read it; vectors (classes,) float64.
 
     ``middle``: (minimum + maximum) / 2 of each sample, averaged. ``columns``: the largest magnitude of the weights that
-    read the class. ``free``: what may be scaled.
+    read the class. ``free``: what may be scaled; ``shiftable``: what may be shifted.
     """
 
     minimum: np.ndarray
@@ -38,6 +38,7 @@ class Seen:
     middle: np.ndarray
     columns: np.ndarray
     free: np.ndarray
+    shiftable: np.ndarray
 
     def amax(self, shift: np.ndarray | float = 0.0) -> np.ndarray:
         """max |x - shift| of each class."""
@@ -75,13 +76,13 @@ def awq(seen: Seen, ratio: float) -> np.ndarray:
 def repq(seen: Seen, aim: Aim, shifted: bool) -> tuple[np.ndarray, np.ndarray]:
     """(scale, shift) that give every channel one range. Symmetric int8 wants the common zero point in the middle, 128.
 
-    Without a shift the range is symmetric as it is, r = max|x| / 127.
+    A channel that is not shifted has a symmetric range as it is, r = max|x| / 127.
     """
-    if not shifted:
-        return _to_common(seen, seen.amax() / 127, aim), np.zeros_like(seen.minimum)
-    step = (seen.maximum - seen.minimum) / 255
-    zero_point = np.divide(-seen.minimum, step, out=np.zeros_like(step), where=step > 0)
-    return _to_common(seen, step, aim), np.where(step > 0, (128 - zero_point) * step, seen.center)
+    moves = seen.shiftable & shifted
+    step = np.where(moves, (seen.maximum - seen.minimum) / 255, seen.amax() / 127)
+    zero_point = np.rint(np.divide(-seen.minimum, step, out=np.zeros_like(step), where=step > 0))
+    shift = np.where(step > 0, (128 - zero_point) * step, seen.center)
+    return _to_common(seen, step, aim), np.where(moves, shift, 0.0)
 
 
 def _to_common(seen: Seen, step: np.ndarray, aim: Aim) -> np.ndarray:

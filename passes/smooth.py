@@ -44,7 +44,7 @@ Candidate = tuple[str, np.ndarray, np.ndarray]  # what it is, scale and shift by
 
 _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _RATIOS = tuple(np.arange(0.05, 1.0, 0.1))
-_LIMITS = 12  # steps of os-plus from the largest channel down to the median one
+_LIMITS = 16  # steps of os-plus from the largest channel down to the first decile
 _WORTH_NODES = 0.5  # of the error: what explicit nodes must save for ``auto`` to insert them
 
 
@@ -144,7 +144,7 @@ class Smooth(Pass):
         self, graph: gs.Graph, site: _Site, observers: Mapping[str, ChannelStatistics], outcome: Outcome
     ) -> dict[str, Any]:
         seen = site.seen(observers)
-        shifted = self.shift and (not site.region.no_shift and (self.allow_insert or site.takes_a_shift))
+        shifted = self.shift and (self.allow_insert or site.takes_a_shift)
         if self.searches:
             label, scale, shift, decibels = self._best(site, seen, observers, shifted)
         else:
@@ -179,24 +179,23 @@ class Smooth(Pass):
         if self.method == "repq":
             return f"repq, {self.aim}", *scales.repq(seen, self.aim, shifted)
         if self.method == "outliertune":
-            shift = seen.middle if shifted else zero
+            shift = np.where(seen.shiftable & shifted, seen.middle, 0.0)
             return "outliertune", scales.outliertune(seen, shift), shift
         return "fp4-shift", scales.fp4_shift(seen), zero
 
     def _best(
         self, site: _Site, seen: Seen, observers: Mapping[str, ChannelStatistics], shifted: bool
     ) -> tuple[str, np.ndarray, np.ndarray, list[float]]:
-        """The candidate of least error, with the outputs' signal-to-noise ratio before and after, in dB. Raises Blocked where none is better."""
+        """The candidate of least error, with the error before and after in dB. Raises Blocked where none is better."""
         bits = Bits(0 if self.method == "awq" else self.activation_bits, self.weight_bits, self.group_size)
         errors = [
             (classes, LayerError.of(linears, observers[name].sample(), bits))
             for name, classes, linears in site.layers()
         ]
-        signal = sum(error.signal for _, error in errors)
 
         def cost(scale: np.ndarray, shift: np.ndarray) -> float:
             scale = clamped(scale, site.region.free)
-            return sum(error.error(scale[classes], shift[classes]) for classes, error in errors)
+            return sum(error.error(scale[classes], shift[classes]) for classes, error in errors) / len(errors)
 
         zero = np.zeros_like(seen.minimum)
         before = cost(np.ones_like(zero), zero)
@@ -206,7 +205,7 @@ class Smooth(Pass):
                 best, after = candidate, error
         if best is None or (site.region.cuts and self.method == "auto" and after > _WORTH_NODES * before):
             raise Blocked("no scale makes its quantized outputs better" + (" by enough" if best is not None else ""))
-        return *best, [_decibels(before, signal), _decibels(after, signal)]
+        return *best, [_decibels(before), _decibels(after)]
 
     def _candidates(self, seen: Seen, shifted: bool) -> Iterator[Candidate]:
         zero = np.zeros_like(seen.minimum)
@@ -214,9 +213,9 @@ class Smooth(Pass):
             for alpha in _ALPHAS:
                 yield f"smoothquant, alpha {alpha:g}", scales.smoothquant(seen, alpha), zero
         if self.method in ("auto", "os-plus"):
-            shift = np.where(seen.free, seen.center, 0.0) if shifted else zero
+            shift = np.where(seen.shiftable & shifted, seen.center, 0.0)
             amax = seen.amax(shift)[seen.free]
-            floor = max(float(np.median(amax)), 1e-3 * float(amax.max(initial=0.0)))
+            floor = max(float(np.percentile(amax, 10)), 1e-3 * float(amax.max(initial=0.0)))
             for limit in np.geomspace(amax.max(), floor, _LIMITS) if floor > 0 else ():
                 words = f"os-plus, limit {limit:.3g}{', shifted' if np.any(shift) else ''}"
                 yield words, scales.os_plus(seen, limit, shift), shift
@@ -289,7 +288,8 @@ class _Site:
         unread = count == 0  # channels that only other operators of the region see
         low[unread] = high[unread] = 0.0
         count[unread] = 1
-        return Seen(low, high, mean / count, middle / count, columns, self.region.free & ~unread)
+        free = self.region.free & ~unread
+        return Seen(low, high, mean / count, middle / count, columns, free, free & self.region.shiftable)
 
     def layers(self) -> Iterator[tuple[str, np.ndarray, list[Linear]]]:
         """(tensor, classes of its channels, linears that read it). Raises Blocked where an error cannot be measured."""
@@ -316,5 +316,6 @@ def _outlier_ratio(amax: np.ndarray) -> float:
     return float(amax.max() / middle) if middle > 0 else float("inf")
 
 
-def _decibels(error: float, signal: float) -> float:
-    return float(10 * np.log10(signal / error)) if error > 0 and signal > 0 else float("inf")
+def _decibels(error: float) -> float:
+    """A share that is lost as a signal-to-noise ratio."""
+    return float(-10 * np.log10(error)) if error > 0 else float("inf")

@@ -219,7 +219,7 @@ class _Search:
     def error(self, parts: np.ndarray, outputs: np.ndarray, rounded: np.ndarray) -> float:
         """Squared error of the quantized outputs. Copies are rounded alike, so that one stands for all of them."""
         scale = parts.astype(np.float32)
-        values = quantized_activation(self.rows / scale, self.weights, Bits().activation) * scale
+        values = quantized_activation(self.rows / scale, Bits().activation) * scale
         return float(self.weights @ ((values @ rounded.T - outputs) ** 2).sum(axis=1, dtype=np.float64))
 
 

@@ -32,6 +32,7 @@ from channelfold.runtime.shapes import shapes_on
 
 BINS = 1 << 15  # of magnitudes; with the sign there are twice as many
 MASK = 2.0**100  # values at least this large (1.3e30) are attention masks and the like; the edge of a bin
+_COARSER = 5  # bits of a bin's number that are left out for rows
 _HASHED = 64  # values of a row that its key is made of
 GROUP_BYTES = 1 << 29  # activations of one sample that may be observed in one run
 
@@ -46,15 +47,32 @@ _FIRST_MASKED = int(np.flatnonzero(LOWER == MASK)[0])
 class TensorStatistics:
     """What was seen of one tensor. ``counts``: int64, first the ``BINS`` of positive values, then those of negative.
 
-    With a ``channel_axis``, sums over all other axes are kept too, with 0 in the place of what is masked.
+    With a ``channel_axis``, sums over all other axes are kept too, with 0 in the place of what is masked; where it is
+    the last one, the energy of every row (a token, an embedding) is counted as well. ``peaks``: max |x| of each sample.
     """
 
     channel_axis: int | None = None
     minimum: float = np.inf
     maximum: float = -np.inf
     counts: np.ndarray = field(default_factory=lambda: np.zeros(2 * BINS, np.int64))
+    peaks: list[float] = field(default_factory=list)
     _channel_sum: np.ndarray | float = 0.0
     _positions: int = 0
+    _rows: np.ndarray = field(default_factory=lambda: np.zeros(BINS >> _COARSER, np.int64))
+
+    @property
+    def typical_peak(self) -> float:
+        """The largest magnitude of the median sample; 0.0 when nothing was seen."""
+        return float(np.median(self.peaks)) if self.peaks else 0.0
+
+    @property
+    def typical_row(self) -> float | None:
+        """The root mean square of the median row (within 12 %); None where no rows were counted."""
+        counted = np.cumsum(self._rows)
+        if not counted[-1]:
+            return None
+        index = int(np.searchsorted(counted, counted[-1] / 2)) << _COARSER
+        return float(LOWER[index] + LOWER[index + (1 << _COARSER)]) / 2
 
     @property
     def channel_mean(self) -> np.ndarray | None:
@@ -99,6 +117,8 @@ class TensorStatistics:
             values = np.where(masked, np.float32(0), values)
         if self.channel_axis is not None:
             self._add_channels(values, self.channel_axis % values.ndim)
+        if high >= low:
+            self.peaks.append(max(abs(low), abs(high)))
         self.counts += np.bincount(flat.view(np.uint16)[1::2], minlength=2 * BINS)
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
 
@@ -109,6 +129,10 @@ class TensorStatistics:
         others = tuple(i for i in range(values.ndim) if i != axis)
         self._channel_sum = self._channel_sum + values.sum(axis=others, dtype=np.float64)
         self._positions += values.size // values.shape[axis]
+        if axis == values.ndim - 1:
+            rows = np.sqrt(np.square(values).mean(axis=axis, dtype=np.float32)).reshape(-1)
+            bins = rows.view(np.uint16)[1::2] >> _COARSER
+            self._rows += np.bincount(bins, minlength=self._rows.size)[: self._rows.size]
 
 
 @dataclass
