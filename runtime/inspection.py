@@ -23,6 +23,7 @@ from channelfold.passes.quantize import Quantize
 from channelfold.runtime import report, wire
 from channelfold.runtime.calibration import Data
 from channelfold.runtime.graph_io import all_graphs, infer_shapes
+from channelfold.runtime.names import shorten_all
 from channelfold.runtime.ort import TensorSpec
 from channelfold.runtime.statistics import ChannelStatistics, observe
 from channelfold.runtime.weights import MappedFile
@@ -170,35 +171,31 @@ def render(record: Mapping[str, Any], console: Console) -> None:
 
 
 def _linears_table(linears: Sequence[Mapping[str, Any]], width: int) -> Table:
-    measured = "outlier_ratio" in linears[0]
-    rows = [
-        (
-            linear["op"],
-            "x".join(map(str, linear["shape"] or ())),
-            str(linear["groups"]) if linear["groups"] != 1 else "",
-            _count(linear["parameters"]) if linear["shape"] else "",
-            _count(linear["macs"]),
-            *([report.ratio(linear["outlier_ratio"])] if measured else []),
-            "yes" if linear["quantizable"] else "no",
-        )
-        for linear in linears
-    ]
-    headings = ("op", "weight", "groups", "params", "MACs", *(["outliers"] if measured else []), "int8")
-    taken = sum(max(map(len, column)) + 2 for column in zip(headings, *rows, strict=True))
+    columns = {
+        "op": [linear["op"] for linear in linears],
+        "weight": ["x".join(map(str, linear["shape"] or ())) for linear in linears],
+        "groups": [str(linear["groups"]) if linear["groups"] != 1 else "" for linear in linears],
+        "params": [_count(linear["parameters"]) if linear["shape"] else "" for linear in linears],
+        "MACs": [_count(linear["macs"]) for linear in linears],
+        "outliers": [report.ratio(linear.get("outlier_ratio")) for linear in linears],
+        "int8": ["yes" if linear["quantizable"] else "no" for linear in linears],
+    }
+    columns = {heading: cells for heading, cells in columns.items() if set(cells) - {"", report.UNKNOWN}}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(Text("Linear nodes", "bold not dim"), no_wrap=True)
-    for heading in headings:
+    for heading in columns:
         table.add_column(heading, justify="left" if heading in ("op", "weight", "int8") else "right", no_wrap=True)
-    for linear, row in zip(linears, rows, strict=True):
-        name = report.shorten(linear["node"], max(20, width - taken - 4))
-        table.add_row(Text(f"  {name}"), *row[:-1], Text(row[-1], "green" if row[-1] == "yes" else "yellow"))
+    taken = sum(max(map(len, (heading, *cells))) + 2 for heading, cells in columns.items())
+    names = shorten_all([linear["node"] for linear in linears], max(20, width - taken - 4))
+    for name, *cells, int8 in zip(names, *columns.values(), strict=True):
+        table.add_row(Text(f"  {name}"), *cells, Text(int8, "green" if int8 == "yes" else "yellow"))
     return table
 
 
 def _count(number: int | None) -> str:
     """``1.40 M`` for 1398912; a dash for what is not known."""
     if number is None:
-        return "–"
+        return report.UNKNOWN
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
             return f"{number / scale:.2f} {unit}"

@@ -41,8 +41,10 @@ from rich.text import Text
 
 from channelfold.passes.base import OutputError
 from channelfold.runtime.compare import json_number
+from channelfold.runtime.names import shorten, shorten_all
 
 SCHEMA = 1
+UNKNOWN = "–"  # in the place of a figure
 _EXAMPLES, _EXCEPTIONS, _SITES = 3, 12, 12
 _LEVELS = {"ok": "green", "degraded": "yellow", "collapsed": "bold red"}
 
@@ -196,6 +198,8 @@ def _sites(step: Mapping[str, Any], console: Console) -> None:
         (site["node"], *(form(site[key]) if site.get(key) else "" for key, (_, form) in columns.items()))
         for site in sites[:_SITES]
     ]
+    if "method" in columns and _room(table, rows, console) < max(len(name) for name, *_ in rows):
+        rows = [(name, method.partition(",")[0], *cells) for name, method, *cells in rows]  # the JSON has its details
     console.print()
     _fill(table, rows, console)
     if len(sites) > _SITES:
@@ -375,12 +379,17 @@ def _add(table: Table, label: str | Text, *cells: str | Text) -> None:
 
 def _fill(table: Table, rows: Sequence[tuple[str, *tuple[str | Text, ...]]], console: Console) -> None:
     """Adds rows that begin with a name and prints the table; the name gets the width that the other columns leave."""
+    names = shorten_all([_safe(name) for name, *_ in rows], max(12, _room(table, rows, console)))
+    for name, (_, *cells) in zip(names, rows, strict=True):
+        _add(table, Text(name, no_wrap=True), *cells)
+    _print(console, table)
+
+
+def _room(table: Table, rows: Sequence[tuple[str, *tuple[str | Text, ...]]], console: Console) -> int:
+    """The width that the other columns leave to the names."""
     headings = [str(column.header) for column in table.columns[1:]]
     others = zip(headings, *(cells for _, *cells in rows), strict=True)
-    width = console.width - 2 - sum(2 + max(map(len, column)) for column in others)
-    for name, *cells in rows:
-        _add(table, _name(name, width), *cells)
-    _print(console, table)
+    return console.width - 2 - sum(2 + max(map(len, column)) for column in others)
 
 
 def _print(console: Console, content: Table | Text, indent: int = 2) -> None:
@@ -398,21 +407,6 @@ def _name(name: str, width: int) -> Text:
     return Text(shorten(_safe(name), max(width, 12)), no_wrap=True)
 
 
-def shorten(name: str, width: int) -> str:
-    """A node's name in at most ``width`` characters: whole parts are left out of its middle, and its end is kept.
-
-    ``/model/layers.11/self_attn/q_proj/MatMul`` becomes ``/model/…/q_proj/MatMul``.
-    """
-    if len(name) <= width:
-        return name
-    head = name[: name.find("/", 1) + 1]
-    for cut in (index for index, char in enumerate(name) if char == "/" and index >= len(head)):
-        for start in (head, ""):
-            if len(start) + 1 + len(name) - cut <= width:
-                return f"{start}…{name[cut:]}"
-    return f"{name[: width // 3]}…{name[len(name) - (width - 1 - width // 3) :]}"
-
-
 def _bytes(size: int) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
@@ -423,7 +417,7 @@ def _bytes(size: int) -> str:
 def _number(value: Any, form: str) -> str:
     """A figure of the record: a number, "inf" or "-inf", or None."""
     if value is None:
-        return "–"
+        return UNKNOWN
     if value == 0:
         return "0"
     return value if isinstance(value, str) else form.format(value)

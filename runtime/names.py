@@ -1,0 +1,40 @@
+"""Names of nodes, made to fit a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def shorten(name: str, width: int) -> str:
+    """A node's name in at most ``width`` characters: whole parts are left out of its middle, and its end is kept.
+
+    ``/model/layers.11/self_attn/q_proj/MatMul`` becomes ``/model/…/q_proj/MatMul``.
+    """
+    if len(name) <= width:
+        return name
+    head = name[: name.find("/", 1) + 1]
+    for cut in (index for index, char in enumerate(name) if char == "/" and index >= len(head)):
+        for start in (head, ""):
+            if len(start) + 1 + len(name) - cut <= width:
+                return f"{start}…{name[cut:]}"
+    return f"{name[: width // 3]}…{name[len(name) - (width - 1 - width // 3) :]}"
+
+
+def shorten_all(names: Sequence[str], width: int) -> list[str]:
+    """The names of one list in at most ``width`` characters each.
+
+    Where one is longer, the parts that all of them begin with are left out, and if need be the last part where it is
+    the same: ``/encoder/layer.0/query/MatMul`` becomes ``…/layer.0/query``.
+    """
+    if max(map(len, names), default=0) <= width:
+        return list(names)
+    parts = [name.split("/") for name in names]
+    columns = enumerate(zip(*parts, strict=False))
+    fewest = min(map(len, parts)) - 1  # the last part of a name is its own
+    head = next((place for place, column in columns if len(set(column)) > 1 or place == fewest), 0)
+    if len(names) == 1 or not any(parts[0][:head]):
+        return [shorten(name, width) for name in names]
+    rest = ["/".join(part[head:]) for part in parts]
+    if max(map(len, rest)) + 2 > width and len({part[-1] for part in parts}) == 1 and head < fewest:
+        rest = [name.rpartition("/")[0] for name in rest]
+    return [f"…/{name}" if len(name) + 2 <= width else shorten(name, width) for name in rest]
