@@ -42,7 +42,7 @@ from channelfold.passes.base import ChannelfoldError, Pass, UsageError, nearest
 _QUANTIZATIONS = ("quantize", "quantize-weights")
 _ANYWHERE = ("fold-constants", "remove-identities")  # they do not touch weights behind DequantizeLinear
 _TAKEN_BACK = {
-    ("smooth", "fold-affine"): "folds the Mul nodes that allow_insert gives it back into the weights",
+    ("smooth", "fold-affine"): "folds the Mul nodes that allow_insert lets it insert back into the weights",
     ("smooth", "equalize"): "gives the channels that both find other scales, which suit the weights alone",
     ("reorder-channels", "smooth"): "scales channels that are sorted by their size",
     ("reorder-channels", "equalize"): "scales channels that are sorted by their size",
@@ -105,7 +105,7 @@ class Recipe:
         """Where a pass takes back what an earlier one has gained, one sentence each."""
         pairs = itertools.combinations(enumerate(self.passes, 1), 2)
         return tuple(
-            f"Pass {second} ({later.name!r}) {what}, after pass {first} ({earlier.name!r}). Swap them"
+            f"Pass {second} ({later.name!r}) comes after pass {first} ({earlier.name!r}) and {what}. Swap them"
             for (first, earlier), (second, later) in pairs
             if (what := _TAKEN_BACK.get((earlier.name, later.name)))
             and (later.name != "fold-affine" or earlier.options()["allow_insert"])

@@ -145,7 +145,7 @@ def test_a_gate_compares_an_exact_recipe_on_the_calibration_data(tmp_path):
 def test_an_order_that_takes_something_back_is_warned_of(tmp_path):
     (tmp_path / "r.toml").write_text('[[pass]]\nname = "smooth"\n[[pass]]\nname = "equalize"\n')
     record = jobs.compress(DIGITS, tmp_path / "out", tmp_path / "r.toml", calibration=CALIBRATION)
-    assert record["warnings"][0].startswith("Pass 2 ('equalize') gives the channels that both find other scales")
+    assert record["warnings"][0].startswith("Pass 2 ('equalize') comes after pass 1 ('smooth')")
 
 
 def test_the_share_left_in_float_is_an_option_of_the_recipe(tmp_path):
