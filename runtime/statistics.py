@@ -139,7 +139,7 @@ class TensorStatistics:
 class ChannelStatistics:
     """What was seen of the channels of one tensor along ``axis``; all vectors are (channels,) float64.
 
-    With ``rows`` above 0 that many positions are kept as they are (``sample``).
+    With ``rows``, 8 or more, that many positions are kept as they are (``sample``).
     """
 
     axis: int
@@ -174,10 +174,10 @@ class ChannelStatistics:
         An eighth of the rows are those with the largest magnitudes, standing for themselves: a few tokens with huge
         values decide what a range costs, and a random sample would miss them. The others are drawn at random.
         """
-        taken = set(self._largest.keys.tolist())
-        others = np.array([key not in taken for key in self._random.keys.tolist()], bool)
-        rest = self.positions - len(taken)
-        weights = np.concatenate([np.ones(len(taken)), np.full(others.sum(), rest / max(1, others.sum()))])
+        taken = len(self._largest.keys)
+        others = ~np.isin(self._random.keys, self._largest.keys)
+        rest = self.positions - taken
+        weights = np.concatenate([np.ones(taken), np.full(others.sum(), rest / max(1, others.sum()))])
         return np.concatenate([self._largest.rows, self._random.rows[others]]), weights
 
     def add(self, values: np.ndarray) -> None:
@@ -213,7 +213,7 @@ class _Kept:
 
     def add(self, rows: np.ndarray, keys: np.ndarray, ranks: np.ndarray, limit: int) -> None:
         if len(self.keys) == limit:
-            better = ranks < self.ranks[-1]
+            better = ranks <= self.ranks[-1]  # of those that are as good, the keys decide
             rows, keys, ranks = rows[better], keys[better], ranks[better]
         if not len(keys):
             return
