@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from channelfold.runtime.calibrators import CALIBRATORS, snr, threshold
+from channelfold.runtime.calibrators import CALIBRATORS, row_snr, snr, threshold
 from channelfold.runtime.statistics import LOWER, TensorStatistics
 
 SIZE = 100_000
@@ -182,3 +182,65 @@ def test_the_largest_values_fit():
     for calibrator in CALIBRATORS:
         assert 0 < threshold(seen(DATA["normal"] * np.float32(2.0**97)), calibrator) < 2.0**100
     assert LOWER[-1] > 3e38
+
+
+# ---- tensors of rows -----------------------------------------------------------------------------------------------
+
+
+def rows(*samples: np.ndarray) -> TensorStatistics:
+    statistics = TensorStatistics(-1)
+    for values in samples:
+        statistics.add(values.astype(np.float32))
+    return statistics
+
+
+def test_a_range_holds_the_peak_of_the_median_sample():
+    """Every sample has one value of 300: by squared error alone it is clipped, where rows are counted it is not."""
+    parts = [part.reshape(1, -1, 8) for part in np.tile(_NORMAL, 8).reshape(10, -1)]
+    for part in parts:
+        part[0, 0, 0] = 300.0
+    alone = threshold(seen(np.concatenate([part.reshape(-1) for part in parts])), "mse")
+    assert alone < 250
+    counted = rows(*parts)
+    assert counted.typical_peak == 300
+    assert threshold(counted, "mse") == 300
+
+
+def test_a_peak_of_few_samples_is_still_clipped():
+    parts = [part.reshape(1, -1, 4).copy() for part in _NORMAL.reshape(10, -1)]
+    parts[3][0, 0, 0] = 100.0
+    counted = rows(*parts)
+    assert counted.typical_peak == np.median([np.abs(part.astype(np.float32)).max() for part in parts])
+    assert counted.typical_peak <= threshold(counted, "mse") < 80
+
+
+@pytest.mark.parametrize("calibrator", ["percentile", "entropy"])
+def test_other_calibrators_do_not_look_at_rows(calibrator):
+    values = DATA["student"].reshape(100, 100, 10)
+    assert threshold(rows(values), calibrator) == threshold(seen(values), calibrator)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4])
+def test_the_ratio_of_the_median_row(scale):
+    """1.1 dB: rows are counted in bins of a quarter of an octave (19 %), of which the middle is taken."""
+    values = scale * _NORMAL.reshape(1000, 100) * np.geomspace(1, 1e3, 1000)[:, None]
+    limit = float(np.abs(values).max())
+    lengths = np.sqrt(np.square(values).mean(axis=1))
+    expected = 20 * np.log10(np.median(lengths) / (limit / 127 / np.sqrt(12)))
+    assert row_snr(rows(values[None]), limit) == pytest.approx(expected, abs=1.1)
+    assert row_snr(rows(values[None]), limit, 254) == pytest.approx(row_snr(rows(values[None]), limit) + 6.02, abs=0.01)
+
+
+def test_the_ratio_of_rows_where_none_were_counted():
+    assert row_snr(seen(DATA["normal"]), 3.0) == np.inf
+    assert row_snr(rows(np.ones((1, 3, 4))), 0.0) == np.inf
+    images = TensorStatistics(1)
+    images.add(np.ones((2, 4, 3, 3), np.float32))
+    assert images.typical_row is None
+    assert row_snr(images, 1.0) == np.inf
+
+
+def test_rows_of_zeros_have_no_signal():
+    values = np.zeros((1, 9, 4))
+    values[0, :2] = 1.0
+    assert row_snr(rows(values), 1.0) < -500
