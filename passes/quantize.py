@@ -217,7 +217,7 @@ class Quantize(Pass):
             return "no calibration sample reached its activation"
         if seen.amax == 0:
             return "its activation is zero in every calibration sample"
-        if snr is not None and 0 < self.min_activation_snr and snr < self.min_activation_snr:
+        if snr is not None and self.min_activation_snr > 0 and snr < self.min_activation_snr:
             return "8 bits cannot represent its activation"
         return ""
 

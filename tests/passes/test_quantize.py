@@ -274,9 +274,7 @@ CHAIN = "a = MatMul(x, A) b = MatMul(a, B) c = MatMul(b, C) d = MatMul(c, D) e =
 
 def chain(outputs: str = "float[] e", **weights) -> gs.Graph:
     """Five products; the weights of ``weights`` differ much by input channel, so int8 loses more of them."""
-    return build(
-        f"(float[N,16] x) => ({outputs})", CHAIN, kind="float", **{name: (16, 16) for name in "ABCDE"} | weights
-    )
+    return build(f"(float[N,16] x) => ({outputs})", CHAIN, kind="float", **dict.fromkeys("ABCDE", (16, 16)) | weights)
 
 
 def uneven(name: str) -> np.ndarray:

@@ -400,5 +400,5 @@ def test_a_value_that_is_no_number_names_tensor_and_sample(bad, what):
 def test_channels_that_change_name_tensor_and_sample():
     graph = build("(float[N,M] x) => (float[] y)", "y = Relu(x)", kind="float")
     feeds = [{"x": np.ones((2, width), np.float32)} for width in (3, 4)]
-    with pytest.raises(DataError, match="Activation 'y' of sample 1 .*it has 4 channels on axis -1, and had 3 before"):
+    with pytest.raises(DataError, match=r"Activation 'y' of sample 1 .*it has 4 channels on axis -1, and had 3 before"):
         observe(graph, {"y": ChannelStatistics(-1, 8)}, data(*feeds))
