@@ -232,7 +232,7 @@ _SITE: dict[str, tuple[str, Callable[[Any], str]]] = {
     "width": (">channels", _pair(str)),
     "outlier_ratio": (">outliers", _pair(ratio)),
     "output_snr_db": (">SNR dB", _pair(lambda value: _number(value, "{:.1f}"))),
-    "bfp_error": (">block error", _pair(lambda value: _number(value, "{:.1e}"))),
+    "bfp_error": (">block error", _pair(lambda value: _number(value, "{:.2e}"))),
     "relative_change": (">change", lambda value: _number(value, "{:.1e}")),
     "inserted": (">nodes", "{:+d}".format),
 }  # a key of a site: the heading of its column, and how it is written

@@ -354,7 +354,7 @@ class TestSites:
         merge = {"node": "/a", "tensor": "x", "width": [80, 64], "relative_change": 0.0012, "mean": False}
         assert shown(merge, name="merge-channels")[1].split() == ["/a", "80", "->", "64", "1.2e-03"]
         order = {"node": "/a", "kind": "keys", "heads": [12, 64], "norms": [], "bfp_error": [0.0042, 0.001]}
-        assert shown(order, name="reorder-channels")[1].split() == ["/a", "4.2e-03", "->", "1.0e-03"]
+        assert shown(order, name="reorder-channels")[1].split() == ["/a", "4.20e-03", "->", "1.00e-03"]
         assert not shown(name="smooth")
 
     @pytest.mark.parametrize("width", [60, 80, 120, 180])
