@@ -1,8 +1,7 @@
 """The command line: parse, call the job of the same name in ``runtime.jobs``, print its record, exit.
 
 The record goes to stdout (tables, or JSON with ``--json``), everything else to stderr. Only click is imported before a
-command runs, so that help is instant and works where nothing else is installed; the choices that passes offer are
-therefore repeated here, and a test compares them.
+command runs, so that help is instant and works where nothing else is installed.
 """
 
 from __future__ import annotations
@@ -23,23 +22,9 @@ import click
 
 from channelfold import __version__
 from channelfold.passes.base import ChannelfoldError, OutputError, nearest
+from channelfold.runtime import options as opt
 from channelfold.runtime.progress import Progress
 
-CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
-TARGETS = ("tensorrt", "onnxruntime")
-METHODS = (
-    "auto",
-    "smoothquant",
-    "os-plus",
-    "awq",
-    "repq",
-    "outliertune",
-    "fp4-shift",
-    "equalize",
-    "split-merge",
-    "reorder",
-)
-AIMS = ("mean", "median", "clipped")
 DEMO_SMS = (86, 89)
 
 
@@ -52,15 +37,6 @@ class _Commands(click.Group):
         if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             raise click.UsageError(f"No such command {args[0]!r}. {nearest(args[0], self.commands)}", ctx)
         return super().resolve_command(ctx, args)
-
-
-class _Choice(click.Choice):
-    """A choice that names the nearest one for a misspelt one."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value not in self.choices:
-            self.fail(f"{value!r} is unknown. {nearest(value, self.choices)}", param, ctx)
-        return value
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -190,179 +166,17 @@ def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
     return f"{type(error).__name__}: {' '.join(str(error).split())}. This is a bug in channelfold. {hint}", 1
 
 
-# ---- options that several commands have --------------------------------------------------------------------------
-
-_SM = "GPU to build an engine for: 10 x compute capability, such as 89 for an L4."
-_DATA = "a .npz (keys are input names, axis 0 counts samples), a .npy, or a folder of either"
-
-_model = click.argument("model", type=click.Path())
-_out = click.option("-o", "--output", required=True, metavar="OUT", type=click.Path(), help="ONNX file to write.")
-_calibration = click.option(
-    "--calibration", metavar="DATA", type=click.Path(), help=f"Samples that activation ranges come from: {_DATA}."
-)
-_evaluation = click.option(
-    "--evaluation", metavar="DATA", type=click.Path(), help="Other samples, to compare the outputs on."
-)
-_random = click.option(
-    "--random",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Use N random samples in place of data: the result runs, its accuracy means nothing.",
-)
-_allow_script = click.option(
-    "--allow-script", is_flag=True, help="Let DATA be a Python script with a load_data() that yields feeds. Runs it."
-)
-_seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is random.")
-_shape = click.option(
-    "--shape",
-    "shapes",
-    multiple=True,
-    metavar="NAME:MIN:OPT:MAX",
-    help="Shapes that a dynamic input may take in an engine, such as image:1x3x224x224:8x3x224x224:16x3x224x224. "
-    "Repeatable.  [default: as in the data]",
-)
-
-
-def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
-    """Several options as one decorator."""
-    return lambda function: functools.reduce(lambda f, option: option(f), reversed(options), function)
-
-
-_gates = _options(
-    click.option("--min-snr", type=float, metavar="DB", help="Gate: signal-to-noise ratio of every output, in dB."),
-    click.option("--min-cosine", type=float, metavar="X", help="Gate: cosine similarity of every output, up to 1."),
-    click.option("--min-agreement", type=float, metavar="X", help="Gate: share of equal argmaxes, 0 to 1."),
-    click.option("--max-rel", type=float, metavar="X", help="Gate: relative L2 error of every output, 0 or more."),
-)
-
-_quantizer = _options(
-    click.option("--calibrator", type=_Choice(CALIBRATORS), help="How ranges are chosen.  [default: mse]"),
-    click.option(
-        "--percentile", type=float, metavar="P", help="Of the calibrator percentile, 0 to 100.  [default: 99.999]"
-    ),
-    click.option("--target", type=_Choice(TARGETS), help="Whose rules for QDQ nodes.  [default: tensorrt]"),
-    click.option(
-        "--exclude", multiple=True, metavar="PATTERN", help="Nodes to leave in float: names, * and ? match. Repeatable."
-    ),
-    click.option(
-        "--exclude-op",
-        "exclude_ops",
-        multiple=True,
-        metavar="OP",
-        help="Operator type to leave in float, such as MatMul. Repeatable.",
-    ),
-    click.option(
-        "--min-activation-snr",
-        type=float,
-        metavar="DB",
-        help="Leave a node in float when 8 bits represent its input worse than this, in dB.  [default: 15]",
-    ),
-    click.option(
-        "--float-share",
-        type=float,
-        metavar="X",
-        help="Share of the linear nodes that may stay float because int8 changes their outputs most, 0 to 1.  "
-        "[default: 0]",
-    ),
-    click.option(
-        "--correct-bias/--no-correct-bias",
-        default=None,
-        help="Make up in the biases for the mean error of rounded weights.  [default: correct-bias]",
-    ),
-)
-
-
-_smoother = _options(
-    click.option(
-        "--method",
-        type=_Choice(METHODS),
-        metavar="NAME",
-        default="auto",
-        help="One of those above.  [default: auto]",
-    ),
-    click.option(
-        "--alpha", type=float, metavar="X", help="smoothquant: how much the weights take, 0 to 1.  [default: 0.5]"
-    ),
-    click.option("--search-alpha", is_flag=True, default=None, help="smoothquant: find the best alpha for each site."),
-    click.option("--aim", type=_Choice(AIMS), help="repq: the range that all channels get.  [default: mean]"),
-    click.option(
-        "--shift/--no-shift",
-        default=None,
-        help="auto, os-plus, repq, outliertune: shift channels too, where biases can take it up.  [default: shift]",
-    ),
-    click.option(
-        "--activation-bits", type=int, metavar="N", help="auto, os-plus, --search-alpha: quantizer.  [default: 8]"
-    ),
-    click.option(
-        "--weight-bits", type=int, metavar="N", help="auto, os-plus, awq, --search-alpha: quantizer.  [default: 8]"
-    ),
-    click.option(
-        "--group-size",
-        type=int,
-        metavar="N",
-        help="The same: weights that share a scale, 0 for a whole row.  [default: 0]",
-    ),
-    click.option("--iterations", type=int, metavar="N", help="equalize: rounds at most.  [default: 100]"),
-    click.option(
-        "--absorb-bias",
-        is_flag=True,
-        default=None,
-        help="equalize: then move what channels never fall below into the next biases. Needs data, approximate.",
-    ),
-    click.option(
-        "--sigmas",
-        type=float,
-        metavar="X",
-        help="--absorb-bias: standard deviations below the mean that are kept.  [default: 3]",
-    ),
-    click.option(
-        "--max-extra", type=float, metavar="X", help="split-merge: channels that may be added, a share.  [default: 0.2]"
-    ),
-    click.option(
-        "--min-gain", type=float, metavar="DB", help="split-merge: what a split must gain, in dB.  [default: 1]"
-    ),
-    click.option("--align", type=int, metavar="N", help="split-merge: widths become multiples of it.  [default: 16]"),
-    click.option(
-        "--restore-width",
-        is_flag=True,
-        default=None,
-        help="split-merge: then merge similar channels until the width is as before. Approximate.",
-    ),
-    click.option(
-        "--max-change",
-        type=float,
-        metavar="X",
-        help="--restore-width: squared relative change of the outputs, at most.  [default: 0.01]",
-    ),
-    click.option(
-        "--allow-insert",
-        is_flag=True,
-        default=None,
-        help="Not only weights and norms may take scales up: a few nodes may be inserted.",
-    ),
-    click.option(
-        "--include", multiple=True, metavar="PATTERN", help="Only these linear nodes: names, * and ? match. Repeatable."
-    ),
-    click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these linear nodes. Repeatable."),
-)
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """Only what the user gave, so that defaults stand in one place: the pass or the recipe."""
-    return {name: value for name, value in options.items() if value not in (None, ())}
-
-
 def _split(jobs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Gates, and the options given for passes."""
     names = ("min_snr", "min_cosine", "min_agreement", "max_rel")
-    return jobs.Gates(*(options.pop(name, None) for name in names)), _given(options)
+    return jobs.Gates(*(options.pop(name, None) for name in names)), opt.given(options)
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
 
 
 @_command("channelfold compress model.onnx -o out --calibration train.npz --min-snr 20")
-@_model
+@opt.model
 @click.option("-o", "--output", required=True, metavar="DIR", type=click.Path(), help="Folder to write to.")
 @click.option(
     "--recipe",
@@ -371,15 +185,15 @@ def _split(jobs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     metavar="RECIPE",
     help="int8 (fold, then quantize), int8-smooth, fold, int8-weights, or the path of a TOML file.",
 )
-@_calibration
-@_evaluation
-@_random
-@_allow_script
-@click.option("--sm", "sms", multiple=True, type=int, metavar="SM", help=f"{_SM} Repeatable.")
-@_shape
-@_gates
-@_quantizer
-@_seed
+@opt.calibration
+@opt.evaluation
+@opt.random
+@opt.allow_script
+@click.option("--sm", "sms", multiple=True, type=int, metavar="SM", help=f"{opt.SM} Repeatable.")
+@opt.shape
+@opt.gates
+@opt.quantizer
+@opt.seed
 def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **options: Any) -> Any:
     """Run a recipe on MODEL, compare with the original, build engines.
 
@@ -396,9 +210,9 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
 
 
 @_command("channelfold fold model.onnx -o folded.onnx")
-@_model
-@_out
-@_seed
+@opt.model
+@opt.output
+@opt.seed
 def fold(jobs: Any, progress: Any, model: str, output: str, seed: int) -> Any:
     """Fold normalizations and channel-wise scales into weights.
 
@@ -408,14 +222,14 @@ def fold(jobs: Any, progress: Any, model: str, output: str, seed: int) -> Any:
 
 
 @_command("channelfold smooth model.onnx -o smooth.onnx --calibration samples.npz")
-@_model
-@_out
-@_calibration
-@_evaluation
-@_random
-@_allow_script
-@_smoother
-@_seed
+@opt.model
+@opt.output
+@opt.calibration
+@opt.evaluation
+@opt.random
+@opt.allow_script
+@opt.smoother
+@opt.seed
 def smooth(
     jobs: Any,
     progress: Any,
@@ -455,21 +269,21 @@ def smooth(
         evaluation=evaluation,
         random=random,
         allow_script=allow_script,
-        options=_given(options),
+        options=opt.given(options),
         seed=seed,
         progress=progress,
     )
 
 
 @_command("channelfold quantize folded.onnx -o int8.onnx --calibration samples.npz")
-@_model
-@_out
-@_calibration
-@_random
-@_allow_script
+@opt.model
+@opt.output
+@opt.calibration
+@opt.random
+@opt.allow_script
 @click.option("--weights-only", is_flag=True, help="Store weights as int8 and compute in float. Needs no data.")
-@_quantizer
-@_seed
+@opt.quantizer
+@opt.seed
 def quantize(
     jobs: Any,
     progress: Any,
@@ -494,19 +308,19 @@ def quantize(
         random=random,
         allow_script=allow_script,
         weights_only=weights_only,
-        options=_given(options),
+        options=opt.given(options),
         seed=seed,
         progress=progress,
     )
 
 
 @_command("channelfold build int8.onnx -o int8.engine --sm 89 --shape x:1x64:8x64:16x64")
-@_model
+@opt.model
 @click.option("-o", "--output", required=True, metavar="ENGINE", type=click.Path(), help="Engine file to write.")
-@click.option("--sm", type=int, metavar="SM", help=f"{_SM}  [default: the GPU of this machine]")
-@_shape
-@click.option("--data", metavar="DATA", type=click.Path(), help=f"Samples to take the shapes from: {_DATA}.")
-@_allow_script
+@click.option("--sm", type=int, metavar="SM", help=f"{opt.SM}  [default: the GPU of this machine]")
+@opt.shape
+@click.option("--data", metavar="DATA", type=click.Path(), help=f"Samples to take the shapes from: {opt.DATA}.")
+@opt.allow_script
 def build(
     jobs: Any,
     progress: Any,
@@ -527,11 +341,11 @@ def build(
 @_command("channelfold diff model.onnx out/model.onnx --data test.npz --min-snr 20")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option("--data", metavar="DATA", type=click.Path(), help=f"Samples to run both models on: {_DATA}.")
-@_random
-@_allow_script
-@_gates
-@_seed
+@click.option("--data", metavar="DATA", type=click.Path(), help=f"Samples to run both models on: {opt.DATA}.")
+@opt.random
+@opt.allow_script
+@opt.gates
+@opt.seed
 def diff(
     jobs: Any,
     progress: Any,
@@ -551,14 +365,14 @@ def diff(
 
 
 @_command("channelfold inspect model.onnx", show="inspection")
-@_model
+@opt.model
 @click.option(
     "--calibration",
     metavar="DATA",
     type=click.Path(),
-    help=f"Samples to look for outlier channels on: the largest of an input against its median channel. {_DATA}.",
+    help=f"Samples to look for outlier channels on: the largest of an input against its median channel. {opt.DATA}.",
 )
-@_allow_script
+@opt.allow_script
 def inspect(jobs: Any, progress: Any, model: str, calibration: str | None, allow_script: bool) -> Any:
     """Show what is in MODEL, and which linear nodes could be int8."""
     return jobs.inspect(model, calibration=calibration, allow_script=allow_script, progress=progress)
@@ -569,7 +383,14 @@ def inspect(jobs: Any, progress: Any, model: str, calibration: str | None, allow
     "-o", "--output", metavar="DIR", type=click.Path(), help="Folder to write to.  [default: a temporary one]"
 )
 @click.option(
-    "--sm", "sms", multiple=True, type=int, metavar="SM", default=DEMO_SMS, show_default=True, help=f"{_SM} Repeatable."
+    "--sm",
+    "sms",
+    multiple=True,
+    type=int,
+    metavar="SM",
+    default=DEMO_SMS,
+    show_default=True,
+    help=f"{opt.SM} Repeatable.",
 )
 def demo(jobs: Any, progress: Any, output: str | None, sms: tuple[int, ...]) -> Any:
     """Compress a small network that ships with channelfold.
