@@ -14,7 +14,9 @@ not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
                   verified: {max_rel_error, probes} | {unverified: reason} | null,
                   facts: {}}]        facts of a pass that quantizes: {linears: all, quantized: count,
                                      by_op: {op: {quantized, total}}}; of one that changes channels
-                                     {sites: [{node, and of _SITE what applies to the pass}]}
+                                     {sites: [{node, tensor, readers, method, inserted: nodes; pairs of before and
+                                     after: width, outlier_ratio, output_snr_db, bfp_error; relative_change}]},
+                                     each key where it applies to the pass
     accuracy    Comparison.to_json()
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -283,6 +284,14 @@ def test_a_terminal_sees_progress_and_colors():
     shown = terminal("diff", DIGITS, DIGITS, "--random", "500")
     assert "compare" in shown
     assert "\x1b[1m" in shown
+
+
+def test_a_terminal_of_80_columns_has_room_for_sites(tmp_path):
+    shown = terminal("smooth", DIGITS, "-o", tmp_path / "s.onnx", "--calibration", CALIBRATION, NO_COLOR="1")
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in shown.splitlines()]
+    start = next(place for place, line in enumerate(lines) if line.startswith("By smooth"))
+    assert max(map(len, lines[start:])) <= 80
+    assert {line.split()[0] for line in lines[start + 1 : start + 3]} == {"/pointwise/conv/Conv", "/head/Gemm"}
 
 
 def test_no_color_is_respected():
