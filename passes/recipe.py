@@ -15,7 +15,8 @@ Passes run from top to bottom. A good order is
     constants, identities, pads, affine maps     they clear the way between linears, and leave less to scale
     equalize, smooth                             shifts and scales, which need a weight or a norm to go into
     split-channels, merge-channels, reorder      they choose by the ranges that scales have left
-    quantize                                     on the ranges that all of them have left
+    clip-weights                                 for the weights that all of them have left
+    quantize                                     on ranges measured then
 
 What cannot work is refused: after a quantization the weights lie behind DequantizeLinear, where nothing finds them. The
 other orders are all right for the function the model computes, since exact passes keep it, but in some a later pass
@@ -79,6 +80,7 @@ PASSES: Mapping[str, type[Pass]] = _Registry(
         "split-channels": "split_channels:SplitChannels",
         "merge-channels": "merge_channels:MergeChannels",
         "reorder-channels": "reorder_channels:ReorderChannels",
+        "clip-weights": "clip_weights:ClipWeights",
         "quantize": "quantize:Quantize",
         "quantize-weights": "quantize_weights:QuantizeWeights",
     }
