@@ -151,7 +151,7 @@ class Smooth(Pass):
             label, scale, shift = self._closed_form(seen, shifted)
             decibels = None
         scale = clamped(scale, site.region.free)
-        nodes = len(graph.nodes)
+        nodes, tensor = len(graph.nodes), site.readers[0].tensor.name
         ratio = [_outlier_ratio(seen.amax()), _outlier_ratio(seen.amax(shift) / scale)]
         if np.ptp(scale) == 0 and not np.any(shift):
             raise Blocked("its channels are alike already")
@@ -163,7 +163,7 @@ class Smooth(Pass):
         outcome.change(site.name, f"{site}: {what}{f'; {added} nodes inserted' if added else ''}")
         return {
             "node": site.name,
-            "tensor": site.readers[0].tensor.name,
+            "tensor": tensor,
             "readers": [reader.linear.name for reader in site.readers],
             "method": label,
             "outlier_ratio": ratio,
