@@ -118,6 +118,8 @@ class Smooth(Pass):
                 if reason := self._why_not(linear):
                     raise Blocked(reason)
                 site = _Site.of(self._region(graph, linear, shapes))
+                if pattern := next(filter(None, (self._excluding(reader.linear) for reader in site.readers)), None):
+                    raise Blocked(f"a linear that shares its scale is excluded by pattern {pattern!r}")
             except (NotLinear, Blocked) as error:
                 outcome.refuse(node.name, f"{node.op}: {error}", str(error))
                 continue
@@ -127,8 +129,11 @@ class Smooth(Pass):
     def _why_not(self, linear: Linear) -> str:
         if self.include and not any(fnmatch.fnmatchcase(linear.name, p) for p in self.include):
             return "not included by any pattern"
-        pattern = next((p for p in self.exclude if fnmatch.fnmatchcase(linear.name, p)), None)
+        pattern = self._excluding(linear)
         return f"excluded by pattern {pattern!r}" if pattern is not None else ""
+
+    def _excluding(self, linear: Linear) -> str | None:
+        return next((p for p in self.exclude if fnmatch.fnmatchcase(linear.name, p)), None)
 
     def _region(self, graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape]) -> Region:
         region = trace(graph, linear.data, linear.in_axis, shapes)
