@@ -21,6 +21,8 @@ from typing import Literal
 
 import numpy as np
 
+_FAINT = 1e-3  # of the median scale: what scales end at, lest a channel that hardly moved in calibration explodes later
+
 Aim = Literal["mean", "median", "clipped"]
 
 
@@ -53,7 +55,8 @@ class Seen:
         usable = self.free & np.isfinite(scale) & (scale > 0)
         if not usable.any():
             return np.ones_like(scale)
-        logs = np.log(np.where(usable, scale, 1.0))
+        lowest = np.median(scale[usable]) * _FAINT
+        logs = np.log(np.maximum(np.where(usable, scale, 1.0), lowest))
         return np.where(usable, np.exp(logs - logs[usable].mean()), 1.0)
 
 
@@ -94,7 +97,7 @@ def _to_common(seen: Seen, step: np.ndarray, aim: Aim) -> np.ndarray:
     if aim == "clipped":
         steps = np.clip(steps, *np.percentile(steps, (1, 99)))
     common = np.median(steps) if aim == "median" else steps.mean()
-    return np.where(usable, np.where(usable, step, 1.0) / common, 1.0)
+    return np.where(usable, np.maximum(np.where(usable, step, 1.0) / common, _FAINT), 1.0)
 
 
 def outliertune(seen: Seen, shift: np.ndarray | float) -> np.ndarray:

@@ -113,14 +113,20 @@ class Smooth(Pass):
         for node in live_linears(graph):
             try:
                 linear = view(graph, node)
-                if id(linear.data) in seen:
-                    continue
+            except NotLinear as error:
+                if "two activations" not in str(error):
+                    outcome.refuse(node.name, f"{node.op}: {error}", str(error))
+                continue
+            if id(linear.data) in seen:
+                continue
+            try:
                 if reason := self._why_not(linear):
                     raise Blocked(reason)
+                seen.add(id(linear.data))
                 site = _Site.of(self._region(graph, linear, shapes))
                 if pattern := next(filter(None, (self._excluding(reader.linear) for reader in site.readers)), None):
                     raise Blocked(f"a linear that shares its scale is excluded by pattern {pattern!r}")
-            except (NotLinear, Blocked) as error:
+            except Blocked as error:
                 outcome.refuse(node.name, f"{node.op}: {error}", str(error))
                 continue
             seen.update(id(reader.tensor) for reader in site.readers)

@@ -53,6 +53,26 @@ class Snapshot:
             model.graph.output.extend(kept)
         return open_model(model, [(_copy(w), packed(self.values[w.name])) for w in self.weights], optimize=False)
 
+    def rounded_otherwise(self, seed: int) -> Session:
+        """A session of the same graph in which the float weights are off by up to one unit in their last place.
+
+        At random, as weights are that have been computed anew. Whole numbers stay, for some are no weights.
+        """
+        generator = np.random.default_rng(seed)
+
+        def moved(values: np.ndarray) -> np.ndarray:
+            if values.dtype.kind != "f":
+                return values
+            steps = generator.integers(-1, 2, values.shape, np.int8) * (values != np.rint(values))
+            return values + np.spacing(values) * steps.astype(values.dtype)
+
+        model = _copy(self.model)
+        for proto in model.graph.initializer:
+            if proto.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE):
+                proto.CopyFrom(onnx.numpy_helper.from_array(moved(onnx.numpy_helper.to_array(proto)), proto.name))
+        large = [(_copy(proto), moved(packed(self.values[proto.name]))) for proto in self.weights]
+        return open_model(model, large, optimize=False)
+
     def same(self, other: Snapshot) -> bool:
         """Whether both are the same graph with the same weights. What is known about shapes inside does not count."""
         if self.weights != other.weights or _structure(self.model) != _structure(other.model):

@@ -259,6 +259,29 @@ def test_an_edge_with_another_constant_is_no_excuse():
     assert (caught.value.tensor, caught.value.node) == ("y", "edge")
 
 
+AMPLIFIER = """g (float[n, 16] x) => (float[n, 16] y) <float gain = {20000.0}> {
+    a = MatMul (x, W) b = MatMul (x, V) d = Sub (a, b) e = Mul (d, gain) y = Add (e, x) }"""
+
+
+def test_a_model_that_amplifies_rounding_is_held_to_what_rounding_does_to_it():
+    """W - V is zero, and 20,000 times the rounding of a weight written anew is not: 2e-3, where 1e-4 is allowed."""
+    weight = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
+    before = snapshot(AMPLIFIER, W=weight, V=weight)
+    rounded = np.nextafter(weight, np.float32(np.inf))
+    verdict = Verifier().verify(before, snapshot(AMPLIFIER, W=rounded, V=weight))
+    assert "when the original weights are rounded otherwise" in verdict.warning
+    assert 1e-4 < verdict.record["max_rel_error"] < 1e-1
+    with pytest.raises(Violation):
+        Verifier().verify(before, snapshot(AMPLIFIER, W=weight * np.float32(1 + 1e-5), V=weight))
+
+
+def test_rounding_is_no_excuse_where_the_model_does_not_amplify_it():
+    weight = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
+    text = "g (float[n, 16] x) => (float[n, 16] y) { y = MatMul (x, W) }"
+    with pytest.raises(Violation):
+        Verifier().verify(snapshot(text, W=weight), snapshot(text, W=weight * np.float32(1.001)))
+
+
 def test_one_graph_serves_as_the_reference_of_the_next_step(monkeypatch):
     a, b, c = (snapshot(scaled(1 + 5e-5 * step)) for step in range(3))
     verifier = Verifier()
