@@ -37,7 +37,7 @@ from channelfold.passes.rescale import clamped, rescale
 from channelfold.passes.scales import Aim, Seen
 from channelfold.runtime.graph_io import infer_shapes
 from channelfold.runtime.shapes import measured_shapes
-from channelfold.runtime.statistics import ChannelStatistics, observe
+from channelfold.runtime.statistics import ChannelStatistics, observe, outlier_ratio
 
 Method = Literal["auto", "smoothquant", "os-plus", "awq", "repq", "outliertune", "fp4-shift"]
 Candidate = tuple[str, np.ndarray, np.ndarray]  # what it is, scale and shift by class
@@ -148,7 +148,7 @@ class Smooth(Pass):
             region = trace(graph, linear.data, linear.in_axis, shapes, insert=True)
             reason = region.why_fixed(region.places[id(linear.data)][1])
         if reason:
-            raise Blocked(reason)
+            raise Blocked(reason if self.allow_insert else f"{reason} (allow_insert puts an explicit Mul there)")
         return region
 
     def _smooth(
@@ -162,16 +162,16 @@ class Smooth(Pass):
             label, scale, shift = self._closed_form(seen, shifted)
             decibels = None
         scale = clamped(scale, site.region.free)
-        nodes, tensor = len(graph.nodes), site.readers[0].tensor.name
-        ratio = [_outlier_ratio(seen.amax()), _outlier_ratio(seen.amax(shift) / scale)]
+        nodes, tensor = {id(node) for node in graph.nodes}, site.readers[0].tensor.name
+        ratio = [outlier_ratio(seen.amax()), outlier_ratio(seen.amax(shift) / scale)]
         if np.ptp(scale) == 0 and not np.any(shift):
             raise Blocked("its channels are alike already")
         rescale(graph, site.region, scale, shift)
-        added = len(graph.nodes) - nodes
-        what = f"{label}; outlier ratio {ratio[0]:.3g} -> {ratio[1]:.3g}"
+        added = sum(id(node) not in nodes for node in graph.nodes)
+        what = label if None in ratio else f"{label}; outlier ratio {ratio[0]:.3g} -> {ratio[1]:.3g}"
         if decibels:
             what += f", output {decibels[0]:.1f} -> {decibels[1]:.1f} dB"
-        outcome.change(site.name, f"{site}: {what}{f'; {added} nodes inserted' if added else ''}")
+        outcome.change(site.name, f"{site}: {what}{f'; nodes inserted: {added}' if added else ''}")
         return {
             "node": site.name,
             "tensor": tensor,
@@ -319,12 +319,6 @@ def _column_maxima(linear: Linear) -> np.ndarray:
     flat = weight.reshape(*weight.shape[:2], -1).max(axis=2)
     grouped = flat.reshape(linear.groups, -1, flat.shape[1]).max(axis=1)
     return grouped.reshape(-1).astype(np.float64)
-
-
-def _outlier_ratio(amax: np.ndarray) -> float:
-    """The largest channel against the median one."""
-    middle = float(np.median(amax))
-    return float(amax.max() / middle) if middle > 0 else float("inf")
 
 
 def _decibels(error: float) -> float:

@@ -25,7 +25,7 @@ from channelfold.runtime.calibration import Data
 from channelfold.runtime.graph_io import all_graphs, infer_shapes
 from channelfold.runtime.names import shorten_all
 from channelfold.runtime.ort import TensorSpec
-from channelfold.runtime.statistics import ChannelStatistics, observe
+from channelfold.runtime.statistics import ChannelStatistics, observe, outlier_ratio
 from channelfold.runtime.weights import MappedFile
 
 
@@ -108,12 +108,6 @@ def inspect(
         "external_data": [{"path": str(f), "bytes": f.stat().st_size} for f in external_files(path)],
         "linears": entries,
     }
-
-
-def outlier_ratio(amax: np.ndarray) -> float | None:
-    """The largest of the magnitudes of channels, (channels,), against the median one; None where all are zero."""
-    largest, median = float(amax.max(initial=0.0)), float(np.median(amax))
-    return largest / median if median > 0 else math.inf if largest > 0 else None
 
 
 def _outlier_ratios(graph: gs.Graph, data: Data, progress: Callable[[str, int, int], None]) -> dict[str, float | None]:

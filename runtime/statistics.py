@@ -203,6 +203,12 @@ class ChannelStatistics:
             self._random.add(flat, keys, keys, self.rows - self.rows // 8)
 
 
+def outlier_ratio(amax: np.ndarray) -> float | None:
+    """The largest of the magnitudes of channels, (channels,), against the median one; None where all are zero."""
+    largest, median = float(amax.max(initial=0.0)), float(np.median(amax))
+    return largest / median if median > 0 else math.inf if largest > 0 else None
+
+
 @dataclass
 class _Kept:
     """The rows of lowest rank so far, with the keys that tell them apart."""

@@ -12,7 +12,8 @@ from channelfold import models
 from channelfold.passes.base import DataError
 from channelfold.runtime import graph_io, jobs
 from channelfold.runtime.calibration import open_data
-from channelfold.runtime.inspection import inspect, outlier_ratio, required_inputs
+from channelfold.runtime.inspection import inspect, required_inputs
+from channelfold.runtime.statistics import outlier_ratio
 from channelfold.tests.graphs import build
 
 DIGITS = models.path("digits_cnn.onnx")
