@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import itertools
 import mmap
 import os
@@ -123,7 +124,7 @@ def _write_data(
     """Writes the weights to a new file beside ``path`` and lets the model refer to it; ``undo`` removes it again."""
     numbers = (f".{n}" if n else "" for n in itertools.count())
     name = next(n for n in (f"{path.name}{number}.data" for number in numbers) if not path.with_name(n).exists())
-    if name.encode(errors="ignore").decode() != name:
+    if not _is_text(name):
         raise OutputError(f"Cannot write {path}: ONNX cannot refer to {name!r}", "Give another output path.")
     with path.with_name(name).open("xb") as file:
         undo.callback(path.with_name(name).unlink, missing_ok=True)
@@ -258,7 +259,7 @@ def infer_shapes(graph: gs.Graph) -> None:
 
 
 def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -> Session:
-    """An ONNX Runtime session on a graph; ``outputs`` names any tensors of it. Weights are used where they lie."""
+    """An ONNX Runtime session on a graph; ``outputs`` names any tensors of it. Weights in files stay there."""
     model, weights = export(graph)
     if outputs is not None:
         types = {value.name: value for value in model.graph.output}
@@ -268,18 +269,31 @@ def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -
 
 
 def open_model(model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.ndarray]], **options: Any) -> Session:
-    """A session on what ``export`` gave, possibly with nodes added."""
-    arrays = {}
-    inline = []
+    """A session on what ``export`` gave, possibly with nodes added.
+
+    Large weights that are in memory alone, or whose file has been replaced, are written to disk for it.
+    """
+    root = Path(tempfile.gettempdir()).anchor
+    scratch, inline = Scratch(), []
     for proto, values in weights:
-        if _weights.bits(proto.data_type) < 8 or values.dtype.kind == "V":
-            inline.append((proto, values))
-            continue
-        _refer(proto, "weights", 0, values.nbytes)
+        file, offset = getattr(values, "place", None) or (None, 0)
+        if file is None or not _is_reachable(file, root):
+            if values.nbytes < SPILL_LIMIT:
+                inline.append((proto, values))
+                continue
+            file, offset = scratch, _weights.spill(scratch, values)
+        _refer(proto, file.path.relative_to(root).as_posix(), offset, values.nbytes)
         model.graph.initializer.append(proto)
-        arrays[proto.name] = values
-    with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
-        path = Path(folder, "model.onnx")
-        with path.open("wb") as file:
-            wire.write_inline(model, inline, file)
-        return Session(path, weights=arrays, **options)
+    skeleton = io.BytesIO()
+    wire.write_inline(model, inline, skeleton)
+    return Session(skeleton.getvalue(), folder=root, **options)
+
+
+def _is_reachable(file: MappedFile | Scratch, root: str) -> bool:
+    """Whether ONNX Runtime finds the bytes of a file by its path below ``root``."""
+    return file.path.anchor == root and _is_text(str(file.path)) and file.is_at_its_path()
+
+
+def _is_text(name: str) -> bool:
+    """Whether ONNX can refer to a file of this name."""
+    return name.encode(errors="ignore").decode() == name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from channelfold.passes.base import DependencyError, ModelError
+
+_FOLDER = "session.model_external_initializers_file_folder_path"  # heeded with a model in memory, from 1.22 on
 
 Feed = dict[str, np.ndarray]
 
@@ -59,6 +62,7 @@ def onnxruntime() -> Any:
     return onnxruntime
 
 
+@functools.cache  # it reads files, and a session is opened many times
 def _installed(distribution: str) -> bool:
     try:
         importlib.metadata.version(distribution)
@@ -68,19 +72,20 @@ def _installed(distribution: str) -> bool:
 
 
 class Session:
-    """An ONNX Runtime session on a model file.
+    """An ONNX Runtime session on a model.
 
-    ``weights`` maps initializer names to arrays that take the place of external data in the file (they are used where
-    they lie, not copied). ``optimize=False`` switches graph optimization off. ``providers`` defaults to the CPU.
+    ``model`` is the path of its file; or, for a graph that is in no file, the serialized model without its large
+    weights, whose external data lie in files below ``folder``. ONNX Runtime maps external data, it does not copy them.
+    ``optimize=False`` switches graph optimization off. ``providers`` defaults to the CPU.
 
     Raises ModelError when ONNX Runtime refuses the model.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        model: str | Path | bytes,
         *,
-        weights: Mapping[str, np.ndarray] | None = None,
+        folder: str | Path | None = None,
         optimize: bool = True,
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
@@ -92,13 +97,13 @@ class Session:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads:
             options.intra_op_num_threads = threads
-        if weights:
-            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-            options.add_external_initializers(list(weights), values)
+        if folder is not None:
+            options.add_session_config_entry(_FOLDER, str(folder))
+        source, name = (model, "the model") if isinstance(model, bytes) else (str(model), Path(model).name)
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=list(providers))
+            self._session = ort.InferenceSession(source, options, providers=list(providers))
         except Exception as error:
-            raise ModelError(f"ONNX Runtime cannot open {Path(path).name}: {_first_line(error)}") from None
+            raise ModelError(f"ONNX Runtime cannot open {name}: {_first_line(error)}") from None
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
 

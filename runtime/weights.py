@@ -80,7 +80,13 @@ class Scratch:
         return offset
 
     def is_at_its_path(self) -> bool:
-        return True
+        return self.path.exists()
+
+
+class PlacedArray(np.ndarray):
+    """An array on a file. ``place`` is (file, offset); None for whatever is computed or cut from such an array."""
+
+    place: tuple[MappedFile | Scratch, int] | None = None
 
 
 def _discard(file: IO[bytes], path: Path) -> None:
@@ -269,19 +275,29 @@ def described(values: Values, name: str) -> onnx.TensorProto:
 
 def stored(scratch: Scratch, values: np.ndarray, name: str = "") -> MappedValues:
     """``values`` in a scratch file. Raises OutputError when its disk is full."""
+    return MappedValues(described(values, name), scratch, spill(scratch, packed(values)))
+
+
+def spill(scratch: Scratch, values: np.ndarray) -> int:
+    """Appends the bytes of an array to a scratch file; their offset. Raises OutputError when its disk is full."""
     try:
-        offset = scratch.append(packed(values))
+        return scratch.append(values)
     except OSError as error:
         raise OutputError(
             f"No room for new weights in {tempfile.gettempdir()} ({error.strerror})", "Set TMPDIR to a larger disk."
         ) from error
-    return MappedValues(described(values, name), scratch, offset)
 
 
 def packed(values: Values) -> np.ndarray:
-    """Values as ONNX stores them: little endian, types below 8 bits two or more to a byte (uint8[n])."""
+    """Values as ONNX stores them: little endian, types below 8 bits two or more to a byte (uint8[n]).
+
+    Those that lie in a file are a PlacedArray.
+    """
     if isinstance(values, MappedValues):
-        return values.raw() if bits(values.tensor.data_type) < 8 else values.load()
+        array = values.raw() if bits(values.tensor.data_type) < 8 else values.load()
+        array = array.view(PlacedArray)
+        array.place = values.file, values.offset
+        return array
     assert isinstance(values, np.ndarray)
     if bits(onnx.helper.np_dtype_to_tensor_dtype(values.dtype)) < 8:
         return np.frombuffer(onnx.numpy_helper.from_array(values).raw_data, np.uint8)

@@ -284,6 +284,7 @@ def test_names_that_are_not_text(path, graph):
     odd = path.parent / os.fsdecode(b"\xffmodel.onnx")
     save(graph, odd)
     assert _weights(odd) == {1}
+    assert session(load(odd)).run({"x": np.zeros(300, np.float32)})["y"][0] == 3
     with pytest.raises(OutputError, match=r"ONNX cannot refer to .*Give another output path"):
         save(graph, odd, external=True)
     assert len(_files(path)) == 1
@@ -533,28 +534,40 @@ MEMORY = """
     from pathlib import Path
     import numpy as np
     from channelfold.runtime.graph_io import load, read, save, session, stored
+    from channelfold.runtime.ort import onnxruntime
 
     def anonymous():
         return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
-    peak, stop = anonymous(), False
+    onnxruntime()
+    start = peak = anonymous()
+    stop = False
     def watch():
         global peak
         while not stop:
             peak = max(peak, anonymous())
             time.sleep(0.002)
-    start = anonymous()
     watcher = threading.Thread(target=watch)
     watcher.start()
     graph = load(sys.argv[1])
+    {work}
+    stop = True
+    watcher.join()
+    print(start, peak)
+"""
+REWRITE = """
     for node in graph.nodes[:-1]:
         values = read(node.inputs[0])
         node.inputs[0].values = stored(graph, values + np.float16(1))
         del values
     save(graph, sys.argv[2])
-    stop = True
-    watcher.join()
-    print(start, peak)
+"""
+RUN = """
+    for step in range(2):  # first the weights of the file, then new ones
+        out = session(graph, threads=1).run({"x": np.array([0, 1])})["y"]
+        assert (out == step).all()
+        for node in graph.nodes[:-1]:
+            node.inputs[0].values = stored(graph, read(node.inputs[0]) + np.float16(1))
 """
 
 
@@ -577,12 +590,14 @@ def _huge(path: Path, tables: int, rows: int) -> None:
         file.truncate(2048 * rows * tables)
 
 
-def _rewrite(path: Path) -> tuple[float, float]:
+def _measured(work: str, path: Path) -> tuple[float, float]:
     """Peaks of anonymous memory in MiB, after the imports and in the end."""
-    target = path.with_name("out.onnx")
-    command = [sys.executable, "-c", textwrap.dedent(MEMORY), str(path), str(target)]
-    environment = os.environ | {"TMPDIR": str(path.parent)}
+    program = textwrap.dedent(MEMORY.replace("{work}", work.strip()))
+    command = [sys.executable, "-c", program, str(path), str(path.with_name("out.onnx"))]
+    scratch = path.parent.parent
+    environment = os.environ | {"TMPDIR": str(scratch)}
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert not list(scratch.glob("channelfold-*"))
     start, peak = map(float, output.stdout.split())
     return start, peak
 
@@ -593,10 +608,26 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 @needs_proc
 def test_rewriting_weights_takes_the_memory_of_one(path):
     _huge(path, tables=24, rows=4096)  # 200 MB, 8 MiB each
-    start, peak = _rewrite(path)
+    start, peak = _measured(REWRITE, path)
     assert peak - start < 40  # two or three weights
     assert _files(path) == ["hole", "model.onnx", "out.onnx"]
     assert float(read(load(path.with_name("out.onnx")).nodes[-2].inputs[0])[-1, -1]) == 1
+
+
+@needs_proc
+def test_sessions_do_not_copy_weights(path):
+    _huge(path, tables=24, rows=4096)  # 200 MB
+    start, peak = _measured(RUN, path)
+    assert peak - start < 50  # ONNX Runtime itself takes half of that
+    assert _files(path) == ["hole", "model.onnx"]
+
+
+def test_sessions_on_weights_whose_file_was_replaced(path):
+    large = 1 << 19
+    path.write_bytes(_model(1, size=large).SerializeToString())
+    loaded = load(path)
+    save(import_model(_model(9, weights=5, size=large)), path)
+    assert session(loaded).run({"x": np.zeros(large, np.float32)})["y"][-1] == 3
 
 
 @needs_proc
@@ -604,7 +635,7 @@ def test_rewriting_weights_takes_the_memory_of_one(path):
 def test_a_model_of_more_than_2_gb(path):
     _huge(path, tables=36, rows=32768)  # 2.4 GB, 67 MB each
     try:
-        start, peak = _rewrite(path)
+        start, peak = _measured(REWRITE, path)
         print(f"2.4 GB: anonymous memory {start:.0f} MiB after imports, {peak:.0f} MiB at most")
         assert peak < 600
         assert _files(path) == ["hole", "model.onnx", "out.onnx", "out.onnx.data"]
