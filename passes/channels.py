@@ -190,21 +190,22 @@ class _Tracer(Classes):
             return
         if known:
             raise Blocked(f"{node.op} combines it with another scaled activation")
-        if self.insert and not self.is_near(node, forward):
+        if self.insert and not self.is_near(node, place, forward):
             raise Blocked(f"{node.op} {'follows' if forward else 'precedes'} it")
         moves = self.moves(node, place, forward)
         self.related[id(node)] = [place.tensor, *(tensor for tensor, _, _ in moves)]
         for move in moves:
             self.visit(*move)
 
-    def is_near(self, node: gs.Node, forward: bool) -> bool:
+    def is_near(self, node: gs.Node, place: _Place, forward: bool) -> bool:
         """Whether the region passes a node although it ends at its first tensor: a constant operand takes its part."""
         operand = _constant_operand(node)
         if operand is None:
             return False
         source = node.inputs[1 - operand]
         alone = edit.sole_consumer(self.graph, source) is node
-        return self.takes_scale(node, operand) or (alone and not forward)
+        index = raised(place.index, len(self.shape(node.outputs[0])))
+        return self.takes_scale(node, operand, index) or (alone and not forward)
 
     # ---- where a region ends -----------------------------------------------------------------------------------------
 
