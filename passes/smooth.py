@@ -263,6 +263,9 @@ class _Site:
         found = [(end, end.linear) for end in region.readers() if end.linear is not None]
         if any(np.any(end.index < 0) for end, _ in found):
             raise Blocked("it is scaled against another tensor that linears read")
+        axes = {(id(linear.data), linear.in_axis % region.places[id(linear.data)][1].ndim) for _, linear in found}
+        if len(axes) > len({tensor for tensor, _ in axes}):
+            raise Blocked("linears read it along two axes")
         return cls(region, tuple(_Reader(linear, end.index - 1) for end, linear in found))
 
     @property
