@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from channelfold.passes.base import Context, DataError, Outcome, UsageError
 from channelfold.passes.channels import Region, trace
-from channelfold.passes.layer_error import Bits, LayerError
+from channelfold.passes.layer_error import Bits, LayerError, quantized_matrix
 from channelfold.passes.linear import linears
 from channelfold.passes.quantize import Quantize
 from channelfold.passes.rescale import rescale
@@ -356,6 +356,27 @@ def test_awq_lowers_the_error_of_four_bits():
     for site in smooth(graph, METHODS["awq"], data).facts["sites"]:
         before, after = site["output_snr_db"]
         assert after > before
+
+
+@pytest.mark.parametrize("group", [0, 32])
+def test_awq_lowers_the_error_of_three_bits_where_one_channel_of_a_hundred_is_50_times_larger(group):
+    """On the outputs of rows that were not calibrated on; without quantization nothing changes."""
+    gamma = np.ones(128)
+    gamma[[17, 90]] = 50
+    body = "n = LayerNormalization(x, g)\n y = MatMul(n, W)"
+    signature = "(float[N,T,128] x) => (float[] y)"
+    graph = build(signature, body, kind="float", g=gamma, W=(128, 64))
+    data, other = samples(graph), {"x": random((9, 16, 128), "other").astype(np.float32)}
+    before = run(graph, other)["y"]
+    smooth(graph, Smooth("awq", weight_bits=3, group_size=group), data)
+    assert snr(before, run(graph, other)["y"]) > 100
+
+    def error(graph: gs.Graph) -> float:
+        (linear,) = linears(graph)
+        linear.set_weight(quantized_matrix(linear.weight(), Bits(0, 3, group)))
+        return -snr(before, run(graph, other)["y"])
+
+    assert error(graph) < error(build(signature, body, kind="float", g=gamma, W=(128, 64))) - 5
 
 
 # ---- what a search promises ----------------------------------------------------------------------------------------
