@@ -260,7 +260,11 @@ class _Site:
 
     @classmethod
     def of(cls, region: Region) -> _Site:
-        found = [(end, end.linear) for end in region.readers() if end.linear is not None]
+        free = (
+            region.free
+        )  # a reader all of whose channels are pinned may belong to another site, with nodes of its own
+        ends = [end for end in region.readers() if free[np.abs(end.index) - 1].any()]
+        found = [(end, end.linear) for end in ends if end.linear is not None]
         if any(np.any(end.index < 0) for end, _ in found):
             raise Blocked("it is scaled against another tensor that linears read")
         axes = {(id(linear.data), linear.in_axis % region.places[id(linear.data)][1].ndim) for _, linear in found}
