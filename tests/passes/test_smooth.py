@@ -765,6 +765,22 @@ def test_a_tensor_that_is_read_along_two_axes(insert):
         assert listing(graph) == plain
 
 
+def test_a_tensor_that_is_pinned_in_one_site_and_has_nodes_of_its_own_in_another():
+    """x is in the region of c, which joins it to h, but as an input of the graph it cannot be scaled there."""
+    body = "a = MatMul(x, V)\n h = MatMul(x, U)\n c = Concat<axis=2>(h, x)\n b = MatMul(c, W)\n y = Add(a, b)"
+    for method, step in METHODS.items():
+        graph = build(TOKENS, body, kind="float", V=(16, 16), U=random((16, 16), "U") * np.geomspace(1, 90, 16),
+                      W=(32, 16))  # fmt: skip
+        data = samples(graph, make=lambda shape, rng: rng.standard_normal(shape) * np.geomspace(1, 90, 16))
+        before = outputs(graph, data)
+        outcome = smooth(graph, dataclasses.replace(step, allow_insert=True), data)
+        found = {site["tensor"]: sorted(site["readers"]) for site in outcome.facts["sites"]}
+        assert found.get("c", ["MatMul_3"]) == ["MatMul_3"], method
+        assert found.get("x", ["MatMul_0", "MatMul_1"]) == ["MatMul_0", "MatMul_1"], method
+        assert found, method
+        assert snr(before, outputs(graph, data)) > 100, method
+
+
 def test_one_axis_by_two_numbers():
     """Axis 1 of three is axis -2, where the weight of a MatMul is on the left."""
     body = "n = Mul(x, g)\n a = Conv(n, W)\n m = MatMul(V, n)\n y = Add(a, m)"
