@@ -110,6 +110,7 @@ class Smooth(Pass):
     def _sites(self, graph: gs.Graph, shapes: Mapping[str, Shape], outcome: Outcome) -> Iterator[_Site]:
         """One site for each region that has something to scale; refuses the others."""
         seen: set[int] = set()
+        scaled: set[int] = set()
         for node in live_linears(graph):
             try:
                 linear = view(graph, node)
@@ -126,10 +127,13 @@ class Smooth(Pass):
                 site = _Site.of(self._region(graph, linear, shapes))
                 if pattern := next(filter(None, (self._excluding(reader.linear) for reader in site.readers)), None):
                     raise Blocked(f"a linear that shares its scale is excluded by pattern {pattern!r}")
+                if any(id(reader.tensor) in scaled for reader in site.readers):  # with nodes inserted there, perhaps
+                    raise Blocked("it is tied to what another site scales")
             except Blocked as error:
                 outcome.refuse(node.name, f"{node.op}: {error}", str(error))
                 continue
-            seen.update(id(reader.tensor) for reader in site.readers)
+            scaled.update(id(reader.tensor) for reader in site.readers)
+            seen |= scaled
             yield site
 
     def _why_not(self, linear: Linear) -> str:
