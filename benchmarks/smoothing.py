@@ -470,16 +470,19 @@ def gains(options: argparse.Namespace, scratch: Path) -> None:
 def plantings(options: argparse.Namespace, scratch: Path) -> None:
     tasks = options.tasks or list(SPOILT)
     results = collected(options.json, (r for t in tasks for r in planted(options.dir, t, options.only, scratch)))
-    text = planted_table(results, tasks)
-    print(text)
+    print(planted_table(results, tasks))
     if options.write:
-        sites = [f"{r['task']} {r['classes']} in {r['regions']}" for r in results if r["name"] == "before"]
-        how = (
-            f"{SHARE:.0%} of the channels of every region, at least one, grow {FACTORS[0]:g} to {FACTORS[1]:g} times "
-            f"and move where that costs no node ({', '.join(sites)}); then everything is quantized. yes: "
-            f"within {NEAR:g} dB of the model before planting, quantized without smoothing."
-        )
-        write_section("Planted outliers", how, text)
+        write_planted(results, tasks)
+
+
+def write_planted(results: Sequence[dict[str, Any]], tasks: Sequence[str]) -> None:
+    sites = [f"{r['task']} {r['classes']} in {r['regions']}" for r in results if r["name"] == "before"]
+    how = (
+        f"{SHARE:.0%} of the channels of every region, at least one, grow {FACTORS[0]:g} to {FACTORS[1]:g} times "
+        f"and move where that costs no node ({', '.join(sites)}); then everything is quantized. yes: "
+        f"within {NEAR:g} dB of the model before planting, quantized without smoothing."
+    )
+    write_section("Planted outliers", how, planted_table(results, tasks))
 
 
 def parse() -> argparse.Namespace:
