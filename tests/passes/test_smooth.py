@@ -40,6 +40,7 @@ from channelfold.tests.graphs import (
     reasons,
     run,
 )
+from channelfold.tests.passes.test_random_regions import difference, graphs
 
 TOKENS = "(float[N,T,16] x) => (float[] y)"
 HEADS = """
@@ -247,6 +248,25 @@ def test_random_networks(data, method, insert):
         patch.setattr("channelfold.passes.smooth.observe", observe_in_float64)
         smooth(graph, dataclasses.replace(METHODS[method], allow_insert=insert), samples(graph, 2, size=2))
     assert_same(before, run(graph, feed), 1e-9)
+    assert insert or len(graph.nodes) <= nodes
+
+
+@given(made=graphs(), method=st.sampled_from([*METHODS]), insert=st.booleans())
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_random_regions(made, method, insert):
+    """Attention, gates, joins and moves: regions that overlap, and nodes inserted inside of others."""
+    graph, values = made
+    feed, nodes = {"x": values["x"]}, len(graph.nodes)
+    both = [feed, {"x": -0.7 * values["x"]}]
+    data = Data([TensorSpec("x", values["x"].dtype, values["x"].shape)], 2, lambda: iter(both), "random samples")
+    before = run(graph, feed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("channelfold.passes.smooth.observe", observe_in_float64)
+        patch.setattr(
+            "channelfold.passes.smooth.measured_shapes", lambda *_: {name: np.shape(v) for name, v in values.items()}
+        )
+        smooth(graph, dataclasses.replace(METHODS[method], allow_insert=insert), data)
+    assert difference(before, run(graph, feed)) <= 1e-6
     assert insert or len(graph.nodes) <= nodes
 
 
