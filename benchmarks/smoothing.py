@@ -269,7 +269,7 @@ def plant(model: Path, data: Path, output: Path, insert: bool, first: int) -> di
         free = np.flatnonzero(region.free & (spread > 0))
         chosen = rng.choice(free, max(1, round(SHARE * len(free))), replace=False)
         scale, shift = np.ones(region.size), np.zeros(region.size)
-        scale[chosen] = 1 / np.exp(rng.uniform(*np.log(FACTORS), len(chosen)))
+        scale[chosen] = 1 / np.exp(rng.uniform(np.log(FACTORS[0]), np.log(FACTORS[1]), len(chosen)))
         moved = [end.linear for end in region.ends if end.shifted and end.linear is not None]
         if all(linear.node.op != "MatMul" or linear.bias_node is not None for linear in moved):
             signs = rng.choice((-1.0, 1.0), len(chosen))
@@ -349,7 +349,8 @@ def planted_table(results: Sequence[dict[str, Any]], tasks: Sequence[str]) -> st
         row = [{"before": "before planting", "none": "planted, no smoothing"}.get(name, name)]
         for task in tasks:
             r = cells.get((task, name))
-            yes = {True: ", yes", False: ", no"}.get(r.get("recovered"), "") if r and name != "none" else ""
+            judged = r is not None and name not in ("before", "none")
+            yes = (", yes" if r["recovered"] else ", no") if judged else ""
             row.append(f"{r['snr']:.2f}{yes}" if r else "-")
         rows.append((*row, CLAIMS_NO.get(name, "")))
     return table(("output SNR dB", *tasks, "claims no recovery"), rows)
