@@ -212,7 +212,8 @@ class Smooth(Pass):
 
         def parts(scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
             scale = clamped(scale, site.region.free)
-            return sum(error.parts(scale[classes], shift[classes]) for classes, error in errors) / len(errors)
+            found = [error.parts(scale[classes], shift[classes]) for classes, error in errors]
+            return np.mean(found, axis=0)
 
         zero = np.zeros_like(seen.minimum)
         before = float(parts(np.ones_like(zero), zero).sum())
