@@ -6,9 +6,9 @@
 
 The first half keeps what is large, such as the few tokens with huge activations that attention leans on; the second
 keeps all the others, which the first would give up for them (in Llama-like networks one token can hold all energy).
-The error of a weight is the same for every token, the rounding of activations is not. At equal energy the former costs
-a decoder of 135 M parameters some 16 times as much divergence of its output (five layers, four scales each), hence the
-factor; a BERT, a ViT and layers with normal random weights show no such difference, hence ``parts``.
+The error of a weight is the same for every token and adds up through the layers; the rounding of activations is not,
+and averages out. So the former counts 16-fold: with 1 for 16, scales chosen by this error cost a decoder of 135 M
+parameters 0.131 nats a token in int8, with 4 0.094, with 16 0.062; the outputs of a BERT and a ViT hardly differ.
 
 Q of the activation is symmetric, per tensor, and holds all values; Q of the weight symmetric per output channel, or
 asymmetric in groups of inputs. Layers of more than 512 output channels are measured on 512 of them.
@@ -68,20 +68,13 @@ class LayerError:
 
     def error(self, scale: np.ndarray | float = 1.0, shift: np.ndarray | float = 0.0) -> float:
         """The error of the outputs, a share of them, when channels are scaled and shifted by (channels,) vectors."""
-        weight, activation = self.parts(scale, shift)
-        return SYSTEMATIC * weight + activation
-
-    def parts(self, scale: np.ndarray | float = 1.0, shift: np.ndarray | float = 0.0) -> np.ndarray:
-        """What the rounding of the weights and that of the activation contribute, each counted once: (2,)."""
         scale = np.asarray(scale, np.float32)
         moved = (self.rows - np.asarray(shift, np.float32)) / scale
         weight = self.matrix * scale
-        lost = moved @ (quantized_matrix(weight, self.bits) - weight).T
-        found = [float(self._row_weights @ _energy(lost)) / 2, 0.0]
+        error = _energy(moved @ (quantized_matrix(weight, self.bits) - weight).T) * SYSTEMATIC
         if self.bits.activation:
-            lost = (quantized_activation(moved, self.bits.activation) - moved) @ weight.T
-            found[1] = float(self._row_weights @ _energy(lost)) / 2
-        return np.array(found)
+            error += _energy((quantized_activation(moved, self.bits.activation) - moved) @ weight.T)
+        return float(self._row_weights @ error) / 2
 
 
 def matrix(linear: Linear) -> np.ndarray:

@@ -5,9 +5,8 @@
 The left-hand factor goes into the linears that read x, the right-hand one into the norm or the linears that write it
 (``channels``, ``rescale``): the function stays what it was, and no node is added. How s and z are chosen is the method
 (``scales``): in closed form from the ranges of the channels, or by searching the scale whose quantized layers come
-closest to the float ones on a sample of rows (``layer_error``). ``auto`` tries the candidates of smoothquant and
-os-plus at every site and takes the best, which may be none; of those that are nearly as good, the one that spares the
-weights most.
+closest to the float ones on a sample of rows (``layer_error``). ``auto`` tries those of smoothquant and os-plus
+at every site and takes the best, which may be none.
 
 A shift is used only where it adds no node: where every linear has a bias to take it up, or a place for one. With
 ``allow_insert``, sites that have no weight to take the scale up (what follows GELU), or readers that cannot (the
@@ -31,7 +30,7 @@ from channelfold.passes import scales
 from channelfold.passes.affine import Blocked
 from channelfold.passes.base import Context, DataError, Outcome, Pass, UsageError
 from channelfold.passes.channels import Region, Shape, trace
-from channelfold.passes.layer_error import ROWS, SYSTEMATIC, Bits, LayerError
+from channelfold.passes.layer_error import ROWS, Bits, LayerError
 from channelfold.passes.linear import Linear, NotLinear, view
 from channelfold.passes.qdq import live_linears
 from channelfold.passes.rescale import clamped, rescale
@@ -46,7 +45,6 @@ Candidate = tuple[str, np.ndarray, np.ndarray]  # what it is, scale and shift by
 _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _RATIOS = tuple(np.arange(0.05, 1.0, 0.1))
 _LIMITS = 16  # steps of os-plus from the largest channel down to the first decile
-_AS_GOOD = 1.2  # times the least error: among these the one that spares the weights most is taken
 _WORTH_NODES = 0.5  # of the error: what explicit nodes must save for ``auto`` to insert them
 
 
@@ -210,20 +208,19 @@ class Smooth(Pass):
             for name, classes, linears in site.layers()
         ]
 
-        def parts(scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+        def cost(scale: np.ndarray, shift: np.ndarray) -> float:
             scale = clamped(scale, site.region.free)
-            found = [error.parts(scale[classes], shift[classes]) for classes, error in errors]
-            return np.mean(found, axis=0)
+            return sum(error.error(scale[classes], shift[classes]) for classes, error in errors) / len(errors)
 
         zero = np.zeros_like(seen.minimum)
-        before = float(parts(np.ones_like(zero), zero).sum())
-        tried = [(candidate, parts(*candidate[1:])) for candidate in self._candidates(seen, shifted)]
-        least = min((float(found.sum()) for _, found in tried), default=before)
-        if least >= before or (site.region.cuts and self.method == "auto" and least > _WORTH_NODES * before):
-            raise Blocked("no scale makes its quantized outputs better" + (" by enough" if least < before else ""))
-        good = [(candidate, found) for candidate, found in tried if found.sum() <= min(_AS_GOOD * least, before)]
-        best, found = min(good, key=lambda entry: SYSTEMATIC * entry[1][0] + entry[1][1])
-        return *best, [_decibels(before), _decibels(float(found.sum()))]
+        before = cost(np.ones_like(zero), zero)
+        best, after = None, before
+        for candidate in self._candidates(seen, shifted):
+            if (error := cost(*candidate[1:])) < after:
+                best, after = candidate, error
+        if best is None or (site.region.cuts and self.method == "auto" and after > _WORTH_NODES * before):
+            raise Blocked("no scale makes its quantized outputs better" + (" by enough" if best is not None else ""))
+        return *best, [_decibels(before), _decibels(after)]
 
     def _candidates(self, seen: Seen, shifted: bool) -> Iterator[Candidate]:
         zero = np.zeros_like(seen.minimum)

@@ -411,14 +411,14 @@ def site_errors(method: str, name: str, shifted: bool) -> dict[str, float]:
 
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("name", ["pre-LN", "RMS, SwiGLU, GQA"])
-def test_auto_is_within_a_fifth_of_the_least_error_of_each_method_it_tries(name, shifted):
-    """That much it gives up for weights that lose less."""
+def test_auto_is_at_least_as_good_as_each_method_it_tries(name, shifted):
+    """At the first site, before which nothing differs, and by the numbers at all of them."""
     auto = site_errors("auto", name, shifted)
     for method in ("smoothquant, searched", "os-plus"):
         other = site_errors(method, name, shifted)
         assert set(auto) >= set(other)
         for tensor, decibels in other.items():
-            assert auto[tensor] >= decibels - 10 * np.log10(1.2) - 1e-6, tensor
+            assert auto[tensor] >= decibels - 1e-6, tensor
 
 
 @pytest.mark.parametrize("method", SEARCHED)
@@ -439,7 +439,7 @@ def test_a_search_is_never_worse_than_no_scale(method):
         observe(graph, observers, data)
         for name, observer in observers.items():
             readers = [linear for linear in linears(graph) if linear.data.name == name]
-            found[name] = -10 * np.log10(LayerError.of(readers, observer.sample(), bits).parts().sum())
+            found[name] = -10 * np.log10(LayerError.of(readers, observer.sample(), bits).error())
         return found
 
     before = errors()
@@ -493,7 +493,7 @@ def test_explicit_nodes_behind_gelu():
     outcome = smooth(graph, Smooth("auto", allow_insert=True), data)
     (site,) = (site for site in outcome.facts["sites"] if site["tensor"] == "s")
     assert site["inserted"] == 1
-    assert [node.op for node in graph.nodes] == ["MatMul", "Sigmoid", "Mul", "Mul", "MatMul"]
+    assert [node.op for node in graph.nodes] == ["Mul", "MatMul", "Sigmoid", "Mul", "Mul", "MatMul"]
     assert snr(before, outputs(graph, data)) > 100
     assert changes(outcome)[-1].startswith("an explicit Mul -> 1 linear: ")
 
