@@ -79,6 +79,20 @@ def trace(graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: Mapping[str, Sh
     return first
 
 
+def reach(graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape], allow_insert: bool) -> Region:
+    """The region of what a linear reads, traced with ``insert`` where it has nothing to give otherwise and that may be.
+
+    Raises Blocked with the reason where no channel can be scaled.
+    """
+    reason = ""
+    for insert in (False, True) if allow_insert else (False,):
+        region = trace(graph, linear.data, linear.in_axis, shapes, insert)
+        reason = region.why_fixed(region.places[id(linear.data)][1])
+        if not reason:
+            return region
+    raise Blocked(reason)
+
+
 @dataclass
 class _Place:
     tensor: gs.Tensor

@@ -29,7 +29,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes import scales
 from channelfold.passes.affine import Blocked
 from channelfold.passes.base import Context, DataError, Outcome, Pass, UsageError
-from channelfold.passes.channels import Region, Shape, trace
+from channelfold.passes.channels import Region, Shape, reach
 from channelfold.passes.layer_error import ROWS, Bits, LayerError
 from channelfold.passes.linear import Linear, NotLinear, view
 from channelfold.passes.qdq import live_linears
@@ -146,14 +146,12 @@ class Smooth(Pass):
         return next((p for p in self.exclude if fnmatch.fnmatchcase(linear.name, p)), None)
 
     def _region(self, graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape]) -> Region:
-        region = trace(graph, linear.data, linear.in_axis, shapes)
-        reason = region.why_fixed(region.places[id(linear.data)][1])
-        if reason and self.allow_insert:
-            region = trace(graph, linear.data, linear.in_axis, shapes, insert=True)
-            reason = region.why_fixed(region.places[id(linear.data)][1])
-        if reason:
-            raise Blocked(reason if self.allow_insert else f"{reason} (allow_insert puts an explicit Mul there)")
-        return region
+        try:
+            return reach(graph, linear, shapes, self.allow_insert)
+        except Blocked as error:
+            if self.allow_insert:
+                raise
+            raise Blocked(f"{error} (allow_insert puts an explicit Mul there)") from None
 
     def _smooth(
         self, graph: gs.Graph, site: _Site, observers: Mapping[str, ChannelStatistics], outcome: Outcome

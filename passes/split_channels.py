@@ -30,7 +30,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.affine import Blocked
 from channelfold.passes.base import Context, DataError, Outcome, Pass, UsageError
-from channelfold.passes.channels import End, Region, Shape, trace
+from channelfold.passes.channels import End, Region, Shape, reach
 from channelfold.passes.layer_error import ROWS, Bits, quantized_activation, quantized_matrix
 from channelfold.passes.linear import Linear, NotLinear, view
 from channelfold.passes.qdq import live_linears
@@ -109,13 +109,7 @@ class SplitChannels(Pass):
 
     def _region(self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape]) -> tuple[Region, list[End], bool]:
         """(region of what a linear reads, its readers there, whether nodes are needed). Raises Blocked."""
-        region = trace(graph, linear.data, linear.in_axis, shapes)
-        reason = region.why_fixed(region.places[id(linear.data)][1])
-        if reason and self.allow_insert:
-            region = trace(graph, linear.data, linear.in_axis, shapes, insert=True)
-            reason = region.why_fixed(region.places[id(linear.data)][1])
-        if reason:
-            raise Blocked(reason)
+        region = reach(graph, linear, shapes, self.allow_insert)
         ends = region.readers()
         readers = [end for end in ends if end.linear is not None and end.linear.data is linear.data]
         if len(readers) < len(ends):
