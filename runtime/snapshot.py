@@ -63,8 +63,11 @@ class Snapshot:
         def moved(values: np.ndarray) -> np.ndarray:
             if values.dtype.kind != "f":
                 return values
-            steps = generator.integers(-1, 2, values.shape, np.int8) * (values != np.rint(values))
-            return values + np.spacing(values) * steps.astype(values.dtype)
+            found = np.array(values)  # 0-d as well
+            broken = found != np.rint(found)  # whole numbers, masks of -3.4e38 among them, have no room to move
+            steps = generator.integers(-1, 2, found.shape, np.int8)[broken]
+            found[broken] += np.spacing(found[broken]) * steps.astype(found.dtype)
+            return found
 
         model = _copy(self.model)
         for proto in model.graph.initializer:

@@ -259,8 +259,8 @@ def test_an_edge_with_another_constant_is_no_excuse():
     assert (caught.value.tensor, caught.value.node) == ("y", "edge")
 
 
-AMPLIFIER = """g (float[n, 16] x) => (float[n, 16] y) <float gain = {20000.0}> {
-    a = MatMul (x, W) b = MatMul (x, V) d = Sub (a, b) e = Mul (d, gain) y = Add (e, x) }"""
+AMPLIFIER = """g (float[n, 16] x) => (float[n, 16] y) <float gain = {20000.0}, float mask = {-3.4028234663852886e38}> {
+    a = MatMul (x, W) b = MatMul (x, V) d = Sub (a, b) e = Mul (d, gain) f = Add (e, x) y = Max (f, mask) }"""
 
 
 def test_a_model_that_amplifies_rounding_is_held_to_what_rounding_does_to_it():
