@@ -78,14 +78,14 @@ class Equalize(Pass):
         clips = _opened(graph, shapes) if self.allow_insert else []
         weights: dict[int, _Weight] = {}
         sites = list(self._sites(graph, shapes, weights, outcome))
-        for site in sites:
-            site.leave_out_dead(weights)
         rounds, step = 0, 0.0
+        for site in sites:
+            site.take_in_live(weights)
         while sites and rounds < self.iterations:
             step = max(site.equalize(weights) for site in sites)
             rounds += 1
             ctx.progress("Equalizing ranges", rounds, self.iterations)
-            if step < SETTLED:
+            if step < SETTLED and not any([site.take_in_live(weights) for site in sites]):
                 break
         weights.clear()
         written = [_write(graph, site, outcome) for site in sites]
@@ -172,14 +172,19 @@ class _Weight:
 
 @dataclass
 class _Site:
-    """A region, the first linear that writes it, its classes that are equalized, and their scale so far."""
+    """A region, the first linear that writes it, its classes that can be equalized, those that are, and their scale.
+
+    A dead class is left out. What is dead is judged beside the largest range: as that shrinks, classes may come in.
+    """
 
     first: Linear
     region: Region
     usable: np.ndarray
+    live: np.ndarray = field(init=False)
     scale: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
+        self.live = np.zeros(self.region.size, bool)
         self.scale = np.ones(self.region.size)
 
     def linears(self) -> Iterator[tuple[End, Linear]]:
@@ -197,15 +202,17 @@ class _Site:
             np.maximum.at(ranges[1], index[~writes], found[~writes])
         return ranges
 
-    def leave_out_dead(self, weights: Mapping[int, _Weight]) -> None:
-        ranges = self.ranges(weights)
-        self.usable &= (ranges > DEAD * ranges.max(axis=1, keepdims=True)).all(axis=0)
+    def take_in_live(self, weights: Mapping[int, _Weight]) -> bool:
+        """Returns whether there are more than before."""
+        ranges, before = self.ranges(weights), self.live.sum()
+        self.live |= self.usable & (ranges > DEAD * ranges.max(axis=1, keepdims=True)).all(axis=0)
+        return bool(self.live.sum() > before)
 
     def equalize(self, weights: Mapping[int, _Weight]) -> float:
         """One step for all channels at once; returns the largest change of log s."""
         above, below = self.ranges(weights)
-        ratio = np.divide(above, below, out=np.ones_like(above), where=self.usable)
-        new = clamped(self.scale * ratio**self._power, self.usable)
+        ratio = np.divide(above, below, out=np.ones_like(above), where=self.live)
+        new = clamped(self.scale * ratio**self._power, self.live)
         step = new / self.scale
         self.scale = new
         for end, _ in self.linears():
@@ -239,7 +246,7 @@ def _write(graph: gs.Graph, site: _Site, outcome: Outcome) -> bool:
         outcome.refuse(node.name, f"{node.op} is not equalized with what follows: {error}", str(error))
         return False
     scales = f"scales {site.scale.min():.3g} to {site.scale.max():.3g}"
-    outcome.change(node.name, f"{node.op}: {int(site.usable.sum())} channels of {len(nodes)} weights, {scales}")
+    outcome.change(node.name, f"{node.op}: {int(site.live.sum())} channels of {len(nodes)} weights, {scales}")
     return True
 
 

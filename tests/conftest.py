@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from hypothesis import settings
 from onnx import numpy_helper
+
+# The same examples every time; --hypothesis-profile=explore draws new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("explore", derandomize=False, deadline=None)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

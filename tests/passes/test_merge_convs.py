@@ -192,7 +192,7 @@ def test_a_transpose_that_another_conv_reads_stays():
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
-@settings(max_examples=120, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(st.data())
 def test_random_pairs(axes, data):
     """Merged or refused for a reason that is true, and equal to 1e-12 of the largest output."""

@@ -649,7 +649,7 @@ def test_old_models_whose_weights_are_computed_are_refused(tmp_path):
 @given(
     data=st.data(), target=st.sampled_from(["tensorrt", "onnxruntime"]), calibrator=st.sampled_from(["minmax", "mse"])
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=(HealthCheck.too_slow,), derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=(HealthCheck.too_slow,))
 def test_random_networks(data, target, calibrator):
     """Whatever the graph: no crash, a model that runs, and outputs that stay near the float ones."""
     graph = data.draw(strategies.graphs())

@@ -239,7 +239,7 @@ def test_every_method_is_exact(name, method, insert, monkeypatch):
 
 
 @given(data=st.data(), method=st.sampled_from([*METHODS]), insert=st.booleans())
-@settings(max_examples=150, deadline=None, suppress_health_check=(HealthCheck.too_slow,), derandomize=True)
+@settings(max_examples=150, deadline=None, suppress_health_check=(HealthCheck.too_slow,))
 def test_random_networks(data, method, insert):
     """Whatever the graph: no crash, the same outputs, and no node that was not asked for."""
     graph = data.draw(strategies.graphs())
@@ -252,7 +252,7 @@ def test_random_networks(data, method, insert):
 
 
 @given(made=graphs(), method=st.sampled_from([*METHODS]), insert=st.booleans())
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_random_regions(made, method, insert):
     """Attention, gates, joins and moves: regions that overlap, and nodes inserted inside of others."""
     graph, values = made
