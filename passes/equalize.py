@@ -85,7 +85,7 @@ class Equalize(Pass):
             step = max(site.equalize(weights) for site in sites)
             rounds += 1
             ctx.progress("Equalizing ranges", rounds, self.iterations)
-            if step < SETTLED and not any([site.take_in_live(weights) for site in sites]):
+            if step < SETTLED and not sum(site.take_in_live(weights) for site in sites):
                 break
         weights.clear()
         written = [_write(graph, site, outcome) for site in sites]
