@@ -1,0 +1,189 @@
+"""Pairs of linears with functions of single channels between them, and which of the channels are idle.
+
+    h = W1 x + b1        y = W2 [scale_j * f_j(h[channel_j]) + shift_j]_j + b2
+
+``Pairs.at`` finds the pair that ends at a node, whatever stands between the linears (see ``channel_functions``). With a
+gate there are two inner linears, and f_j is a function of both: silu(gate_j) * up_j. A channel is *idle* when f_j is
+affine, *dead* when it is constant, else *active*. An FFN is a pair with active channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes import edit
+from channelfold.passes.affine import Blocked
+from channelfold.passes.base import DataError, ModelError
+from channelfold.passes.channel_functions import CONSTANT, Cone, Function, Functions, Reader, cone
+from channelfold.passes.index_maps import Shape
+from channelfold.passes.linear import LINEAR_OPS, Linear, NotLinear, view
+from channelfold.runtime.calibration import random_data
+from channelfold.runtime.inspection import required_inputs
+from channelfold.runtime.ort import Feed
+from channelfold.runtime.shapes import measured_shapes, shapes_on
+
+_SIZES = ((2, 32), (3, 64))  # of open leading axes, and of other open ones
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two linears in a row, or three with a gate.
+
+    ``channels``: for each input channel of ``outer`` the number of its function in ``functions``, the channel of
+    ``inner`` it is of, its scale and its shift. ``tensors``: all that depend on these channels in between.
+    """
+
+    inner: tuple[Linear, ...]
+    outer: Linear
+    cone: Cone
+    channels: np.ndarray
+    functions: list[Function]
+    tensors: list[gs.Tensor]
+
+    @property
+    def slopes(self) -> np.ndarray:
+        """The function of each channel as (root, slope, intercept), NaN where it is not affine, (hidden, 3) float64."""
+        table = np.array([f.affine or (np.nan, np.nan, np.nan) for f in self.functions])
+        return table[self.channels["function"]]
+
+    @property
+    def idle(self) -> np.ndarray:
+        """Which channels are affine in a channel of an inner linear, (hidden,) bool."""
+        return ~np.isnan(self.slopes[:, 0])
+
+    @property
+    def dead(self) -> np.ndarray:
+        """Which channels are the same whatever the input, (hidden,) bool."""
+        return self.channels["function"] == CONSTANT
+
+    @property
+    def active(self) -> np.ndarray:
+        return ~self.idle & ~self.dead
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per position."""
+        return sum(outs * ins for outs, ins in (linear.channels for linear in (*self.inner, self.outer)))
+
+    @property
+    def folded_macs(self) -> int:
+        """Those that are left when its idle channels are one dense layer."""
+        ins, outs, active = self.inner[0].channels[1], self.outer.channels[0], int(self.active.sum())
+        return active * (len(self.inner) * ins + outs) + ins * outs
+
+
+class Pairs:
+    """Finds the pairs of a graph. It may change between two calls, but not the shapes of the tensors that stay."""
+
+    def __init__(self, graph: gs.Graph):
+        self.graph = graph
+        self.readers = [Reader(graph, shapes) for shapes in _sizes(graph)]
+
+    def at(self, node: gs.Node, plain: bool = False) -> Pair | None:
+        """The pair whose second linear a node is, or None; with ``plain`` also one that treats all channels alike.
+
+        Raises Blocked where some channels may bypass the activation and nobody can tell which.
+        """
+        outer = self._pointwise(node)
+        inner: dict[int, Linear] = {}
+
+        def is_root(tensor: gs.Tensor) -> bool:
+            linear = self._writer(tensor)
+            if linear is not None:
+                inner[id(tensor)] = linear
+            return linear is not None
+
+        if outer is None:
+            return None
+        try:
+            found = cone(self.graph, outer.data, is_root, roots=2)
+        except Blocked:
+            return None
+        linears = tuple(inner[id(root)] for root in found.roots)
+        if not (plain or found.varied) or any(self._pointwise(linear.node) is None for linear in linears):
+            return None
+        functions = Functions()
+        for reader in self.readers:
+            reader.functions = functions
+        axes = {id(root): linear.out_axis for root, linear in zip(found.roots, linears, strict=True)}
+        try:
+            channels = self.read(found, axes, outer.in_axis)
+        except Blocked:
+            if found.mixed:
+                raise
+            return None
+        outputs = (tensor for node in found.nodes for tensor in node.outputs)
+        tensors = [*found.roots, *(t for t in outputs if id(t) in self.readers[0].elements)]
+        return Pair(linears, outer, found, channels, functions.items, tensors)
+
+    def read(self, found: Cone, axes: Mapping[int, int], axis: int) -> np.ndarray:
+        """``Reader.read`` for all sizes. Raises Blocked where they differ."""
+        channels, *others = (reader.read(found, axes, axis) for reader in self.readers)
+        if any(not np.array_equal(channels, other) for other in others):
+            raise Blocked("which channels go through the activation depends on the size of the input")
+        return channels
+
+    def _pointwise(self, node: gs.Node) -> Linear | None:
+        """The view of a linear that treats every position alike."""
+        if node.op not in LINEAR_OPS or not node.outputs:
+            return None
+        try:
+            linear = view(self.graph, node)
+        except NotLinear:
+            return None
+        attrs = node.attrs
+        if linear.is_conv:
+            plain = node.op == "Conv" and linear.groups == 1 and not linear.padded
+            plain &= all(k == 1 for k in linear.kernel) and all(s == 1 for s in attrs.get("strides") or ())
+            return linear if plain else None
+        return None if attrs.get("transA", 0) else linear
+
+    def _writer(self, tensor: gs.Tensor) -> Linear | None:
+        """The linear whose result, bias included, a tensor is."""
+        node = edit.producer(tensor)
+        for source in () if node is None else (node, *map(edit.producer, node.inputs if node.op == "Add" else ())):
+            if source is not None and source.op in LINEAR_OPS:
+                try:
+                    linear = view(self.graph, source)
+                except NotLinear:
+                    continue
+                if linear.output is tensor:
+                    return linear
+        return None
+
+
+class _Shapes(dict[str, Shape]):
+    """Shapes by name for one feed; what inference does not know is measured when it is asked for."""
+
+    def __init__(self, graph: gs.Graph, feed: Feed):
+        super().__init__(shapes_on(graph, {name: values.shape for name, values in feed.items()}))
+        self.graph, self.feed = graph, feed
+        self.measured = not feed
+
+    def __missing__(self, name: str) -> Shape:
+        if self.measured:
+            raise KeyError(name)
+        self.measured = True
+        with contextlib.suppress(ModelError):
+            self.update(measured_shapes(self.graph, self.feed))
+        return self[name]
+
+
+def _sizes(graph: gs.Graph) -> list[_Shapes]:
+    """The shapes for two sizes of the inputs, for one where none is open."""
+    inputs = required_inputs(graph)
+    fixed = all(isinstance(size, int) for spec in inputs for size in spec.shape)
+    leading = {spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], str)}
+    try:
+        feeds = [
+            next(iter(random_data(inputs, 1, dims=dict.fromkeys(leading, lead), size=size)))
+            for lead, size in _SIZES[: 1 if fixed else 2]
+        ]
+    except DataError:  # inputs that cannot be random, or none
+        feeds = [{}]
+    return [_Shapes(graph, feed) for feed in feeds]
