@@ -407,7 +407,7 @@ class _Tracer(Classes):
 
     def _check_sizes(self) -> None:
         """Pins what a size is computed from, unless it ends in, or comes from, the length of an axis that is cut."""
-        for node, (what, holder, port, axis), labels in self._edits():
+        for node, (what, holder, _, axis), labels in self._edits():
             if what == "size" and node.op != "Upsample":
                 reason = self._wrong_source(node, holder, axis, labels)
                 if reason:

@@ -2,7 +2,7 @@
 
 A link says of one operator what a user of it knows: removing output channel c of a convolution takes away row c of its
 weight, entry c of its bias and channel c of its result. It is a list of members (port, axis, at): a position i of the
-link is position ``at[i]`` along that axis of that port (``at`` None: i itself). Port k is input k, port -1 - k output k.
+link is position ``at[i]`` along that axis of that port (``at`` None: i itself). Port k is input k, -1 - k output k.
 
     Conv                       [(0, 1), (1, 1)]  [(-1, 1), (1, 0), (2, 0)]
     Conv, depthwise, x 2       [(0, 1, 0 0 1 1 2 2 …), (-1, 1), (1, 0), (2, 0)]
@@ -47,6 +47,10 @@ _POOLS = ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "
 _SOFTMAX = ("Softmax", "LogSoftmax", "Hardmax")
 LAST_AXIS_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 _SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+_REDUCTIONS = (
+    "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare",
+    "ReduceLogSum", "ReduceLogSumExp",
+)  # fmt: skip
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
@@ -63,10 +67,10 @@ Edit = tuple[str, int, int, int]  # what ("size", "group", "slice", "gather", "s
 
 @dataclass
 class Links:
-    """``blocked`` and ``reduced``: reasons by (port, axis). ``choices``: of each, links of which one holds.
-
-    ``pinned``: positions that have to stay, with the reason. ``summed``: the links over which a node adds up, whose channels it reads. ``edits``: what a cut along (port, axis)
-    changes beside the data; of a size, the input that holds it, at the place of the axis.
+    """``blocked`` and ``reduced``: reasons by (port, axis). ``choices``: of each, links of which one holds. ``pinned``:
+    positions that have to stay, with the reason. ``summed``: the links over which a node adds up, whose channels it
+    reads. ``edits``: what a cut along (port, axis) changes beside the data; of a size, the input that holds it, at the
+    place of the axis.
     """
 
     links: list[Link] = field(default_factory=list)
@@ -529,21 +533,7 @@ _RULES: dict[str, Callable[[_Ports], None]] = (
     | dict.fromkeys(_SOFTMAX, _softmax)
     | dict.fromkeys(("BatchNormalization", "InstanceNormalization"), _channel_norm)
     | dict.fromkeys(LAST_AXIS_NORMS, _last_axis_norm)
-    | dict.fromkeys(
-        (
-            "ReduceMean",
-            "ReduceSum",
-            "ReduceMax",
-            "ReduceMin",
-            "ReduceProd",
-            "ReduceL1",
-            "ReduceL2",
-            "ReduceSumSquare",
-            "ReduceLogSum",
-            "ReduceLogSumExp",
-        ),
-        _reduction,
-    )  # fmt: skip
+    | dict.fromkeys(_REDUCTIONS, _reduction)
     | dict.fromkeys(("Conv", "ConvTranspose"), _conv)
     | dict.fromkeys(_GATES, _recurrent)
     | dict.fromkeys(RESHAPES, _reshape)
