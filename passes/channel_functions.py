@@ -50,7 +50,7 @@ _CONTRIBUTED = ("Gelu", "FastGelu", "QuickGelu")  # of com.microsoft, without th
 _WHAT = np.dtype([("function", np.int32), ("channel", np.int32), ("scale", np.float64), ("shift", np.float64)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Function:
     """A function of a channel: the result of ``node`` on functions and one-element constants (None: input left out).
 
@@ -174,7 +174,7 @@ def cone(graph: gs.Graph, target: gs.Tensor, is_root: Callable[[gs.Tensor], bool
             return
         node = edit.producer(tensor)
         if node is None or not edit.in_graph(graph, node):
-            raise Blocked(f"{tensor.name!r} is in between")
+            raise Blocked(f"{'the input ' if node is None else ''}{tensor.name!r} is in between")
         if id(node) in seen:
             return
         seen.add(id(node))
@@ -227,7 +227,7 @@ class _Elements:
         """Whether all elements are one function, neither scaled nor shifted."""
         what = self.what
         plain = bool(np.all(what["scale"] == 1) and not np.any(what["shift"]))
-        return plain and bool(np.all(what["function"] == what["function"].flat[0]))
+        return plain and bool(np.all(what["function"] == what["function"].flat[:1]))
 
 
 @dataclass
@@ -349,7 +349,7 @@ class Reader:
     def selected(self, node: gs.Node) -> _Elements:
         """What a Where whose mask is known takes."""
         if id(node.inputs[0]) in self.unknown:
-            raise Blocked(f"its mask is computed by {self.unknown[id(node.inputs[0])]} at run time")
+            raise Blocked(f"its mask depends on {self.unknown[id(node.inputs[0])]}")
         mask = _narrow(self.value(node.inputs[0]))
         operands = [self.operand(t) for t in node.inputs[1:]]
         what = np.where(mask, *(operand.what for operand in operands))

@@ -70,7 +70,8 @@ class ReparameterizeFfn(Pass):
         if pair.folded_macs >= pair.macs and not self.always:
             raise Blocked(f"folding {idle} idle of {hidden} channels would take the MACs per position from {macs}")
         shortcut = _shortcut(pairs, pair, outcome)
-        weights = _folded(pair, shortcut)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
+            weights = _folded(pair, shortcut)
         _Writer(pairs.graph, pair, shortcut, weights).write()
         merged = ", with the shortcut" if shortcut.add is not None else ""
         return f"{idle} of {hidden} channels are idle, now one dense layer{merged}: MACs per position {macs}"
@@ -99,7 +100,7 @@ def _check(graph: gs.Graph, pair: Pair) -> None:
         raise Blocked("its linears compute in different types")
     if any(linear.data is not pair.inner[0].data for linear in pair.inner):
         raise Blocked("its inner linears read different tensors")
-    for tensor in pair.tensors:
+    for tensor in reversed(pair.tensors):  # the last one that others read says most
         if edit.is_output(graph, tensor):
             raise Blocked(f"{tensor.name!r} is an output of the graph")
         for node in edit.consumers(tensor):
@@ -172,8 +173,8 @@ class _Weights:
 def _folded(pair: Pair, shortcut: _Shortcut) -> _Weights:
     """The algebra at the top of this file, in float64, cast once. Raises OverflowError."""
     what, active, kind = pair.channels, pair.active, pair.outer.dtype
-    second, bias = _matrix(pair.outer), pair.outer.bias()
-    bias = (0.0 if bias is None else bias) + second @ what["shift"]
+    second, last = _matrix(pair.outer), pair.outer.bias()
+    bias = (0.0 if last is None else last) + second @ what["shift"]
     outs, ins = pair.outer.channels[0], pair.inner[0].channels[1]
     dense = np.zeros((outs, ins)) if shortcut.add is None else np.eye(outs)
     inner: list[_Weight] = []
@@ -187,9 +188,10 @@ def _folded(pair: Pair, shortcut: _Shortcut) -> _Weights:
         dense += (columns * slope) @ first[channels]
         bias = bias + columns @ (slope * offset[channels] + intercept)
         rows = what["channel"][active]
-        kept = None if old is None and not np.any(offset) else cast(offset[rows], kind)
-        inner.append((cast(first[rows], kind), kept))
-    whole = cast(dense, kind), cast(bias, kind)
+        inner.append(
+            (cast(first[rows], kind), None if old is None and not np.any(offset) else cast(offset[rows], kind))
+        )
+    whole = cast(dense, kind), None if last is None and not np.any(bias) else cast(bias, kind)
     if not active.any():
         return _Weights(whole)
     return _Weights(whole, inner, (cast(second[:, active] * what["scale"][active], kind), None))
