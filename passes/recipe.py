@@ -81,6 +81,8 @@ PASSES: Mapping[str, type[Pass]] = _Registry(
         "merge-channels": "merge_channels:MergeChannels",
         "reorder-channels": "reorder_channels:ReorderChannels",
         "clip-weights": "clip_weights:ClipWeights",
+        "prune": "prune:Prune",
+        "sparsify": "sparsify:Sparsify",
         "quantize": "quantize:Quantize",
         "quantize-weights": "quantize_weights:QuantizeWeights",
     }

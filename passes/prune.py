@@ -1,0 +1,284 @@
+"""Structured pruning: channels taken out of all tensors that have them, and what reads the rest refitted.
+
+    y = W [x_K; x_S]   becomes   y = (W_K + W_S R) x_K + (b + W_S o),     R, o = argmin E ||x_S - R x_K - o||^2
+
+K are the channels that stay, S those that go, x what a layer reads. In between stand the groups of ``channel_groups``:
+cutting S takes its rows out of every weight, bias and norm that makes x, so that the graph is smaller, not masked.
+
+Four steps, each of which can be chosen. How much each unit of a group matters (``importance``). How many units each
+group keeps under a budget of multiply-accumulates or parameters (``allocation``). The cut itself, which is proven: the
+cut graph computes what the uncut one does with the same channels silenced (``cut.mask``), to the tolerance of the
+verification. And R and o, in closed form: from calibration data, or from what the writers' weights imply
+(``importance.implied``; a data-free reconstruction as in neuron merging, Kim et al., NeurIPS 2020); R = 0 leaves a
+correction of the bias. At the border of a zero-padded convolution an offset would be wrong: there o = 0 and R is fitted
+without it.
+
+Groups on whose channels a norm works (the width of a transformer) are not cut unless asked for: there the norm of what
+is left differs from the norm of all, and no compensation makes up for it.
+
+Sources: Fang et al., DepGraph, CVPR 2023 (groups); Shen et al., Structural Pruning via Latency-Saliency Knapsack,
+NeurIPS 2022; Kurtic et al., ZipLM, NeurIPS 2023.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes import allocation, importance
+from channelfold.passes.affine import Blocked
+from channelfold.passes.base import Context, Outcome, Pass, UsageError
+from channelfold.passes.channel_groups import Group, Region, find_groups
+from channelfold.passes.cut import cut, mask
+from channelfold.passes.equalize import shapes_of
+from channelfold.passes.group_costs import GroupCosts, Keeps, Kind
+from channelfold.passes.importance import Ranking
+from channelfold.passes.index_maps import Shape
+from channelfold.passes.refit import Fit, ReadStatistics, matters
+from channelfold.passes.verify import Verifier
+from channelfold.runtime.graph_io import infer_shapes
+from channelfold.runtime.snapshot import Snapshot
+
+_CORRECTIONS = 8  # of a budget that units of unequal size have made a little more of
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Removes channels until a budget is met; with calibration data what reads them makes up for them.
+
+    One of ``keep_macs``, ``keep_params`` (shares of what the model has, 0 to 1) and ``ratio`` (the share of every
+    group's channels that goes) says how much. ``importance``: auto is reconstruction; bn needs BatchNormalizations.
+    ``allocation``: auto is knapsack for a budget; uniform is the same share everywhere. ``compensate``: auto is lstsq.
+    ``align``: kept channels are a multiple of it where a group has more. ``width``: also cut channels that a norm works
+    on. ``include`` and ``exclude``: patterns (``*`` and ``?``) of names of the nodes that write channels. ``ridge``: of
+    the regression, relative to the variance of each channel. ``verify``: prove the cut.
+
+    Raises UsageError for options that contradict each other and for a budget that cannot be reached.
+    """
+
+    name: ClassVar[str] = "prune"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "lossy"
+
+    keep_macs: float | None = None
+    keep_params: float | None = None
+    ratio: float | None = None
+    importance: Literal["auto", "l1", "l2", "bn", "activation", "reconstruction"] = "auto"
+    allocation: Literal["auto", "uniform", "ranked", "knapsack"] = "auto"
+    compensate: Literal["auto", "none", "bias", "lstsq"] = "auto"
+    align: int = 8
+    width: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    ridge: float = 1e-3
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        given = {n: v for n in ("keep_macs", "keep_params", "ratio") if (v := getattr(self, n)) is not None}
+        if len(given) != 1:
+            found = "none of them" if not given else " and ".join(map(repr, given))
+            raise UsageError(f"Expected one of 'keep_macs', 'keep_params' and 'ratio', found {found}", "Give one")
+        ((option, value),) = given.items()
+        if not (0 <= value < 1 if option == "ratio" else 0 < value <= 1):
+            raise UsageError(f"{option!r} is {value:g}", "Expected a share: 0.5 is half")
+        if self.align < 1:
+            raise UsageError(f"'align' is {self.align}", "Expected at least 1")
+        if not self.ridge >= 0:
+            raise UsageError(f"'ridge' is {self.ridge:g}", "Expected 0 or more")
+        if option == "ratio" and self.allocation not in ("auto", "uniform"):
+            raise UsageError(f"'ratio' takes the same share of every group, 'allocation' is {self.allocation!r}",
+                             "Give 'keep_macs' or 'keep_params' instead")  # fmt: skip
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        infer_shapes(graph)
+        outcome = Outcome()
+        shapes = shapes_of(graph, ctx)
+        found = find_groups(graph, shapes)
+        groups = list(self._usable(found, outcome))
+        if not groups:
+            return outcome
+        statistics = ReadStatistics(graph, _regions(groups), ctx)
+        rankings = self._rankings(groups, statistics, ctx)
+        costs = GroupCosts(graph, groups, shapes)
+        keeps = self._allocate(groups, rankings, costs)
+        fits = [] if self.compensate == "none" else self._fits(statistics, shapes, keeps)
+        outcome.facts = _facts(groups, rankings, costs, keeps)
+        proof = self._cut(graph, ctx, shapes, _regions(found), keeps)
+        for fit in fits:
+            fit.install(graph, outcome)
+        _say(outcome)
+        outcome.facts |= {"statistics": statistics.source, "slice_equals_mask": proof}
+        infer_shapes(graph)
+        return outcome
+
+    def _usable(self, groups: Sequence[Group], outcome: Outcome) -> Iterator[Group]:
+        """The groups that may be cut; refuses the others."""
+        for group in groups:
+            names = [part.node.name for part in group.writers]
+            code = ""
+            if self.include and not _match(names, self.include):
+                code = "no pattern includes it"
+            elif pattern := _match(names, self.exclude):
+                code = f"excluded by pattern {pattern!r}"
+            elif not group.free.any() or group.units < 2:
+                code = max(group.reasons, key=lambda reason: group.reasons[reason], default="it is the only one")
+            elif group.region.reduced and not self.width:
+                code = f"{group.region.reduced}; 'width' cuts it all the same"
+            if code:
+                outcome.refuse(group.name, f"its {int(group.channels.sum())} channels stay: {code}", code)
+            else:
+                yield group
+
+    # ---- what goes ---------------------------------------------------------------------------------------------------
+
+    def _rankings(self, groups: Sequence[Group], statistics: ReadStatistics, ctx: Context) -> list[Ranking]:
+        """The order in which the units of each group go, and what the others are worth."""
+        if self.importance in ("l1", "l2"):
+            return [importance.ranked(g, importance.magnitudes(g, int(self.importance[1]))) for g in groups]
+        if self.importance == "bn":
+            scores = [importance.gammas(g) for g in groups]
+            if all(score is None for score in scores):
+                raise UsageError("'importance' is 'bn', and no group passes a BatchNormalization", "Choose 'l2'")
+            return [
+                importance.ranked(g, importance.magnitudes(g, 1) if score is None else score)
+                for g, score in zip(groups, scores, strict=True)
+            ]
+        if self.importance == "activation" and ctx.calibration is None:
+            raise UsageError("'importance' is 'activation', which needs calibration data", "Give some, or choose 'l2'")
+        readers = [sum(matters(read, group) for read in statistics.reads) for group in groups]
+        found: list[Ranking | None] = [None] * len(groups)
+        energies = [np.zeros(group.units) for group in groups]
+        for done, (read, spread) in enumerate(statistics.each()):
+            ctx.progress("Ranking channels", done, len(statistics.reads))
+            for number, group in enumerate(groups):
+                if not matters(read, group):
+                    continue
+                if self.importance != "activation" and readers[number] == 1 and spread.covariance.ndim == 2:
+                    found[number] = importance.reconstruction(group, read, spread, self.ridge)
+                else:
+                    energies[number] += importance.energies(group, read, spread)
+        return [
+            ranking or importance.ranked(g, energy if energy.any() else importance.magnitudes(g, 2) / g.units)
+            for g, ranking, energy in zip(groups, found, energies, strict=True)
+        ]
+
+    def _allocate(self, groups: Sequence[Group], rankings: Sequence[Ranking], costs: GroupCosts) -> Keeps:
+        sizes = [
+            allocation.Group(g.name, g.units, max(1, int((~g.free).sum())), int(np.median(g.channels))) for g in groups
+        ]
+        if self.ratio is not None:
+            return _keeps(groups, rankings, allocation.at_share(sizes, 1 - self.ratio, self.align))
+        kind: Kind = "macs" if self.keep_macs is not None else "parameters"
+        share = self.keep_macs if self.keep_macs is not None else self.keep_params
+        assert share is not None
+        total = allocation.Costs(sizes, costs.terms(kind))
+        whole = costs.exact(kind, {})
+        values = [ranking.values for ranking in rankings]
+        budget, exact = share * whole, np.inf
+        for _ in range(_CORRECTIONS):
+            if self.allocation == "uniform":
+                kept = allocation.uniform(sizes, total, budget, self.align)
+            elif self.allocation == "ranked":
+                kept = allocation.ranked(sizes, values, total, budget, self.align)
+            else:
+                kept = allocation.under_budget(sizes, values, total, budget, self.align)
+            keeps = _keeps(groups, rankings, kept)
+            exact = costs.exact(kind, keeps)
+            if exact <= share * whole * (1 + 1e-9):
+                return keeps
+            budget *= share * whole / exact
+        raise UsageError(
+            f"A share of {share:g} of the {kind} cannot be met: with units of unequal size it is {exact / whole:.3f}",
+            "Raise it, or lower 'align'",
+        )
+
+    # ---- what stays makes up for it ----------------------------------------------------------------------------------
+
+    def _fits(self, statistics: ReadStatistics, shapes: Mapping[str, Shape], keeps: Keeps) -> list[Fit]:
+        """New weights and biases of all that reads channels that go, for the graph after the cut."""
+        rows = {
+            place: keep[labels - 1] for region, keep in keeps.values() for place, (_, labels) in region.axes.items()
+        }
+        fits = []
+        for read, spread in statistics.each():
+            stays = keeps[id(read.region)][1][read.labels - 1]
+            full = self.compensate != "bias" and spread.covariance.ndim == 2
+            for linear in read.linears if not stays.all() else ():
+                result = linear.node.outputs[0]
+                out = rows.get((id(result), linear.out_axis % len(shapes[result.name])))
+                fits.append(Fit.of(linear, stays, out, spread, "lstsq" if full else "bias", self.ridge))
+        return fits
+
+    def _cut(
+        self, graph: gs.Graph, ctx: Context, shapes: Mapping[str, Shape], regions: Sequence[Region], keeps: Keeps
+    ) -> dict[str, Any] | None:
+        """Cuts, and proves that it is what silencing the same channels is; returns the record of the proof."""
+        before = Snapshot.of(graph)
+        cut(graph, list(keeps.values()))
+        if not self.verify:
+            return None
+        twin = gs.Graph()
+        before.restore(twin)
+        same = zip(regions, _regions(find_groups(twin, shapes)), strict=True)
+        try:
+            mask(twin, [(other, keeps[id(region)][1]) for region, other in same if id(region) in keeps])
+        except Blocked as error:
+            return {"unverified": str(error)}
+        verdict = Verifier(ctx.calibration, ctx.seed).verify(Snapshot.of(twin), Snapshot.of(graph))
+        return verdict.record | ({"warning": verdict.warning} if verdict.warning else {})
+
+
+def _match(names: Sequence[str], patterns: Sequence[str]) -> str | None:
+    return next((p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)), None)
+
+
+def _regions(groups: Sequence[Group]) -> list[Region]:
+    """Each once, in order."""
+    return list({id(group.region): group.region for group in groups}.values())
+
+
+def _keeps(groups: Sequence[Group], rankings: Sequence[Ranking], kept: Sequence[int]) -> Keeps:
+    """The labels that stay when each group keeps so many of its units, the last of its ranking."""
+    keeps: Keeps = {}
+    for group, ranking, count in zip(groups, rankings, kept, strict=True):
+        _, keep = keeps.setdefault(id(group.region), (group.region, np.ones(group.region.size, bool)))
+        keep[group.labels[ranking.order[: group.units - count]] - 1] = False
+    return keeps
+
+
+def _facts(groups: Sequence[Group], rankings: Sequence[Ranking], costs: GroupCosts, keeps: Keeps) -> dict[str, Any]:
+    """What the report says of the model and of every group."""
+    kinds: tuple[Kind, ...] = ("macs", "parameters")
+    found: dict[str, Any] = {k: {"before": costs.exact(k, {}), "after": costs.exact(k, keeps)} for k in kinds}
+    found["groups"] = []
+    for group, ranking in zip(groups, rankings, strict=True):
+        region, keep = keeps[id(group.region)]
+        stays = keep[group.labels - 1]
+        alone = np.ones(region.size, bool)
+        alone[group.labels - 1] = stays
+        saved = {f"{k}_saved": found[k]["before"] - costs.exact(k, {id(region): (region, alone)}) for k in kinds}
+        lost = float(ranking.values[-1] - ranking.values[int(stays.sum())])
+        found["groups"].append(
+            {
+                "node": group.name,
+                "op": group.writers[0].node.op,
+                "channels": int(group.channels.sum()),
+                "kept": int(group.channels[stays].sum()),
+                "units": group.units,
+                **saved,
+                "importance_lost": lost,
+            }
+        )
+    return found
+
+
+def _say(outcome: Outcome) -> None:
+    """One change for every group that has lost channels."""
+    for group in outcome.facts["groups"]:
+        if group["kept"] < group["channels"]:
+            what = f"{group['op']}: {group['channels']} -> {group['kept']} channels"
+            outcome.change(group["node"], f"{what}, {group['parameters_saved']:,.0f} parameters saved")

@@ -1,0 +1,159 @@
+"""What reads the channels that stay, refitted so that it makes up for those that go.
+
+    W [x_K; x_S] + b   ~   (W_K + W_S R) x_K + b + W_S o,      R, o = argmin E ||x_S - R x_K - o||^2
+
+with mean and covariance of x, the activation that is read, from calibration data or implied by the weights that write
+it. R holds at every place of a kernel. At the border of a zero-padded convolution an offset would be wrong: there o = 0
+and R is fitted to second moments without the mean taken out. ``bias`` is R = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes import importance, least_squares
+from channelfold.passes.base import Context, DataError, Outcome
+from channelfold.passes.channel_groups import Group, Region
+from channelfold.passes.importance import ReadAxis, Spread
+from channelfold.passes.linear import Linear, cast, view
+from channelfold.runtime.moments import LIMIT, Moments, bytes_of, collect
+from channelfold.runtime.statistics import observe
+
+MAX_FEATURES = 8192  # of one activation; of more, covariances would take gigabytes, and variances have to do
+
+
+class ReadStatistics:
+    """Mean and covariance of every activation that linears read from some regions.
+
+    ``source``: "data", "weights" (what they imply for white inputs) or "". Memory is bounded: what does not fit is
+    collected again every time it is asked for.
+    """
+
+    def __init__(self, graph: gs.Graph, regions: Sequence[Region], ctx: Context):
+        self._graph, self._ctx = graph, ctx
+        self.reads = importance.read_axes(graph, regions)
+        self._known: list[tuple[ReadAxis, Spread]] | None = None
+        self.source = "data" if ctx.calibration is not None else "weights"
+        if self.source == "weights":
+            implied = ((read, importance.implied(graph, read)) for read in self.reads if read.size <= MAX_FEATURES)
+            self._known = [(read, spread) for read, spread in implied if spread is not None]
+            self.source = "weights" if self._known else ""
+        elif sum(bytes_of(read.size) for read in self.reads if read.size <= MAX_FEATURES) <= LIMIT:
+            self._known = list(self._collected())
+
+    def each(self) -> Iterator[tuple[ReadAxis, Spread]]:
+        """In no particular order; activations of which nothing is known are left out."""
+        yield from self._collected() if self._known is None else self._known
+
+    def _collected(self) -> Iterator[tuple[ReadAxis, Spread]]:
+        data = self._ctx.calibration
+        assert data is not None
+        large = [read for read in self.reads if read.size > MAX_FEATURES]
+        variances = {read.tensor.name: _Variance(read.axis) for read in large}
+        if variances:
+            observe(self._graph, variances, data, self._ctx.progress)
+        yield from ((read, variances[read.tensor.name].spread) for read in large)
+        wanted, by_moments = [], {}
+        for read in self.reads:
+            if read.size <= MAX_FEATURES:
+                moments = Moments({read.tensor.name: read.axis})
+                wanted.append((moments, read.size))
+                by_moments[id(moments)] = read
+        for found in collect(self._graph, wanted, data, self._ctx.progress):
+            for moments in found:
+                yield by_moments[id(moments)], Spread(moments.mean, moments.covariance)
+
+
+@dataclass
+class _Variance:
+    """The mean and variance of every channel of a tensor along ``axis``."""
+
+    axis: int
+    _count: int = 0
+    _sum: np.ndarray | float = 0.0
+    _squares: np.ndarray | float = 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        if not np.isfinite(values).all():
+            raise DataError("it holds NaN or infinities")
+        rows = np.moveaxis(values, self.axis, -1).reshape(-1, values.shape[self.axis])
+        self._count += len(rows)
+        self._sum = self._sum + rows.sum(axis=0, dtype=np.float64)
+        self._squares = self._squares + np.square(rows, dtype=np.float64).sum(axis=0)
+
+    @property
+    def spread(self) -> Spread:
+        if not self._count:
+            raise DataError("No calibration sample reached an activation", "Check the data")
+        mean = np.asarray(self._sum) / self._count
+        return Spread(mean, np.maximum(np.asarray(self._squares) / self._count - np.square(mean), 0.0))
+
+
+@dataclass
+class Fit:
+    """The weight (kept outputs, kept inputs / groups, *kernel) of a node after a cut, and what its bias gains."""
+
+    node: gs.Node
+    weight: np.ndarray
+    gain: np.ndarray | None = field(default=None)
+
+    @classmethod
+    def of(
+        cls,
+        linear: Linear,
+        stays: np.ndarray,
+        rows: np.ndarray | None,
+        spread: Spread,
+        mode: Literal["bias", "lstsq"],
+        ridge: float,
+    ) -> Fit:
+        """``stays``: which input channels do, (in,) bool. ``rows``: which outputs do, None for all."""
+        weight, outs = linear.weight(), linear.channels[0]
+        gain = np.zeros(outs)
+        kept_weights = []
+        for mine, inputs in importance.blocks(linear):
+            part, kept = weight[mine], np.flatnonzero(stays[inputs])
+            gone = np.flatnonzero(~stays[inputs])
+            matrix, offset = np.zeros((gone.size, kept.size)), spread.mean[inputs][gone]
+            if mode == "lstsq":
+                matrix, offset = _filled(spread, inputs, kept, gone, linear.padded, ridge)
+            new = part[:, kept] + np.moveaxis(np.moveaxis(part[:, gone], 1, -1) @ matrix, -1, 1)
+            if not linear.padded:
+                gain[mine] = part[:, gone].reshape(len(part), gone.size, -1).sum(axis=-1) @ offset
+            kept_weights.append(new)
+        found = np.concatenate(kept_weights)
+        return cls(linear.node, found, gain) if rows is None else cls(linear.node, found[rows], gain[rows])
+
+    def install(self, graph: gs.Graph, outcome: Outcome) -> None:
+        """Writes the weight and the bias into the graph after the cut, or refuses when they do not fit the type."""
+        linear = view(graph, self.node)
+        old = linear.bias()
+        bias = self.gain if old is None else old + self.gain
+        try:
+            weight = cast(self.weight, linear.dtype)
+            cast(np.asarray(bias), linear.dtype)
+        except OverflowError as error:
+            outcome.refuse(linear.name, f"what reads the rest was not refitted: {error}", "not refitted")
+            return
+        linear.set_weight(weight)
+        if old is not None or (self.gain is not None and self.gain.any()):
+            linear.set_bias(np.asarray(bias))
+
+
+def _filled(
+    spread: Spread, inputs: slice, kept: np.ndarray, gone: np.ndarray, padded: bool, ridge: float
+) -> tuple[np.ndarray, np.ndarray]:
+    mean, covariance = spread.mean[inputs], spread.covariance[inputs, inputs]
+    if padded:
+        covariance, mean = covariance + np.outer(mean, mean), np.zeros_like(mean)
+    return least_squares.fill(covariance, mean, kept, gone, ridge)
+
+
+def matters(read: ReadAxis, group: Group) -> bool:
+    """Whether a group has a part in what is read."""
+    return read.region is group.region and bool(np.isin(read.labels, group.labels).any())
