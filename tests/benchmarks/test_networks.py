@@ -9,7 +9,6 @@ from channelfold.passes.reparameterize_ffn import ReparameterizeFfn
 from channelfold.runtime.graph_io import load, save
 from channelfold.runtime.ort import Session
 
-
 IN_THE_PAPER = [(name, form) for name in NETWORKS if name != "vit_h14" for form in ("plain", "folded")]
 
 
