@@ -142,12 +142,20 @@ class Cone:
     unknown: dict[int, str]
 
     @property
+    def linear(self) -> bool:
+        """Whether nothing in it is nonlinear."""
+        for node in self.nodes:
+            scaled = node.op in ("Mul", "Div") and any(isinstance(t, gs.Constant) for t in node.inputs)
+            if not scaled and node.op not in ("Add", "Sub", "Neg", "BatchNormalization", *_MOVES):
+                return False
+        return True
+
+    @property
     def varied(self) -> bool:
         """Whether anything in it may treat channels differently, or nothing in it is nonlinear."""
         moved = any(n.op in _MOVES and n.op not in ("Identity", "Dropout", "Transpose") for n in self.nodes)
         scaled = any(isinstance(t, gs.Constant) and math.prod(t.shape) > 1 for n in self.nodes for t in n.inputs)
-        linear = all(n.op in (*_ARITHMETIC, *_MOVES, "Neg", "BatchNormalization") for n in self.nodes)
-        return moved or scaled or linear or self.mixed
+        return moved or scaled or self.linear or self.mixed
 
     @property
     def mixed(self) -> bool:

@@ -66,6 +66,11 @@ class Pair:
         return ~self.idle & ~self.dead
 
     @property
+    def activated(self) -> bool:
+        """Whether there is, or was meant to be, an activation between the linears."""
+        return self.cone.mixed or not self.cone.linear
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates per position."""
         return sum(outs * ins for outs, ins in (linear.channels for linear in (*self.inner, self.outer)))
@@ -73,7 +78,11 @@ class Pair:
     @property
     def folded_macs(self) -> int:
         """Those that are left when its idle channels are one dense layer."""
-        ins, outs, active = self.inner[0].channels[1], self.outer.channels[0], int(self.active.sum())
+        return self.macs_with(int(self.active.sum()))
+
+    def macs_with(self, active: int) -> int:
+        """Those of a dense layer beside so many active channels."""
+        ins, outs = self.inner[0].channels[1], self.outer.channels[0]
         return active * (len(self.inner) * ins + outs) + ins * outs
 
 

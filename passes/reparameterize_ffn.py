@@ -53,12 +53,14 @@ class ReparameterizeFfn(Pass):
         try:
             for done, node in enumerate(nodes):
                 ctx.progress("reparameterize", done, len(nodes))
+                pair = None
                 try:
                     pair = pairs.at(node)
                     if pair is not None and _has_idle(pair):
                         outcome.change(node.name, self._fold(pairs, pair, outcome))
                 except (Blocked, NotLinear, OverflowError) as error:
-                    outcome.refuse(node.name, f"{node.op}: {error}", str(error))
+                    if pair is None or pair.activated:  # two linears in a row are no FFN, and no news
+                        outcome.refuse(node.name, f"{node.op}: {error}", str(error))
         finally:
             edit.remove_dead(graph)
         return outcome

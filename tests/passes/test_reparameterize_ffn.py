@@ -329,10 +329,9 @@ def test_two_linears_in_a_row_are_one():
     )
     assert ops(graph) == ["Gemm"]
     assert changes(outcome) == ["9 of 9 channels are idle, now one dense layer: MACs per position 81 to 20"]
-    _, outcome, _ = folded(
-        "h = Gemm(x, A, a)\n y = Gemm(h, B)", "(float[N,8] x) => (float[] y)", A=(8, 2), a=2, B=(2, 8)
-    )
-    assert reasons(outcome) == ["Gemm: folding 2 idle of 2 channels would take the MACs per position from 32 to 64"]
+    given = {"A": (8, 2), "a": 2, "B": (2, 8)}
+    _, outcome, _ = folded("h = Gemm(x, A, a)\n y = Gemm(h, B)", "(float[N,8] x) => (float[] y)", **given)
+    assert (outcome.changed, outcome.refused) == ([], [])  # a bottleneck on purpose
 
 
 def test_a_dead_channel_goes_into_the_bias():
