@@ -378,7 +378,8 @@ def inspect(jobs: Any, progress: Any, model: str, calibration: str | None, allow
     return jobs.inspect(model, calibration=calibration, allow_script=allow_script, progress=progress)
 
 
-@_command("channelfold demo", show="demo")
+@_command("channelfold demo --model digits_repavit", show="demo")
+@opt.shipped
 @click.option(
     "-o", "--output", metavar="DIR", type=click.Path(), help="Folder to write to.  [default: a temporary one]"
 )
@@ -392,9 +393,9 @@ def inspect(jobs: Any, progress: Any, model: str, calibration: str | None, allow
     show_default=True,
     help=f"{opt.SM} Repeatable.",
 )
-def demo(jobs: Any, progress: Any, output: str | None, sms: tuple[int, ...]) -> Any:
+def demo(jobs: Any, progress: Any, model: str, output: str | None, sms: tuple[int, ...]) -> Any:
     """Compress a small network that ships with channelfold.
 
-    The network reads handwritten digits; its accuracy is measured before and after. Takes under a minute.
+    The networks read handwritten digits; their accuracy is measured before and after. Takes under a minute.
     """
-    return jobs.demo(output, sms=sms, progress=progress)
+    return jobs.demo(output, model=model, sms=sms, progress=progress)

@@ -8,8 +8,7 @@
     logits = session.run({model.input: evaluation[model.input]})[model.output]
     correct = (logits.argmax(axis=1) == evaluation[model.label]).sum()  # model.correct of model.samples
 
-The script ``train_<name>.py`` beside a model made its files; the card ``<name>.md`` says what it is and under which
-licences it stands.
+The card ``<name>.md`` says what a model is, which script beside it made it, and under which licences it stands.
 """
 
 from __future__ import annotations
@@ -51,21 +50,41 @@ class Model:
         return self.onnx, self.calibration, self.evaluation, self.card
 
 
+def _digits(name: str, description: str, correct: int) -> Model:
+    """A network for the 8x8 digits, which share their data."""
+    return Model(
+        name=name,
+        description=description,
+        onnx=f"{name}.onnx",
+        calibration="digits_calibration.npz",
+        evaluation="digits_evaluation.npz",
+        card=f"{name}.md",
+        input="image",
+        output="logits",
+        label="label",
+        correct=correct,
+        samples=500,
+    )
+
+
 MODELS = {
     model.name: model
     for model in (
-        Model(
-            name="digits_cnn",
-            description="CNN for 8x8 handwritten digits: unfused BatchNormalization, residual and depthwise blocks",
-            onnx="digits_cnn.onnx",
-            calibration="digits_calibration.npz",
-            evaluation="digits_evaluation.npz",
-            card="digits_cnn.md",
-            input="image",
-            output="logits",
-            label="label",
+        _digits(
+            "digits_cnn",
+            "CNN for 8x8 handwritten digits: unfused BatchNormalization, residual and depthwise blocks",
             correct=499,
-            samples=500,
+        ),
+        _digits("digits_vit", "vision transformer for 8x8 handwritten digits: 4 blocks, 48 channels", correct=494),
+        _digits(
+            "digits_repavit",
+            "RePaViT for 8x8 handwritten digits: 3 of 4 hidden FFN channels idle between BatchNormalizations",
+            correct=493,
+        ),
+        _digits(
+            "digits_repavit_ln",
+            "RePaViT for 8x8 handwritten digits: 3 of 4 hidden FFN channels idle behind LayerNormalization",
+            correct=496,
         ),
     )
 }

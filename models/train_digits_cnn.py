@@ -213,14 +213,14 @@ def logits_of(model: Any, proto: onnx.ModelProto, images: np.ndarray) -> np.ndar
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
-        onnx.save(proto, Path(folder) / "digits_cnn.onnx")
-        found = Session(Path(folder) / "digits_cnn.onnx", threads=2).run({"image": images})["logits"]
+        onnx.save(proto, Path(folder) / "model.onnx")
+        found = Session(Path(folder) / "model.onnx", threads=2).run({"image": images})["logits"]
     with torch.no_grad():
         expected = model(torch.from_numpy(images)).numpy()
     difference = float(np.abs(found - expected).max())
     if difference > 1e-5:
         raise ModelError(
-            f"the exported digits_cnn differs from PyTorch by {difference:.1e} in logits, more than 1e-5",
+            f"the exported {proto.graph.name} differs from PyTorch by {difference:.1e} in logits, more than 1e-5",
             "Export with another version of PyTorch",
         )
     return found

@@ -224,11 +224,20 @@ def inspect(
     return job.record
 
 
-def demo(out_dir: PathLike | None = None, *, sms: Sequence[int] = (86, 89), progress: Progress = no_progress) -> Record:
-    """Compresses the shipped digits network into ``out_dir`` (by default a temporary folder); see ``runtime.demo``."""
-    from channelfold.runtime import demo as digits
+def demo(
+    out_dir: PathLike | None = None,
+    *,
+    model: str = "digits_cnn",
+    sms: Sequence[int] = (86, 89),
+    progress: Progress = no_progress,
+) -> Record:
+    """Compresses a shipped network into ``out_dir`` (by default a temporary folder); see ``runtime.demo``.
 
-    return digits.run(None if out_dir is None else Path(out_dir), sms, progress)
+    ``model``: a name in ``channelfold.models.MODELS``.
+    """
+    from channelfold.runtime import demo as shipped
+
+    return shipped.run(model, None if out_dir is None else Path(out_dir), sms, progress)
 
 
 class _Job:

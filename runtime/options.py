@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from channelfold.models import MODELS
 from channelfold.passes.base import nearest
 from channelfold.passes.methods import METHODS
 
@@ -48,6 +49,13 @@ random = click.option(
 )
 allow_script = click.option(
     "--allow-script", is_flag=True, help="Let DATA be a Python script with a load_data() that yields feeds. Runs it."
+)
+shipped = click.option(
+    "--model",
+    type=_Choice(list(MODELS)),
+    default="digits_cnn",
+    show_default=True,
+    help="Which of the shipped networks.",
 )
 seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is random.")
 shape = click.option(

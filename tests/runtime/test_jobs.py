@@ -411,7 +411,10 @@ def test_demo_without_tensorrt_says_so(tmp_path, monkeypatch):
     record = jobs.demo(tmp_path)
     assert record["engines"] == []
     assert "channelfold[rtx]" in record["demo"]["no_engines"]
-    assert record["demo"]["accuracy"]["float"] == models.MODELS["digits_cnn"].accuracy == 0.998
-    assert record["demo"]["accuracy"]["int8"] >= 0.99
+    before, after = record["demo"]["stages"]
+    assert (before["name"], after["name"]) == ("float", "int8")
+    assert before["accuracy"] == models.MODELS["digits_cnn"].accuracy == 0.998
+    assert after["accuracy"] >= 0.99
+    assert after["snr"] == pytest.approx(record["accuracy"]["outputs"][0]["snr"], abs=0.01)
     assert [entry["name"].split(",")[0] for entry in record["latency"]] == ["float", "int8"]
     assert json.loads((tmp_path / "report.json").read_text())["demo"] == record["demo"]
