@@ -13,6 +13,7 @@
 Passes run from top to bottom. A good order is
 
     constants, identities, pads, affine maps     they clear the way between linears, and leave less to scale
+    reparameterize-ffn                           it changes which linears there are
     equalize, smooth                             shifts and scales, which need a weight or a norm to go into
     split-channels, merge-channels, reorder      they choose by the ranges that scales have left
     clip-weights                                 for the weights that all of them have left
@@ -44,6 +45,7 @@ _QUANTIZATIONS = ("quantize", "quantize-weights")
 _ANYWHERE = ("fold-constants", "remove-identities")  # they do not touch weights behind DequantizeLinear
 _TAKEN_BACK = {
     ("smooth", "fold-affine"): "folds the Mul nodes that allow_insert lets it insert back into the weights",
+    ("smooth", "reparameterize-ffn"): "multiplies the weights it has scaled with each other",
     ("smooth", "equalize"): "gives the channels that both find other scales, which suit the weights alone",
     ("reorder-channels", "smooth"): "scales channels that are sorted by their size",
     ("reorder-channels", "equalize"): "scales channels that are sorted by their size",
@@ -73,6 +75,7 @@ PASSES: Mapping[str, type[Pass]] = _Registry(
         "remove-identities": "remove_identities:RemoveIdentities",
         "fold-pad": "fold_pad:FoldPad",
         "fold-affine": "fold_affine:FoldAffine",
+        "reparameterize-ffn": "reparameterize_ffn:ReparameterizeFfn",
         "equalize": "equalize:Equalize",
         "absorb-bias": "absorb_bias:AbsorbBias",
         "smooth": "smooth:Smooth",
@@ -91,7 +94,9 @@ PASSES: Mapping[str, type[Pass]] = _Registry(
 _FOLD = ("fold-constants", "remove-identities", "fold-pad", "fold-affine")
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "fold": _FOLD,
+    "reparam": (*_FOLD, "reparameterize-ffn"),
     "int8": (*_FOLD, "quantize"),
+    "int8-reparam": (*_FOLD, "reparameterize-ffn", "quantize"),
     "int8-smooth": (*_FOLD, "smooth", "quantize"),
     "int8-weights": (*_FOLD, "quantize-weights"),
 }

@@ -294,6 +294,10 @@ def test_built_in_recipes_take_nothing_back(name):
         (("smooth", "equalize"), "Pass 2 ('equalize') comes after pass 1 ('smooth') and gives the channels that both"),
         (("smooth+", "fold-pad", "fold-affine"), "Pass 3 ('fold-affine') comes after pass 1 ('smooth') and folds the"),
         (("reorder-channels", "smooth"), "Pass 2 ('smooth') comes after pass 1 ('reorder-channels') and scales chan"),
+        (
+            ("smooth", "reparameterize-ffn"),
+            "Pass 2 ('reparameterize-ffn') comes after pass 1 ('smooth') and multiplies",
+        ),
         (("smooth", "fold-affine"), ""),
         (("fold-affine", "equalize", "smooth+", "split-channels", "merge-channels", "reorder-channels"), ""),
     ],
