@@ -275,6 +275,58 @@ def smooth(
     )
 
 
+@_command("channelfold sparsify model.onnx -o sparse.onnx --calibration samples.npz")
+@opt.model
+@opt.output
+@opt.calibration
+@opt.evaluation
+@opt.random
+@opt.allow_script
+@opt.sparsifier
+@opt.seed
+def sparsify(
+    jobs: Any,
+    progress: Any,
+    model: str,
+    output: str,
+    calibration: str | None,
+    evaluation: str | None,
+    random: int | None,
+    allow_script: bool,
+    seed: int,
+    **options: Any,
+) -> Any:
+    """Set weights of MODEL to zero, without removing channels.
+
+    Data make it lose less: weights are then ranked by what their inputs bring, and biases take up the mean of what is
+    lost. Fold first, quantize afterwards. To remove whole channels, which saves time everywhere, use prune.
+
+    \b
+    Patterns:
+      N:M           N of every M consecutive input channels are kept. TensorRT has kernels for 2:4,
+                    for GPUs from SM 80 on; see build --sparse-weights
+      block         square tiles of a weight go as a whole
+      unstructured  weights go one by one
+
+    \b
+    Ratios, of what each layer loses:
+      uniform       the same share
+      equal-slope   where the next tile costs least
+      ecoflap       by how much the outputs move when a layer's weights do; needs data
+    """
+    return jobs.sparsify(
+        model,
+        output,
+        calibration=calibration,
+        evaluation=evaluation,
+        random=random,
+        allow_script=allow_script,
+        options=opt.given(options),
+        seed=seed,
+        progress=progress,
+    )
+
+
 @_command("channelfold quantize folded.onnx -o int8.onnx --calibration samples.npz")
 @opt.model
 @opt.output
@@ -321,6 +373,9 @@ def quantize(
 @opt.shape
 @click.option("--data", metavar="DATA", type=click.Path(), help=f"Samples to take the shapes from: {opt.DATA}.")
 @opt.allow_script
+@click.option(
+    "--sparse-weights", is_flag=True, help="Let weights that are 2:4 sparse run on sparse tensor cores, where faster."
+)
 def build(
     jobs: Any,
     progress: Any,
@@ -330,12 +385,22 @@ def build(
     shapes: tuple[str, ...],
     data: str | None,
     allow_script: bool,
+    sparse_weights: bool,
 ) -> Any:
     """Build a TensorRT engine from MODEL.
 
     Reads back from the engine which nodes run as int8. With the extra rtx (TensorRT-RTX) this needs no GPU.
     """
-    return jobs.build(model, output, sm=sm, shapes=shapes, data=data, allow_script=allow_script, progress=progress)
+    return jobs.build(
+        model,
+        output,
+        sm=sm,
+        shapes=shapes,
+        data=data,
+        allow_script=allow_script,
+        sparse_weights=sparse_weights,
+        progress=progress,
+    )
 
 
 @_command("channelfold diff model.onnx out/model.onnx --data test.npz --min-snr 20")

@@ -28,6 +28,7 @@ import onnx_graphsurgeon as gs
 import channelfold
 from channelfold.passes import methods, pipeline, verify
 from channelfold.passes import recipe as recipes
+from channelfold.passes import sparsify as sparsify_pass
 from channelfold.passes.base import (
     Context,
     DataError,
@@ -40,6 +41,7 @@ from channelfold.passes.base import (
     no_progress,
 )
 from channelfold.runtime import compare, graph_io, inspection, report, tensorrt
+from channelfold.runtime import idle as idle_channels
 from channelfold.runtime.calibration import Data, load_script, open_data, random_data
 from channelfold.runtime.checkpoint import clear
 from channelfold.runtime.compare import Gates
@@ -148,6 +150,55 @@ def smooth(
     return job.record
 
 
+def sparsify(
+    model: PathLike,
+    out: PathLike,
+    *,
+    calibration: Any = None,
+    evaluation: Any = None,
+    random: int | None = None,
+    allow_script: bool = False,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Record:
+    """Sets weights to zero in a pattern, with the ``options`` of the pass ``sparsify``. Writes ``out``."""
+    step = recipes.make("sparsify", options or {})
+    job = _Job("sparsify", Path(model), progress, seed, allow_script)
+    job.calibration = job.open("calibration", calibration, random)
+    job.evaluation = job.open_evaluation(evaluation)
+    job.transform([step], Path(out))
+    job.warn(*sparsify_pass.worth(job.record["steps"][-1]["facts"], job.record["steps"][-1]["options"]["pattern"]))
+    return job.record
+
+
+def reparam(
+    model: PathLike,
+    out: PathLike,
+    *,
+    evaluation: Any = None,
+    allow_script: bool = False,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Record:
+    """Folds, then makes one dense layer of FFN channels that bypass the activation. Writes ``out``.
+
+    ``options`` are those of the pass ``reparameterize-ffn``. The record counts ``parameters`` and ``macs`` (per sample,
+    None where a size is open) in ``model`` and ``output``.
+    """
+    *folds, last = recipes.load_recipe("reparam").passes
+    passes = [*folds, recipes.make(last.name, options or {})]
+    job = _Job("reparam", Path(model), progress, seed, allow_script)
+    job.evaluation = job.open_evaluation(evaluation)
+    job.record["model"] |= inspection.costs(job.graph)
+    job.transform(passes, Path(out))
+    job.record["output"] |= inspection.costs(graph_io.load(out))
+    if not job.record["steps"][-1]["changed"]:
+        job.warn("No FFN has channels that bypass the activation: channelfold inspect --idle shows what there is")
+    return job.record
+
+
 def quantize(
     model: PathLike,
     out: PathLike,
@@ -179,16 +230,17 @@ def build(
     shapes: Shapes = (),
     data: Any = None,
     allow_script: bool = False,
+    sparse_weights: bool = False,
     progress: Progress = no_progress,
 ) -> Record:
     """Builds a TensorRT engine and reads back in which arithmetic its nodes run. Writes ``engine``.
 
     ``sm``: 10 x compute capability, by default that of this machine's GPU. Dynamic inputs need ``shapes``, or ``data``
-    whose shapes are taken.
+    whose shapes are taken. ``sparse_weights``: weights in which 2 of 4 inputs are zero may run on sparse tensor cores.
     """
     job = _Job("build", Path(model), progress, 0, allow_script)
     job.calibration = job.open("shapes", data)
-    job.build(job.model, Path(engine), sm, _parsed(shapes))
+    job.build(job.model, Path(engine), sm, _parsed(shapes), sparse_weights)
     return job.record
 
 
@@ -215,12 +267,22 @@ def diff(
 
 
 def inspect(
-    model: PathLike, *, calibration: Any = None, allow_script: bool = False, progress: Progress = no_progress
+    model: PathLike,
+    *,
+    calibration: Any = None,
+    allow_script: bool = False,
+    idle: bool = False,
+    progress: Progress = no_progress,
 ) -> Record:
-    """What is in a model: ``record["inspection"]``, described in ``inspection.inspect``."""
+    """What is in a model: ``record["inspection"]``, described in ``inspection.inspect``.
+
+    With ``idle`` also ``record["ffns"]``, described in ``idle.idle``.
+    """
     job = _Job("inspect", Path(model), progress, 0, allow_script)
     data = job.open("calibration", calibration)
     job.record["inspection"] = inspection.inspect(job.model, job.graph, data, progress)
+    if idle:
+        job.record["ffns"] = idle_channels.idle(job.graph, data, progress)
     return job.record
 
 
@@ -320,7 +382,14 @@ class _Job:
         if level != "ok":
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
 
-    def build(self, model: Path, engine: Path, sm: int | None, shapes: Mapping[str, ShapeRange]) -> None:
+    def build(
+        self,
+        model: Path,
+        engine: Path,
+        sm: int | None,
+        shapes: Mapping[str, ShapeRange],
+        sparse_weights: bool = False,
+    ) -> None:
         """Builds an engine and reads its plan."""
         _check_output(engine, model)
         unknown = sorted(shapes.keys() - {spec.name for spec in self.inputs})
@@ -332,7 +401,9 @@ class _Job:
         open_inputs = [spec for spec in self.inputs if spec.name not in shapes]
         ranges = {**tensorrt.default_shapes(open_inputs, self.calibration), **shapes}
         with self._repaired(model, ranges) as source:
-            built = tensorrt.build(source, engine, sm=sm, shapes=ranges, progress=self.progress)
+            built = tensorrt.build(
+                source, engine, sm=sm, shapes=ranges, sparse_weights=sparse_weights, progress=self.progress
+            )
         entry = _engine_entry(built, inspection.int8_nodes(graph_io.load(model)))
         entry["accuracy"] = self._proved_engine(built)
         self.record["engines"].append(entry)

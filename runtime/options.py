@@ -19,6 +19,8 @@ from channelfold.passes.methods import METHODS
 CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
 TARGETS = ("tensorrt", "onnxruntime")
 AIMS = ("mean", "median", "clipped")
+SCORES = ("magnitude", "wanda")
+RATIOS = ("uniform", "equal-slope", "ecoflap")
 
 
 class _Choice(click.Choice):
@@ -189,6 +191,38 @@ smoother = _options(
         "--include", multiple=True, metavar="PATTERN", help="Only these linear nodes: names, * and ? match. Repeatable."
     ),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these linear nodes. Repeatable."),
+)
+
+
+sparsifier = _options(
+    click.option("--pattern", metavar="PATTERN", help="N:M, block or unstructured; see above.  [default: 2:4]"),
+    click.option(
+        "--sparsity",
+        type=float,
+        metavar="X",
+        help="block, unstructured: share of the weights that goes.  [default: 0.5]",
+    ),
+    click.option("--block", type=int, metavar="N", help="block: side of a tile.  [default: 32]"),
+    click.option(
+        "--scores", type=_Choice(SCORES), help="What a weight is worth.  [default: wanda with data, else magnitude]"
+    ),
+    click.option(
+        "--ratios",
+        type=_Choice(RATIOS),
+        help="block, unstructured: how layers share it.  [default: equal-slope for block, else uniform]",
+    ),
+    click.option(
+        "--max-layer-sparsity",
+        type=float,
+        metavar="X",
+        help="equal-slope, ecoflap: what a layer loses at most.  [default: 0.8]",
+    ),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="Nodes to leave dense. Repeatable."),
+    click.option(
+        "--correct-bias/--no-correct-bias",
+        default=None,
+        help="With data: make up in the biases for what is lost on average.  [default: correct-bias]",
+    ),
 )
 
 

@@ -15,8 +15,8 @@ not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
                   facts: {}}]        facts of a pass that quantizes: {linears: all, quantized: count,
                                      by_op: {op: {quantized, total}}}; of one that changes channels
                                      {sites: [{node, tensor, readers, method, inserted: nodes; pairs of before and
-                                     after: width, outlier_ratio, output_snr_db, bfp_error; relative_change}]},
-                                     each key where it applies to the pass
+                                     after: width, outlier_ratio, output_snr_db, bfp_error; relative_change,
+                                     sparsity, energy_kept}]}, each key where it applies to the pass
     accuracy    Comparison.to_json()
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
@@ -214,6 +214,8 @@ def _sites(step: Mapping[str, Any], console: Console) -> None:
 
 def _badness(site: Mapping[str, Any]) -> float:
     """What is left to be desired of a site: the noise of its quantized outputs, or else how its channels differ."""
+    if "energy_kept" in site:
+        return 1 - float(site["energy_kept"])
     for key, sign in (("output_snr_db", -1), ("outlier_ratio", 1), ("bfp_error", 1)):
         if site.get(key):
             return sign * float(np.inf if site[key][1] is None else site[key][1])
@@ -237,12 +239,15 @@ _SITE: dict[str, tuple[str, Callable[[Any], str]]] = {
     "bfp_error": (">block error", _pair(lambda value: _number(value, "{:.2e}"))),
     "relative_change": (">change", lambda value: _number(value, "{:.1e}")),
     "inserted": (">nodes", "{:+d}".format),
+    "sparsity": (">zeros", "{:.1%}".format),
+    "energy_kept": (">energy kept", "{:.2%}".format),
 }  # a key of a site: the heading of its column, and how it is written
 
 _LEGEND = {
     "outlier_ratio": "outliers: largest channel against the median",
     "output_snr_db": "SNR: of int8 outputs",
     "bfp_error": "error in blocks that share an exponent",
+    "energy_kept": "energy: sum of the squared weights, times those of their inputs where there are data",
 }
 
 

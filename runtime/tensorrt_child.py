@@ -75,6 +75,8 @@ def _build_here(request: dict[str, Any], say: Say) -> dict[str, Any]:
         _refuse_model([parser.get_error(index) for index in range(parser.num_errors)], log, Path(request["model"]).name)
     _decompose_attention(trt, network)
     config = _config(trt, request["target"], _monitor(trt, say))(builder, network)
+    if request["sparse_weights"]:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     profile = _profile(builder, network, {name: ShapeRange(*s) for name, s in request["shapes"].items()})
     if profile is not None:
         config.add_optimization_profile(profile)

@@ -168,6 +168,15 @@ def test_options_of_smooth_are_those_of_its_passes():
     assert heeded == flags.keys() - others - {"method"}
 
 
+def test_options_of_sparsify_are_those_of_the_pass():
+    flags = {option.name: option for option in cli.cli.commands["sparsify"].params}
+    for option in recipe.describe("sparsify")["options"]:
+        flag = flags[option["name"]]
+        assert set(getattr(flag.type, "choices", ())) == set(option["choices"])
+        if option["default"] not in (None, ()):
+            assert f"[default: {spelt(option['name'], option['default'])}]" in (flag.help or "")
+
+
 def spelt(name: str, default: object) -> str:
     """A default as help texts have it."""
     if isinstance(default, bool):
@@ -365,7 +374,7 @@ def test_a_gate_that_nothing_could_meet(fails):
     ("line", "expected"),
     [
         (("compres", "m.onnx"), "No such command 'compres'. Did you mean 'compress'? See: channelfold --help"),
-        (("frobnicate",), "Known: build, compress, demo, diff, fold, inspect, quantize, smooth. See"),
+        (("frobnicate",), "Known: build, compress, demo, diff, fold, inspect, quantize, smooth, sparsify. See"),
         (("fold", "m.onnx", "--outptu", "x"), "--output"),
         (("fold", "m.onnx"), "Missing option '-o' / '--output'. See: channelfold fold --help"),
         (("fold", "-o", "x"), "Missing argument 'MODEL'"),
