@@ -247,7 +247,7 @@ def _sparsified(
     return {
         "node": layer.name,
         "shape": list(layer.shape),
-        "weights": layer.size,
+        "size": layer.size,
         "zeros": zeros,
         "sparsity": zeros / layer.size,
         "energy_kept": kept,
@@ -257,7 +257,7 @@ def _sparsified(
 
 def _summary(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Sums over the layers; ``deflated_bytes``: what their weights take in a compressed archive, before and after."""
-    weights, zeros = sum(fact["weights"] for fact in facts), sum(fact["zeros"] for fact in facts)
+    weights, zeros = sum(fact["size"] for fact in facts), sum(fact["zeros"] for fact in facts)
     return {
         "weights": weights,
         "zeros": zeros,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from rich.console import Console
 
 from channelfold import __version__, models
 from channelfold.passes.base import DataError, GateError, OutputError, UsageError
-from channelfold.runtime import graph_io, jobs
+from channelfold.runtime import graph_io, jobs, report
 from channelfold.runtime.calibration import open_data
 from channelfold.runtime.compare import Gates
 from channelfold.runtime.ort import Session
@@ -362,6 +365,21 @@ def test_a_folder_that_cannot_be_made_is_found_out_before_the_work(tmp_path):
     assert not stages
 
 
+# ---- sparse weights ----------------------------------------------------------------------------------------------
+
+
+def test_sparsify_shows_every_layer_and_says_what_zeros_are_worth(tmp_path):
+    record = jobs.sparsify(DIGITS, tmp_path / "s.onnx", calibration=CALIBRATION, evaluation=EVALUATION)
+    (step,) = record["steps"]
+    assert (step["pass"], len(step["changed"]), len(step["refused"])) == ("sparsify", 5, 2)
+    assert record["warnings"][-1].startswith("Zeros save no time in ONNX Runtime. TensorRT can use them from SM 80 on")
+    shown = io.StringIO()
+    report.render(record, Console(file=shown, width=120))
+    text = shown.getvalue()
+    assert re.search(r"By sparsify +zeros +energy kept", text)
+    assert re.search(r"/head/Gemm +50\.0% +\d\d\.\d\d%", text)
+
+
 # ---- engines -----------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +392,16 @@ def test_build_says_what_runs_as_int8(tmp_path, compressed):
     assert (engine["sm"], engine["bytes"]) == (89, (tmp_path / "e.engine").stat().st_size)
     assert engine["backend"].startswith("tensorrt_rtx ")
     assert engine["plan"] == {"readable": True, "reason": "", "int8": 5, "total": 5, "not_int8": []}
+
+
+@needs_rtx
+@pytest.mark.rtx
+def test_the_flag_for_sparse_weights_is_passed_on_and_explained(tmp_path):
+    shapes = ["image:1x1x8x8:8x1x8x8:16x1x8x8"]
+    record = jobs.build(DIGITS, tmp_path / "e.engine", sm=89, shapes=shapes, sparse_weights=True)
+    assert [warning.partition(",")[0] for warning in record["warnings"]] == [
+        "e.engine: tensorrt_rtx takes the flag for sparse weights"
+    ]
 
 
 @needs_rtx
