@@ -135,15 +135,20 @@ class Sparsify(Pass):
         wanda = with_data and self.scores != "magnitude"
         if ctx.calibration is not None and (wanda or self.correct_bias):
             observe(graph, observers(layers), ctx.calibration, ctx.progress)
-            layers = [layer for layer in layers if layer.observed or _refused(layer, outcome)]
+            for layer in layers:
+                if not layer.observed:
+                    _refuse(layer, "no calibration sample reached it", outcome)
+            layers = [layer for layer in layers if layer.observed]
         counts = self._counts(graph, layers, wanda, ctx) if self.group is None and layers else [0] * len(layers)
         facts = []
         for number, (layer, count) in enumerate(zip(layers, counts, strict=True)):
             ctx.progress("Setting weights to zero", number, len(layers))
             scores = layer.scores(wanda)
             mask = self._mask(layer, scores, count)
-            if not mask.all():
+            if np.any(scores, where=~mask):
                 facts.append(_sparsified(layer, scores, mask, self.correct_bias and with_data, outcome))
+            else:
+                _refuse(layer, "nothing has to go, or is zero already", outcome)
         edit.remove_dead(graph)
         outcome.facts = _summary(facts) | {"scores": "wanda" if wanda else "magnitude", "sites": facts}
         return outcome
@@ -225,11 +230,9 @@ def _tile_costs(layer: Layer, block: int, scores: np.ndarray) -> np.ndarray:
     return (energies / tiles.sizes()).reshape(-1) / (total if total > 0 else 1.0)
 
 
-def _refused(layer: Layer, outcome: Outcome) -> bool:
-    reason = "no calibration sample reached it"
+def _refuse(layer: Layer, reason: str, outcome: Outcome) -> None:
     for linear in layer.linears:
-        outcome.refuse(linear.name, f"{linear.node.op} stays dense: {reason}", reason)
-    return False
+        outcome.refuse(linear.name, f"{linear.node.op} stays as it is: {reason}", reason)
 
 
 def _sparsified(

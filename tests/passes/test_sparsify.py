@@ -126,6 +126,7 @@ def test_a_layer_of_one_tile_stays():
     graph = build(TOKENS, MLP, kind="float", A=(32, 16), B=(16, 16))
     outcome = sparsify(graph, pattern="block", ratios="uniform", sparsity=0.9)
     assert (outcome.changed, outcome.facts["zeros"]) == ([], 0)
+    assert {refusal.code for refusal in outcome.refused} == {"nothing has to go, or is zero already"}
     assert worth(outcome.facts, "block")[0].startswith("No weight was set to zero")
 
 
@@ -309,6 +310,14 @@ def test_refusals():
     assert reasons(outcome)[0] == "Conv stays dense: 4 does not divide its 3 input channels"
     assert len(outcome.changed) == 1
     assert "it has groups" in [refusal.code for refusal in sparsify(graph, pattern="block", block=2).refused]
+
+
+@pytest.mark.parametrize("options", [{}, {"pattern": "block", "block": 8}, {"pattern": "unstructured"}])
+def test_a_second_time_there_is_nothing_to_do(options):
+    graph = build(TOKENS, MLP, kind="float", A=(32, 64), B=(64, 32))
+    data = data_of(graph)
+    graph, steps = pipeline.run(graph, [Sparsify(**options), Sparsify(**options)], Context(data))
+    assert [len(step["changed"]) for step in steps] == [2, 0]
 
 
 def test_a_layer_that_no_sample_reaches_stays():
