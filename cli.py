@@ -275,6 +275,55 @@ def smooth(
     )
 
 
+@_command("channelfold prune model.onnx -o cut.onnx --keep-macs 0.5 --calibration x.npz", show="groups")
+@opt.model
+@opt.output
+@opt.calibration
+@opt.evaluation
+@opt.random
+@opt.allow_script
+@opt.pruner
+@opt.seed
+def prune(
+    jobs: Any,
+    progress: Any,
+    model: str,
+    output: str,
+    calibration: str | None,
+    evaluation: str | None,
+    random: int | None,
+    allow_script: bool,
+    dead: bool,
+    seed: int,
+    **options: Any,
+) -> Any:
+    """Remove channels from MODEL: a smaller graph, not a masked one.
+
+    Give one of --keep-macs, --keep-params, --ratio and --dead. Data make it lose less: channels are then chosen by what
+    their loss does to the layers that read them, and these are refitted. Folds first, as the command fold does; that
+    the cut equals the same channels silenced is checked by running both. Quantize afterwards.
+
+    
+    Importance of channels:
+      reconstruction  error of the layers that read them, the other channels refitted; without data from weights
+      activation      error of the layers that read them, each channel by itself; needs data
+      l1, l2          magnitude of all weights that write and read them
+      bn              gamma of the BatchNormalizations they pass
+    """
+    return jobs.prune(
+        model,
+        output,
+        calibration=calibration,
+        evaluation=evaluation,
+        random=random,
+        allow_script=allow_script,
+        dead=dead,
+        options=opt.given(options),
+        seed=seed,
+        progress=progress,
+    )
+
+
 @_command("channelfold sparsify model.onnx -o sparse.onnx --calibration samples.npz")
 @opt.model
 @opt.output
@@ -320,6 +369,39 @@ def sparsify(
         calibration=calibration,
         evaluation=evaluation,
         random=random,
+        allow_script=allow_script,
+        options=opt.given(options),
+        seed=seed,
+        progress=progress,
+    )
+
+
+@_command("channelfold reparam repavit.onnx -o folded.onnx")
+@opt.model
+@opt.output
+@opt.evaluation
+@opt.allow_script
+@opt.reparameterizer
+@opt.seed
+def reparam(
+    jobs: Any,
+    progress: Any,
+    model: str,
+    output: str,
+    evaluation: str | None,
+    allow_script: bool,
+    seed: int,
+    **options: Any,
+) -> Any:
+    """Make one dense layer of FFN channels that bypass the activation.
+
+    For networks that were trained for it, such as RePaViT: until this is done they are slower than plain ones. The
+    result computes the same function, which is checked by running it. Folds first, as the command fold does.
+    """
+    return jobs.reparam(
+        model,
+        output,
+        evaluation=evaluation,
         allow_script=allow_script,
         options=opt.given(options),
         seed=seed,
@@ -438,9 +520,19 @@ def diff(
     help=f"Samples to look for outlier channels on: the largest of an input against its median channel. {opt.DATA}.",
 )
 @opt.allow_script
-def inspect(jobs: Any, progress: Any, model: str, calibration: str | None, allow_script: bool) -> Any:
+@click.option(
+    "--idle",
+    is_flag=True,
+    help="List the FFNs: channels that bypass the activation and, with data, that might as well.",
+)
+@click.option("--groups", is_flag=True, help="List the channels that can be cut together, and why others stay.")
+def inspect(
+    jobs: Any, progress: Any, model: str, calibration: str | None, allow_script: bool, idle: bool, groups: bool
+) -> Any:
     """Show what is in MODEL, and which linear nodes could be int8."""
-    return jobs.inspect(model, calibration=calibration, allow_script=allow_script, progress=progress)
+    return jobs.inspect(
+        model, calibration=calibration, allow_script=allow_script, idle=idle, groups=groups, progress=progress
+    )
 
 
 @_command("channelfold demo --model digits_repavit", show="demo")

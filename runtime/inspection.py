@@ -98,15 +98,23 @@ def inspect(
         ratios = _outlier_ratios(graph, data, progress)
         entries = [entry | {"outlier_ratio": ratios.get(entry["node"])} for entry in entries]
     norms = Counter(n.op for part in all_graphs(graph) for n in part.nodes if n.op.endswith("Normalization"))
-    macs = [entry["macs"] for entry in entries]
     return {
         "inputs": [str(_spec(tensor)) for tensor in graph.inputs],
         "outputs": [str(_spec(tensor)) for tensor in graph.outputs],
-        "parameters": sum(_elements(c.shape) or 0 for c in _constants(graph) if _is_parameter(c)),
-        "macs": sum(macs) if None not in macs else None,
+        **costs(graph),
         "norms": dict(norms),
         "external_data": [{"path": str(f), "bytes": f.stat().st_size} for f in external_files(path)],
         "linears": entries,
+    }
+
+
+def costs(graph: gs.Graph) -> dict[str, int | None]:
+    """``parameters`` and ``macs`` of a graph, as ``inspect`` counts them. Fills in its shapes."""
+    infer_shapes(graph)
+    macs = [_linear(graph, node)["macs"] for node in graph.nodes if node.op in LINEAR_OPS]
+    return {
+        "parameters": sum(_elements(c.shape) or 0 for c in _constants(graph) if _is_parameter(c)),
+        "macs": sum(macs) if None not in macs else None,
     }
 
 
@@ -157,6 +165,14 @@ def render(record: Mapping[str, Any], console: Console) -> None:
         if "outlier_ratio" in linears[0]:
             words = "  outliers: the largest channel of what a node reads, against the median channel"
             console.print(Text(words, "dim"), highlight=False)
+    if "ffns" in record:
+        from channelfold.runtime import idle  # which needs this module
+
+        idle.render(record["ffns"], console)
+    if "groups" in record:
+        from channelfold.runtime import groups  # which needs this module
+
+        groups.render_groups(record["groups"], console)
     reasons = Counter(linear["reason"] for linear in linears if not linear["quantizable"])
     if reasons:
         console.print()

@@ -41,6 +41,7 @@ from channelfold.passes.base import (
     no_progress,
 )
 from channelfold.runtime import compare, graph_io, inspection, report, tensorrt
+from channelfold.runtime import groups as channel_groups
 from channelfold.runtime import idle as idle_channels
 from channelfold.runtime.calibration import Data, load_script, open_data, random_data
 from channelfold.runtime.checkpoint import clear
@@ -147,6 +148,44 @@ def smooth(
     job.transform(passes, Path(out))
     if not any(step["changed"] for step in job.record["steps"]):
         job.warn("No channel was changed: the result computes with the weights that the model had")
+    return job.record
+
+
+def prune(
+    model: PathLike,
+    out: PathLike,
+    *,
+    calibration: Any = None,
+    evaluation: Any = None,
+    random: int | None = None,
+    allow_script: bool = False,
+    dead: bool = False,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Record:
+    """Folds, then removes channels: with the ``options`` of the pass ``prune``, or the ``dead`` ones. Writes ``out``.
+
+    The record counts ``parameters`` and ``macs`` (per sample, None where a size is open) in ``model`` and ``output``.
+    """
+    options = dict(options or {})
+    budgets = [name for name in ("keep_macs", "keep_params", "ratio") if options.get(name) is not None]
+    if dead and budgets:
+        raise UsageError(f"Dead channels go whatever {budgets[0]!r} is", "Give one of the two, or run prune twice")
+    if not dead and not budgets:
+        raise UsageError(
+            "How much to prune is not said", "Give --keep-macs 0.5, --keep-params 0.5, --ratio 0.3 or --dead"
+        )
+    wanted = {k: v for k, v in options.items() if not dead or k == "align"}
+    last = recipes.make("remove-dead-channels" if dead else "prune", wanted)
+    job = _Job("prune", Path(model), progress, seed, allow_script)
+    job.calibration = job.open("calibration", calibration, random)
+    job.evaluation = job.open_evaluation(evaluation)
+    job.record["model"] |= inspection.costs(job.graph)
+    job.transform([*recipes.load_recipe("fold").passes, last], Path(out))
+    job.record["output"] |= inspection.costs(graph_io.load(out))
+    if not job.record["steps"][-1]["changed"]:
+        job.warn("No channel was removed: channelfold inspect --groups shows what could be, and why not")
     return job.record
 
 
@@ -272,17 +311,21 @@ def inspect(
     calibration: Any = None,
     allow_script: bool = False,
     idle: bool = False,
+    groups: bool = False,
     progress: Progress = no_progress,
 ) -> Record:
     """What is in a model: ``record["inspection"]``, described in ``inspection.inspect``.
 
-    With ``idle`` also ``record["ffns"]``, described in ``idle.idle``.
+    With ``idle`` also ``record["ffns"]``, described in ``idle.idle``; with ``groups`` also ``record["groups"]``,
+    described in ``groups.describe``.
     """
     job = _Job("inspect", Path(model), progress, 0, allow_script)
     data = job.open("calibration", calibration)
     job.record["inspection"] = inspection.inspect(job.model, job.graph, data, progress)
     if idle:
         job.record["ffns"] = idle_channels.idle(job.graph, data, progress)
+    if groups:
+        job.record["groups"] = channel_groups.describe(job.graph, job.seed)
     return job.record
 
 

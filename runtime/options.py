@@ -19,6 +19,9 @@ from channelfold.passes.methods import METHODS
 CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
 TARGETS = ("tensorrt", "onnxruntime")
 AIMS = ("mean", "median", "clipped")
+IMPORTANCES = ("auto", "l1", "l2", "bn", "activation", "reconstruction")
+ALLOCATIONS = ("auto", "uniform", "ranked", "knapsack")
+COMPENSATIONS = ("auto", "none", "bias", "lstsq")
 SCORES = ("magnitude", "wanda")
 RATIOS = ("uniform", "equal-slope", "ecoflap")
 
@@ -191,6 +194,55 @@ smoother = _options(
         "--include", multiple=True, metavar="PATTERN", help="Only these linear nodes: names, * and ? match. Repeatable."
     ),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these linear nodes. Repeatable."),
+)
+
+
+reparameterizer = _options(
+    click.option(
+        "--always", is_flag=True, default=None, help="Also where too few channels are idle for it to save anything."
+    ),
+)
+
+
+pruner = _options(
+    click.option("--keep-macs", type=float, metavar="X", help="Share of the multiply-accumulates to keep, 0 to 1."),
+    click.option("--keep-params", type=float, metavar="X", help="Share of the parameters to keep, 0 to 1."),
+    click.option("--ratio", type=float, metavar="X", help="Share of every group's channels to remove, 0 to 1."),
+    click.option(
+        "--dead", is_flag=True, help="Remove channels that nothing uses or that never change, which is exact."
+    ),
+    click.option(
+        "--importance", type=_Choice(IMPORTANCES), help="How channels are ranked; see above.  [default: auto]"
+    ),
+    click.option(
+        "--allocation",
+        type=_Choice(ALLOCATIONS),
+        help="How the budget is shared out: the same share everywhere, by one ranking of all channels, or the best sum."
+        "  [default: auto]",
+    ),
+    click.option(
+        "--compensate",
+        type=_Choice(COMPENSATIONS),
+        help="How layers make up for what they no longer read: not at all, in the bias, by least squares."
+        "  [default: auto]",
+    ),
+    click.option("--align", type=int, metavar="N", help="Kept channels are multiples of it.  [default: 8]"),
+    click.option(
+        "--width",
+        is_flag=True,
+        default=None,
+        help="Also cut channels that a norm works on: the width of a transformer.",
+    ),
+    click.option(
+        "--include",
+        multiple=True,
+        metavar="PATTERN",
+        help="Nodes whose channels may go: names, * and ? match. Repeatable.",
+    ),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="Nodes whose channels stay. Repeatable."),
+    click.option(
+        "--ridge", type=float, metavar="X", help="Of the least squares, relative to variances.  [default: 0.001]"
+    ),
 )
 
 

@@ -27,6 +27,7 @@ from channelfold.runtime import jobs
 DIGITS = models.path("digits_cnn.onnx")
 CALIBRATION = models.path("digits_calibration.npz")
 EVALUATION = models.path("digits_evaluation.npz")
+REPAVIT = Path(__file__).parent / "passes" / "fixtures" / "dynamo_20.onnx"
 COMMANDS = sorted(cli.cli.commands)
 
 
@@ -168,6 +169,11 @@ def test_options_of_smooth_are_those_of_its_passes():
     assert heeded == flags.keys() - others - {"method"}
 
 
+def test_options_of_reparam_are_those_of_the_pass():
+    flags = {option.name for option in cli.cli.commands["reparam"].params}
+    assert {option["name"] for option in recipe.describe("reparameterize-ffn")["options"]} <= flags
+
+
 def test_options_of_sparsify_are_those_of_the_pass():
     flags = {option.name: option for option in cli.cli.commands["sparsify"].params}
     for option in recipe.describe("sparsify")["options"]:
@@ -227,6 +233,30 @@ def test_smooth_shows_each_site(run, tmp_path):
     assert "  /depthwise/conv/Conv        smoothquant, alpha 0.7  8.1 -> " in out
     assert "  1 x excluded by pattern '/pointwise/*'\n" in out
     assert "Accuracy" not in out
+
+
+def test_reparam_shows_what_is_saved(run, tmp_path):
+    code, out, err = run("reparam", REPAVIT, "-o", tmp_path / "out.onnx")
+    assert (code, err) == (0, "")
+    assert re.search(r"  parameters +2,448 +800  +32.7%", out)
+    assert re.search(r"  MACs per sample  +20,480  +7,680  37.5%", out)
+    assert re.search(
+        r"By reparameterize-ffn .*\n  node_MatMul_46 +dense, with the shortcut  64 -> 16 +2,048 -> 768", out
+    )
+
+
+def test_reparam_of_a_plain_network_warns(run, tmp_path):
+    code, _, err = run("reparam", DIGITS, "-o", tmp_path / "out.onnx")
+    assert (code, err.count("No FFN has channels that bypass the activation")) == (0, 1)
+
+
+def test_inspect_lists_idle_channels(run):
+    code, out, _ = run("inspect", REPAVIT, "--idle")
+    assert code == 0
+    assert re.search(r"FFNs +hidden  idle  dead  weights  folded\n  node_MatMul_46 +64 +48 +0 +2,048 +37.5%\n", out)
+    assert "  Folding the idle channels leaves 37.5% of these weights and MACs: channelfold reparam\n" in out
+    code, out, _ = run("inspect", DIGITS, "--idle")
+    assert "  No FFN was found.\n" in out
 
 
 def test_smooth_on_random_data_warns(run, tmp_path):
@@ -374,7 +404,10 @@ def test_a_gate_that_nothing_could_meet(fails):
     ("line", "expected"),
     [
         (("compres", "m.onnx"), "No such command 'compres'. Did you mean 'compress'? See: channelfold --help"),
-        (("frobnicate",), "Known: build, compress, demo, diff, fold, inspect, quantize, smooth, sparsify. See"),
+        (
+            ("frobnicate",),
+            "Known: build, compress, demo, diff, fold, inspect, prune, quantize, reparam, smooth, sparsify. See",
+        ),
         (("fold", "m.onnx", "--outptu", "x"), "--output"),
         (("fold", "m.onnx"), "Missing option '-o' / '--output'. See: channelfold fold --help"),
         (("fold", "-o", "x"), "Missing argument 'MODEL'"),
