@@ -19,16 +19,23 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
 from channelfold.passes.affine import Blocked
-from channelfold.passes.channel_groups import NodeEdit, Read, Region
 from channelfold.passes.links import LAST_AXIS_NORMS as NORMS
-from channelfold.passes.shape_sizes import Written, source_of_size
+from channelfold.passes.links import RECURRENT
+from channelfold.passes.shape_sizes import Written
+from channelfold.passes.trace import NodeEdit, Read, Region
 from channelfold.runtime.graph_io import constant, free_name
 
 Cut = tuple[Region, np.ndarray]  # a region and which of its labels stay, (size,) bool
 
 
 def cut(graph: gs.Graph, cuts: Sequence[Cut]) -> None:
-    """Takes all labels that do not stay out of the graph. They must be free. Raises OutputError for a full disk."""
+    """Takes all labels that do not stay out of the graph. Raises OutputError when the disk is full.
+
+    They must be free, and no axis may lose all of its labels (``Region.completed``).
+    """
+    for region, keep in cuts:
+        assert keep[~region.free].all()
+        assert np.array_equal(keep, region.completed(keep))
     masks: dict[tuple[int, int], tuple[gs.Node, dict[int, np.ndarray]]] = {}
     for region, keep in cuts:
         for part in region.parts:
@@ -80,7 +87,7 @@ def _edit(graph: gs.Graph, found: NodeEdit, stays: np.ndarray) -> None:
     elif found.what == "hidden":
         node.attrs["hidden_size"] = left
     elif found.what == "size":
-        _set_size(graph, node, found.holder, found.axis, left)
+        _set_size(graph, found, left)
     elif found.what == "gather":
         picked = edit.value(node.inputs[1])
         assert picked is not None
@@ -95,63 +102,39 @@ def _edit(graph: gs.Graph, found: NodeEdit, stays: np.ndarray) -> None:
         _set_slice(graph, node, found.holder, stays)
 
 
-def _set_size(graph: gs.Graph, node: gs.Node, holder: int, axis: int, size: int) -> None:
+def _set_size(graph: gs.Graph, found: NodeEdit, size: int) -> None:
     """Writes a length where a shape has it from, if that is written anywhere."""
-    if not edit.has_input(node, holder):
-        name = {"Reshape": "shape"}.get(node.op, "")
-        if name in node.attrs and node.attrs[name][axis] > 0:
-            shape = list(node.attrs[name])
-            shape[axis] = size
-            node.attrs[name] = shape
+    if not isinstance(found.source, Written):
         return
-    source = source_of_size(node, holder, axis)
-    if not isinstance(source, Written):
+    if not found.source.ports:
+        shape = list(found.node.attrs["shape"])
+        shape[found.axis] = size
+        found.node.attrs["shape"] = shape
         return
-    holder_node, port = _own(graph, node, holder, source)
-    values = edit.value(holder_node.inputs[port])
+    node, port = _own(graph, found.node, found.source.ports)
+    values = edit.value(node.inputs[port])
     assert values is not None
     new = np.array(values)
-    new.reshape(-1)[source.element] = size
-    edit.set_constant(graph, holder_node, port, new, f"{node.name}_shape")
+    new.reshape(-1)[found.source.element] = size
+    edit.set_constant(graph, node, port, new, f"{found.node.name}_shape")
 
 
-def _own(graph: gs.Graph, node: gs.Node, holder: int, source: Written) -> tuple[gs.Node, int]:
-    """The node and input that hold a size for this node alone: the way there is copied where others use it, too."""
-    if source.node is node:
-        return node, source.input
-    way = _way(node.inputs[holder], source.node)
-    reader, port = node, holder
-    for index, step in enumerate(way):
-        tensor = step.outputs[0]
-        if len(tensor.outputs) > 1:
+def _own(graph: gs.Graph, reader: gs.Node, ports: Sequence[int]) -> tuple[gs.Node, int]:
+    """The node and input at the end of a way, for its first node alone: what others use on the way is copied."""
+    port, *further = ports
+    for next_port in further:
+        tensor = reader.inputs[port]
+        step = edit.producer(tensor)
+        assert step is not None
+        if len(tensor.outputs) > 1 or edit.is_output(graph, tensor):
             twin = gs.Variable(free_name(graph, f"{tensor.name}_own"), tensor.dtype, tensor.shape)
             name = free_name(graph, f"{step.name}_own")
             copy = gs.Node(step.op, name, dict(step.attrs), list(step.inputs), [twin], domain=step.domain)
             edit.insert_after(graph, step, copy)
             edit.set_input(reader, port, twin)
             step = copy
-        if index + 1 < len(way):
-            before = way[index + 1].outputs[0]
-            port = next(k for k, t in enumerate(step.inputs) if t is before)
-        reader = step
-    return reader, source.input
-
-
-def _way(tensor: gs.Tensor, to: gs.Node) -> list[gs.Node]:
-    """The nodes from the one that writes a tensor back to ``to``."""
-    node = edit.producer(tensor)
-    assert node is not None
-    if node is to:
-        return [node]
-    for before in node.inputs:
-        if edit.producer(before) is not None and _leads(before, to):
-            return [node, *_way(before, to)]
-    raise AssertionError("no way")
-
-
-def _leads(tensor: gs.Tensor, to: gs.Node) -> bool:
-    node = edit.producer(tensor)
-    return node is not None and (node is to or any(_leads(before, to) for before in node.inputs))
+        reader, port = step, next_port
+    return reader, port
 
 
 def _set_split(graph: gs.Graph, node: gs.Node, axis: int, stays: np.ndarray) -> None:
@@ -187,6 +170,9 @@ def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
     Raises Blocked, with the reason, for a norm of which no such form is known.
     """
     for region, keep in cuts:
+        for part in region.parts:
+            if part.node.op in RECURRENT and (part.input, part.axis) == (2, 2):
+                _forget(graph, part.node, _stays(keep, part.labels))
         for read in region.reads:
             stays = _stays(keep, read.labels)
             if stays.all():
@@ -199,6 +185,13 @@ def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
                 _take(graph, read.node, read.port, read.axis, stays)
             else:
                 raise Blocked(f"{read.node.op} without some of its channels")
+
+
+def _forget(graph: gs.Graph, node: gs.Node, stays: np.ndarray) -> None:
+    """A recurrent node sums over its own channels, too: columns of R."""
+    values = edit.value(node.inputs[2])
+    assert values is not None
+    edit.set_input(node, 2, constant(graph, f"{node.name}_recurrence", values * stays.astype(values.dtype)))
 
 
 def _silence(graph: gs.Graph, read: Read, stays: np.ndarray) -> None:
