@@ -77,7 +77,7 @@ class ReparameterizeFfn(Pass):
         _Writer(pairs.graph, pair, shortcut, weights).write()
         merged = ", with the shortcut" if shortcut.add is not None else ""
         site = {"node": pair.outer.name, "method": f"dense{merged}", "width": [hidden, int(pair.active.sum())],
-                "weights": [pair.macs, pair.folded_macs]}  # fmt: skip
+                "macs": [pair.macs, pair.folded_macs]}  # fmt: skip
         outcome.facts.setdefault("sites", []).append(site)
         return f"{idle} of {hidden} channels are idle, now one dense layer{merged}: MACs per position {macs}"
 

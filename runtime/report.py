@@ -6,7 +6,7 @@ not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
     schema      1
     tool        "channelfold 0.1.0"
     command     the command line, as one string
-    model       {path, bytes, nodes, ops: {op: count}, opset}     what came in
+    model       {path, bytes, nodes, ops: {op: count}, opset}     what came in; parameters and macs where they change
     output      the same of what came out
     data        {calibration, evaluation}                         Data.description of each
     steps       [{pass, kind, options: {}, seconds,
@@ -15,7 +15,7 @@ not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
                   facts: {}}]        facts of a pass that quantizes: {linears: all, quantized: count,
                                      by_op: {op: {quantized, total}}}; of one that changes channels
                                      {sites: [{node, tensor, readers, method, inserted: nodes; pairs of before and
-                                     after: width, outlier_ratio, output_snr_db, bfp_error; relative_change,
+                                     after: width, macs, outlier_ratio, output_snr_db, bfp_error; relative_change,
                                      sparsity, energy_kept}]}, each key where it applies to the pass
     accuracy    Comparison.to_json()
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
@@ -116,6 +116,10 @@ def _model(record: Mapping[str, Any], console: Console) -> None:
     _add(table, "size", *(_bytes(side["bytes"]) for side in (before, after) if side), _smaller(before, after))
     for key in ("nodes", "opset"):
         _add(table, key, *_change(before.get(key), after.get(key)))
+    for key, label in (("parameters", "parameters"), ("macs", "MACs per sample")):
+        if before.get(key) and after.get(key):
+            share = f"{after[key] / before[key]:.1%}"
+            _add(table, label, f"{before[key]:,}", f"{after[key]:,}", share if share != "100.0%" else "")
     ops, new_ops = before.get("ops", {}), after.get("ops", before.get("ops", {}))
     changed = [op for op in {**ops, **new_ops} if ops.get(op, 0) != new_ops.get(op, 0)]
     for op in changed if after else ops:
@@ -238,6 +242,7 @@ _SITE: dict[str, tuple[str, Callable[[Any], str]]] = {
     "output_snr_db": (">SNR dB", _pair(lambda value: _number(value, "{:.1f}"))),
     "bfp_error": (">block error", _pair(lambda value: _number(value, "{:.2e}"))),
     "relative_change": (">change", lambda value: _number(value, "{:.1e}")),
+    "macs": (">MACs per position", _pair(lambda value: f"{value:,}")),
     "inserted": (">nodes", "{:+d}".format),
     "sparsity": (">zeros", "{:.1%}".format),
     "energy_kept": (">energy kept", "{:.2%}".format),

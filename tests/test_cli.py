@@ -239,7 +239,7 @@ def test_reparam_shows_what_is_saved(run, tmp_path):
     code, out, err = run("reparam", REPAVIT, "-o", tmp_path / "out.onnx")
     assert (code, err) == (0, "")
     assert re.search(r"  parameters +2,448 +800  +32.7%", out)
-    assert re.search(r"  MACs per sample  +20,480  +7,680  37.5%", out)
+    assert re.search(r"  MACs per sample +20,480 +7,680 +37.5%", out)
     assert re.search(
         r"By reparameterize-ffn .*\n  node_MatMul_46 +dense, with the shortcut  64 -> 16 +2,048 -> 768", out
     )
