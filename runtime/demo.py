@@ -22,7 +22,7 @@ from channelfold.runtime.bench import latencies
 from channelfold.runtime.metrics import ErrorSums
 from channelfold.runtime.ort import Session
 
-RECIPE = "int8"
+RECIPE = "int8-reparam"
 
 
 def run(
@@ -56,7 +56,7 @@ def run(
     )
     files = {"float": original, "int8": folder / "model.onnx"}
     if any(step["pass"] == "reparameterize-ffn" and step["changed"] for step in record["steps"]):
-        jobs.fold(original, folder / "folded.onnx", progress=progress)
+        jobs.reparam(original, folder / "folded.onnx", progress=progress)
         files = {"float": original, "folded": folder / "folded.onnx", "int8": folder / "model.onnx"}
     sessions = {stage: Session(path) for stage, path in files.items()}
     logits = {stage: session.run(evaluation)[model.output] for stage, session in sessions.items()}
@@ -77,15 +77,15 @@ def run(
 def _stage(name: str, path: Path, logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Figures of one file; ``logits`` and ``reference`` (those of the float file) are float32 [samples, classes]."""
     graph = graph_io.load(path)
-    facts, inspected = inspection.model_facts(path, graph), inspection.inspect(path, graph)
+    facts, costs = inspection.model_facts(path, graph), inspection.costs(graph)
     classes = logits.argmax(axis=1)
     return {
         "name": name,
         "path": str(path),
         "bytes": facts["bytes"],
         "nodes": facts["nodes"],
-        "parameters": inspected["parameters"],
-        "macs": inspected["macs"],
+        "parameters": costs["parameters"],
+        "macs": costs["macs"],
         "accuracy": float((classes == labels).mean()),
         "agreement": float((classes == reference.argmax(axis=1)).mean()),
         "snr": None if logits is reference else ErrorSums.of(reference, logits).snr,
@@ -143,7 +143,8 @@ def _rows(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     yield "file", *map(_kilobytes, stages), f"{first['bytes'] / last['bytes']:.2f}x smaller"
     yield "nodes", *(str(stage["nodes"]) for stage in stages), _what_was_done(record, folded)
     if folded:
-        yield "MACs", *(f"{stage['macs'] / 1e6:.2f} M" for stage in stages), "a sample, with those of attention"
+        yield "parameters", *(f"{stage['parameters'] / 1e3:.1f} k" for stage in stages), "int8: with its scales"
+        yield "MACs", *(f"{stage['macs'] / 1e6:.2f} M" for stage in stages), "a sample"
     yield (
         "ONNX Runtime latency",
         *(f"{entry['ms']:.3f} ms" for entry in record["latency"]),
