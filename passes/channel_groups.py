@@ -69,8 +69,7 @@ def find_groups(graph: gs.Graph, shapes: Mapping[str, Shape]) -> list[Group]:
     table = LinkTable(graph, shapes)
     seen: set[tuple[int, int]] = set()
     groups: list[Group] = []
-    for node, axis in _written(graph, table):
-        tensor = node.outputs[0]
+    for tensor, axis in _written(graph, table):
         if (id(tensor), axis) in seen:
             continue
         region = best_trace(table, tensor, axis)
@@ -81,30 +80,29 @@ def find_groups(graph: gs.Graph, shapes: Mapping[str, Shape]) -> list[Group]:
     return groups
 
 
-def _written(graph: gs.Graph, table: LinkTable) -> Iterator[tuple[gs.Node, int]]:
-    """The nodes that make channels, with the axis of their first output: weights, recurrent cells, embeddings."""
-    for node in graph.nodes:
-        if not edit.is_standard(node):
-            continue
-        shape = table.shape(node.outputs[0])
-        if shape is None:
+def _written(graph: gs.Graph, table: LinkTable) -> Iterator[tuple[gs.Tensor, int]]:
+    """The tensors whose channels weights make, and the axis: of layers, recurrent cells, embeddings."""
+    for node in filter(edit.is_standard, graph.nodes):
+        tensor = next((t for t in node.outputs if not t.is_empty()), None)
+        shape = table.shape(tensor) if tensor is not None else None
+        if tensor is None or shape is None:
             continue
         if node.op in ("Conv", "ConvTranspose"):
             groups = int(node.attrs.get("group", 1))
             source = table.shape(node.inputs[0])
             if groups == 1 or source is None or groups != source[1]:
-                yield node, 1
+                yield tensor, 1
         elif node.op == "Gemm":
-            yield node, 1
+            yield tensor, 1
         elif node.op == "MatMul" and len(shape) > 1:
             try:
-                yield node, view(graph, node).out_axis % len(shape)
+                yield tensor, view(graph, node).out_axis % len(shape)
             except NotLinear:
                 continue
-        elif node.op in RECURRENT and len(shape) == 4:
-            yield node, 3
+        elif node.op in RECURRENT:
+            yield tensor, len(shape) - 1
         elif node.op == "Gather" and isinstance(node.inputs[0], gs.Constant) and len(node.inputs[0].shape) == 2:
-            yield node, len(shape) - 1
+            yield tensor, len(shape) - 1
 
 
 def _groups(region: Region) -> list[Group]:
@@ -128,6 +126,6 @@ def _groups(region: Region) -> list[Group]:
 
 def _channels(region: Region, writer: Part, labels: np.ndarray) -> np.ndarray:
     """How often each label stands along the axis that a weight writes."""
-    results = [along for tensor, along in region.axes.values() if tensor is writer.layer.outputs[0]]
+    results = [along for tensor, along in region.axes.values() if any(tensor is t for t in writer.layer.outputs)]
     along = next((along for along in results if np.isin(along, labels).any()), writer.labels)
     return np.bincount(along, minlength=region.size + 1)[labels]

@@ -8,6 +8,8 @@ c1 4/4 reduced              a norm works on them: cutting is not silencing
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -17,10 +19,43 @@ from channelfold.passes.cut import Cut, cut, mask
 from channelfold.passes.trace import Region
 from channelfold.runtime.graph_io import check, infer_shapes
 from channelfold.runtime.shapes import measured_shapes
-from channelfold.tests.graphs import assert_same, feeds, run
+from channelfold.tests.graphs import assert_same, build, feeds, random, run
 
 Make = Callable[[], gs.Graph]
 Feed = dict[str, np.ndarray]
+OUT = "it is the output 'y' of the model"
+
+
+@dataclass
+class Case:
+    """``gone``: units by group; ``zeros``: what is zero in which constants when they are silent."""
+
+    name: str
+    signature: str
+    body: str
+    groups: str
+    constants: dict = field(default_factory=dict)
+    gone: dict[str, list[int]] = field(default_factory=dict)
+    zeros: dict[str, Any] = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+
+    def make(self, silent: bool = False) -> gs.Graph:
+        constants = {
+            name: random(value, name) if isinstance(value, int | tuple) else np.array(value)
+            for name, value in self.constants.items()
+        }
+        for name, index in self.zeros.items() if silent else ():
+            for place in index if isinstance(index, list) else [index]:
+                constants[name][place] = 0
+        return build(self.signature, self.body, **constants, **self.options)
+
+
+def named(**values) -> dict:
+    return values
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
 
 
 def groups_of(graph: gs.Graph, feed: Feed | None = None) -> list[Group]:
@@ -29,7 +64,7 @@ def groups_of(graph: gs.Graph, feed: Feed | None = None) -> list[Group]:
 
 def written(group: Group) -> str:
     """The name of what the first writer of a group writes."""
-    return group.writers[0].layer.outputs[0].name
+    return next(t.name for t in group.writers[0].layer.outputs if not t.is_empty())
 
 
 def summary(groups: list[Group]) -> str:
@@ -94,3 +129,11 @@ def assert_slice_equals_mask(make: Make, *, seed: int = 0, ratios=(0.3, 0.7, 1.0
         assert_intact(make(), sliced)
         assert_same(run(masked, feed), run(sliced, feed))
     return free
+
+
+def assert_slice_equals_zeros(case: Case) -> gs.Graph:
+    """Of the cut that a case names, by the zeros that it names; returns the cut graph."""
+    silent = case.make(silent=True)
+    graph, outputs = outputs_without(case.make, case.gone)
+    assert_same(run(silent, feeds(silent)), outputs)
+    return graph

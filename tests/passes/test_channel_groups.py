@@ -6,58 +6,24 @@ silent, told by hand. Where a norm works on the channels there is none; ``test_c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import numpy as np
-import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.tests.channel_cuts import (
+    OUT,
+    Case,
     assert_slice_equals_mask,
+    assert_slice_equals_zeros,
     groups_of,
-    outputs_without,
+    ints,
+    named,
     summary,
 )
-from channelfold.tests.graphs import assert_same, build, feeds, positive, random, run
-
-
-@dataclass
-class Case:
-    """``gone``: units by group; ``zeros``: what is zero in which constants when they are silent."""
-
-    name: str
-    signature: str
-    body: str
-    groups: str
-    constants: dict = field(default_factory=dict)
-    gone: dict[str, list[int]] = field(default_factory=dict)
-    zeros: dict[str, Any] = field(default_factory=dict)
-    options: dict = field(default_factory=dict)
-
-    def make(self, silent: bool = False) -> gs.Graph:
-        constants = {
-            name: random(value, name) if isinstance(value, int | tuple) else np.array(value)
-            for name, value in self.constants.items()
-        }
-        for name, index in self.zeros.items() if silent else ():
-            for place in index if isinstance(index, list) else [index]:
-                constants[name][place] = 0
-        return build(self.signature, self.body, **constants, **self.options)
-
+from channelfold.tests.graphs import positive, random
 
 S = np.s_
 IMAGE = "(float[N,3,6,6] x) => (float[] y)"
 TOKENS = "(float[N,5,8] x) => (float[] y)"
-OUT = "it is the output 'y' of the model"
-
-
-def named(**values) -> dict:
-    return values
-
-
-def ints(*values: int) -> np.ndarray:
-    return np.array(values, np.int64)
 
 
 CASES = [
@@ -653,5 +619,4 @@ def test_slicing_is_masking(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.zeros], ids=lambda case: case.name)
 def test_slicing_is_zeros_put_in_by_hand(case):
-    silent = case.make(silent=True)
-    assert_same(run(silent, feeds(silent)), outputs_without(case.make, case.gone)[1])
+    assert_slice_equals_zeros(case)
