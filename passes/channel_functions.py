@@ -292,6 +292,8 @@ class Reader:
             perm = node.attrs.get("perm")
             made = [_mapped(self.elements[id(node.inputs[0])], lambda array: array.transpose(perm))]
         elif node.op in ("Identity", "Dropout"):
+            if edit.has_input(node, 2):
+                raise Blocked("Dropout with a training switch is in between")
             made = [self.elements[id(node.inputs[0])]]
         elif node.op in _MOVES:
             made = self.moved(node)

@@ -44,6 +44,7 @@ class ReparameterizeFfn(Pass):
 
     name: ClassVar[str] = "reparameterize-ffn"
     kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
+    needs_opset: ClassVar[int] = 7  # before it, constants broadcast by attributes, and norms train by default
 
     always: bool = False
 
@@ -62,7 +63,8 @@ class ReparameterizeFfn(Pass):
                     if pair is None or pair.activated:  # two linears in a row are no FFN, and no news
                         outcome.refuse(node.name, f"{node.op}: {error}", str(error))
         finally:
-            edit.remove_dead(graph)
+            if outcome.changed:
+                edit.remove_dead(graph)
         return outcome
 
     def _fold(self, pairs: Pairs, pair: Pair, outcome: Outcome) -> str:
