@@ -12,17 +12,13 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.models import MODELS, path, train_digits_vits
-from channelfold.passes import pipeline, recipe
-from channelfold.passes.base import Context
-from channelfold.passes.reparameterize_ffn import ReparameterizeFfn
-from channelfold.runtime import graph_io
+from channelfold.runtime import graph_io, jobs
 from channelfold.runtime.ort import Session
 
 C, HIDDEN, ACTIVE, DEPTH = 48, 192, 48, 4
 
 REPAVITS = ("digits_repavit", "digits_repavit_ln")
 each_repavit = pytest.mark.parametrize("name", REPAVITS)
-needs_rtx = pytest.mark.rtx
 
 
 def operators(graph: gs.Graph) -> Counter[str]:
@@ -39,12 +35,10 @@ def ffn_weights(graph: gs.Graph) -> int:
 
 @pytest.fixture(scope="module")
 def folded(tmp_path_factory) -> dict[str, Path]:
-    """Both RePaViTs without idle channels: the recipe ``fold``, then the pass, each step verified."""
+    """Both RePaViTs without idle channels, each step verified."""
     folder = tmp_path_factory.mktemp("folded")
-    passes = [*recipe.load_recipe("fold").passes, ReparameterizeFfn()]
     for name in REPAVITS:
-        graph, _ = pipeline.run(graph_io.load(path(f"{name}.onnx")), passes, Context(None))
-        graph_io.save(graph, folder / f"{name}.onnx")
+        jobs.reparam(path(f"{name}.onnx"), folder / f"{name}.onnx")
     return {name: folder / f"{name}.onnx" for name in REPAVITS}
 
 
@@ -93,12 +87,12 @@ def test_folded_equals_unfolded_on_every_evaluation_sample(name, folded):
 def test_the_folded_ffn_is_what_the_paper_leaves(name, folded):
     """Three matrices of C x C where there were two of 4 C x C, and none of the nodes that mask and normalize."""
     after, plain = graph_io.load(folded[name]), graph_io.load(path("digits_vit.onnx"))
-    recipe_of_plain = Counter(operators(plain)) - Counter(Sub=1, Div=1)  # the normalization of the input
+    expected = operators(plain) - Counter(Sub=1, Div=1)  # the normalization of the input
     assert ffn_weights(after) == 0.375 * DEPTH * 2 * C * HIDDEN
     if name == "digits_repavit":  # MatMul, Add, Gelu, MatMul beside MatMul, Add; Add: 7 nodes, with the shortcut merged
-        assert operators(after) == recipe_of_plain + Counter(MatMul=DEPTH) - Counter(LayerNormalization=DEPTH)
+        assert operators(after) == expected + Counter(MatMul=DEPTH) - Counter(LayerNormalization=DEPTH)
     else:
-        assert operators(after) == recipe_of_plain + Counter(MatMul=DEPTH, Add=DEPTH)
+        assert operators(after) == expected + Counter(MatMul=DEPTH, Add=DEPTH)
 
 
 @each_repavit
