@@ -1,0 +1,226 @@
+"""What folding idle FFN channels gains in ONNX Runtime on the CPU, beside the paper's figures, and what it costs.
+
+    python benchmarks/reparam.py speed [NETWORK …] [--threads N] [--seconds S] [--json FILE] [--write]
+    python benchmarks/reparam.py profile NETWORK [--depth N]
+    python benchmarks/reparam.py fold MODEL OUT
+
+The networks have random weights (networks.py). ``plain`` is the ordinary network, ``unfolded`` a RePaViT as PyTorch
+exports it, ``folded`` what the pass ``reparameterize-ffn`` makes of that. The three take turns image by image, twice:
+on ``--threads`` threads by the clock on the wall, and on one thread by the processor time they took, which other
+processes on the machine disturb much less. The ratios are those of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from harness import table, write
+from networks import FORMS, NETWORKS, counts, make
+from speed import measured
+
+ROUNDS = 40
+IMAGE = {"input": np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)}
+# of the plain network's time to the folded one's, on the wall
+GOALS = {"vit_l": 1.45, "vit_h14": 1.55}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network: milliseconds an image by form, on the wall and of one thread; what the fold took."""
+
+    network: str
+    wall: dict[str, float]
+    thread: dict[str, float]
+    runs: int
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    attention: int
+    fold_seconds: float
+    fold_megabytes: float
+    weight_megabytes: float
+
+    def speed(self) -> tuple[str, ...]:
+        network = NETWORKS[self.network]
+        plain, folded = self.macs
+        allowed = (plain + self.attention) / (folded + self.attention)
+        return (
+            self.network,
+            *(f"{self.wall[form]:.1f}" for form in FORMS),
+            *(_ratio(times["plain"] / times["folded"]) for times in (self.wall, self.thread)),
+            f"{_ratio(plain / folded)} / {_ratio(allowed)}",
+            _ratio(network.speedup),
+            *(_ratio(times["unfolded"] / times["folded"]) for times in (self.wall, self.thread)),
+        )
+
+    def counts(self) -> tuple[str, ...]:
+        network = NETWORKS[self.network]
+        return (
+            self.network,
+            f"{network.theta:.2f}",
+            _change(*(n / 1e6 for n in self.parameters), digits=2),
+            _change(*network.parameters, digits=1),
+            _change(*(n / 1e9 for n in self.macs), digits=2),
+            _change(*network.gmacs, digits=1),
+            f"{self.fold_seconds:.1f}",
+            f"{self.fold_megabytes:.0f}",
+            f"{self.fold_megabytes / self.weight_megabytes:.2f}",
+        )
+
+
+SPEED = (
+    *("network", "plain ms", "unfolded ms", "folded ms", "folded x", "1 thread x", "MACs allow x"),
+    *("paper x, GPU", "unfolded / folded", "1 thread"),
+)
+COUNTS = (
+    *("network", "theta", "parameters, M", "paper", "GMACs", "paper"),
+    *("fold s", "peak MB", "/ weights"),
+)
+
+
+def _ratio(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.3f}"
+
+
+def _change(before: float, after: float, digits: int) -> str:
+    return "-" if np.isnan(before) else f"{before:.{digits}f} -> {after:.{digits}f}"
+
+
+def measure(name: str, folder: Path, threads: int, seconds: float) -> Row:
+    paths = {form: folder / f"{name}.{form}.onnx" for form in FORMS}
+    for form in ("plain", "unfolded"):
+        make(name, form, paths[form])
+    child = [sys.executable, __file__, "fold", str(paths["unfolded"]), str(paths["folded"])]
+    fold_seconds, fold_megabytes = measured(child)
+    wall, runs = timed(paths, threads, seconds, time.perf_counter)
+    thread, _ = timed(paths, 1, seconds, time.process_time)
+    plain, folded = counts(paths["plain"]), counts(paths["folded"])
+    return Row(
+        name,
+        wall,
+        thread,
+        runs,
+        (plain.parameters, folded.parameters),
+        (plain.macs, folded.macs),
+        plain.attention,
+        fold_seconds,
+        fold_megabytes,
+        paths["unfolded"].with_name(f"{paths['unfolded'].name}.data").stat().st_size / 1e6,
+    )
+
+
+def timed(
+    paths: Mapping[str, Path], threads: int, seconds: float, clock: Callable[[], float]
+) -> tuple[dict[str, float], int]:
+    """Median milliseconds an image by form, and of how many runs."""
+    from channelfold.runtime.bench import latencies
+    from channelfold.runtime.ort import Session
+
+    runs = {form: functools.partial(Session(path, threads=threads).run, IMAGE) for form, path in paths.items()}
+    found = latencies(runs, rounds=ROUNDS, seconds=seconds, clock=clock)
+    return {latency.name: latency.ms for latency in found}, found[0].runs
+
+
+def fold(model: Path, out: Path) -> None:
+    from channelfold.passes.base import Context
+    from channelfold.passes.reparameterize_ffn import ReparameterizeFfn
+    from channelfold.runtime.graph_io import load, save
+
+    graph = load(model)
+    outcome = ReparameterizeFfn().apply(graph, Context())
+    if outcome.refused or not outcome.changed:
+        sys.exit(f"Not every FFN was folded: {outcome.refused}")
+    save(graph, out, external=True)
+
+
+def profile(name: str, depth: int | None) -> str:
+    """Milliseconds an image by kind of node, on one thread: of each node its fastest of ten runs."""
+    columns: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for form in FORMS:
+            path = make(name, form, Path(folder, f"{form}.onnx"), depth=depth)
+            columns[form] = _profiled(path)
+    kinds = sorted(set().union(*columns.values()), key=lambda kind: -columns["plain"].get(kind, 0))
+    rows = [[kind, *(f"{columns[form].get(kind, 0):.2f}" for form in FORMS)] for kind in kinds]
+    return table(("node", *FORMS), [*rows, ["all", *(f"{sum(columns[form].values()):.2f}" for form in FORMS)]])
+
+
+def _profiled(path: Path) -> dict[str, float]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.enable_profiling = 1, True
+    options.profile_file_prefix = str(path.with_suffix(""))
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    for _ in range(10):
+        session.run(None, IMAGE)
+    fastest: dict[tuple[str, str], float] = defaultdict(lambda: float("inf"))
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            node = event["args"]["op_name"], event["name"]
+            fastest[node] = min(fastest[node], event["dur"] / 1e3)
+    kinds: dict[str, float] = defaultdict(float)
+    for (kind, _), duration in fastest.items():
+        kinds[kind] += duration
+    return dict(kinds)
+
+
+def speed(options: argparse.Namespace) -> None:
+    known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    for name in options.networks or list(NETWORKS):
+        with tempfile.TemporaryDirectory() as folder:
+            known[name] = asdict(measure(name, Path(folder), options.threads, options.seconds))
+        if options.json:
+            options.json.write_text(json.dumps(known, indent=1))
+        print("  ".join(Row(**known[name]).speed()), file=sys.stderr)
+    rows = [Row(**known[name]) for name in NETWORKS if name in known]
+    tables = table(SPEED, [row.speed() for row in rows]), table(COUNTS, [row.counts() for row in rows])
+    print("\n\n".join(tables))
+    if options.write:
+        write("reparam.md", "# Folding idle FFN channels", HOW.format(threads=options.threads), *tables)
+    missed = [row.network for row in rows if row.wall["plain"] / row.wall["folded"] < GOALS.get(row.network, 0)]
+    if missed:
+        sys.exit(f"Slower than its goal: {', '.join(missed)}")
+
+
+HOW = """One image at a time, float32, {threads} threads: medians of up to 40 rounds in which the three take turns;
+"1 thread" is the same on one thread by processor time. "folded x" is the plain network's time over the folded one's.
+"MACs allow" is the ratio of their multiply-accumulates, without and with the products of attention, which stay."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    timing = tasks.add_parser("speed")
+    timing.add_argument("networks", nargs="*", choices=[*NETWORKS, []], metavar="NETWORK")
+    timing.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    timing.add_argument("--seconds", type=float, default=60, help="for each of the two measurements of a network")
+    timing.add_argument("--json", type=Path, metavar="FILE", help="rows of earlier calls; new ones are added")
+    timing.add_argument("--write", action="store_true", help="write results/reparam.md")
+    profiling = tasks.add_parser("profile")
+    profiling.add_argument("network", choices=NETWORKS)
+    profiling.add_argument("--depth", type=int, help="so many blocks of a ViT instead of all")
+    folding = tasks.add_parser("fold")
+    folding.add_argument("model", type=Path)
+    folding.add_argument("out", type=Path)
+    options = parser.parse_args()
+    if options.task == "speed":
+        speed(options)
+    elif options.task == "profile":
+        print(profile(options.network, options.depth))
+    else:
+        fold(options.model, options.out)
+
+
+if __name__ == "__main__":
+    main()
