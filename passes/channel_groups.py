@@ -87,22 +87,23 @@ def _written(graph: gs.Graph, table: LinkTable) -> Iterator[tuple[gs.Tensor, int
         shape = table.shape(tensor) if tensor is not None else None
         if tensor is None or shape is None:
             continue
-        if node.op in ("Conv", "ConvTranspose"):
-            groups = int(node.attrs.get("group", 1))
-            source = table.shape(node.inputs[0])
-            if groups == 1 or source is None or groups != source[1]:
-                yield tensor, 1
-        elif node.op == "Gemm":
-            yield tensor, 1
-        elif node.op == "MatMul" and len(shape) > 1:
-            try:
-                yield tensor, view(graph, node).out_axis % len(shape)
-            except NotLinear:
-                continue
-        elif node.op in RECURRENT:
-            yield tensor, len(shape) - 1
-        elif node.op == "Gather" and isinstance(node.inputs[0], gs.Constant) and len(node.inputs[0].shape) == 2:
-            yield tensor, len(shape) - 1
+        axis = _written_axis(node, len(shape), table)
+        if axis is not None:
+            yield tensor, axis
+
+
+def _written_axis(node: gs.Node, rank: int, table: LinkTable) -> int | None:
+    if node.op in ("Conv", "ConvTranspose"):
+        source = table.shape(node.inputs[0])
+        depthwise = source is not None and 1 < int(node.attrs.get("group", 1)) == source[1]
+        return None if depthwise else 1
+    if node.op == "MatMul":
+        try:
+            return view(table.graph, node).out_axis % rank if rank > 1 else None
+        except NotLinear:
+            return None
+    embedding = node.op == "Gather" and isinstance(node.inputs[0], gs.Constant) and len(node.inputs[0].shape) == 2
+    return rank - 1 if node.op == "Gemm" or node.op in RECURRENT or embedding else None
 
 
 def _groups(region: Region) -> list[Group]:

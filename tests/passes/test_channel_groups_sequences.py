@@ -216,9 +216,9 @@ CASES = [
         """,
         f"c 4/4\ny 0/2: {OUT} 2",
         named(
-            Wq=(random((4, 3, 1, 1), "Wq") * 40).astype(np.int8), Ws=np.linspace(0.01, 0.04, 4), Wz=np.zeros(4, np.int8),
-            B=4, s=np.array(0.05), z=np.array(3, np.uint8), Vq=(random((2, 4, 1, 1), "Vq") * 40).astype(np.int8),
-            Vs=np.linspace(0.01, 0.02, 2),
+            Wq=(random((4, 3, 1, 1), "Wq") * 40).astype(np.int8), Ws=np.linspace(0.01, 0.04, 4),
+            Wz=np.zeros(4, np.int8), B=4, s=np.array(0.05), z=np.array(3, np.uint8),
+            Vq=(random((2, 4, 1, 1), "Vq") * 40).astype(np.int8), Vs=np.linspace(0.01, 0.02, 2),
         ),
         {"c": [0, 3]},
         {"Vq": S[:, [0, 3]]},
