@@ -1,7 +1,7 @@
 """Weights set to zero in a pattern, with the shape of the graph as it was.
 
     W' = M * W        M of zeros and ones,  by the scores  s = |w_ij|  or  |w_ij| rms(x_j)   (sparse_layers)
-    b' = b + (W - W') E[x]                  with data, but not where zeros are padded: the outputs keep their mean
+    b' = b + (W - W') E[x]                  with data, without a kernel: the outputs keep their mean
 
     N:M            the best N of every M consecutive *input* channels, for each output channel and place of the kernel:
                    2:4 along the sum is what sparse tensor cores read
@@ -149,7 +149,8 @@ class Sparsify(Pass):
                 facts.append(_sparsified(layer, scores, mask, self.correct_bias and with_data, outcome))
             else:
                 _refuse(layer, "nothing has to go, or is zero already", outcome)
-        edit.remove_dead(graph)
+        if facts:
+            edit.remove_dead(graph)
         outcome.facts = _summary(facts) | {"scores": "wanda" if wanda else "magnitude", "sites": facts}
         return outcome
 
