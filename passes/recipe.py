@@ -12,8 +12,9 @@
 
 Passes run from top to bottom. A good order is
 
-    constants, identities, pads, affine maps     they clear the way between linears, and leave less to scale
-    reparameterize-ffn                           it changes which linears there are
+    constants, identities                        they clear the way between linears
+    reparameterize-ffn                           it changes which linears there are, and folds the norms around them
+    pads, affine maps                            they leave less to scale
     equalize, smooth                             shifts and scales, which need a weight or a norm to go into
     split-channels, merge-channels, reorder      they choose by the ranges that scales have left
     clip-weights                                 for the weights that all of them have left
@@ -86,17 +87,19 @@ PASSES: Mapping[str, type[Pass]] = _Registry(
         "clip-weights": "clip_weights:ClipWeights",
         "prune": "prune:Prune",
         "sparsify": "sparsify:Sparsify",
+        "approximate-ffn": "approximate_ffn:ApproximateFfn",
         "quantize": "quantize:Quantize",
         "quantize-weights": "quantize_weights:QuantizeWeights",
     }
 )
 
 _FOLD = ("fold-constants", "remove-identities", "fold-pad", "fold-affine")
+_REPARAM = ("fold-constants", "remove-identities", "reparameterize-ffn", "fold-pad", "fold-affine")
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "fold": _FOLD,
-    "reparam": (*_FOLD, "reparameterize-ffn"),
+    "reparam": _REPARAM,
     "int8": (*_FOLD, "quantize"),
-    "int8-reparam": (*_FOLD, "reparameterize-ffn", "quantize"),
+    "int8-reparam": (*_REPARAM, "quantize"),
     "int8-smooth": (*_FOLD, "smooth", "quantize"),
     "int8-weights": (*_FOLD, "quantize-weights"),
 }

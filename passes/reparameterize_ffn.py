@@ -18,7 +18,8 @@ affine. A mask must be the same for all tokens and samples, and for two sizes of
 
 Per position the pair takes C_in H + H C_out multiply-accumulates (MACs), folded with k active channels k (C_in + C_out)
 + C_in C_out. The fold saves nothing when too few are idle (theta <= 1 / (2 rho) for H = rho C), and is refused then,
-unless ``always``. Run ``fold-affine`` before: a LayerScale between W2 and the shortcut is in the way.
+unless ``always``. A LayerScale behind W2 goes into it. ``fold-affine`` may come before or after; after, it has fewer
+weights to rewrite.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
-from channelfold.passes.affine import Blocked
+from channelfold.passes.affine import Affine, Blocked, as_affine
 from channelfold.passes.base import Context, Outcome, Pass
 from channelfold.passes.channel_functions import MIXED, Function, cone, is_shape
 from channelfold.passes.idle_channels import Pair, Pairs
@@ -73,11 +74,11 @@ class ReparameterizeFfn(Pass):
         idle, hidden, macs = int(pair.idle.sum()), pair.idle.size, f"{pair.macs:,} to {pair.folded_macs:,}"
         if pair.folded_macs >= pair.macs and not self.always:
             raise Blocked(f"folding {idle} idle of {hidden} channels would take the MACs per position from {macs}")
-        shortcut = _shortcut(pairs, pair, outcome)
+        place = _place(pairs, pair, outcome)
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
-            weights = _folded(pair, shortcut)
-        _Writer(pairs.graph, pair, shortcut, weights).write()
-        merged = ", with the shortcut" if shortcut.add is not None else ""
+            weights = _folded(pair, place)
+        _Writer(pairs.graph, pair, place, weights).write()
+        merged = ", with the shortcut" if place.add is not None else ""
         site = {"node": pair.outer.name, "method": f"dense{merged}", "width": [hidden, int(pair.active.sum())],
                 "macs": [pair.macs, pair.folded_macs]}  # fmt: skip
         outcome.facts.setdefault("sites", []).append(site)
@@ -131,27 +132,33 @@ def _is_needed(graph: gs.Graph, node: gs.Node, besides: gs.Node) -> bool:
 
 
 @dataclass(frozen=True)
-class _Shortcut:
-    """What the folded FFN reads, data = scale * source + shift, and the Add of the shortcut if that is merged."""
+class _Place:
+    """What surrounds an FFN and is folded with it.
+
+    It reads data = ``scale`` * ``source`` + ``shift``; ``tail`` is the map that its output goes through, a LayerScale;
+    ``add`` is the Add of the shortcut, where that is ``source``.
+    """
 
     source: gs.Tensor
     scale: np.ndarray | float = 1.0
     shift: np.ndarray | float = 0.0
+    tail: Affine | None = None
     add: gs.Node | None = None
 
 
-def _shortcut(pairs: Pairs, pair: Pair, outcome: Outcome) -> _Shortcut:
-    """The shortcut around an FFN where it can be merged; where there is one that cannot be, it says so."""
-    data, out = pair.inner[0].data, pair.outer.output
+def _place(pairs: Pairs, pair: Pair, outcome: Outcome) -> _Place:
+    """What can be folded with an FFN; where there is a shortcut that cannot be, it says so."""
+    data, tail = pair.inner[0].data, _tail(pairs.graph, pair)
+    out = pair.outer.output if tail is None else tail.output
     add = edit.sole_consumer(pairs.graph, out)
     if add is None or add.op != "Add" or not edit.is_standard(add):
-        return _Shortcut(data)
+        return _Place(data, tail=tail)
     source = next(t for t in add.inputs if t is not out)
     try:
         if isinstance(source, gs.Constant) or pair.outer.channels[0] != pair.inner[0].channels[1]:
             raise Blocked("it adds something else than what the FFN reads")
         if source is data:
-            return _Shortcut(data, add=add)
+            return _Place(data, tail=tail, add=add)
         axis = pair.inner[0].in_axis
         found = cone(pairs.graph, data, lambda tensor: tensor is source, roots=1)
         what = pairs.read(found, {id(source): axis}, axis)
@@ -160,9 +167,21 @@ def _shortcut(pairs: Pairs, pair: Pair, outcome: Outcome) -> _Shortcut:
             raise Blocked("what is in between is not one scale and shift a channel")
     except Blocked as error:
         outcome.refuse(add.name, f"Add: the shortcut stays apart: {error}", "shortcut")
-        return _Shortcut(data)
+        return _Place(data, tail=tail)
     slope, intercept = (np.array([f[i] for f in functions if f is not None]) for i in (1, 2))
-    return _Shortcut(source, what["scale"] * slope, what["scale"] * intercept + what["shift"], add)
+    return _Place(source, what["scale"] * slope, what["scale"] * intercept + what["shift"], tail, add)
+
+
+def _tail(graph: gs.Graph, pair: Pair) -> Affine | None:
+    """The channel-wise scales and shifts right behind an FFN, as one map."""
+    tail, tensor = None, pair.outer.output
+    while (node := edit.sole_consumer(graph, tensor)) is not None and (more := as_affine(node)) is not None:
+        if more.axis not in (None, pair.outer.out_axis % (edit.rank(tensor) or 1)):
+            break
+        tail = more if tail is None else tail.then(more)
+        assert tail is not None
+        tensor = tail.output
+    return tail
 
 
 _Weight = tuple[np.ndarray, np.ndarray | None]  # a weight (out, in) and a bias (out,)
@@ -177,18 +196,21 @@ class _Weights:
     outer: _Weight | None = None
 
 
-def _folded(pair: Pair, shortcut: _Shortcut) -> _Weights:
+def _folded(pair: Pair, place: _Place) -> _Weights:
     """The algebra at the top of this file, in float64, cast once. Raises OverflowError."""
     what, active, kind = pair.channels, pair.active, pair.outer.dtype
     second, last = _matrix(pair.outer), pair.outer.bias()
     bias = (0.0 if last is None else last) + second @ what["shift"]
+    if place.tail is not None:
+        second *= place.tail.scale.reshape(-1, 1)
+        bias = place.tail.scale * bias + place.tail.shift
     outs, ins = pair.outer.channels[0], pair.inner[0].channels[1]
-    dense = np.zeros((outs, ins)) if shortcut.add is None else np.eye(outs)
+    dense = np.zeros((outs, ins)) if place.add is None else np.eye(outs)
     inner: list[_Weight] = []
     for root, linear in enumerate(pair.inner):
         first, old = _matrix(linear), linear.bias()
-        offset = (0.0 if old is None else old) + first @ np.broadcast_to(shortcut.shift, (ins,))
-        first *= shortcut.scale
+        offset = (0.0 if old is None else old) + first @ np.broadcast_to(place.shift, (ins,))
+        first *= place.scale
         mine = pair.slopes[:, 0] == root
         channels, (slope, intercept) = what["channel"][mine], pair.slopes[mine, 1:].T
         columns = second[:, mine] * what["scale"][mine]
@@ -215,14 +237,15 @@ class _Writer:
 
     graph: gs.Graph
     pair: Pair
-    shortcut: _Shortcut
+    place: _Place
     weights: _Weights
     nodes: list[gs.Node] = field(default_factory=list)
     made: dict[int, gs.Tensor] = field(default_factory=dict)
 
     def write(self) -> None:
-        pair, source = self.pair, self.shortcut.source
-        old = [node for node in (pair.outer.node, pair.outer.bias_node, self.shortcut.add) if node is not None]
+        pair, place, source = self.pair, self.place, self.place.source
+        tail = place.tail.nodes if place.tail is not None else ()
+        old = [node for node in (pair.outer.node, pair.outer.bias_node, *tail, place.add) if node is not None]
         names, result = [node.name for node in old], old[-1].outputs[0]
         position = next(i for i, node in enumerate(self.graph.nodes) if node is old[0])
         for node in old:

@@ -226,14 +226,13 @@ def reparam(
     ``options`` are those of the pass ``reparameterize-ffn``. The record counts ``parameters`` and ``macs`` (per sample,
     None where a size is open) in ``model`` and ``output``.
     """
-    *folds, last = recipes.load_recipe("reparam").passes
-    passes = [*folds, recipes.make(last.name, options or {})]
+    passes = _overridden(recipes.load_recipe("reparam").passes, options or {})
     job = _Job("reparam", Path(model), progress, seed, allow_script)
     job.evaluation = job.open_evaluation(evaluation)
     job.record["model"] |= inspection.costs(job.graph)
     job.transform(passes, Path(out))
     job.record["output"] |= inspection.costs(graph_io.load(out))
-    if not job.record["steps"][-1]["changed"]:
+    if not any(step["changed"] for step in job.record["steps"] if step["pass"] == "reparameterize-ffn"):
         job.warn("No FFN has channels that bypass the activation: channelfold inspect --idle shows what there is")
     return job.record
 

@@ -22,7 +22,6 @@ from channelfold.tests.graphs import (
     changes,
     constants,
     feeds,
-    fold,
     listing,
     ops,
     positive,
@@ -279,14 +278,24 @@ def test_what_feeds_the_linear_itself_is_merged_without_a_norm():
     assert len(graph.nodes) == 8
 
 
-def test_a_layer_scale_takes_fold_affine_first():
-    body = PLAIN + "s = Mul(z, ls)\n y = Add(x, s)"
-    graph, outcome, _ = folded(body, **WEIGHTS, M=mask(4), ls=positive(4))
-    assert "shortcut" not in changes(outcome)[0]
-    graph = build(TOKENS, body, **WEIGHTS, M=mask(4), ls=positive(4))
-    fold(FoldAffine(), graph)
-    applied(FOLD, graph)
-    assert len(graph.nodes) == 7
+@pytest.mark.parametrize(
+    ("tail", "merged"),
+    [
+        ("s = Mul(z, g1)\n y = Add(x, s)", True),
+        ("r = Add(e1, z)\n s = Mul(r, half)\n t = Sub(s, g1)\n y = Add(t, x)", True),
+        ("s = Mul(z, g1)\n y = Neg(s)", False),
+    ],
+)
+def test_a_layer_scale_is_folded_too(tail, merged):
+    graph, outcome, _ = folded(PLAIN + tail, **WEIGHTS, **NORMS, **SCALARS, M=mask(4))
+    assert ("shortcut" in changes(outcome)[0]) == merged
+    assert ops(graph) == ["MatMul", "Add", "Relu", "MatMul", "MatMul", "Add", "Add"]
+
+
+def test_a_scale_over_tokens_stays():
+    graph, outcome, _ = folded(PLAIN + "s = Mul(z, c)\n y = Add(x, s)", **WEIGHTS, M=mask(4), c=positive((5, 1)))
+    assert ops(graph)[-2:] == ["Mul", "Add"]
+    assert reasons(outcome) == []
 
 
 @pytest.mark.parametrize("before", [(), (FoldAffine(),)])
