@@ -1,8 +1,11 @@
 """What a model costs in milliseconds at each size of one of its groups: measured, not modelled.
 
 Measured times go down in steps, where a size fills the vector registers and where it does not, and a smaller layer can
-even be slower. A knapsack over a table of them needs no model of that: a size that costs more than a larger one is
+even be slower. A knapsack over tables of them needs no model of that: a size that costs more than a larger one is
 dominated, and never chosen.
+
+What tables of single groups cannot say is how two cuts act together: a layer between two groups that are both cut to a
+half runs four times as fast, not "two halves saved". So the allocation is measured, and repeated with less to spend.
 """
 
 from __future__ import annotations
@@ -11,11 +14,16 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from channelfold.passes.allocation import Group
 from channelfold.passes.base import UsageError, no_progress
+from channelfold.passes.knapsack import knapsack, unreachable
 from channelfold.runtime.bench import latencies
 from channelfold.runtime.calibration import random_data
 from channelfold.runtime.ort import Session
 
+_LEAST_STEP = 0.01  # of the budget: by how much less an allocation that took too long is repeated with
 STEP = 8  # sizes between the measured ones cost what the next multiple of this does
 
 
@@ -51,3 +59,40 @@ def looked_up(table: Mapping[int, float], size: int) -> float:
             f"Measure the size that the model has; measured: {', '.join(map(str, sorted(table)))}",
         )
     return table[min(larger)]
+
+
+def within_latency(
+    groups: Sequence[Group],
+    values: Sequence[np.ndarray],
+    tables: Sequence[Mapping[int, float]],
+    budget: float,
+    measure: Callable[[list[int]], float],
+    align: int = 1,
+) -> list[int]:
+    """The units that each group keeps so that the model takes at most ``budget`` milliseconds.
+
+    ``values[g]``: float[units + 1], what the best k units of group g are worth together; their sum is made as great as
+    the tables can tell. ``tables[g]``: milliseconds of the model by the channels that g has, all other groups whole.
+    ``measure(kept)``: milliseconds of the model cut like this, asked until the answer fits. Raises UsageError when it
+    never does.
+    """
+    counts = [group.counts(align) for group in groups]
+    costs = [
+        np.array([looked_up(table, int(k) * group.channels) for k in allowed])
+        for group, table, allowed in zip(groups, tables, counts, strict=True)
+    ]
+    whole = float(np.mean([cost[-1] for cost in costs]))
+    saved = [cost - cost[-1] for cost in costs]
+    options = [
+        list(zip(np.asarray(value)[allowed].tolist(), cost.tolist(), strict=True))
+        for value, allowed, cost in zip(values, counts, saved, strict=True)
+    ]
+    limit, least = budget - whole, whole
+    while limit >= sum(float(cost.min()) for cost in saved):
+        kept = [int(k[pick]) for k, pick in zip(counts, knapsack(options, limit), strict=True)]
+        taken = measure(kept)
+        if taken <= budget:
+            return kept
+        least = min(least, taken)
+        limit -= max(taken - budget, _LEAST_STEP * budget)
+    raise unreachable(budget, least)

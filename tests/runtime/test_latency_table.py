@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 
+from channelfold.passes.allocation import Group
 from channelfold.passes.base import UsageError
 from channelfold.runtime.graph_io import weightless
-from channelfold.runtime.latency_table import looked_up, measured
+from channelfold.runtime.latency_table import looked_up, measured, within_latency
 from channelfold.tests.graphs import build
 
 
@@ -30,3 +34,37 @@ def test_a_size_between_costs_what_the_next_measured_multiple_of_eight_costs():
 def test_a_size_above_all_measured_ones_is_refused():
     with pytest.raises(UsageError, match=r"for 40 channels .* multiple of 8\. Measure .*; measured: 8, 32"):
         looked_up({8: 1.0, 32: 2.0}, 40)
+
+
+GROUPS = [Group("a", 64), Group("b", 32)]
+VALUES = [np.sqrt(np.arange(65)), 2 * np.sqrt(np.arange(33))]
+
+
+def takes(kept):
+    """Milliseconds of a model with a layer into a, one between a and b, one from b on."""
+    a, b = kept[0] / 64, kept[1] / 32
+    return 1 + 4 * a + 8 * a * b + 2 * b
+
+
+TABLES = [{k: takes([k, 32]) for k in range(8, 65, 8)}, {k: takes([64, k]) for k in range(8, 33, 8)}]
+
+
+@pytest.mark.parametrize("budget", [4.0, 7.5, 10.0, 14.0, 15.0])
+def test_the_allocation_fits_by_measure_where_the_tables_alone_would_promise_too_much(budget):
+    asked = []
+
+    def measure(kept):
+        asked.append(kept)
+        return takes(kept)
+
+    kept = within_latency(GROUPS, VALUES, TABLES, budget, measure, align=8)
+    assert takes(kept) <= budget
+    assert all(takes(earlier) > budget for earlier in asked[:-1])
+    every = itertools.product(range(8, 65, 8), range(8, 33, 8))
+    best = max(VALUES[0][a] + VALUES[1][b] for a, b in every if takes([a, b]) <= budget)
+    assert VALUES[0][kept[0]] + VALUES[1][kept[1]] >= 0.9 * best
+
+
+def test_a_latency_that_cannot_be_reached_is_refused_with_the_least_that_was_measured():
+    with pytest.raises(UsageError, match=r"A budget of 2 cannot be reached: the least possible is 2\.25"):
+        within_latency(GROUPS, VALUES, TABLES, 2.0, takes, align=8)
