@@ -14,8 +14,7 @@ told to (``build --sparse-weights``), and then only where they are faster than t
 the flag and builds the same plan, byte for byte, on SM 80, 86, 89 and 120. Blocks and unstructured zeros need a runtime
 made for them. The file keeps its size until it is compressed.
 
-Quantization keeps zeros: they are exact in int8, so it may follow. What comes before must not be undone: an exact fold
-that runs afterwards scales channels, and zeros stay zeros there as well.
+Quantization may follow, since zero is exact in int8, and so may passes that scale channels.
 
 Sources: Sun et al., Wanda, ICLR 2024; Mishra et al., Accelerating Sparse Deep Neural Networks, 2021; Xu et al., LPViT,
 ECCV 2024; Sung et al., ECoFLaP, ICLR 2024.

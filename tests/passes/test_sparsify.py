@@ -318,6 +318,13 @@ def test_a_second_time_there_is_nothing_to_do(options):
     assert [len(step["changed"]) for step in steps] == [2, 0]
 
 
+def test_a_graph_without_weights_is_left_as_it_was():
+    graph = build("(float[N,4] x) => (float[] y)", "dead = Neg(x)  y = Relu(x)", kind="float")
+    old = listing(graph)
+    graph, (step,) = pipeline.run(graph, [Sparsify()], Context())
+    assert (step["changed"], step["facts"]["sparsity"], listing(graph)) == ([], 0.0, old)
+
+
 def test_a_layer_that_no_sample_reaches_stays():
     graph = build(TOKENS, MLP, kind="float", A=(32, 16), B=(16, 16))
     feed = {"x": np.zeros((0, 2, 32), np.float32)}
