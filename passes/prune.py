@@ -30,15 +30,16 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes import allocation, importance
+from channelfold.passes import allocation, importance, sensitivity
 from channelfold.passes.affine import Blocked
 from channelfold.passes.base import Context, Outcome, Pass, UsageError
 from channelfold.passes.channel_groups import Group, Region, find_groups
 from channelfold.passes.cut import cut, mask
 from channelfold.passes.equalize import shapes_of
 from channelfold.passes.group_costs import GroupCosts, Keeps, Kind
-from channelfold.passes.importance import Ranking
+from channelfold.passes.importance import Ranking, Spread
 from channelfold.passes.index_maps import Shape
+from channelfold.passes.linear import Linear
 from channelfold.passes.refit import Fit, ReadStatistics, matters
 from channelfold.passes.verify import Verifier
 from channelfold.runtime.graph_io import infer_shapes
@@ -103,6 +104,8 @@ class Prune(Pass):
             return outcome
         statistics = ReadStatistics(graph, _regions(groups), ctx)
         rankings = self._rankings(groups, statistics, ctx)
+        if self.ratio is None and self.allocation != "uniform" and ctx.calibration is not None:
+            rankings = sensitivity.scaled(graph, groups, rankings, statistics, self._fit, ctx)
         costs = GroupCosts(graph, groups, shapes)
         keeps = self._allocate(groups, rankings, costs)
         fits = [] if self.compensate == "none" else self._fits(statistics, shapes, keeps)
@@ -206,12 +209,15 @@ class Prune(Pass):
         fits = []
         for read, spread in statistics.each():
             stays = keeps[id(read.region)][1][read.labels - 1]
-            full = self.compensate != "bias" and spread.covariance.ndim == 2
             for linear in read.linears if not stays.all() else ():
                 result = linear.node.outputs[0]
                 out = rows.get((id(result), linear.out_axis % len(shapes[result.name])))
-                fits.append(Fit.of(linear, stays, out, spread, "lstsq" if full else "bias", self.ridge))
+                fits.append(self._fit(linear, stays, out, spread))
         return fits
+
+    def _fit(self, linear: Linear, stays: np.ndarray, rows: np.ndarray | None, spread: Spread) -> Fit:
+        mode = "lstsq" if self.compensate == "auto" else self.compensate
+        return Fit.of(linear, stays, rows, spread, mode, self.ridge)
 
     def _cut(
         self, graph: gs.Graph, ctx: Context, shapes: Mapping[str, Shape], regions: Sequence[Region], keeps: Keeps

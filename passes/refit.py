@@ -109,10 +109,13 @@ class Fit:
         stays: np.ndarray,
         rows: np.ndarray | None,
         spread: Spread,
-        mode: Literal["bias", "lstsq"],
+        mode: Literal["none", "bias", "lstsq"],
         ridge: float,
     ) -> Fit:
-        """``stays``: which input channels do, (in,) bool. ``rows``: which outputs do, None for all."""
+        """``stays``: which input channels do, (in,) bool. ``rows``: which outputs do, None for all.
+
+        Of a spread without covariances only the bias can be made up for.
+        """
         weight, outs = linear.weight(), linear.channels[0]
         gain = np.zeros(outs)
         kept_weights = []
@@ -120,14 +123,24 @@ class Fit:
             part, kept = weight[mine], np.flatnonzero(stays[inputs])
             gone = np.flatnonzero(~stays[inputs])
             matrix, offset = np.zeros((gone.size, kept.size)), spread.mean[inputs][gone]
-            if mode == "lstsq":
+            if mode == "lstsq" and spread.covariance.ndim == 2:
                 matrix, offset = _filled(spread, inputs, kept, gone, linear.padded, ridge)
             new = part[:, kept] + np.moveaxis(np.moveaxis(part[:, gone], 1, -1) @ matrix, -1, 1)
-            if not linear.padded:
+            if not linear.padded and mode != "none":
                 gain[mine] = part[:, gone].reshape(len(part), gone.size, -1).sum(axis=-1) @ offset
             kept_weights.append(new)
         found = np.concatenate(kept_weights)
         return cls(linear.node, found, gain) if rows is None else cls(linear.node, found[rows], gain[rows])
+
+    def silence(self, linear: Linear, stays: np.ndarray) -> None:
+        """Writes it into a node that is not cut, with zeros in the columns of what goes."""
+        weight = np.zeros((linear.channels[0], linear.channels[1] // linear.groups, *linear.kernel))
+        for mine, inputs in importance.blocks(linear):
+            weight[mine, stays[inputs]] = self.weight[mine]
+        linear.set_weight(weight)
+        if self.gain is not None and self.gain.any():
+            old = linear.bias()
+            linear.set_bias(self.gain if old is None else old + self.gain)
 
     def install(self, graph: gs.Graph, outcome: Outcome) -> None:
         """Writes the weight and the bias into the graph after the cut, or refuses when they do not fit the type."""
