@@ -50,6 +50,10 @@ _CONTRIBUTED = ("Gelu", "FastGelu", "QuickGelu")  # of com.microsoft, without th
 _WHAT = np.dtype([("function", np.int32), ("channel", np.int32), ("scale", np.float64), ("shift", np.float64)])
 
 
+class UnknownShape(Blocked):
+    """A tensor has no shape that anyone can tell for the input at hand."""
+
+
 @dataclass(frozen=True, eq=False)
 class Function:
     """A function of a channel: the result of ``node`` on functions and one-element constants (None: input left out).
@@ -422,7 +426,7 @@ class Reader:
         try:
             return self.shapes[tensor.name]
         except KeyError:
-            raise Blocked(f"the shape of {tensor.name!r} is unknown") from None
+            raise UnknownShape(f"the shape of {tensor.name!r} is unknown") from None
 
     def value(self, tensor: gs.Tensor) -> np.ndarray:
         """The values of a tensor that is computed from constants and shapes alone."""

@@ -10,7 +10,7 @@ affine, *dead* when it is constant, else *active*. An FFN is a pair with active 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,15 +19,16 @@ import onnx_graphsurgeon as gs
 from channelfold.passes import edit
 from channelfold.passes.affine import Blocked
 from channelfold.passes.base import DataError, ModelError
-from channelfold.passes.channel_functions import CONSTANT, Cone, Function, Functions, Reader, cone
+from channelfold.passes.channel_functions import CONSTANT, Cone, Function, Functions, Reader, UnknownShape, cone
 from channelfold.passes.index_maps import Shape
 from channelfold.passes.linear import LINEAR_OPS, Linear, NotLinear, view
-from channelfold.runtime.calibration import random_data
+from channelfold.runtime.calibration import Data, random_data
 from channelfold.runtime.inspection import required_inputs
 from channelfold.runtime.ort import Feed
 from channelfold.runtime.shapes import measured_shapes, shapes_on
 
-_SIZES = ((2, 32), (3, 64))  # of open leading axes, and of other open ones
+_SIZES = ((2, 32), (3, 64), (2, 224), (3, 448))  # of open leading axes, and of other open ones
+_READINGS = 2  # how many sizes of the input must agree, where it has one that is open
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,14 @@ class Pair:
 
 
 class Pairs:
-    """Finds the pairs of a graph. It may change between two calls, but not the shapes of the tensors that stay."""
+    """Finds the pairs of a graph. It may change between two calls, but not the shapes of the tensors that stay.
 
-    def __init__(self, graph: gs.Graph):
+    Masks are computed for some sizes of the input: that of a sample of ``data``, if given, and others.
+    """
+
+    def __init__(self, graph: gs.Graph, data: Data | None = None):
         self.graph = graph
-        self.readers = [Reader(graph, shapes) for shapes in _sizes(graph)]
+        self.readers = [Reader(graph, _Shapes(graph, feed)) for feed in _feeds(graph, data)]
 
     def at(self, node: gs.Node, plain: bool = False) -> Pair | None:
         """The pair whose second linear a node is, or None; with ``plain`` also one that treats all channels alike.
@@ -116,26 +120,42 @@ class Pairs:
         linears = tuple(inner[id(root)] for root in found.roots)
         if not (plain or found.varied) or any(self._pointwise(linear.node) is None for linear in linears):
             return None
-        functions = Functions()
-        for reader in self.readers:
-            reader.functions = functions
         axes = {id(root): linear.out_axis for root, linear in zip(found.roots, linears, strict=True)}
+        functions = Functions()
         try:
-            channels = self.read(found, axes, outer.in_axis)
+            channels, tensors = self.read(found, axes, outer.in_axis, functions)
         except Blocked:
             if found.mixed:
                 raise
             return None
-        outputs = (tensor for node in found.nodes for tensor in node.outputs)
-        tensors = [*found.roots, *(t for t in outputs if id(t) in self.readers[0].elements)]
-        return Pair(linears, outer, found, channels, functions.items, tensors)
+        return Pair(linears, outer, found, channels, functions.items, [*found.roots, *tensors])
 
-    def read(self, found: Cone, axes: Mapping[int, int], axis: int) -> np.ndarray:
-        """``Reader.read`` for all sizes. Raises Blocked where they differ."""
-        channels, *others = (reader.read(found, axes, axis) for reader in self.readers)
-        if any(not np.array_equal(channels, other) for other in others):
-            raise Blocked("which channels go through the activation depends on the size of the input")
-        return channels
+    def read(
+        self, found: Cone, axes: Mapping[int, int], axis: int, functions: Functions
+    ) -> tuple[np.ndarray, list[gs.Tensor]]:
+        """``Reader.read`` for several sizes of the input, and the tensors of the cone that depend on the roots.
+
+        Raises Blocked, also where the sizes differ.
+        """
+        seen: list[np.ndarray] = []
+        unknown = Blocked("its shape is unknown")
+        outputs = [tensor for node in found.nodes for tensor in node.outputs]
+        tensors: list[gs.Tensor] = []
+        for reader in self.readers:
+            reader.functions = functions
+            try:
+                seen.append(reader.read(found, axes, axis))
+            except UnknownShape as error:
+                unknown = error
+                continue
+            tensors = [tensor for tensor in outputs if id(tensor) in reader.elements]
+            if not np.array_equal(seen[0], seen[-1]):
+                raise Blocked("which channels go through the activation depends on the size of the input")
+            if len(seen) == _READINGS:
+                break
+        if not seen:
+            raise unknown
+        return seen[0], tensors
 
     def _pointwise(self, node: gs.Node) -> Linear | None:
         """The view of a linear that treats every position alike."""
@@ -167,32 +187,40 @@ class Pairs:
 
 
 class _Shapes(dict[str, Shape]):
-    """Shapes by name for one feed; what inference does not know is measured when it is asked for."""
+    """Shapes by name for one feed, inferred when they are asked for; what inference does not know is measured."""
 
     def __init__(self, graph: gs.Graph, feed: Feed):
-        super().__init__(shapes_on(graph, {name: values.shape for name, values in feed.items()}))
+        super().__init__()
         self.graph, self.feed = graph, feed
-        self.measured = not feed
+        self.sources = [self._inferred, self._measured]
 
     def __missing__(self, name: str) -> Shape:
-        if self.measured:
+        while self.sources and name not in self:
+            with contextlib.suppress(ModelError):
+                self.update(self.sources.pop(0)())
+        if name not in self:
             raise KeyError(name)
-        self.measured = True
-        with contextlib.suppress(ModelError):
-            self.update(measured_shapes(self.graph, self.feed))
         return self[name]
 
+    def _inferred(self) -> dict[str, Shape]:
+        return shapes_on(self.graph, {name: values.shape for name, values in self.feed.items()})
 
-def _sizes(graph: gs.Graph) -> list[_Shapes]:
-    """The shapes for two sizes of the inputs, for one where none is open."""
+    def _measured(self) -> dict[str, Shape]:
+        return measured_shapes(self.graph, self.feed) if self.feed else {}
+
+
+def _feeds(graph: gs.Graph, data: Data | None) -> Iterator[Feed]:
+    """A sample of the data and random feeds in several sizes; one of them where no size is open."""
+    sample = next(iter(data), None) if data is not None else None
     inputs = required_inputs(graph)
     fixed = all(isinstance(size, int) for spec in inputs for size in spec.shape)
     leading = {spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], str)}
+    sizes = () if fixed and sample is not None else _SIZES[:1] if fixed else _SIZES
+    if sample is not None:
+        yield sample
     try:
-        feeds = [
-            next(iter(random_data(inputs, 1, dims=dict.fromkeys(leading, lead), size=size)))
-            for lead, size in _SIZES[: 1 if fixed else 2]
-        ]
+        for lead, size in sizes:
+            yield from random_data(inputs, 1, dims=dict.fromkeys(leading, lead), size=size)
     except DataError:  # inputs that cannot be random, or none
-        feeds = [{}]
-    return [_Shapes(graph, feed) for feed in feeds]
+        if sample is None:
+            yield {}

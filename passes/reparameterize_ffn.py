@@ -33,7 +33,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes import edit
 from channelfold.passes.affine import Affine, Blocked, as_affine
 from channelfold.passes.base import Context, Outcome, Pass
-from channelfold.passes.channel_functions import MIXED, Function, cone, is_shape
+from channelfold.passes.channel_functions import MIXED, Function, Functions, cone, is_shape
 from channelfold.passes.idle_channels import Pair, Pairs
 from channelfold.passes.linear import Linear, NotLinear, cast
 from channelfold.runtime.graph_io import constant, free_name, infer_shapes
@@ -51,7 +51,7 @@ class ReparameterizeFfn(Pass):
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
-        outcome, pairs, nodes = Outcome(), Pairs(graph), list(graph.nodes)
+        outcome, pairs, nodes = Outcome(), Pairs(graph, ctx.calibration), list(graph.nodes)
         try:
             for done, node in enumerate(nodes):
                 ctx.progress("reparameterize", done, len(nodes))
@@ -161,14 +161,15 @@ def _place(pairs: Pairs, pair: Pair, outcome: Outcome) -> _Place:
             return _Place(data, tail=tail, add=add)
         axis = pair.inner[0].in_axis
         found = cone(pairs.graph, data, lambda tensor: tensor is source, roots=1)
-        what = pairs.read(found, {id(source): axis}, axis)
-        functions = [pair.functions[f].affine for f in what["function"]]
-        if None in functions or not np.array_equal(what["channel"], np.arange(what.size)):
+        functions = Functions()
+        what, _ = pairs.read(found, {id(source): axis}, axis, functions)
+        maps = [functions.items[f].affine for f in what["function"]]
+        if None in maps or not np.array_equal(what["channel"], np.arange(what.size)):
             raise Blocked("what is in between is not one scale and shift a channel")
     except Blocked as error:
         outcome.refuse(add.name, f"Add: the shortcut stays apart: {error}", "shortcut")
         return _Place(data, tail=tail)
-    slope, intercept = (np.array([f[i] for f in functions if f is not None]) for i in (1, 2))
+    slope, intercept = (np.array([m[i] for m in maps if m is not None]) for i in (1, 2))
     return _Place(source, what["scale"] * slope, what["scale"] * intercept + what["shift"], tail, add)
 
 

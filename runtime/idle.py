@@ -109,7 +109,7 @@ def idle(
     """
     FoldConstants().apply(graph, Context())
     infer_shapes(graph)
-    pairs = Pairs(graph)
+    pairs = Pairs(graph, data)
     found = [pair for node in graph.nodes if (pair := _at(pairs, node)) is not None and pair.activated]
     fits = [_Fits(pair) for pair in found]
     if data is not None:

@@ -15,7 +15,9 @@ from channelfold.passes.fold_affine import FoldAffine
 from channelfold.passes.fold_constants import FoldConstants
 from channelfold.passes.pipeline import run as run_pipeline
 from channelfold.passes.reparameterize_ffn import ReparameterizeFfn
+from channelfold.runtime.calibration import open_data
 from channelfold.runtime.graph_io import check, load, session
+from channelfold.runtime.inspection import required_inputs
 from channelfold.tests.graphs import (
     assert_same,
     build,
@@ -417,6 +419,18 @@ def test_a_mask_that_depends_on_the_size_of_the_input():
     body = SITE.replace("a =", "s = Shape<start=0, end=1>(x)\n M = Less(r, s)\n a =")
     _, outcome, _ = folded(body, **WEIGHTS, r=np.arange(WIDE))
     assert reasons(outcome) == ["MatMul: which channels go through the activation depends on the size of the input"]
+
+
+@pytest.mark.parametrize("tokens", [224, 7])
+def test_a_size_that_is_open_in_the_file_alone(tokens):
+    """The embedding of positions allows one number of tokens; where it is an unusual one, a sample tells it."""
+    body = "e = Add(x, E)\n" + SITE.replace("(x, W1)", "(e, W1)")
+    body = body.replace(" w =", " s = Shape(h)\n O = Expand(on, s)\n M = And(O, K)\n w =")
+    given = {**WEIGHTS, "E": random((1, tokens, 4), "E"), "on": np.array(True), "K": mask(4, seed=1)}
+    graph = build("(float[N,T,4] x) => (float[N,T,4] y)", body, kind="float", **given)
+    data = open_data([{"x": np.zeros((1, tokens, 4), np.float32)}], required_inputs(graph))
+    outcome = FOLD.apply(graph, Context(data if tokens == 7 else None))
+    assert "12 of 16" in changes(outcome)[0]
 
 
 def test_a_weight_that_is_not_constant():
