@@ -139,7 +139,7 @@ class Sparsify(Pass):
                     _refuse(layer, "no calibration sample reached it", outcome)
             layers = [layer for layer in layers if layer.observed]
         counts = self._counts(graph, layers, wanda, ctx) if self.group is None and layers else [0] * len(layers)
-        facts = []
+        facts, untouched = [], 0
         for number, (layer, count) in enumerate(zip(layers, counts, strict=True)):
             ctx.progress("Setting weights to zero", number, len(layers))
             scores = layer.scores(wanda)
@@ -147,10 +147,11 @@ class Sparsify(Pass):
             if np.any(scores, where=~mask):
                 facts.append(_sparsified(layer, scores, mask, self.correct_bias and with_data, outcome))
             else:
+                untouched += layer.size
                 _refuse(layer, "nothing has to go, or is zero already", outcome)
         if facts:
             edit.remove_dead(graph)
-        outcome.facts = _summary(facts) | {"scores": "wanda" if wanda else "magnitude", "sites": facts}
+        outcome.facts = _summary(facts, untouched) | {"scores": "wanda" if wanda else "magnitude", "sites": facts}
         return outcome
 
     def _layers(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Layer]:
@@ -258,9 +259,12 @@ def _sparsified(
     }
 
 
-def _summary(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over the layers; ``deflated_bytes``: what their weights take in a compressed archive, before and after."""
-    weights, zeros = sum(fact["size"] for fact in facts), sum(fact["zeros"] for fact in facts)
+def _summary(facts: Sequence[dict[str, Any]], untouched: int) -> dict[str, Any]:
+    """Sums over the layers, with the number of weights in those left untouched.
+
+    ``deflated_bytes``: what the weights of the others take in a compressed archive, before and after.
+    """
+    weights, zeros = untouched + sum(fact["size"] for fact in facts), sum(fact["zeros"] for fact in facts)
     return {
         "weights": weights,
         "zeros": zeros,

@@ -375,3 +375,13 @@ def test_what_it_is_worth_is_said():
     assert sentence.startswith("Zeros save no time in ONNX Runtime. TensorRT can use them from SM 80 on")
     assert "TensorRT has no kernels for block" in worth(facts, "block")[0]
     assert feeds(graph)["x"].shape == run(graph, feeds(graph))["y"].shape
+
+
+def test_the_share_of_zeros_counts_layers_left_dense():
+    """B has few tiles, each of them a larger part of it: none goes."""
+    graph = build(TOKENS, MLP, kind="float", A=random((32, 64), "A"), B=np.ones((64, 8)))
+    outcome = sparsify(graph, pattern="block", block=8, sparsity=0.3)
+    assert len(outcome.changed) == 1
+    assert outcome.facts["weights"] == 32 * 64 + 64 * 8
+    assert outcome.facts["zeros"] == sum(np.count_nonzero(linear.weight() == 0) for linear in linears(graph))
+    assert outcome.facts["sparsity"] == pytest.approx(0.3, abs=0.01)
