@@ -379,7 +379,9 @@ def sparsify(
 @_command("channelfold reparam repavit.onnx -o folded.onnx")
 @opt.model
 @opt.output
+@opt.calibration
 @opt.evaluation
+@opt.random
 @opt.allow_script
 @opt.reparameterizer
 @opt.seed
@@ -388,8 +390,11 @@ def reparam(
     progress: Any,
     model: str,
     output: str,
+    calibration: str | None,
     evaluation: str | None,
+    random: int | None,
     allow_script: bool,
+    approximate: bool,
     seed: int,
     **options: Any,
 ) -> Any:
@@ -397,12 +402,22 @@ def reparam(
 
     For networks that were trained for it, such as RePaViT: until this is done they are slower than plain ones. The
     result computes the same function, which is checked by running it. Folds first, as the command fold does.
+
+    \b
+    With --approximate, for any network: removes hidden channels too. What stays, and a dense layer
+    where it pays, is fitted to stand in for them on the calibration data. Say how far to go:
+      --keep-hidden  share of the hidden channels
+      --keep-macs    share of the FFNs' multiply-accumulates
+      --max-error    relative error of the outputs
     """
     return jobs.reparam(
         model,
         output,
+        calibration=calibration,
         evaluation=evaluation,
+        random=random,
         allow_script=allow_script,
+        approximate=approximate,
         options=opt.given(options),
         seed=seed,
         progress=progress,

@@ -215,24 +215,37 @@ def reparam(
     model: PathLike,
     out: PathLike,
     *,
+    calibration: Any = None,
     evaluation: Any = None,
+    random: int | None = None,
     allow_script: bool = False,
+    approximate: bool = False,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Record:
     """Folds, then makes one dense layer of FFN channels that bypass the activation. Writes ``out``.
 
-    ``options`` are those of the pass ``reparameterize-ffn``. The record counts ``parameters`` and ``macs`` (per sample,
-    None where a size is open) in ``model`` and ``output``.
+    With ``approximate`` hidden channels are removed then, which needs data. ``options`` are those of the passes
+    ``reparameterize-ffn`` and ``approximate-ffn``. The record counts ``parameters`` and ``macs`` (per sample, None
+    where a size is open) in ``model`` and ``output``.
     """
-    passes = _overridden(recipes.load_recipe("reparam").passes, options or {})
+    given = dict(options or {})
+    own = {name: given.pop(name) for name in given.keys() & {"always"}}
+    passes = _overridden(recipes.load_recipe("reparam").passes, own)
+    if given and not approximate:
+        name = min(given).replace("_", "-")
+        raise UsageError(f"--{name} is for networks that are not folded exactly", "Add --approximate")
+    if approximate:
+        passes.append(recipes.make("approximate-ffn", given))
     job = _Job("reparam", Path(model), progress, seed, allow_script)
+    job.calibration = job.open("calibration", calibration, random)
     job.evaluation = job.open_evaluation(evaluation)
     job.record["model"] |= inspection.costs(job.graph)
     job.transform(passes, Path(out))
     job.record["output"] |= inspection.costs(graph_io.load(out))
-    if not any(step["changed"] for step in job.record["steps"] if step["pass"] == "reparameterize-ffn"):
+    folded = any(step["changed"] for step in job.record["steps"] if step["pass"] == "reparameterize-ffn")
+    if not folded and not approximate:
         job.warn("No FFN has channels that bypass the activation: channelfold inspect --idle shows what there is")
     return job.record
 

@@ -23,6 +23,7 @@ IMPORTANCES = ("auto", "l1", "l2", "bn", "activation", "reconstruction")
 ALLOCATIONS = ("auto", "uniform", "ranked", "knapsack")
 COMPENSATIONS = ("auto", "none", "bias", "lstsq")
 SCORES = ("magnitude", "wanda")
+BRANCHES = ("auto", "never", "always")
 RATIOS = ("uniform", "equal-slope", "ecoflap")
 
 
@@ -199,10 +200,37 @@ smoother = _options(
 
 reparameterizer = _options(
     click.option(
-        "--always", is_flag=True, default=None, help="Also where too few channels are idle for it to save anything."
+        "--always",
+        is_flag=True,
+        default=None,
+        help="Fold also where too few channels are idle for it to save anything.",
     ),
+    click.option("--approximate", is_flag=True, help="Then remove hidden channels; see above."),
+    click.option("--keep-hidden", type=float, metavar="X", help="--approximate: see above, 0 to 1."),
+    click.option("--keep-macs", type=float, metavar="X", help="--approximate: see above, 0 to 1."),
+    click.option("--max-error", type=float, metavar="X", help="--approximate: see above, 0 to 1."),
+    click.option(
+        "--branch",
+        type=_Choice(BRANCHES),
+        help="--approximate: whether a dense layer may be added: auto, where it pays.  [default: auto]",
+    ),
+    click.option(
+        "--ridge",
+        type=float,
+        metavar="X",
+        help="--approximate: of the fit, relative to variances.  [default: by the number of samples]",
+    ),
+    click.option(
+        "--align", type=int, metavar="N", help="--approximate: kept channels are multiples of it.  [default: 8]"
+    ),
+    click.option(
+        "--include",
+        multiple=True,
+        metavar="PATTERN",
+        help="--approximate: FFNs by the linear that ends them: names, * and ? match. Repeatable.",
+    ),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="--approximate: not these. Repeatable."),
 )
-
 
 pruner = _options(
     click.option("--keep-macs", type=float, metavar="X", help="Share of the multiply-accumulates to keep, 0 to 1."),

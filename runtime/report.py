@@ -16,7 +16,9 @@ not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
                                      by_op: {op: {quantized, total}}}; of one that changes channels
                                      {sites: [{node, tensor, readers, method, inserted: nodes; pairs of before and
                                      after: width, macs, outlier_ratio, output_snr_db, bfp_error; relative_change,
-                                     sparsity, energy_kept}]}, each key where it applies to the pass
+                                     sparsity, energy_kept}]}, each key where it applies to the pass; of
+                                     approximate-ffn {ffns: [{node, branch, error; pairs of before and after: hidden,
+                                     macs}]}
     accuracy    Comparison.to_json()
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
@@ -195,7 +197,8 @@ def _share(count: int, total: int) -> tuple[str, str]:
 
 def _sites(step: Mapping[str, Any], console: Console) -> None:
     """What a pass has done to the channels of each site, those first that are worst now."""
-    sites = sorted(step.get("facts", {}).get("sites", ()), key=_badness, reverse=True)
+    facts = step.get("facts", {})
+    sites = sorted(facts.get("sites") or map(_ffn_site, facts.get("ffns", ())), key=_badness, reverse=True)
     if not sites:
         return
     columns = {key: column for key, column in _SITE.items() if any(site.get(key) for site in sites)}
@@ -214,6 +217,13 @@ def _sites(step: Mapping[str, Any], console: Console) -> None:
         _print(console, Text("; ".join(legend), "dim"))
     if inserted := sum(site.get("inserted", 0) for site in sites):
         _print(console, Text(f"{inserted} node{'s were' if inserted > 1 else ' was'} inserted", "yellow"))
+
+
+def _ffn_site(ffn: Mapping[str, Any]) -> dict[str, Any]:
+    """What approximate-ffn says of an FFN, as a site."""
+    method = "with a dense branch" if ffn["branch"] else ""
+    return {"node": ffn["node"], "method": method, "width": ffn["hidden"], "macs": ffn["macs"],
+            "relative_change": ffn["error"]}  # fmt: skip
 
 
 def _badness(site: Mapping[str, Any]) -> float:
@@ -242,7 +252,7 @@ _SITE: dict[str, tuple[str, Callable[[Any], str]]] = {
     "output_snr_db": (">SNR dB", _pair(lambda value: _number(value, "{:.1f}"))),
     "bfp_error": (">block error", _pair(lambda value: _number(value, "{:.2e}"))),
     "relative_change": (">change", lambda value: _number(value, "{:.1e}")),
-    "macs": (">MACs per position", _pair(lambda value: f"{value:,}")),
+    "macs": (">MACs", _pair(lambda value: f"{value:,}")),
     "inserted": (">nodes", "{:+d}".format),
     "sparsity": (">zeros", "{:.1%}".format),
     "energy_kept": (">energy kept", "{:.2%}".format),

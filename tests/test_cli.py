@@ -169,9 +169,14 @@ def test_options_of_smooth_are_those_of_its_passes():
     assert heeded == flags.keys() - others - {"method"}
 
 
-def test_options_of_reparam_are_those_of_the_pass():
-    flags = {option.name for option in cli.cli.commands["reparam"].params}
-    assert {option["name"] for option in recipe.describe("reparameterize-ffn")["options"]} <= flags
+def test_options_of_reparam_are_those_of_its_passes():
+    flags = {option.name: option for option in cli.cli.commands["reparam"].params}
+    for step in ("reparameterize-ffn", "approximate-ffn"):
+        for option in recipe.describe(step)["options"]:
+            flag = flags[option["name"]]
+            assert set(getattr(flag.type, "choices", ())) == set(option["choices"])
+            if option["default"] not in (None, (), False, "auto"):
+                assert f"[default: {spelt(option['name'], option['default'])}]" in (flag.help or "")
 
 
 def test_options_of_sparsify_are_those_of_the_pass():
@@ -243,6 +248,13 @@ def test_reparam_shows_what_is_saved(run, tmp_path):
     assert re.search(
         r"By reparameterize-ffn .*\n  node_MatMul_46 +dense, with the shortcut  64 -> 16 +2,048 -> 768", out
     )
+
+
+def test_reparam_approximates_when_asked_to(run, tmp_path):
+    line = ("reparam", models.path("digits_vit.onnx"), "-o", tmp_path / "out.onnx", "--calibration", CALIBRATION)
+    code, out, _ = run(*line, "--approximate", "--keep-hidden", "0.5", "--branch", "never", "--align", "16")
+    assert code == 0
+    assert re.search(r"By approximate-ffn +channels +change +MACs\n  node_MatMul_", out)
 
 
 def test_reparam_of_a_plain_network_warns(run, tmp_path):
@@ -426,6 +438,9 @@ def test_a_gate_that_nothing_could_meet(fails):
         (("smooth", "m.onnx", "-o", "x", "--method", "reorder", "--no-shift"), "It is for: auto, os-plus, repq, outl"),
         (("smooth", "m.onnx", "-o", "x", "--method", "equalize", "--sigmas", "2"), "Add --absorb-bias"),
         (("smooth", "m.onnx", "-o", "x", "--weight-bits", "1"), "'weight_bits' is 1. Expected 2 to 16"),
+        (("reparam", "m.onnx", "-o", "x", "--keep-hidden", "0.5"), "--keep-hidden is for networks that are not folded"),
+        (("reparam", DIGITS, "-o", "x", "--approximate"), "it is not said how much to remove. Give one of"),
+        (("reparam", DIGITS, "-o", "x", "--approximate", "--branch", "alway"), "Did you mean 'always'? See"),
         (("quantize", DIGITS, "-o", "x", "--float-share", "2"), "'float_share' is 2. Expected 0 to 1"),
     ],
     ids=lambda value: " ".join(map(str, value)).replace(str(DIGITS.parent), "") if isinstance(value, tuple) else "",
