@@ -85,6 +85,7 @@ PASSES: Mapping[str, type[Pass]] = _Registry(
         "merge-channels": "merge_channels:MergeChannels",
         "reorder-channels": "reorder_channels:ReorderChannels",
         "clip-weights": "clip_weights:ClipWeights",
+        "remove-dead-channels": "remove_dead_channels:RemoveDeadChannels",
         "prune": "prune:Prune",
         "sparsify": "sparsify:Sparsify",
         "approximate-ffn": "approximate_ffn:ApproximateFfn",
