@@ -119,8 +119,8 @@ class Layer:
         """Sets to zero what ``mask`` does not keep.
 
         With ``correct_bias`` the bias takes up what the dropped weights have given on average, b' = b + (W - W') E[x],
-        where there is one or a place for it. A kernel has none of this: what it sees at the border has another mean
-        than in the middle, and correcting by one for all cost a network of long kernels 3 dB.
+        where there is one or a place for it. A kernel has none of this: what it sees at the border, or of a signal
+        shorter than itself, has another mean than in the middle.
         """
         first, *others = self.linears
         weight = first.weight()
