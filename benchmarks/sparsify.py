@@ -89,8 +89,8 @@ def main() -> None:
     if options.write:
         note = (
             f"Figures: {figures}. SNR: of the first output, on the calibration data. `compressed`: what zlib makes of "
-            "the layers that lost weights. Nothing was retrained, and nothing runs faster in ONNX Runtime; TensorRT-RTX 1.7 "
-            "builds the same plan with and without its flag for sparse weights."
+            "the layers that lost weights. Nothing was retrained, and nothing runs faster in ONNX Runtime; "
+            "TensorRT-RTX 1.7 builds the same plan with and without its flag for sparse weights."
         )
         write("sparsify.md", "# Sparse weights without retraining", text, note)
 
