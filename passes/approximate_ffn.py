@@ -43,7 +43,7 @@ from channelfold.runtime.moments import LIMIT, Moments, bytes_of, collect
 from channelfold.runtime.shapes import measured_shapes
 
 _NOTHING = 1e-10  # of the energy: too small an error to measure its consequences
-_RIDGE = 0.3  # times features / positions: measured on a BERT with 2,900 and 34,600 positions
+RIDGE = 0.3  # times features / positions: measured on a BERT with 2,900 and 34,600 positions
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class ApproximateFfn(Pass):
         return stand_in(moments, ffn.matrix(), removed, branch, self._ridge(moments, ffn))
 
     def _ridge(self, moments: Moments, ffn: Ffn) -> float:
-        return _RIDGE * (ffn.inputs + ffn.hidden) / moments.count if self.ridge is None else self.ridge
+        return RIDGE * (ffn.inputs + ffn.hidden) / moments.count if self.ridge is None else self.ridge
 
     def _choose(self, sites: list[_Site]) -> list[_Choice]:
         """What each FFN keeps, so that the errors at the outputs are least, or the multiplications."""

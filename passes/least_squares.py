@@ -87,7 +87,7 @@ def penalty(covariance: np.ndarray, ridge: float) -> np.ndarray:
     return np.maximum(max(ridge, _FLOOR) * variance, _DEAD * float(variance.mean()) or 1.0)
 
 
-def idle(covariance: np.ndarray, inputs: np.ndarray, rows: np.ndarray, channels: np.ndarray) -> np.ndarray:
+def slopes(covariance: np.ndarray, inputs: np.ndarray, rows: np.ndarray, channels: np.ndarray) -> np.ndarray:
     """P (channels, inputs): each of ``channels`` of z as an affine function of its own pre-activation, rows x.
 
     p = cov(h, a) / var(h) with h = rows x, ``rows`` (channels, inputs); a channel whose h is constant gets 0.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from channelfold.passes.least_squares import energy, fill, idle, order, penalty, regress, residual
+from channelfold.passes.least_squares import energy, fill, order, penalty, regress, residual, slopes
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -95,7 +95,7 @@ class TestResidual:
         def error(features: np.ndarray) -> float:
             return residual(covariance, target, features, regress(covariance, target, features, 0.0))
 
-        idled = weights[:, removed] @ idle(covariance, inputs, rng.standard_normal((4, 4)), removed)
+        idled = weights[:, removed] @ slopes(covariance, inputs, rng.standard_normal((4, 4)), removed)
         joint, refitted, plain = error(np.concatenate([inputs, kept])), error(kept), energy(covariance, target)
         slack = 1e-9 * plain  # of a ridge of 1e-12, amplified where features depend on each other
         assert 0 <= joint <= refitted + slack
@@ -112,13 +112,13 @@ class TestResidual:
         assert found == pytest.approx(expected, rel=1e-12)
 
 
-class TestIdle:
+class TestSlopes:
     def test_linear_channels_get_their_slope_and_constant_ones_none(self):
         rng = np.random.default_rng(0)
         x, rows = rng.standard_normal((200, 3)), rng.standard_normal((2, 3))
         rows[1] = 0
         features = np.concatenate([x, 0.7 * x @ rows.T + 1.5], axis=1)
-        found = idle(np.cov(features.T, bias=True), np.arange(3), rows, np.array([3, 4]))
+        found = slopes(np.cov(features.T, bias=True), np.arange(3), rows, np.array([3, 4]))
         assert np.allclose(found, 0.7 * rows, atol=1e-12)
 
 
