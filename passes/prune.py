@@ -39,12 +39,15 @@ from channelfold.passes.equalize import shapes_of
 from channelfold.passes.group_costs import GroupCosts, Keeps, Kind
 from channelfold.passes.importance import Ranking, Spread
 from channelfold.passes.index_maps import Shape
+from channelfold.passes.latency_budget import CutCopies, a_feed, units_within_latency
 from channelfold.passes.linear import Linear
 from channelfold.passes.refit import Fit, ReadStatistics, matters
 from channelfold.passes.verify import Verifier
 from channelfold.runtime.graph_io import infer_shapes
+from channelfold.runtime.ort import Feed
 from channelfold.runtime.snapshot import Snapshot
 
+_AMOUNTS = ("keep_macs", "keep_params", "keep_latency", "ratio")
 _CORRECTIONS = 8  # of a budget that units of unequal size have made a little more of
 
 
@@ -52,12 +55,13 @@ _CORRECTIONS = 8  # of a budget that units of unequal size have made a little mo
 class Prune(Pass):
     """Removes channels until a budget is met; with calibration data what reads them makes up for them.
 
-    One of ``keep_macs``, ``keep_params`` (shares of what the model has, 0 to 1) and ``ratio`` (the share of every
-    group's channels that goes) says how much. ``importance``: auto is reconstruction; bn needs BatchNormalizations.
-    ``allocation``: auto is knapsack for a budget; uniform is the same share everywhere. ``compensate``: auto is lstsq.
-    ``align``: kept channels are a multiple of it where a group has more. ``width``: also cut channels that a norm works
-    on. ``include`` and ``exclude``: patterns (``*`` and ``?``) of names of the nodes that write channels. ``ridge``: of
-    the regression, relative to the variance of each channel. ``verify``: prove the cut.
+    One of ``keep_macs``, ``keep_params``, ``keep_latency`` (shares, 0 to 1, of what the model has, or of the time that
+    it takes in ONNX Runtime on this machine) and ``ratio`` (the share of every group's channels that goes) says how
+    much. ``importance``: auto is reconstruction; bn needs BatchNormalizations. ``allocation``: auto is knapsack for a
+    budget; uniform is the same share everywhere. ``compensate``: auto is lstsq. ``align``: kept channels are a multiple
+    of it where a group has more. ``width``: also cut channels that a norm works on. ``include`` and ``exclude``:
+    patterns (``*`` and ``?``) of names of the nodes that write channels. ``ridge``: of the regression, relative to the
+    variance of each channel. ``verify``: prove the cut.
 
     Raises UsageError for options that contradict each other and for a budget that cannot be reached.
     """
@@ -67,6 +71,7 @@ class Prune(Pass):
 
     keep_macs: float | None = None
     keep_params: float | None = None
+    keep_latency: float | None = None
     ratio: float | None = None
     importance: Literal["auto", "l1", "l2", "bn", "activation", "reconstruction"] = "auto"
     allocation: Literal["auto", "uniform", "ranked", "knapsack"] = "auto"
@@ -79,10 +84,10 @@ class Prune(Pass):
     verify: bool = True
 
     def __post_init__(self) -> None:
-        given = {n: v for n in ("keep_macs", "keep_params", "ratio") if (v := getattr(self, n)) is not None}
+        given = {name: value for name in _AMOUNTS if (value := getattr(self, name)) is not None}
         if len(given) != 1:
             found = "none of them" if not given else " and ".join(map(repr, given))
-            raise UsageError(f"Expected one of 'keep_macs', 'keep_params' and 'ratio', found {found}", "Give one")
+            raise UsageError(f"Expected one of {', '.join(map(repr, _AMOUNTS))}, found {found}", "Give one")
         ((option, value),) = given.items()
         if not (0 <= value < 1 if option == "ratio" else 0 < value <= 1):
             raise UsageError(f"{option!r} is {value:g}", "Expected a share: 0.5 is half")
@@ -93,6 +98,8 @@ class Prune(Pass):
         if option == "ratio" and self.allocation not in ("auto", "uniform"):
             raise UsageError(f"'ratio' takes the same share of every group, 'allocation' is {self.allocation!r}",
                              "Give 'keep_macs' or 'keep_params' instead")  # fmt: skip
+        if option == "keep_latency" and self.allocation not in ("auto", "knapsack"):
+            raise UsageError(f"'keep_latency' takes the knapsack, 'allocation' is {self.allocation!r}", "Leave it out")
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
@@ -107,9 +114,13 @@ class Prune(Pass):
         if self.ratio is None and self.allocation != "uniform" and ctx.calibration is not None:
             rankings = sensitivity.scaled(graph, groups, rankings, statistics, self._fit, ctx)
         costs = GroupCosts(graph, groups, shapes)
-        keeps = self._allocate(groups, rankings, costs)
+        if self.keep_latency is None:
+            keeps = self._allocate(groups, rankings, costs)
+        else:
+            copies, feed = CutCopies(graph, found, shapes), a_feed(graph, ctx)
+            keeps = self._within_latency(groups, rankings, copies, feed, ctx, outcome)
         fits = [] if self.compensate == "none" else self._fits(statistics, shapes, keeps)
-        outcome.facts = _facts(groups, rankings, costs, keeps)
+        outcome.facts |= _facts(groups, rankings, costs, keeps)
         proof = self._cut(graph, ctx, shapes, _regions(found), keeps)
         for fit in fits:
             fit.install(graph, outcome)
@@ -170,9 +181,7 @@ class Prune(Pass):
         ]
 
     def _allocate(self, groups: Sequence[Group], rankings: Sequence[Ranking], costs: GroupCosts) -> Keeps:
-        sizes = [
-            allocation.Group(g.name, g.units, max(1, int((~g.free).sum())), int(np.median(g.channels))) for g in groups
-        ]
+        sizes = _sizes(groups)
         if self.ratio is not None:
             return _keeps(groups, rankings, allocation.at_share(sizes, 1 - self.ratio, self.align))
         kind: Kind = "macs" if self.keep_macs is not None else "parameters"
@@ -198,6 +207,29 @@ class Prune(Pass):
             f"A share of {share:g} of the {kind} cannot be met: with units of unequal size it is {exact / whole:.3f}",
             "Raise it, or lower 'align'",
         )
+
+    def _within_latency(
+        self,
+        groups: Sequence[Group],
+        rankings: Sequence[Ranking],
+        copies: CutCopies,
+        feed: Feed,
+        ctx: Context,
+        outcome: Outcome,
+    ) -> Keeps:
+        assert self.keep_latency is not None
+        kept, taken = units_within_latency(
+            copies,
+            lambda kept: _keeps(groups, rankings, kept),
+            _sizes(groups),
+            [ranking.values for ranking in rankings],
+            self.keep_latency,
+            self.align,
+            feed,
+            ctx.progress,
+        )
+        outcome.facts = {"latency": {"kept": taken}}
+        return _keeps(groups, rankings, kept)
 
     # ---- what stays makes up for it ----------------------------------------------------------------------------------
 
@@ -245,6 +277,10 @@ def _match(names: Sequence[str], patterns: Sequence[str]) -> str | None:
 def _regions(groups: Sequence[Group]) -> list[Region]:
     """Each once, in order."""
     return list({id(group.region): group.region for group in groups}.values())
+
+
+def _sizes(groups: Sequence[Group]) -> list[allocation.Group]:
+    return [allocation.Group(g.name, g.units, max(1, int((~g.free).sum())), int(np.median(g.channels))) for g in groups]
 
 
 def _keeps(groups: Sequence[Group], rankings: Sequence[Ranking], kept: Sequence[int]) -> Keeps:

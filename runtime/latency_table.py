@@ -21,7 +21,7 @@ from channelfold.passes.base import UsageError, no_progress
 from channelfold.passes.knapsack import knapsack, unreachable
 from channelfold.runtime.bench import latencies
 from channelfold.runtime.calibration import random_data
-from channelfold.runtime.ort import Session
+from channelfold.runtime.ort import Feed, Session
 
 _LEAST_STEP = 0.01  # of the budget: by how much less an allocation that took too long is repeated with
 STEP = 8  # sizes between the measured ones cost what the next multiple of this does
@@ -31,6 +31,7 @@ def measured(
     build: Callable[[int], str | Path | bytes],
     sizes: Sequence[int],
     *,
+    feed: Feed | None = None,
     threads: int | None = None,
     rounds: int = 30,
     seconds: float = 10.0,
@@ -38,13 +39,15 @@ def measured(
 ) -> dict[int, float]:
     """Milliseconds of one run of ``build(size)`` in ONNX Runtime on the CPU, by size: medians of alternating runs.
 
-    ``build`` gives the path of a model or a serialized one. All of them are open at once. Open dimensions of inputs are
-    filled as ``random_data`` does. Raises ModelError where ONNX Runtime refuses one.
+    ``build`` gives the path of a model or a serialized one. All of them are open at once. They run on ``feed``, or else
+    on random numbers, with open dimensions as ``random_data`` fills them. Raises ModelError where ONNX Runtime refuses
+    one.
     """
     runs = {}
     for size in sizes:
         session = Session(build(size), threads=threads)
-        runs[str(size)] = functools.partial(session.run, next(iter(random_data(session.inputs, 1))))
+        given = feed if feed is not None else next(iter(random_data(session.inputs, 1)))
+        runs[str(size)] = functools.partial(session.run, given)
     return {int(t.name): t.ms for t in latencies(runs, rounds=rounds, seconds=seconds, progress=progress)}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from channelfold.passes.allocation import Group
-from channelfold.passes.base import UsageError
+from channelfold.passes.base import ModelError, UsageError
 from channelfold.runtime.graph_io import weightless
 from channelfold.runtime.latency_table import looked_up, measured, within_latency
 from channelfold.tests.graphs import build
@@ -21,6 +21,11 @@ def test_every_size_is_run_and_timed():
     table = measured(model, [8, 16, 24], rounds=3)
     assert list(table) == [8, 16, 24]
     assert all(ms > 0 for ms in table.values())
+
+
+def test_models_run_on_the_feed_that_is_given():
+    with pytest.raises(ModelError, match="Got invalid dimensions"):
+        measured(model, [8], feed={"x": np.zeros((1, 7), np.float32)})
 
 
 def test_a_size_between_costs_what_the_next_measured_multiple_of_eight_costs():

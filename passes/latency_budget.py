@@ -1,0 +1,125 @@
+"""How many units each channel group keeps so that the model runs in a share of its time, measured in ONNX Runtime.
+
+Of every group the model is cut to a few sizes, all other groups whole, and timed beside the uncut one. What a size
+saves goes into a knapsack (``latency_table.within_latency``), whose result is cut and timed in turn: several cuts save
+less or more than the sum of what each saves. All times are shares of the uncut model's time in the same alternating
+run, so that a machine that slows down meanwhile makes no difference.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes import allocation
+from channelfold.passes.base import Context, DataError, ModelError
+from channelfold.passes.channel_groups import Group, find_groups
+from channelfold.passes.cut import cut
+from channelfold.passes.group_costs import Keeps
+from channelfold.passes.index_maps import Shape
+from channelfold.passes.trace import Region
+from channelfold.passes.verify import random_feeds
+from channelfold.runtime.graph_io import save
+from channelfold.runtime.inspection import required_inputs
+from channelfold.runtime.latency_table import STEP, measured, within_latency
+from channelfold.runtime.ort import Feed, Session
+from channelfold.runtime.snapshot import Snapshot
+
+SHARES = (0.75, 0.5, 0.25)  # of a group's units at which it is timed, beside the fewest
+_EACH, _DECIDING = (20, 3.0), (40, 10.0)  # rounds and seconds for a group, and for an allocation
+
+
+class CutCopies:
+    """Copies of a graph that lose channels. ``groups``: all that ``find_groups`` finds in it with ``shapes``."""
+
+    def __init__(self, graph: gs.Graph, groups: Sequence[Group], shapes: Mapping[str, Shape]):
+        self._state, self._regions, self._shapes = Snapshot.of(graph), _regions(groups), shapes
+
+    def write(self, keeps: Keeps, path: Path) -> None:
+        """Writes the graph without the labels that do not stay. Raises OutputError."""
+        twin = gs.Graph()
+        self._state.restore(twin)
+        regions = zip(self._regions, _regions(find_groups(twin, self._shapes)), strict=True)
+        kept = [(other, keeps[id(region)][1]) for region, other in regions if id(region) in keeps]
+        cut(twin, [(region, region.completed(keep)) for region, keep in kept])
+        save(twin, path)
+
+
+def _regions(groups: Sequence[Group]) -> list[Region]:
+    return list({id(group.region): group.region for group in groups}.values())
+
+
+def units_within_latency(
+    copies: CutCopies,
+    keeps_of: Callable[[Sequence[int]], Keeps],
+    sizes: Sequence[allocation.Group],
+    values: Sequence[np.ndarray],
+    share: float,
+    align: int,
+    feed: Feed,
+    progress: Callable[[str, int, int], None],
+) -> tuple[list[int], float]:
+    """The units that each group keeps so that the model takes ``share`` of its time on ``feed``, and what it takes.
+
+    ``keeps_of``: what stays when the groups keep so many units. ``values``: as for ``allocation.under_budget``. Raises
+    UsageError when that is too little time.
+    """
+    whole, taken = [group.units for group in sizes], [1.0]
+    with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
+        uncut = Path(folder) / "uncut.onnx"
+        copies.write({}, uncut)
+
+        def timed(variants: Mapping[int, list[int]], rounds: int, seconds: float) -> dict[int, float]:
+            """Each by its number, as a share of the time of the uncut model, which is the last."""
+
+            def build(number: int) -> Path:
+                if number == last:
+                    return uncut
+                path = Path(folder) / f"{number}.onnx"
+                copies.write(keeps_of(variants[number]), path)
+                return path
+
+            last = max(variants) + 1
+            found = measured(build, [*variants, last], feed=feed, rounds=rounds, seconds=seconds)
+            return {number: found[number] / found[last] for number in variants}
+
+        def measure(kept: list[int]) -> float:
+            taken.append(timed({0: kept}, *_DECIDING)[0])
+            return taken[-1]
+
+        tables = []
+        for number, group in enumerate(sizes):
+            progress("Measuring latencies", number, len(sizes))
+            counts = {n * group.channels: [*whole[:number], n, *whole[number + 1 :]] for n in _timed(group, align)}
+            size = group.units * group.channels
+            tables.append((timed(counts, *_EACH) if counts else {}) | {size: 1.0, size + -size % STEP: 1.0})
+        progress("Measuring latencies", len(sizes), len(sizes))
+        return within_latency(sizes, values, tables, share, measure, align), taken[-1]
+
+
+def _timed(group: allocation.Group, align: int) -> list[int]:
+    """The counts of units at which a group is timed: multiples of ``STEP`` channels, that stand for those below."""
+    counts = group.counts(max(align, STEP))
+    near = [allocation.at_share([group], share, max(align, STEP))[0] for share in SHARES]
+    return sorted({int(counts[0]), *near} - {group.units})
+
+
+def a_feed(graph: gs.Graph, ctx: Context) -> Feed:
+    """What the model is timed on: a calibration sample, or else the first random feed that it runs on.
+
+    Raises DataError when there is none.
+    """
+    if ctx.calibration is not None and (feed := next(iter(ctx.calibration), None)) is not None:
+        return feed
+    session: Session = Snapshot.of(graph).session()
+    for feed in random_feeds(required_inputs(graph), ctx.seed):
+        try:
+            session.run(feed)
+        except ModelError:
+            continue
+        return feed
+    raise DataError("The model runs on no random input, and so cannot be timed", "Give calibration data")
