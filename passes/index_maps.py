@@ -83,7 +83,7 @@ def preimage(
         axes = _reduced_axes(node, len(source))
         before = index if node.attrs.get("keepdims", 1) else np.expand_dims(index, axes)
     elif node.op in ("Slice", "Gather", "Expand", *ATTENTIONS):
-        wide = _wide_before(node, index, source)
+        wide = _wide_before(node, index, source, result)
         before = fresh([size if axis in wide else 1 for axis, size in enumerate(source)])
     else:
         before = index
@@ -272,13 +272,14 @@ def _gathered(node: gs.Node, index: np.ndarray) -> np.ndarray:
     return np.take(index, picked, axis=axis)
 
 
-def _wide_before(node: gs.Node, index: np.ndarray, source: Shape) -> set[int]:
+def _wide_before(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> set[int]:
     """The axes along which the data input of a node may have channels, from the map of the result."""
     wide = {axis for axis, size in enumerate(index.shape) if size > 1}
     if node.op in ATTENTIONS:
         return {1, 3} if len(source) == 4 else {2}
     if node.op == "Slice":
-        return wide
+        single = {i for i, n in enumerate(result) if n == 1 < source[i] and isinstance(node.inputs[0].shape[i], int)}
+        return wide | single
     if node.op == "Expand":
         more = index.ndim - len(source)
         return {axis - more for axis in wide}

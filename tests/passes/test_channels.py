@@ -488,6 +488,11 @@ FUSED = {
         + "\n".join(f"{n}h = Gather<axis=0>(t, j{i})" for i, n in enumerate("qkv")),
         {"W": (4, 12), "five": np.array([0, 0, 3, 2, 2])} | {f"j{i}": np.array(i) for i in range(3)},
     ),
+    "Slice and Squeeze": (
+        "qkv = MatMul(x, W)\n r = Reshape(qkv, five)\n t = Transpose<perm=[2,0,3,1,4]>(r)\n"
+        + "\n".join(f"{n}s = Slice(t, i{i}, i{i + 1}, i0)\n {n}h = Squeeze({n}s, i0)" for i, n in enumerate("qkv")),
+        {"W": (4, 12), "five": np.array([0, 0, 3, 2, 2])} | {f"i{i}": np.array([i]) for i in range(4)},
+    ),
 }
 
 
