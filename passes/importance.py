@@ -209,6 +209,26 @@ def _matched(rows: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return (found[0], found[1]) if len(found[0]) == len(found[1]) else (np.empty(0, np.int64), np.empty(0, np.int64))
 
 
+def shrunk(covariance: np.ndarray, count: int) -> np.ndarray:
+    """A covariance from ``count`` positions, its correlations made smaller by what so few may have made up.
+
+    Where there are fewer positions than channels any channel is a combination of the others, on these positions. The
+    share that goes is that of the oracle approximating shrinkage (Chen et al., IEEE Trans. Signal Process. 58, 2010)
+    of the correlation matrix towards the identity.
+    """
+    n, deviation = len(covariance), np.sqrt(np.maximum(np.diagonal(covariance), 0.0))
+    if n < 2:
+        return covariance
+    inverse = np.divide(1.0, deviation, out=np.zeros(n), where=deviation > 0)
+    squares = float(np.square(covariance * inverse[:, None] * inverse).sum())
+    whole = float((deviation > 0).sum())
+    excess = (count + 1 - 2 / n) * (squares - whole * whole / n)
+    share = min(1.0, ((1 - 2 / n) * squares + whole * whole) / excess) if excess > 0 else 1.0
+    found = covariance * (1 - share)
+    found[np.diag_indices(n)] = np.diagonal(covariance)
+    return found
+
+
 def rectified(covariance: np.ndarray) -> Spread:
     """Mean and covariance of max(z, 0) for z normal with mean 0."""
     deviation = np.sqrt(np.maximum(np.diagonal(covariance), 1e-30))

@@ -66,7 +66,10 @@ class ReadStatistics:
                 by_moments[id(moments)] = read
         for found in collect(self._graph, wanted, data, self._ctx.progress):
             for moments in found:
-                yield by_moments[id(moments)], Spread(moments.mean, moments.covariance)
+                yield (
+                    by_moments[id(moments)],
+                    Spread(moments.mean, importance.shrunk(moments.covariance, moments.count)),
+                )
 
 
 @dataclass
