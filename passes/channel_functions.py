@@ -28,25 +28,12 @@ import onnx_graphsurgeon as gs
 from channelfold.passes import edit
 from channelfold.passes.affine import Blocked, find_affine
 from channelfold.passes.base import ModelError
+from channelfold.passes.cones import ARITHMETIC, MOVES, Cone, is_followed, is_shape
 from channelfold.passes.index_maps import Shape, raised
-from channelfold.runtime.graph_io import session
+from channelfold.runtime.graph_io import free_name, session
+from channelfold.runtime.shapes import LazyShapes
 
-LARGEST_CONE, DEEPEST = 400, 200  # nodes; the masks of PyTorch's exporters take about 50
-
-_MOVES = {  # the inputs that hold data, not parameters; None: all of them
-    "Identity": (0,), "Dropout": (0,), "Transpose": (0,), "Reshape": (0,), "Flatten": (0,), "Squeeze": (0,),
-    "Unsqueeze": (0,), "Expand": (0,), "Tile": (0,), "Slice": (0,), "Split": (0,), "Gather": (0,), "GatherND": (0,),
-    "GatherElements": (0,), "Pad": (0, 2), "Concat": None, "ScatterND": (0, 2), "ScatterElements": (0, 2),
-}  # fmt: skip
-_ARITHMETIC = ("Add", "Sub", "Mul", "Div")
-_ELEMENTWISE = {
-    *_ARITHMETIC, "Neg", "Abs", "Cast", "Celu", "Clip", "Elu", "Equal", "Erf", "Exp", "Gelu", "Greater",
-    "GreaterOrEqual", "HardSigmoid", "HardSwish", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Min", "Mish",
-    "Not", "PRelu", "Pow", "Reciprocal", "Relu", "Selu", "Shrink", "Sigmoid", "Sign", "Softplus", "Softsign", "Sqrt",
-    "Swish", "Tanh", "ThresholdedRelu", "Where",
-}  # fmt: skip
-_CONTRIBUTED = ("Gelu", "FastGelu", "QuickGelu")  # of com.microsoft, without the bias that some of them take
-
+NOWHERE = -1  # the place of constants among data
 _WHAT = np.dtype([("function", np.int32), ("channel", np.int32), ("scale", np.float64), ("shift", np.float64)])
 
 
@@ -111,7 +98,7 @@ def _key(constant: gs.Constant) -> tuple[str, bytes]:
 def _affine(node: gs.Node, given: tuple[Function | gs.Constant | None, ...]) -> tuple[int, float, float] | None:
     """What an arithmetic node makes of one affine function and constants."""
     moving = [a for a in given if isinstance(a, Function)]
-    if len(moving) != 1 or moving[0].affine is None or node.op not in (*_ARITHMETIC, "Neg"):
+    if len(moving) != 1 or moving[0].affine is None or node.op not in (*ARITHMETIC, "Neg"):
         return None
     root, slope, intercept = moving[0].affine
     if node.op == "Neg":
@@ -134,105 +121,16 @@ def _affine(node: gs.Node, given: tuple[Function | gs.Constant | None, ...]) -> 
 
 
 @dataclass(frozen=True)
-class Cone:
-    """The nodes between some tensors (``roots``) and one behind them, in order.
-
-    ``unknown``: masks that are computed from the values of other tensors, with what computes them.
-    """
-
-    target: gs.Tensor
-    nodes: list[gs.Node]
-    roots: list[gs.Tensor]
-    unknown: dict[int, str]
-
-    @property
-    def linear(self) -> bool:
-        """Whether nothing in it is nonlinear."""
-        for node in self.nodes:
-            scaled = node.op in ("Mul", "Div") and any(isinstance(t, gs.Constant) for t in node.inputs)
-            if not scaled and node.op not in ("Add", "Sub", "Neg", "BatchNormalization", *_MOVES):
-                return False
-        return True
-
-    @property
-    def varied(self) -> bool:
-        """Whether anything in it may treat channels differently, or nothing in it is nonlinear."""
-        moved = any(n.op in _MOVES and n.op not in ("Identity", "Dropout", "Transpose") for n in self.nodes)
-        scaled = any(isinstance(t, gs.Constant) and math.prod(t.shape) > 1 for n in self.nodes for t in n.inputs)
-        return moved or scaled or self.linear or self.mixed
-
-    @property
-    def mixed(self) -> bool:
-        """Whether it puts a tensor together from several."""
-        return any(n.op in ("Where", "Concat", "ScatterND", "ScatterElements") for n in self.nodes)
-
-
-def cone(graph: gs.Graph, target: gs.Tensor, is_root: Callable[[gs.Tensor], bool], roots: int) -> Cone:
-    """The nodes that ``target`` is computed by, back to at most so many tensors for which ``is_root`` holds.
-
-    Raises Blocked where it depends on the values of anything else, or a node on the way mixes channels.
-    """
-    found = Cone(target, [], [], {})
-    seen: set[int] = set()
-
-    def visit(tensor: gs.Tensor, depth: int) -> None:
-        if isinstance(tensor, gs.Constant) or tensor.is_empty() or id(tensor) in seen:
-            return
-        seen.add(id(tensor))
-        if is_root(tensor):
-            found.roots.append(tensor)
-            if len(found.roots) > roots:
-                raise Blocked("several linears feed it")
-            return
-        node = edit.producer(tensor)
-        if node is None or not edit.in_graph(graph, node):
-            raise Blocked(f"{'the input ' if node is None else ''}{tensor.name!r} is in between")
-        if id(node) in seen:
-            return
-        seen.add(id(node))
-        if depth == DEEPEST or len(found.nodes) == LARGEST_CONE:
-            raise Blocked(f"more than {len(found.nodes)} nodes are in between")
-        if not is_shape(node):
-            if edit.is_float(tensor) and not _is_followed(node):
-                raise Blocked(f"{node.op} is in between")
-            for place, source in enumerate(node.inputs):
-                visit_input(node, place, source, depth + 1)
-        found.nodes.append(node)
-
-    def visit_input(node: gs.Node, place: int, source: gs.Tensor, depth: int) -> None:
-        try:
-            visit(source, depth)
-        except Blocked as error:
-            if node.op != "Where" or place:
-                raise
-            found.unknown[id(source)] = str(error).removesuffix(" is in between")
-
-    visit(target, 0)
-    if not found.roots:
-        raise Blocked("nothing feeds it")
-    return found
-
-
-def is_shape(node: gs.Node) -> bool:
-    """Whether a node looks at the shape of its input alone."""
-    return node.op in ("Shape", "Size") and edit.is_standard(node)
-
-
-def _is_followed(node: gs.Node) -> bool:
-    if node.domain == "com.microsoft":
-        return node.op in _CONTRIBUTED and len(node.inputs) == 1
-    return edit.is_standard(node) and (node.op in _ELEMENTWISE or node.op in _MOVES or node.op == "BatchNormalization")
-
-
-@dataclass(frozen=True)
 class _Elements:
     """What the elements of a tensor are, and where: arrays that broadcast to its shape.
 
     ``what`` holds the number of a function, a channel, a scale and a shift. ``place`` is None for constants.
+    ``size``: the shape of the tensor.
     """
 
     what: np.ndarray
     place: np.ndarray | None
+    size: Shape
 
     @property
     def uniform(self) -> bool:
@@ -244,10 +142,10 @@ class _Elements:
 
 @dataclass
 class Reader:
-    """Follows the elements of roots through cones, for the ``shapes`` (by name) that tensors have for some input."""
+    """Follows the elements of roots through cones, for the ``shapes`` that tensors have for some input."""
 
     graph: gs.Graph
-    shapes: Mapping[str, Shape]
+    shapes: LazyShapes
     functions: Functions = field(default_factory=Functions)
     elements: dict[int, _Elements] = field(default_factory=dict)
     values: dict[str, np.ndarray] = field(default_factory=dict)
@@ -262,7 +160,9 @@ class Reader:
         self.unknown, self.elements = found.unknown, {}
         places = set()
         for number, root in enumerate(found.roots):
-            shape = self.shape(root)
+            shape = self.shapes.measured(root.name)
+            if shape is None:
+                raise UnknownShape(f"the shape of {root.name!r} is unknown")
             channels = axes[id(root)] % len(shape)
             places.add((channels, shape[:channels] + shape[channels + 1 :]))
             what = np.zeros([n if i == channels else 1 for i, n in enumerate(shape)], _WHAT)
@@ -270,15 +170,17 @@ class Reader:
             what["channel"] = np.arange(shape[channels]).reshape(what.shape)
             place = np.arange(math.prod(shape) // max(shape[channels], 1))
             place = place.reshape([1 if i == channels else n for i, n in enumerate(shape)])
-            self.elements[id(root)] = _Elements(what, place)
+            self.elements[id(root)] = _Elements(what, place, shape)
         for node in found.nodes:
             self.follow(node)
-        last, shape = self.elements[id(found.target)], self.shape(found.target)
+        last = self.elements[id(found.target)]
+        shape = last.size
         axis %= len(shape)
         expected = self.elements[id(found.roots[0])].place
         if len(places) > 1 or (axis, shape[:axis] + shape[axis + 1 :]) not in places:
             raise Blocked("its channels are on another axis, or its shape is another one")
-        if last.place is None or expected is None or not np.array_equal(last.place, expected):
+        constant = last.what["function"] == CONSTANT
+        if last.place is None or not np.all((last.place == expected) | ((last.place == NOWHERE) & constant)):
             raise Blocked("something else than channels is moved or mixed")
         if any(size > 1 for i, size in enumerate(last.what.shape) if i != axis):
             raise Blocked("which channels go through the activation differs along another axis")
@@ -288,18 +190,17 @@ class Reader:
         held = [i for i, t in enumerate(node.inputs) if id(t) in self.elements]
         if is_shape(node) or not held:
             return
-        if not _is_followed(node):
+        if not is_followed(node):
             raise Blocked(f"{node.op} is in between")
         if node.op == "BatchNormalization":
             made = [self.scaled(node)]
-        elif node.op == "Transpose":
-            perm = node.attrs.get("perm")
-            made = [_mapped(self.elements[id(node.inputs[0])], lambda array: array.transpose(perm))]
         elif node.op in ("Identity", "Dropout"):
             if edit.has_input(node, 2):
                 raise Blocked("Dropout with a training switch is in between")
             made = [self.elements[id(node.inputs[0])]]
-        elif node.op in _MOVES:
+        elif node.op == "Transpose":
+            made = [self.transposed(node)]
+        elif node.op in MOVES:
             made = self.moved(node)
         elif node.op == "Where" and id(node.inputs[0]) not in self.elements:
             made = [self.selected(node)]
@@ -317,14 +218,14 @@ class Reader:
         what = np.zeros(values.shape, _WHAT)
         what["channel"] = -1
         what["shift"] = values
-        return _Elements(what, None)
+        return _Elements(what, None, values.shape)
 
     def computed(self, node: gs.Node) -> _Elements:
         """What an elementwise node makes of its inputs."""
         operands = [self.operand(t) for t in node.inputs if not t.is_empty()]
         plain = all(o.uniform if o.place is not None else o.what.size == 1 for o in operands)
         whats = [operand.what for operand in operands]
-        if node.op in _ARITHMETIC and not plain:
+        if node.op in ARITHMETIC and not plain:
             result, done = _arithmetic(node.op, *whats)
         else:
             result, done = np.zeros(np.broadcast_shapes(*(w.shape for w in whats)), _WHAT), np.array(False)
@@ -332,7 +233,7 @@ class Reader:
             scalars = [o.place is None and o.what.size == 1 for o in operands]
             applied = self.applied(node, whats, scalars)
             result = np.where(done, result, applied)
-        return _Elements(_narrow(result), _common(operands))
+        return _Elements(_narrow(result), *_common(operands))
 
     def applied(self, node: gs.Node, whats: list[np.ndarray], scalars: list[bool]) -> np.ndarray:
         """A new function of every combination of functions, where they are of one channel, not scaled or shifted."""
@@ -358,16 +259,16 @@ class Reader:
         """A tensor with one element as a constant."""
         if isinstance(tensor, gs.Constant):
             return tensor
-        return gs.Constant(tensor.name, np.asarray(self.value(tensor)))
+        return gs.Constant(free_name(self.graph, tensor.name), np.asarray(self.value(tensor)))
 
     def selected(self, node: gs.Node) -> _Elements:
         """What a Where whose mask is known takes."""
         if id(node.inputs[0]) in self.unknown:
             raise Blocked(f"its mask depends on {self.unknown[id(node.inputs[0])]}")
-        mask = _narrow(self.value(node.inputs[0]))
+        mask = self.value(node.inputs[0])
         operands = [self.operand(t) for t in node.inputs[1:]]
-        what = np.where(mask, *(operand.what for operand in operands))
-        return _Elements(_narrow(what), _common(operands, mask.ndim))
+        what = np.where(_narrow(mask), *(operand.what for operand in operands))
+        return _Elements(_narrow(what), *_common(operands, mask.shape))
 
     def scaled(self, node: gs.Node) -> _Elements:
         """What a BatchNormalization makes of its input."""
@@ -379,29 +280,37 @@ class Reader:
         what["shift"] = what["shift"] * scale + shift
         what["scale"] *= scale
         _settle(what)
-        return _Elements(what, source.place)
+        return _Elements(what, source.place, source.size)
 
     # ---- nodes that move data ----------------------------------------------------------------------------------------
 
+    def transposed(self, node: gs.Node) -> _Elements:
+        source, perm = self.elements[id(node.inputs[0])], node.attrs.get("perm")
+        perm = list(perm or reversed(range(len(source.size))))
+        place = None if source.place is None else source.place.transpose(perm)
+        return _Elements(source.what.transpose(perm), place, tuple(source.size[i] for i in perm))
+
     def moved(self, node: gs.Node) -> list[_Elements]:
-        """What a node does to the numbers of the elements."""
-        slots = _MOVES[node.op] or tuple(range(len(node.inputs)))
-        if node.attrs.get("reduction", "none") not in ("none", b"none"):
-            raise Blocked(f"{node.op} adds up channels")
+        """What a node does to the numbers of the elements. What Pad adds has the number 0, that of the constant 0."""
+        slots = MOVES[node.op] or tuple(range(len(node.inputs)))
+        if node.attrs.get("reduction", "none") != "none" or node.attrs.get("value"):
+            raise Blocked(f"{node.op} does more than to move channels")
         sources = {i: self.operand(node.inputs[i]) for i in slots if edit.has_input(node, i)}
         fixed = {i: self.value(t) for i, t in enumerate(node.inputs) if i not in sources and not t.is_empty()}
         whats = {i: elements.what for i, elements in sources.items()}
-        places = {i: np.array(-1) if e.place is None else e.place for i, e in sources.items()}
-        made = []
-        for arrays in (whats, places):
-            table = np.concatenate([array.reshape(-1) for array in arrays.values()])
-            numbers, start = {}, 0
+        places = {i: np.array(NOWHERE) if e.place is None else e.place for i, e in sources.items()}
+        made, sizes = [], []
+        for nothing, arrays in ((np.zeros(1, _WHAT), whats), (np.array([NOWHERE]), places)):
+            table = np.concatenate([nothing, *(array.reshape(-1) for array in arrays.values())])
+            numbers, start = {}, 1
             for i, array in arrays.items():
                 number = np.arange(start, start + array.size).reshape(array.shape)
-                numbers[i] = np.broadcast_to(number, self.shape(node.inputs[i]))
+                numbers[i] = np.broadcast_to(number, sources[i].size)
                 start += array.size
-            made.append([_narrow(table[moved]) for moved in self.run(node, numbers | fixed)])
-        return [_Elements(what, place) for what, place in zip(*made, strict=True)]
+            moved = self.run(node, numbers | fixed)
+            made.append([_narrow(table[_narrow(array)]) for array in moved])
+            sizes = [array.shape for array in moved]
+        return [_Elements(*parts) for parts in zip(*made, sizes, strict=True)]
 
     def run(self, node: gs.Node, feed: Mapping[int, np.ndarray]) -> list[np.ndarray]:
         """The outputs of one node for inputs by position, whatever types it had before."""
@@ -420,25 +329,21 @@ class Reader:
 
     # ---- what does not depend on the roots ---------------------------------------------------------------------------
 
-    def shape(self, tensor: gs.Tensor) -> Shape:
-        if isinstance(tensor, gs.Constant):
-            return tuple(tensor.shape)
-        try:
-            return self.shapes[tensor.name]
-        except KeyError:
-            raise UnknownShape(f"the shape of {tensor.name!r} is unknown") from None
-
     def value(self, tensor: gs.Tensor) -> np.ndarray:
         """The values of a tensor that is computed from constants and shapes alone."""
         if isinstance(tensor, gs.Constant):
             return np.asarray(edit.value(tensor))
         if tensor.name not in self.values:
-            self.evaluate(tensor)
+            try:
+                self.evaluate(tensor, self.shapes.inferred)
+            except Blocked:  # a shape that inference does not know, of something that is not computed from shapes
+                self.evaluate(tensor, self.shapes.measured)
         return self.values[tensor.name]
 
-    def evaluate(self, tensor: gs.Tensor) -> None:
+    def evaluate(self, tensor: gs.Tensor, shape: Callable[[str], Shape | None]) -> None:
+        """Computes the values of a tensor in ONNX Runtime. Raises Blocked."""
         nodes: list[gs.Node] = []
-        shapes: dict[str, gs.Tensor] = {}
+        known: dict[str, gs.Tensor] = {}
         pending, seen = [tensor], set()
         while pending:
             current = pending.pop()
@@ -448,10 +353,10 @@ class Reader:
             node = edit.producer(current)
             if node is None or id(current) in self.elements:
                 raise Blocked(f"{tensor.name!r} depends on the values of {current.name!r}")
-            if is_shape(node):
-                self.values[current.name] = self.shape_value(node)
+            if is_shape(node) and (found := self.size(node.inputs[0], shape)) is not None:
+                self.values[current.name] = _shape_value(node, found)
             if current.name in self.values:
-                shapes[current.name] = current
+                known[current.name] = current
                 continue
             nodes.append(node)
             pending += node.inputs
@@ -459,31 +364,36 @@ class Reader:
             return
         order = {id(node): place for place, node in enumerate(self.graph.nodes)}
         nodes = sorted({id(node): node for node in nodes}.values(), key=lambda node: order[id(node)])
-        part = self._part(nodes, list(shapes.values()), [tensor])
+        part = self._part(nodes, list(known.values()), [tensor])
         try:
-            found = session(part, optimize=False).run({name: self.values[name] for name in shapes})
+            computed = session(part, optimize=False).run({name: self.values[name] for name in known})
         except ModelError as error:
             raise Blocked(f"{tensor.name!r} cannot be computed: {error}") from None
-        self.values[tensor.name] = found[tensor.name]
+        self.values[tensor.name] = computed[tensor.name]
 
-    def shape_value(self, node: gs.Node) -> np.ndarray:
-        shape = self.shape(node.inputs[0])
-        if node.op == "Size":
-            return np.array(math.prod(shape), np.int64)
-        return np.array(shape[node.attrs.get("start", 0) : node.attrs.get("end")], np.int64)
-
-
-def _mapped(elements: _Elements, function: Callable[[np.ndarray], np.ndarray]) -> _Elements:
-    return _Elements(function(elements.what), None if elements.place is None else function(elements.place))
+    def size(self, tensor: gs.Tensor, shape: Callable[[str], Shape | None]) -> Shape | None:
+        """The shape of a tensor if it is followed, else what ``shape`` knows of it."""
+        own = self.elements.get(id(tensor))
+        return own.size if own is not None else shape(tensor.name)
 
 
-def _common(operands: Sequence[_Elements], rank: int = 0) -> np.ndarray:
-    """The places of all operands but constants, which must be the same. Raises Blocked."""
-    rank = max(rank, *(operand.what.ndim for operand in operands))
-    first, *others = (raised(o.place, rank) for o in operands if o.place is not None)
-    if any(not np.array_equal(first, other) for other in others):
-        raise Blocked("tensors that are laid out differently meet")
-    return first
+def _shape_value(node: gs.Node, shape: Shape) -> np.ndarray:
+    if node.op == "Size":
+        return np.array(math.prod(shape), np.int64)
+    return np.array(shape[node.attrs.get("start", 0) : node.attrs.get("end")], np.int64)
+
+
+def _common(operands: Sequence[_Elements], size: Shape = ()) -> tuple[np.ndarray, Shape]:
+    """The places of all operands, which must be the same but for constants, and the result's shape. Raises Blocked."""
+    size = np.broadcast_shapes(size, *(operand.size for operand in operands))
+    place, *others = (raised(o.place, len(size)) for o in operands if o.place is not None)
+    for other in others:
+        if np.array_equal(place, other):
+            continue
+        if np.any((place != other) & (place != NOWHERE) & (other != NOWHERE)):
+            raise Blocked("tensors that are laid out differently meet")
+        place = _narrow(np.maximum(place, other))
+    return place, size
 
 
 def _arithmetic(op: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -499,7 +409,7 @@ def _arithmetic(op: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.n
             result["shift"] = a["shift"] + sign * b["shift"]
             done = fixed_a | fixed_b | same
         elif op == "Mul":
-            factor = np.where(fixed_b, b["shift"], a["shift"])
+            factor = np.where(fixed_a, a["shift"], b["shift"])
             result["scale"], result["shift"] = result["scale"] * factor, result["shift"] * factor
             done = fixed_a | fixed_b
         else:

@@ -9,7 +9,7 @@ affine, *dead* when it is constant, else *active*. An FFN is a pair with active 
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -18,14 +18,14 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
 from channelfold.passes.affine import Blocked
-from channelfold.passes.base import DataError, ModelError
-from channelfold.passes.channel_functions import CONSTANT, Cone, Function, Functions, Reader, UnknownShape, cone
-from channelfold.passes.index_maps import Shape
+from channelfold.passes.base import DataError
+from channelfold.passes.channel_functions import CONSTANT, Function, Functions, Reader, UnknownShape
+from channelfold.passes.cones import Cone, cone
 from channelfold.passes.linear import LINEAR_OPS, Linear, NotLinear, view
 from channelfold.runtime.calibration import Data, random_data
 from channelfold.runtime.inspection import required_inputs
-from channelfold.runtime.ort import Feed
-from channelfold.runtime.shapes import measured_shapes, shapes_on
+from channelfold.runtime.ort import Feed, TensorSpec
+from channelfold.runtime.shapes import LazyShapes
 
 _SIZES = ((2, 32), (3, 64), (2, 224), (3, 448))  # of open leading axes, and of other open ones
 _READINGS = 2  # how many sizes of the input must agree, where it has one that is open
@@ -95,7 +95,7 @@ class Pairs:
 
     def __init__(self, graph: gs.Graph, data: Data | None = None):
         self.graph = graph
-        self.readers = [Reader(graph, _Shapes(graph, feed)) for feed in _feeds(graph, data)]
+        self.readers = [Reader(graph, LazyShapes(graph, feed)) for feed in _feeds(graph, data)]
 
     def at(self, node: gs.Node, plain: bool = False) -> Pair | None:
         """The pair whose second linear a node is, or None; with ``plain`` also one that treats all channels alike.
@@ -186,41 +186,25 @@ class Pairs:
         return None
 
 
-class _Shapes(dict[str, Shape]):
-    """Shapes by name for one feed, inferred when they are asked for; what inference does not know is measured."""
-
-    def __init__(self, graph: gs.Graph, feed: Feed):
-        super().__init__()
-        self.graph, self.feed = graph, feed
-        self.sources = [self._inferred, self._measured]
-
-    def __missing__(self, name: str) -> Shape:
-        while self.sources and name not in self:
-            with contextlib.suppress(ModelError):
-                self.update(self.sources.pop(0)())
-        if name not in self:
-            raise KeyError(name)
-        return self[name]
-
-    def _inferred(self) -> dict[str, Shape]:
-        return shapes_on(self.graph, {name: values.shape for name, values in self.feed.items()})
-
-    def _measured(self) -> dict[str, Shape]:
-        return measured_shapes(self.graph, self.feed) if self.feed else {}
-
-
 def _feeds(graph: gs.Graph, data: Data | None) -> Iterator[Feed]:
-    """A sample of the data and random feeds in several sizes; one of them where no size is open."""
-    sample = next(iter(data), None) if data is not None else None
-    inputs = required_inputs(graph)
-    fixed = all(isinstance(size, int) for spec in inputs for size in spec.shape)
+    """Feeds of several sizes, one where none is open; first two copies of a sample of the data."""
+    inputs = [_named(spec) for spec in required_inputs(graph)]
     leading = {spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], str)}
-    sizes = () if fixed and sample is not None else _SIZES[:1] if fixed else _SIZES
+    sample = next(iter(data), None) if data is not None else None
     if sample is not None:
-        yield sample
+        copies = {spec.name: 2 if {*spec.shape[:1]} & leading else 1 for spec in inputs}
+        yield {name: np.concatenate([values] * copies.get(name, 1)) if values.ndim else values
+               for name, values in sample.items()}  # fmt: skip
+    fixed = all(isinstance(size, int) for spec in inputs for size in spec.shape)
     try:
-        for lead, size in sizes:
+        for lead, size in _SIZES[:1] if fixed else _SIZES:
             yield from random_data(inputs, 1, dims=dict.fromkeys(leading, lead), size=size)
     except DataError:  # inputs that cannot be random, or none
         if sample is None:
             yield {}
+
+
+def _named(spec: TensorSpec) -> TensorSpec:
+    """An input whose leading axis, if it is open, has a name."""
+    lead = "batch" if spec.shape[:1] == (None,) else None
+    return dataclasses.replace(spec, shape=(lead, *spec.shape[1:])) if lead else spec

@@ -33,7 +33,8 @@ import onnx_graphsurgeon as gs
 from channelfold.passes import edit
 from channelfold.passes.affine import Affine, Blocked, as_affine
 from channelfold.passes.base import Context, Outcome, Pass
-from channelfold.passes.channel_functions import MIXED, Function, Functions, cone, is_shape
+from channelfold.passes.channel_functions import MIXED, Function, Functions
+from channelfold.passes.cones import cone, is_shape
 from channelfold.passes.idle_channels import Pair, Pairs
 from channelfold.passes.linear import Linear, NotLinear, cast
 from channelfold.runtime.graph_io import constant, free_name, infer_shapes

@@ -9,6 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.passes import edit
+from channelfold.passes.base import ModelError
 from channelfold.runtime.graph_io import constant, export, open_model, weightless
 from channelfold.runtime.ort import Feed
 
@@ -55,6 +56,31 @@ def measured_shapes(graph: gs.Graph, feed: Feed) -> dict[str, Shape]:
     inputs = {spec.name for spec in session.inputs}
     found = session.run({name: values for name, values in feed.items() if name in inputs})
     return known | {name: tuple(map(int, found[f"{name}__shape"])) for name in names}
+
+
+class LazyShapes:
+    """The shapes of all tensors when the model runs on ``feed``, found out when they are asked for."""
+
+    def __init__(self, graph: gs.Graph, feed: Feed):
+        self.graph, self.feed = graph, feed
+        self._inferred: dict[str, Shape] | None = None
+        self._measured: dict[str, Shape] | None = None
+
+    def inferred(self, name: str) -> Shape | None:
+        """The shape of a tensor as far as ONNX shape inference knows it."""
+        if self._inferred is None:
+            self._inferred = shapes_on(self.graph, {name: values.shape for name, values in self.feed.items()})
+        return self._inferred.get(name)
+
+    def measured(self, name: str) -> Shape | None:
+        """The same, from a run of the model where inference does not know it; None when that fails."""
+        found = self.inferred(name)
+        if found is None and self._measured is None:
+            try:
+                self._measured = measured_shapes(self.graph, self.feed)
+            except ModelError:
+                self._measured = {}
+        return found or (self._measured or {}).get(name)
 
 
 def squeezes_without_axes(graph: gs.Graph) -> list[gs.Node]:

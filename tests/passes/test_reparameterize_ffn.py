@@ -154,6 +154,8 @@ def test_any_set_of_channels():
 INDEX = np.random.default_rng(5).permutation(WIDE)
 KEPT = np.sort(INDEX[:4])
 MIXES = {
+    "pads": ("s = Slice(h, i0, i4, ax)\n r = Slice(h, i4, i16, ax)\n a = Relu(s)\n a0 = Pad(a, behind)\n"
+             "r0 = Pad(r, before)\n w = Add(a0, r0)", {}),
     "where": ("a = Relu(h)\n w = Where(M, a, h)", {"M": mask(4, seed=1)}),
     "where, the other way": ("a = Relu(h)\n w = Where(M, h, a)", {"M": ~mask(4, seed=1)}),
     "where, a full mask": ("a = Relu(h)\n w = Where(M, a, h)", {"M": mask(4, seed=1, shape=(3, 5))}),
@@ -171,6 +173,7 @@ MIXES = {
     "masked twice": ("a = Relu(h)\n v = Where(M, a, h)\n w = Where(M, v, h)", {"M": mask(4, seed=1)}),
 }  # fmt: skip
 SHARED = {
+    "behind": np.array([0, 0, 0, 0, 0, 12]), "before": np.array([0, 0, 4, 0, 0, 0]),
     "i0": np.array([0]), "i4": np.array([4]), "i16": np.array([16]), "ax": np.array([2]), "sizes": np.array([4, 12]),
     "back": np.array([12, 4]), "index": INDEX, "inverse": np.argsort(INDEX), "kept": KEPT, "places": KEPT[:, None],
     "m": mask(4, seed=2).astype(float), "n": 1 - mask(4, seed=2).astype(float),
@@ -485,11 +488,18 @@ def test_random_ffns(data):
     width = pick(2, 3, 5)
     hidden, samples, tokens = width * pick(1, 2, 4), pick(1, 3), pick(1, 2, width)
     active = np.array(data.draw(st.lists(st.booleans(), min_size=hidden, max_size=hidden)))
-    idle, rng = int(np.sum(~active)), np.random.default_rng(data.draw(st.integers(0, 99)))
-    norm, scale, shortcut = pick("batch", "layer", ""), pick("batch", "factor", ""), pick(True, False)
+    norm, scale, shortcut = pick("batch", "layer", ""), pick("batch", "factor", "dead", ""), pick(True, False)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    alive = rng.random(hidden) < 0.8 if scale == "dead" else np.ones(hidden, bool)
+    idle = int(np.sum(~active & alive))
     act, mix = pick("Relu", "erf", "silu", "leaky"), pick("where", "not", "parts", "blend")
     norms = {"batch": NORM.format("x", 1), "layer": "xb = LayerNormalization(x, g1, e1)", "": "xb = Identity(x)"}
-    scales = {"batch": NORM.format("w", 2), "factor": "s = Mul(w, g2)\n wb = Sub(s, e2)", "": "wb = Identity(w)"}
+    scales = {
+        "batch": NORM.format("w", 2),
+        "factor": "s = Mul(w, g2)\n wb = Sub(s, e2)",
+        "dead": "d0 = Where(D, w, e2)\n d1 = Mul(d0, g2)\n wb = Add(d1, e2)",
+        "": "wb = Identity(w)",
+    }
     on_h = ACTIVATIONS[act]
     on_part = on_h.replace("(h", "(s0").replace(" h,", " s0,").replace(" h)", " s0)")
     mixes = {
@@ -504,7 +514,7 @@ def test_random_ffns(data):
     given = {
         "W1": rng.standard_normal((width, hidden)), "b1": rng.standard_normal(hidden),
         "W2": rng.standard_normal((hidden, width)), "b2": rng.standard_normal(width), "M": active, "N": ~active,
-        "m": active * 1.0, "n": ~active * 1.0, "kept": kept, "left": left,
+        "D": alive, "m": active * 1.0, "n": ~active * 1.0, "kept": kept, "left": left,
         "inverse": np.argsort(np.concatenate([kept, left])), **SCALARS,
     }  # fmt: skip
     for n, size in ((1, width), (2, hidden)):
@@ -518,7 +528,7 @@ def test_random_ffns(data):
     if idle:
         merged = shortcut and norm != "layer"
         assert ("shortcut" in changes(outcome)[0]) == merged
-        assert ops(graph).count("Where") == (act == "leaky" and idle < hidden)
+        assert ops(graph).count("Where") == (act == "leaky" and bool(np.any(active & alive)))
         assert ops(graph).count("BatchNormalization") == (norm == "batch" and not merged)
         assert not {"Concat", "Gather"} & set(ops(graph))
 
