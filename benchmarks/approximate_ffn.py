@@ -112,7 +112,7 @@ class Bench:
         graph_io.infer_shapes(self.graph)
         data = open_data(calibration(self.folder, self.task), required_inputs(self.graph))
         self.shapes = measured_shapes(self.graph, next(iter(data)))
-        self.ffns = list(find_ffns(self.graph, self.shapes, []))
+        self.ffns = find_ffns(self.graph, self.shapes, [])
 
     def moments(self, source: Path) -> list[Any]:
         from channelfold.runtime.calibration import open_data

@@ -245,7 +245,7 @@ class _Site:
         bias, error = down.bias(), self.trial.error
         if bias is None:
             error += float(self.trial.offset @ self.trial.offset)
-        if error <= _NOTHING * self.energy:
+        if error <= _NOTHING * self.energy or not reference.names:
             return
         with replaced(down, weight.reshape(down.weight().shape), None if bias is None else bias + self.trial.offset):
             self.sensitivity = reference.error(graph) * self.energy / error

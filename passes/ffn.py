@@ -15,7 +15,7 @@ result is added to y; or, where another linear already reads x and is added to y
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,9 +100,11 @@ class Ffn:
             branch = None if dense is None else self._branch(down, dense)
         except OverflowError as error:
             raise Blocked(str(error)) from None
+        self.width = read_by(graph, down, shapes)  # an FFN that ends where this one begins may have a new bias by now
         self.width.resize(lambda rows: rows[kept], lambda old: matrix.T.reshape(len(kept), *old.shape[1:]), shapes)
         self.down = view(graph, self.down.node)
         self.down.set_bias(bias)
+        shapes[self.down.node.outputs[0].name] = shapes[self.down.output.name]
         if branch is not None and self.parallel is not None:
             view(graph, self.parallel.node).set_weight(branch)
         elif branch is not None:
@@ -139,11 +141,13 @@ class Ffn:
         edit.insert_after(graph, linear, gs.Node("Add", own.name, {}, [own, branch], [result]))
 
 
-def find_ffns(graph: gs.Graph, shapes: Mapping[str, Shape], refused: list[Refusal]) -> Iterator[Ffn]:
+def find_ffns(graph: gs.Graph, shapes: Mapping[str, Shape], refused: list[Refusal]) -> list[Ffn]:
     """Every FFN of the graph, in order. ``refused`` takes up what follows an activation and yet is none, with why.
 
-    ``shapes``: of all tensors for some input, by name.
+    ``shapes``: of all tensors for some input, by name. In a chain of linears and activations every linear between two
+    activations ends one FFN and begins another.
     """
+    found = []
     for node in live_linears(graph):
         try:
             down = view(graph, node)
@@ -152,9 +156,15 @@ def find_ffns(graph: gs.Graph, shapes: Mapping[str, Shape], refused: list[Refusa
         if not _follows_activation(down) or any(size > 1 for size in down.kernel):
             continue
         try:
-            yield _ffn(graph, down, shapes)
+            found.append(_ffn(graph, down, shapes))
         except Blocked as error:
             refused.append(Refusal(node.name, f"{node.op}: {error}", str(error)))
+    begin = {id(up.node) for ffn in found for up in ffn.ups}
+    end = {id(ffn.down.node) for ffn in found}
+    for ffn in found:  # a branch would have the hidden channels of the other one, which are cut, too
+        if id(ffn.down.node) in begin or any(id(up.node) in end for up in ffn.ups):
+            ffn.parallel, ffn.no_branch = None, "another FFN begins where it ends, or ends where it begins"
+    return found
 
 
 def _follows_activation(linear: Linear) -> bool:

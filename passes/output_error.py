@@ -27,11 +27,13 @@ _BYTES = 1 << 28  # of outputs that are kept
 
 
 class Outputs:
-    """What a graph computes for some feeds of ``data``, kept to compare with. Raises ModelError."""
+    """What a graph computes for some feeds of ``data``, kept to compare with: its float outputs. Raises ModelError."""
 
     def __init__(self, graph: gs.Graph, data: Data):
         self.names = [t.name for t in graph.outputs if edit.is_float(t)]
         self.kept: list[tuple[Feed, dict[str, np.ndarray]]] = []
+        if not self.names:
+            return
         runner, size = session(graph), 0
         inputs = {spec.name for spec in runner.inputs}
         chosen = set(np.linspace(0, len(data) - 1, FEEDS).astype(int).tolist())
@@ -45,6 +47,8 @@ class Outputs:
 
     def error(self, graph: gs.Graph) -> float:
         """The squared error of the outputs of a changed graph, relative. Raises ModelError."""
+        if not self.kept:
+            return 0.0
         runner = session(graph)
         lost, total = np.zeros(len(self.names)), np.zeros(len(self.names))
         for feed, expected in self.kept:
@@ -54,8 +58,7 @@ class Outputs:
                 usable = np.isfinite(old)
                 lost[place] += np.sum((found[name][usable] - old[usable]) ** 2)
                 total[place] += np.sum(old[usable] ** 2)
-        alive = total > 0
-        return float(np.mean(lost[alive] / total[alive])) if alive.any() else 0.0
+        return float(np.mean(np.divide(lost, total, out=lost, where=total > 0)))
 
 
 @contextlib.contextmanager

@@ -163,9 +163,11 @@ class TestGraph:
         weights |= {"r": np.sqrt(2.0), "one": 1.0, "half": 0.5}
         used = {name: value for name, value in weights.items() if re.search(rf"\b{name}\b", body)}
         original, graph = (build("(float[N,8] x) => (float[N,8] y)", body, kind="float", **used) for _ in "ab")
-        outcome = apply(graph, keep_hidden=0.5)
+        outcome = apply(graph, keep_hidden=0.5, branch="never")
         assert outcome.facts["ffns"][0]["hidden"] == [32, 16]
         assert error(original, graph) == pytest.approx(outcome.facts["output_error"], rel=0.1)
+        # half of the channels is what sensitivities are measured at, so here nothing is left to predict
+        assert outcome.facts["predicted_output_error"] == pytest.approx(outcome.facts["output_error"], rel=1e-4)
 
 
 class TestError:
@@ -237,6 +239,29 @@ class TestBudget:
     def test_channels(self):
         facts = apply(self.two(), keep_hidden=0.5, align=1, branch="never").facts["ffns"]
         assert sum(f["hidden"][1] for f in facts) == 64
+
+    def test_a_chain_of_layers(self):
+        body = "h = MatMul(x, A)\na = Relu(h)\nk = MatMul(a, B)\nb = Relu(k)\ny = MatMul(b, C)"
+        weights = {"A": (8, 32), "B": (32, 32), "C": (32, 8)}
+        original, graph = (build("(float[N,8] x) => (float[N,8] y)", body, kind="float", **weights) for _ in "ab")
+        outcome = apply(graph, keep_hidden=0.5)
+        first, second = (fact["hidden"][1] for fact in outcome.facts["ffns"])
+        assert first + second == 32
+        assert [tuple(n.inputs[1].shape) for n in graph.nodes if n.op == "MatMul"][:3] == [
+            (8, first),
+            (first, second),
+            (second, 8),
+        ]
+        assert error(original, graph) == pytest.approx(outcome.facts["output_error"], rel=0.1)
+        refused = reasons(apply(original, keep_hidden=0.5, branch="always"))
+        assert refused == 2 * ["no dense branch: another FFN begins where it ends, or ends where it begins"]
+
+    def test_outputs_without_floats_count_as_alike(self):
+        body = "h = MatMul(x, A)\na = Relu(h)\nk = MatMul(a, B)\ny = ArgMax<axis=1>(k)"
+        graph = build("(float[N,8] x) => (int64[N,1] y)", body, kind="float", A=(8, 32), B=(32, 8))
+        facts = apply(graph, keep_hidden=0.5).facts["ffns"]
+        assert facts[0]["sensitivity"] == 1.0
+        assert facts[0]["hidden"] == [32, 16]
 
     def test_max_error(self):
         widths = []
