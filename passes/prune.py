@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -187,10 +187,10 @@ class Prune(Pass):
         kind: Kind = "macs" if self.keep_macs is not None else "parameters"
         share = self.keep_macs if self.keep_macs is not None else self.keep_params
         assert share is not None
-        total = allocation.Costs(sizes, costs.terms(kind))
-        whole = costs.exact(kind, {})
+        whole = costs.exact(kind, {}) or 1.0
+        total = allocation.Costs(sizes, [replace(term, amount=term.amount / whole) for term in costs.terms(kind)])
         values = [ranking.values for ranking in rankings]
-        budget, exact = share * whole, np.inf
+        budget, exact = share, np.inf
         for _ in range(_CORRECTIONS):
             if self.allocation == "uniform":
                 kept = allocation.uniform(sizes, total, budget, self.align)
@@ -199,12 +199,12 @@ class Prune(Pass):
             else:
                 kept = allocation.under_budget(sizes, values, total, budget, self.align)
             keeps = _keeps(groups, rankings, kept)
-            exact = costs.exact(kind, keeps)
-            if exact <= share * whole * (1 + 1e-9):
+            exact = costs.exact(kind, keeps) / whole
+            if exact <= share * (1 + 1e-9):
                 return keeps
-            budget *= share * whole / exact
+            budget *= share / exact
         raise UsageError(
-            f"A share of {share:g} of the {kind} cannot be met: with units of unequal size it is {exact / whole:.3f}",
+            f"A share of {share:g} of the {kind} cannot be met: with units of unequal size it is {exact:.3f}",
             "Raise it, or lower 'align'",
         )
 
@@ -261,6 +261,7 @@ class Prune(Pass):
             return None
         twin = gs.Graph()
         before.restore(twin)
+        infer_shapes(twin)  # and dtypes, which the masks need
         same = zip(regions, _regions(find_groups(twin, shapes)), strict=True)
         try:
             mask(twin, [(other, keeps[id(region)][1]) for region, other in same if id(region) in keeps])
