@@ -33,7 +33,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes import edit
 from channelfold.passes.affine import Affine, Blocked, as_affine
 from channelfold.passes.base import Context, Outcome, Pass
-from channelfold.passes.channel_functions import MIXED, Function, Functions
+from channelfold.passes.channel_functions import CONSTANT, MIXED, Function, Functions
 from channelfold.passes.cones import cone, is_shape
 from channelfold.passes.idle_channels import Pair, Pairs
 from channelfold.passes.linear import Linear, NotLinear, cast
@@ -164,8 +164,9 @@ def _place(pairs: Pairs, pair: Pair, outcome: Outcome) -> _Place:
         found = cone(pairs.graph, data, lambda tensor: tensor is source, roots=1)
         functions = Functions()
         what, _ = pairs.read(found, {id(source): axis}, axis, functions)
-        maps = [functions.items[f].affine for f in what["function"]]
-        if None in maps or not np.array_equal(what["channel"], np.arange(what.size)):
+        maps = [(0, 0.0, 0.0) if f == CONSTANT else functions.items[f].affine for f in what["function"]]
+        moved = (what["channel"] != np.arange(what.size)) & (what["function"] != CONSTANT)
+        if None in maps or moved.any():
             raise Blocked("what is in between is not one scale and shift a channel")
     except Blocked as error:
         outcome.refuse(add.name, f"Add: the shortcut stays apart: {error}", "shortcut")

@@ -325,6 +325,13 @@ def test_shared_weights_are_cloned():
     assert constants(graph)["W1_active"].shape == (4, 4)
 
 
+def test_norms_with_dead_channels():
+    gammas = {f"g{n}": NORMS[f"g{n}"] * (np.arange(size) % 3 > 0) for n, size in ((1, 4), (2, WIDE))}
+    graph, outcome, _ = folded(REPA, **repa(**gammas))
+    assert changes(outcome)[0].startswith("8 of 16 channels are idle, now one dense layer, with the shortcut")
+    assert constants(graph)["W1_active"].shape == (4, 2)
+
+
 def test_names_of_outputs_stay():
     graph, _, _ = folded(PLAIN + "y = Add(z, x)", **WEIGHTS, M=mask(0))
     assert listing(graph) == "MatMul_4_product = MatMul(x, W2_dense)\ny = Add(MatMul_4_product, MatMul_4_bias)"
