@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from harness import table, write
-from networks import FORMS, NETWORKS, counts, make
+from networks import FORMS, NETWORKS, change, counts, make
 from speed import measured
 
 ROUNDS = 40
@@ -68,10 +68,10 @@ class Row:
         return (
             self.network,
             f"{network.theta:.2f}",
-            _change(*(n / 1e6 for n in self.parameters), digits=2),
-            _change(*network.parameters, digits=1),
-            _change(*(n / 1e9 for n in self.macs), digits=2),
-            _change(*network.gmacs, digits=1),
+            change((self.parameters[0] / 1e6, self.parameters[1] / 1e6), digits=2),
+            change(network.parameters),
+            change((self.macs[0] / 1e9, self.macs[1] / 1e9), digits=2),
+            change(network.gmacs),
             f"{self.fold_seconds:.1f}",
             f"{self.fold_megabytes:.0f}",
             f"{self.fold_megabytes / self.weight_megabytes:.2f}",
@@ -88,12 +88,8 @@ COUNTS = (
 )
 
 
-def _ratio(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:.3f}"
-
-
-def _change(before: float, after: float, digits: int) -> str:
-    return "-" if np.isnan(before) else f"{before:.{digits}f} -> {after:.{digits}f}"
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def measure(name: str, folder: Path, threads: int, seconds: float) -> Row:
