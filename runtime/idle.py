@@ -65,8 +65,9 @@ class _Fits:
             return
         *inner, read, out = (self.pending.pop(name) for name in self.axes)
         channels = self.pair.channels["channel"]
-        rows = np.stack([np.ones_like(read), *(h[:, channels] for h in inner), read], axis=-1)
-        self.products = self.products + np.einsum("nci,ncj->cij", rows, rows, optimize=True)
+        rows = [np.ones_like(read), *(h[:, channels] for h in inner), read]
+        products = [[np.einsum("nc,nc->c", one, other) for other in rows] for one in rows]
+        self.products = self.products + np.moveaxis(np.array(products), -1, 0)
         self.outputs = self.outputs + np.stack([np.ones(out.shape[1]) * len(out), out.sum(0), np.square(out).sum(0)])
 
     def left(self) -> tuple[np.ndarray, np.ndarray]:
