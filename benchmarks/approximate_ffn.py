@@ -32,7 +32,7 @@ from smoothing import decibels, held_out
 
 TASKS = {"minilm": "recall_at_1", "imgfocus": "iou", "smol": "perplexity"}
 METHODS = ("plain", "slopes", "least squares", "joint", "joint, equal MACs", "pass")
-TEXTS = 700  # sentences, and as many nouns with their definitions: 35 k tokens for MiniLM
+SENTENCES, DEFINED = 200, 1200  # texts for MiniLM: sentences, nouns with their definitions; 33 k tokens
 HEADER = ("task", "MACs", "method", "calibration dB", "held-out dB", "output dB", "figure")
 
 
@@ -55,8 +55,8 @@ def record(folder: Path, task: str) -> None:
 
     open_set = OpenSet(folder.resolve())
     corpus, rng = sentences(open_set), np.random.default_rng(7)
-    texts = [corpus[i] for i in rng.choice(len(corpus), TEXTS, replace=False)]
-    texts += [side for pair in definitions(open_set)[PAIRS : PAIRS + TEXTS] for side in pair]
+    texts = [corpus[i] for i in rng.choice(len(corpus), SENTENCES, replace=False)]
+    texts += [side for pair in definitions(open_set)[PAIRS : PAIRS + DEFINED] for side in pair]
     feed = tokenized(open_set, texts)
     lengths = feed["attention_mask"].sum(axis=1)
     place = folder / "calibration_ffn" / task

@@ -137,15 +137,16 @@ class ApproximateFfn(Pass):
     def _seen(self, graph: gs.Graph, ffns: list[Ffn], ctx: Context) -> Iterator[tuple[Ffn, Moments]]:
         """The moments of [x; a] of each FFN, of a alone where it gets no branch."""
         assert ctx.calibration is not None
-        wanted = []
-        for ffn in ffns:
+
+        def wanted(ffn: Ffn) -> tuple[Moments, int]:
             up, branched = ffn.ups[0], self.branch != "never" and not ffn.no_branch
             axes = {up.data.name: up.in_axis} if branched else {}
-            wanted.append((Moments(axes | {ffn.down.data.name: ffn.down.in_axis}), ffn.inputs + ffn.hidden))
+            return Moments(axes | {ffn.down.data.name: ffn.down.in_axis}), ffn.inputs + ffn.hidden
+
         remaining = iter(ffns)
-        for group in collect(graph, wanted, ctx.calibration, ctx.progress):
-            for moments in group:
-                yield next(remaining), moments
+        for group in collect(graph, map(wanted, ffns), ctx.calibration, ctx.progress):
+            while group:
+                yield next(remaining), group.pop(0)
 
     def _study(self, ffn: Ffn, moments: Moments) -> _Site:
         """The error curves of an FFN. Raises Blocked where the data do not suffice."""

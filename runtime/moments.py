@@ -18,7 +18,7 @@ a time as fit into ``limit`` bytes and runs the data again for the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -174,7 +174,7 @@ def bytes_of(channels: int) -> int:
 
 def collect(
     graph: gs.Graph,
-    wanted: Sequence[tuple[Moments, int]],
+    wanted: Iterable[tuple[Moments, int]],
     data: Data,
     progress: Callable[[str, int, int], None] = no_progress,
     limit: int = LIMIT,
@@ -182,7 +182,8 @@ def collect(
     """Fills Moments, given with their numbers of channels, from all feeds of ``data``.
 
     Yields them in order, in groups that together take ``limit`` bytes (one alone may take more); each group is a run of
-    its own. Drop the reference to a group before the next to keep to the limit. Raises DataError as ``observe`` does.
+    its own. To keep to the limit, let ``wanted`` be made as it is read, and take Moments out of the lists. Raises
+    DataError as ``observe`` does.
     """
     for group in _groups(wanted, limit):
         observers: dict[str, list[Observer]] = {}
@@ -193,7 +194,7 @@ def collect(
         yield group
 
 
-def _groups(wanted: Sequence[tuple[Moments, int]], limit: int) -> Iterator[list[Moments]]:
+def _groups(wanted: Iterable[tuple[Moments, int]], limit: int) -> Iterator[list[Moments]]:
     group, used = [], 0
     for moments, channels in wanted:
         size = bytes_of(channels)
