@@ -40,7 +40,7 @@ def cut(graph: gs.Graph, cuts: Sequence[Cut]) -> None:
     for region, keep in cuts:
         for part in region.parts:
             node, axes = masks.setdefault((id(part.node), part.input), (part.node, {}))
-            axes[part.axis] = _stays(keep, part.labels)
+            axes[part.axis] = axes.get(part.axis, True) & _stays(keep, part.labels)
     made: dict[tuple, gs.Constant] = {}
     for (_, port), (node, axes) in masks.items():
         if not all(stays.all() for stays in axes.values()):

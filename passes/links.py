@@ -255,6 +255,7 @@ def _recurrent(p: Ports) -> None:
     p.link((0, 2), (1, 2), summed=True)
     states = [(-1, 3), (-2, 2), (-3, 2), (5, 2), (6, 2)]
     p.link((2, 2), *states)
+    p.link((2, 2), summed=True)
     for port, axis in states:  # each, for constants do not lead on to others
         for copies, *members in ((gates, (1, 1), (2, 1)), (2 * gates, (3, 1)), (3, (7, 1))):
             p.link((port, axis, np.tile(np.arange(hidden), copies)), *members)
