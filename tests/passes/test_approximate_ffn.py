@@ -19,13 +19,14 @@ from channelfold.tests.graphs import build, changes, listing, random, reasons, r
 TOKENS = 64
 
 
-def data(graph: gs.Graph, *, count: int = 32, scale: float = 1.0) -> Data:
+def data(graph: gs.Graph, *, count: int = 32) -> Data:
     """Feeds of ``TOKENS`` rows each, or of as many pixels, for the only input of a graph."""
     (tensor,) = graph.inputs
     shape = [d if isinstance(d, int) else TOKENS for d in tensor.shape]
     rng = np.random.default_rng(0)
-    feeds = [{tensor.name: (scale * rng.standard_normal(shape)).astype(np.float32)} for _ in range(count)]
-    return open_data(feeds, [TensorSpec(tensor.name, np.dtype("float32"), tuple(shape))])
+    kind = np.dtype(tensor.dtype)
+    feeds = [{tensor.name: rng.standard_normal(shape).astype(kind)} for _ in range(count)]
+    return open_data(feeds, [TensorSpec(tensor.name, kind, tuple(shape))])
 
 
 def apply(graph: gs.Graph, **options) -> Outcome:
@@ -38,7 +39,7 @@ def error(before: gs.Graph, after: gs.Graph) -> float:
     """The relative error of the output on feeds that calibration has not seen."""
     lost = total = 0.0
     for feed in data(before, count=40):
-        old, new = run(before, feed)["y"], run(after, feed)["y"]
+        old, new = (run(graph, feed)["y"].astype(np.float64) for graph in (before, after))
         lost, total = lost + float(np.sum((new - old) ** 2)), total + float(np.sum(old**2))
     return float(np.sqrt(lost / total))
 
@@ -168,6 +169,30 @@ class TestGraph:
         assert error(original, graph) == pytest.approx(outcome.facts["output_error"], rel=0.1)
         # sensitivities are measured on half of the channels, so only a bias that is not there yet is left to predict
         assert outcome.facts["predicted_output_error"] == pytest.approx(outcome.facts["output_error"], rel=0.03)
+
+    @pytest.mark.parametrize(
+        ("signature", "body", "kind"),
+        [
+            (
+                "(float[N,8] x) => (float[N,8] y)",
+                "h = Gemm(x, W1, b)\na = Relu(h)\ny = Gemm<transB=1,alpha=2.0>(a, V2, c)",
+                "float",
+            ),
+            ("(float[8,N] x) => (float[8,N] y)", "h = MatMul(V1, x)\na = Relu(h)\ny = MatMul(V2, a)", "float"),
+            ("(float[2,N,8] x) => (float[2,N,8] y)", "h = MatMul(x, W1)\na = Relu(h)\ny = MatMul(a, W2)", "float16"),
+        ],
+        ids=["gemm", "left", "half"],
+    )
+    def test_branches_of_every_form(self, signature, body, kind):
+        weights = {"W1": (8, 32), "V1": (32, 8), "b": 32, "W2": (32, 8), "V2": (8, 32), "c": 8}
+        used = {name: value for name, value in weights.items() if re.search(rf"\b{name}\b", body)}
+        original, graph = (build(signature, body, kind=kind, **used) for _ in "ab")
+        outcome = apply(graph, keep_hidden=0.5, branch="always")
+        linears = [n.op for n in graph.nodes if n.op in ("Gemm", "MatMul")]
+        assert len(linears) == 3
+        assert len(set(linears)) == 1
+        assert error(original, graph) == pytest.approx(outcome.facts["output_error"], rel=0.1)
+        assert outcome.facts["output_error"] < 0.2
 
 
 class TestError:
