@@ -90,7 +90,7 @@ def cone(graph: gs.Graph, target: gs.Tensor, is_root: Callable[[gs.Tensor], bool
             return
         seen.add(id(node))
         if depth == DEEPEST or len(found.nodes) == LARGEST_CONE:
-            raise Blocked(f"more than {len(found.nodes)} nodes are in between")
+            raise Blocked("too many nodes are in between")
         if not is_shape(node):
             if edit.is_float(tensor) and not is_followed(node):
                 raise Blocked(f"{node.op} is in between")
