@@ -95,7 +95,8 @@ class Pairs:
 
     def __init__(self, graph: gs.Graph, data: Data | None = None):
         self.graph = graph
-        self.readers = [Reader(graph, LazyShapes(graph, feed)) for feed in _feeds(graph, data)]
+        self._feeds = _feeds(graph, data)
+        self._opened: list[Reader] = []
 
     def at(self, node: gs.Node, plain: bool = False) -> Pair | None:
         """The pair whose second linear a node is, or None; with ``plain`` also one that treats all channels alike.
@@ -141,7 +142,7 @@ class Pairs:
         unknown = Blocked("its shape is unknown")
         outputs = [tensor for node in found.nodes for tensor in node.outputs]
         tensors: list[gs.Tensor] = []
-        for reader in self.readers:
+        for reader in self._readers():
             reader.functions = functions
             try:
                 seen.append(reader.read(found, axes, axis))
@@ -156,6 +157,13 @@ class Pairs:
         if not seen:
             raise unknown
         return seen[0], tensors
+
+    def _readers(self) -> Iterator[Reader]:
+        """A reader for each size, opened when it is needed: the last sizes are large."""
+        yield from self._opened
+        for feed in self._feeds:
+            self._opened.append(Reader(self.graph, LazyShapes(self.graph, feed)))
+            yield self._opened[-1]
 
     def _pointwise(self, node: gs.Node) -> Linear | None:
         """The view of a linear that treats every position alike."""
