@@ -290,20 +290,23 @@ def _keeps(groups: Sequence[Group], rankings: Sequence[Ranking], kept: Sequence[
     for group, ranking, count in zip(groups, rankings, kept, strict=True):
         _, keep = keeps.setdefault(id(group.region), (group.region, np.ones(group.region.size, bool)))
         keep[group.labels[ranking.order[: group.units - count]] - 1] = False
-    return keeps
+    return {key: (region, region.completed(keep)) for key, (region, keep) in keeps.items()}
 
 
 def _facts(groups: Sequence[Group], rankings: Sequence[Ranking], costs: GroupCosts, keeps: Keeps) -> dict[str, Any]:
     """What the report says of the model and of every group."""
     kinds: tuple[Kind, ...] = ("macs", "parameters")
-    found: dict[str, Any] = {k: {"before": costs.exact(k, {}), "after": costs.exact(k, keeps)} for k in kinds}
+    found: dict[str, Any] = {
+        k: {"before": round(costs.exact(k, {})), "after": round(costs.exact(k, keeps))} for k in kinds
+    }
     found["groups"] = []
     for group, ranking in zip(groups, rankings, strict=True):
         region, keep = keeps[id(group.region)]
         stays = keep[group.labels - 1]
         alone = np.ones(region.size, bool)
         alone[group.labels - 1] = stays
-        saved = {f"{k}_saved": found[k]["before"] - costs.exact(k, {id(region): (region, alone)}) for k in kinds}
+        only = {id(region): (region, alone)}
+        saved = {f"{k}_saved": found[k]["before"] - round(costs.exact(k, only)) for k in kinds}
         lost = float(ranking.values[-1] - ranking.values[int(stays.sum())])
         found["groups"].append(
             {
