@@ -120,7 +120,7 @@ def magnitudes(group: Group, power: int) -> np.ndarray:
     total = np.zeros(group.region.size + 1)
     for part in group.region.parts:
         if part.role and np.isin(part.labels, group.labels).any():
-            total += _sums(part, power)
+            total += _sums(part, power, total.size)
     return _normalized(total[group.labels])
 
 
@@ -130,15 +130,15 @@ def gammas(group: Group) -> np.ndarray | None:
     parts = [p for p in parts if np.isin(p.labels, group.labels).any()]
     if not parts:
         return None
-    return _normalized(sum((_sums(part, 1) for part in parts), np.zeros(group.region.size + 1))[group.labels])
+    return _normalized(sum(_sums(part, 1, group.region.size + 1) for part in parts)[group.labels])
 
 
-def _sums(part: Part, power: int) -> np.ndarray:
-    """The sum of |w|^power over all entries of a constant with each label, (labels + 1,)."""
+def _sums(part: Part, power: int, size: int) -> np.ndarray:
+    """The sum of |w|^power over all entries of a constant with each label, (size,)."""
     values = edit.value(part.node.inputs[part.input])
     assert values is not None
     others = tuple(axis for axis in range(values.ndim) if axis != part.axis)
-    return np.bincount(part.labels, (np.abs(values.astype(np.float64)) ** power).sum(axis=others))
+    return np.bincount(part.labels, (np.abs(values.astype(np.float64)) ** power).sum(axis=others), minlength=size)
 
 
 def _normalized(scores: np.ndarray) -> np.ndarray:
