@@ -36,6 +36,7 @@ from channelfold.passes.base import Context, Outcome, Pass, UsageError
 from channelfold.passes.channel_groups import Group, Region, find_groups
 from channelfold.passes.cut import cut, mask
 from channelfold.passes.equalize import shapes_of
+from channelfold.passes.greedy_allocation import Trial, units_within_tolerance
 from channelfold.passes.group_costs import GroupCosts, Keeps, Kind
 from channelfold.passes.importance import Ranking, Spread
 from channelfold.passes.index_maps import Shape
@@ -47,7 +48,13 @@ from channelfold.runtime.graph_io import infer_shapes
 from channelfold.runtime.ort import Feed
 from channelfold.runtime.snapshot import Snapshot
 
-_AMOUNTS = ("keep_macs", "keep_params", "keep_latency", "ratio")
+_AMOUNTS = {  # how much goes; the allocations that can deal with it, and why no others
+    "keep_macs": (("auto", "uniform", "ranked", "knapsack"), "is a budget to share out"),
+    "keep_params": (("auto", "uniform", "ranked", "knapsack"), "is a budget to share out"),
+    "keep_latency": (("auto", "knapsack"), "takes the knapsack"),
+    "ratio": (("auto", "uniform"), "takes the same share of every group"),
+    "tolerance": (("auto", "greedy"), "is used up group by group"),
+}
 _CORRECTIONS = 8  # of a budget that units of unequal size have made a little more of
 
 
@@ -56,12 +63,13 @@ class Prune(Pass):
     """Removes channels until a budget is met; with calibration data what reads them makes up for them.
 
     One of ``keep_macs``, ``keep_params``, ``keep_latency`` (shares, 0 to 1, of what the model has, or of the time that
-    it takes in ONNX Runtime on this machine) and ``ratio`` (the share of every group's channels that goes) says how
-    much. ``importance``: auto is reconstruction; bn needs BatchNormalizations. ``allocation``: auto is knapsack for a
-    budget; uniform is the same share everywhere. ``compensate``: auto is lstsq. ``align``: kept channels are a multiple
-    of it where a group has more. ``width``: also cut channels that a norm works on. ``include`` and ``exclude``:
-    patterns (``*`` and ``?``) of names of the nodes that write channels. ``ridge``: of the regression, relative to the
-    variance of each channel. ``verify``: prove the cut.
+    it takes in ONNX Runtime on this machine), ``ratio`` (the share of every group's channels that goes) and
+    ``tolerance`` (the squared error of any output relative to its variance, on calibration data) says how much.
+    ``importance``: auto is reconstruction; bn needs BatchNormalizations. ``allocation``: auto is knapsack for a budget
+    and greedy for a tolerance; uniform is the same share everywhere. ``compensate``: auto is lstsq. ``align``: kept
+    channels are a multiple of it where a group has more. ``width``: also cut channels that a norm works on. ``include``
+    and ``exclude``: patterns (``*`` and ``?``) of names of the nodes that write channels. ``ridge``: of the regression,
+    relative to the variance of each channel. ``verify``: prove the cut.
 
     Raises UsageError for options that contradict each other and for a budget that cannot be reached.
     """
@@ -73,8 +81,9 @@ class Prune(Pass):
     keep_params: float | None = None
     keep_latency: float | None = None
     ratio: float | None = None
+    tolerance: float | None = None
     importance: Literal["auto", "l1", "l2", "bn", "activation", "reconstruction"] = "auto"
-    allocation: Literal["auto", "uniform", "ranked", "knapsack"] = "auto"
+    allocation: Literal["auto", "uniform", "ranked", "knapsack", "greedy"] = "auto"
     compensate: Literal["auto", "none", "bias", "lstsq"] = "auto"
     align: int = 8
     width: bool = False
@@ -89,17 +98,23 @@ class Prune(Pass):
             found = "none of them" if not given else " and ".join(map(repr, given))
             raise UsageError(f"Expected one of {', '.join(map(repr, _AMOUNTS))}, found {found}", "Give one")
         ((option, value),) = given.items()
-        if not (0 <= value < 1 if option == "ratio" else 0 < value <= 1):
+        if option == "tolerance":
+            if not 0 < value < np.inf:
+                raise UsageError(f"'tolerance' is {value:g}", "Expected more than 0: 0.05 is an error of 5 %")
+        elif not (0 <= value < 1 if option == "ratio" else 0 < value <= 1):
             raise UsageError(f"{option!r} is {value:g}", "Expected a share: 0.5 is half")
         if self.align < 1:
             raise UsageError(f"'align' is {self.align}", "Expected at least 1")
         if not self.ridge >= 0:
             raise UsageError(f"'ridge' is {self.ridge:g}", "Expected 0 or more")
-        if option == "ratio" and self.allocation not in ("auto", "uniform"):
-            raise UsageError(f"'ratio' takes the same share of every group, 'allocation' is {self.allocation!r}",
-                             "Give 'keep_macs' or 'keep_params' instead")  # fmt: skip
-        if option == "keep_latency" and self.allocation not in ("auto", "knapsack"):
-            raise UsageError(f"'keep_latency' takes the knapsack, 'allocation' is {self.allocation!r}", "Leave it out")
+        allocations, why = _AMOUNTS[option]
+        if self.allocation not in allocations:
+            known = " or ".join(map(repr, allocations))
+            raise UsageError(
+                f"{option!r} {why}, 'allocation' is {self.allocation!r}", f"Take {known}, or another budget"
+            )
+        if option == "tolerance" and self.width:
+            raise UsageError("'tolerance' cannot judge channels that a norm works on", "Leave out 'width'")
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
@@ -111,14 +126,22 @@ class Prune(Pass):
             return outcome
         statistics = ReadStatistics(graph, _regions(groups), ctx)
         rankings = self._rankings(groups, statistics, ctx)
-        if self.ratio is None and self.allocation != "uniform" and ctx.calibration is not None:
+        if (
+            self.ratio is None
+            and self.tolerance is None
+            and self.allocation != "uniform"
+            and ctx.calibration is not None
+        ):
             rankings = sensitivity.scaled(graph, groups, rankings, statistics, self._fit, ctx)
         costs = GroupCosts(graph, groups, shapes)
-        if self.keep_latency is None:
-            keeps = self._allocate(groups, rankings, costs)
-        else:
+        if self.keep_latency is not None:
             copies, feed = CutCopies(graph, found, shapes), a_feed(graph, ctx)
             keeps = self._within_latency(groups, rankings, copies, feed, ctx, outcome)
+        elif self.tolerance is not None:
+            trial = Trial(graph, _regions(groups), statistics, self._fit, ctx)
+            keeps = self._within_tolerance(groups, rankings, trial, costs, ctx, outcome)
+        else:
+            keeps = self._allocate(groups, rankings, costs)
         fits = [] if self.compensate == "none" else self._fits(statistics, shapes, keeps)
         outcome.facts |= _facts(groups, rankings, costs, keeps)
         proof = self._cut(graph, ctx, shapes, _regions(found), keeps)
@@ -229,6 +252,29 @@ class Prune(Pass):
             ctx.progress,
         )
         outcome.facts = {"latency": {"kept": taken}}
+        return _keeps(groups, rankings, kept)
+
+    def _within_tolerance(
+        self,
+        groups: Sequence[Group],
+        rankings: Sequence[Ranking],
+        trial: Trial,
+        costs: GroupCosts,
+        ctx: Context,
+        outcome: Outcome,
+    ) -> Keeps:
+        assert self.tolerance is not None
+        sizes = _sizes(groups)
+        kept, errors = units_within_tolerance(
+            trial,
+            lambda kept: _keeps(groups, rankings, kept),
+            sizes,
+            allocation.Costs(sizes, costs.terms("macs")),
+            self.tolerance,
+            self.align,
+            ctx.progress,
+        )
+        outcome.facts = {"output_error": errors}
         return _keeps(groups, rankings, kept)
 
     # ---- what stays makes up for it ----------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ def measured(
     seconds: float = 10.0,
     progress: Callable[[str, int, int], None] = no_progress,
 ) -> dict[int, float]:
-    """Milliseconds of one run of ``build(size)`` in ONNX Runtime on the CPU, by size: medians of alternating runs.
+    """Milliseconds of one run of ``build(size)`` in ONNX Runtime on the CPU, by size: lower quartiles of alternating
+    runs, which other work on the machine moves less than medians.
 
     ``build`` gives the path of a model or a serialized one. All of them are open at once. They run on ``feed``, or else
     on random numbers, with open dimensions as ``random_data`` fills them. Raises ModelError where ONNX Runtime refuses
@@ -48,7 +49,7 @@ def measured(
         session = Session(build(size), threads=threads)
         given = feed if feed is not None else next(iter(random_data(session.inputs, 1)))
         runs[str(size)] = functools.partial(session.run, given)
-    return {int(t.name): t.ms for t in latencies(runs, rounds=rounds, seconds=seconds, progress=progress)}
+    return {int(t.name): t.low for t in latencies(runs, rounds=rounds, seconds=seconds, progress=progress)}
 
 
 def looked_up(table: Mapping[int, float], size: int) -> float:

@@ -97,7 +97,9 @@ def test_too_little_time_is_refused(measured):
 def test_options_that_contradict_each_other():
     with pytest.raises(UsageError, match="found 'keep_macs' and 'keep_latency'"):
         Prune(keep_latency=0.5, keep_macs=0.5)
-    with pytest.raises(UsageError, match="'keep_latency' takes the knapsack"):
+    with pytest.raises(
+        UsageError, match=r"'keep_latency' takes the knapsack, 'allocation' is 'uniform'\. Take 'auto' or"
+    ):
         Prune(keep_latency=0.5, allocation="uniform")
     with pytest.raises(UsageError, match="'keep_latency' is 0"):
         Prune(keep_latency=0.0)
