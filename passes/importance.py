@@ -130,7 +130,8 @@ def gammas(group: Group) -> np.ndarray | None:
     parts = [p for p in parts if np.isin(p.labels, group.labels).any()]
     if not parts:
         return None
-    return _normalized(sum(_sums(part, 1, group.region.size + 1) for part in parts)[group.labels])
+    total = np.sum([_sums(part, 1, group.region.size + 1) for part in parts], axis=0)
+    return _normalized(total[group.labels])
 
 
 def _sums(part: Part, power: int, size: int) -> np.ndarray:
