@@ -299,9 +299,10 @@ def prune(
 ) -> Any:
     """Remove channels from MODEL: a smaller graph, not a masked one.
 
-    Give one of --keep-macs, --keep-params, --ratio and --dead. Data make it lose less: channels are then chosen by what
-    their loss does to the layers that read them, and these are refitted. Folds first, as the command fold does; that
-    the cut equals the same channels silenced is checked by running both. Quantize afterwards.
+    Give one of --keep-macs, --keep-params, --keep-latency, --ratio, --tolerance and --dead. Data make it lose less:
+    channels are then chosen by what their loss does to the layers that read them, and these are refitted. Folds first,
+    as the command fold does; that the cut equals the same channels silenced is checked by running both. Quantize
+    afterwards.
 
     
     Importance of channels:

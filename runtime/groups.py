@@ -123,6 +123,10 @@ def _cut(facts: Mapping[str, Any], console: Console) -> None:
         before, after = facts[kind]["before"], facts[kind]["after"]
         share = f", {after / before:.1%} kept" if before else ""
         console.print(Text(f"  {words}: {before:,.0f} -> {after:,.0f}{share}"), highlight=False)
+    if "latency" in facts:
+        console.print(Text(f"  time in ONNX Runtime: {facts['latency']['kept']:.1%} kept"), highlight=False)
+    for name, error in facts.get("output_error", {}).items():
+        console.print(Text(f"  error of {name!r} on calibration data: {error:.2%} of its variance"), highlight=False)
     proof = facts["slice_equals_mask"]
     if proof and "max_rel_error" in proof:
         refitted = "; what reads the rest was refitted afterwards" if facts["statistics"] else ""

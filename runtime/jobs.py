@@ -144,12 +144,14 @@ def prune(
     The record counts ``parameters`` and ``macs`` (per sample, None where a size is open) in ``model`` and ``output``.
     """
     options = dict(options or {})
-    budgets = [name for name in ("keep_macs", "keep_params", "ratio") if options.get(name) is not None]
+    amounts = ("keep_macs", "keep_params", "keep_latency", "ratio", "tolerance")
+    budgets = [name for name in amounts if options.get(name) is not None]
     if dead and budgets:
         raise UsageError(f"Dead channels go whatever {budgets[0]!r} is", "Give one of the two, or run prune twice")
     if not dead and not budgets:
         raise UsageError(
-            "How much to prune is not said", "Give --keep-macs 0.5, --keep-params 0.5, --ratio 0.3 or --dead"
+            "How much to prune is not said",
+            "Give --keep-macs 0.5, --keep-params 0.5, --keep-latency 0.5, --ratio 0.3, --tolerance 0.05 or --dead",
         )
     wanted = {k: v for k, v in options.items() if not dead or k == "align"}
     last = recipes.make("remove-dead-channels" if dead else "prune", wanted)

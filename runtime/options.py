@@ -20,7 +20,7 @@ CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
 TARGETS = ("tensorrt", "onnxruntime")
 AIMS = ("mean", "median", "clipped")
 IMPORTANCES = ("auto", "l1", "l2", "bn", "activation", "reconstruction")
-ALLOCATIONS = ("auto", "uniform", "ranked", "knapsack")
+ALLOCATIONS = ("auto", "uniform", "ranked", "knapsack", "greedy")
 COMPENSATIONS = ("auto", "none", "bias", "lstsq")
 SCORES = ("magnitude", "wanda")
 BRANCHES = ("auto", "never", "always")
@@ -235,7 +235,19 @@ reparameterizer = _options(
 pruner = _options(
     click.option("--keep-macs", type=float, metavar="X", help="Share of the multiply-accumulates to keep, 0 to 1."),
     click.option("--keep-params", type=float, metavar="X", help="Share of the parameters to keep, 0 to 1."),
+    click.option(
+        "--keep-latency",
+        type=float,
+        metavar="X",
+        help="Share of its time in ONNX Runtime on this machine that the model may take, 0 to 1.",
+    ),
     click.option("--ratio", type=float, metavar="X", help="Share of every group's channels to remove, 0 to 1."),
+    click.option(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="Squared error of any output that is allowed, relative to its variance, on the calibration data.",
+    ),
     click.option(
         "--dead", is_flag=True, help="Remove channels that nothing uses or that never change, which is exact."
     ),
@@ -245,8 +257,8 @@ pruner = _options(
     click.option(
         "--allocation",
         type=_Choice(ALLOCATIONS),
-        help="How the budget is shared out: the same share everywhere, by one ranking of all channels, or the best sum."
-        "  [default: auto]",
+        help="How the budget is shared out: the same share everywhere, by one ranking of all channels, the best sum;"
+        " greedy: how a tolerance is.  [default: auto]",
     ),
     click.option(
         "--compensate",
