@@ -37,12 +37,15 @@ GOALS = {"vit_l": 1.45, "vit_h14": 1.55}
 
 @dataclass(frozen=True)
 class Row:
-    """One network: milliseconds an image by form, on the wall and of one thread; what the fold took."""
+    """One network: milliseconds an image by form, on the wall and of one thread; counts, and what the fold took.
+
+    ``load``: processes that wanted to run in the minute before.
+    """
 
     network: str
     wall: dict[str, float]
     thread: dict[str, float]
-    runs: int
+    load: float
     parameters: tuple[int, int]
     macs: tuple[int, int]
     attention: int
@@ -50,17 +53,14 @@ class Row:
     fold_megabytes: float
     weight_megabytes: float
 
-    def speed(self) -> tuple[str, ...]:
-        network = NETWORKS[self.network]
-        plain, folded = self.macs
-        allowed = (plain + self.attention) / (folded + self.attention)
+    def speed(self, times: dict[str, float]) -> tuple[str, ...]:
+        (plain, folded), paper = self.macs, NETWORKS[self.network].speedup
         return (
             self.network,
-            *(f"{self.wall[form]:.1f}" for form in FORMS),
-            *(_ratio(times["plain"] / times["folded"]) for times in (self.wall, self.thread)),
-            f"{_ratio(plain / folded)} / {_ratio(allowed)}",
-            _ratio(network.speedup),
-            *(_ratio(times["unfolded"] / times["folded"]) for times in (self.wall, self.thread)),
+            *(f"{times[form]:.1f}" for form in FORMS),
+            *(f"{times[form] / times['folded']:.3f}" for form in ("plain", "unfolded")),
+            f"{(plain + self.attention) / (folded + self.attention):.3f}",
+            f"{paper:.3f}" if paper else "-",
         )
 
     def counts(self) -> tuple[str, ...]:
@@ -79,17 +79,13 @@ class Row:
 
 
 SPEED = (
-    *("network", "plain ms", "unfolded ms", "folded ms", "folded x", "1 thread x", "MACs allow x"),
-    *("paper x, GPU", "unfolded / folded", "1 thread"),
+    *("network", "plain ms", "unfolded ms", "folded ms", "plain / folded", "unfolded / folded"),
+    *("MACs allow", "paper, GPU"),
 )
 COUNTS = (
     *("network", "theta", "parameters, M", "paper", "GMACs", "paper"),
     *("fold s", "peak MB", "/ weights"),
 )
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def measure(name: str, folder: Path, threads: int, seconds: float) -> Row:
@@ -98,14 +94,15 @@ def measure(name: str, folder: Path, threads: int, seconds: float) -> Row:
         make(name, form, paths[form])
     child = [sys.executable, __file__, "fold", str(paths["unfolded"]), str(paths["folded"])]
     fold_seconds, fold_megabytes = measured(child)
-    wall, runs = timed(paths, threads, seconds, time.perf_counter)
-    thread, _ = timed(paths, 1, seconds, time.process_time)
+    load = os.getloadavg()[0]
+    wall = timed(paths, threads, seconds, time.perf_counter)
+    thread = timed(paths, 1, seconds, time.process_time)
     plain, folded = counts(paths["plain"]), counts(paths["folded"])
     return Row(
         name,
         wall,
         thread,
-        runs,
+        load,
         (plain.parameters, folded.parameters),
         (plain.macs, folded.macs),
         plain.attention,
@@ -115,16 +112,14 @@ def measure(name: str, folder: Path, threads: int, seconds: float) -> Row:
     )
 
 
-def timed(
-    paths: Mapping[str, Path], threads: int, seconds: float, clock: Callable[[], float]
-) -> tuple[dict[str, float], int]:
-    """Median milliseconds an image by form, and of how many runs."""
+def timed(paths: Mapping[str, Path], threads: int, seconds: float, clock: Callable[[], float]) -> dict[str, float]:
+    """Median milliseconds an image by form."""
     from channelfold.runtime.bench import latencies
     from channelfold.runtime.ort import Session
 
     runs = {form: functools.partial(Session(path, threads=threads).run, IMAGE) for form, path in paths.items()}
     found = latencies(runs, rounds=ROUNDS, seconds=seconds, clock=clock)
-    return {latency.name: latency.ms for latency in found}, found[0].runs
+    return {latency.name: latency.ms for latency in found}
 
 
 def fold(model: Path, out: Path) -> None:
@@ -178,27 +173,35 @@ def speed(options: argparse.Namespace) -> None:
             known[name] = asdict(measure(name, Path(folder), options.threads, options.seconds))
         if options.json:
             options.json.write_text(json.dumps(known, indent=1))
-        print("  ".join(Row(**known[name]).speed()), file=sys.stderr)
+        print("  ".join(Row(**known[name]).speed(known[name]["thread"])), file=sys.stderr)
     rows = [Row(**known[name]) for name in NETWORKS if name in known]
-    tables = table(SPEED, [row.speed() for row in rows]), table(COUNTS, [row.counts() for row in rows])
-    print("\n\n".join(tables))
+    parts = (
+        HOW,
+        "## One thread, processor time",
+        table(SPEED, [row.speed(row.thread) for row in rows]),
+        f"## {options.threads} threads, wall time",
+        table((*SPEED, "load"), [(*row.speed(row.wall), f"{row.load:.1f}") for row in rows]),
+        "## What the fold does and takes",
+        table(COUNTS, [row.counts() for row in rows]),
+    )
+    print("\n\n".join(parts))
     if options.write:
-        write("reparam.md", "# Folding idle FFN channels", HOW.format(threads=options.threads), *tables)
+        write("reparam.md", "# Folding idle FFN channels", *parts)
     missed = [row.network for row in rows if row.wall["plain"] / row.wall["folded"] < GOALS.get(row.network, 0)]
     if missed:
         sys.exit(f"Slower than its goal: {', '.join(missed)}")
 
 
-HOW = """One image at a time, float32, {threads} threads: medians of up to 40 rounds in which the three take turns;
-"1 thread" is the same on one thread by processor time. "folded x" is the plain network's time over the folded one's.
-"MACs allow" is the ratio of their multiply-accumulates, without and with the products of attention, which stay."""
+HOW = """Random weights, float32, one image at a time: medians of up to 40 rounds in which the three take turns.
+"MACs allow" is the ratio of all multiply-accumulates of plain and folded, those of attention with them. "load" is how
+many processes wanted to run in the minute before: with more than one, wall time measures them too."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
     timing = tasks.add_parser("speed")
-    timing.add_argument("networks", nargs="*", choices=[*NETWORKS, []], metavar="NETWORK")
+    timing.add_argument("networks", nargs="*", choices=[*NETWORKS, []], metavar="NETWORK", help="default: all")
     timing.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     timing.add_argument("--seconds", type=float, default=60, help="for each of the two measurements of a network")
     timing.add_argument("--json", type=Path, metavar="FILE", help="rows of earlier calls; new ones are added")
