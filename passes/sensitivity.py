@@ -21,6 +21,7 @@ from channelfold.passes.channel_groups import Group
 from channelfold.passes.importance import Ranking
 from channelfold.passes.linear import Linear, view
 from channelfold.passes.refit import Fit, ReadStatistics, matters
+from channelfold.runtime.graph_io import infer_shapes
 from channelfold.runtime.ort import Feed
 from channelfold.runtime.snapshot import Snapshot
 
@@ -43,6 +44,7 @@ def scaled(
     before = Snapshot.of(graph)
     twin = gs.Graph()
     before.restore(twin)
+    infer_shapes(twin)
     nodes = dict(zip(map(id, graph.nodes), twin.nodes, strict=True))
     feeds = list(islice(ctx.calibration, SAMPLES))
     expected = _outputs(before, feeds)
