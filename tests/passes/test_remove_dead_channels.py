@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import onnx
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from channelfold.passes.base import Context, Outcome, UsageError
 from channelfold.passes.remove_dead_channels import RemoveDeadChannels
-from channelfold.runtime.graph_io import check
+from channelfold.runtime import jobs
+from channelfold.runtime.graph_io import check, import_model, infer_shapes, load, save, session
+from channelfold.tests import channel_strategies
 from channelfold.tests.graphs import (
     assert_same,
     build,
@@ -359,6 +362,23 @@ def test_alignment_of_less_than_one_is_refused():
         RemoveDeadChannels(align=0)
 
 
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_verifies_what_it_removes(tmp_path):
+    graph = build(
+        "(float[N,3,8,8] x) => (float[N,4,6,6] y)", CONV.format(pads="pads=[0,0,0,0]"), kind="float",
+        A=(6, 3, 3, 3), g=without(random(6, "g"), 1, 4), b=6, m=6, v=positive(6), B=(4, 6, 3, 3), d=4,
+    )  # fmt: skip
+    save(graph, tmp_path / "model.onnx")
+    record = jobs.prune(tmp_path / "model.onnx", tmp_path / "tidy.onnx", dead=True)
+    step = record["steps"][-1]
+    assert (step["pass"], step["kind"], step["changed"][0]["node"]) == ("remove-dead-channels", "exact", "Conv_0")
+    assert step["verified"]["max_rel_error"] < 1e-6
+    tidy = load(tmp_path / "tidy.onnx")
+    assert [node.inputs[1].shape[0] for node in tidy.nodes if node.op == "Conv"] == [4, 4]
+
+
 # ---- random networks -----------------------------------------------------------------------------------------------
 
 _ACTIVATIONS = ("Relu", "Sigmoid", "HardSwish", "Erf", "Softplus", "Identity", "LeakyRelu", "Tanh")
@@ -408,3 +428,31 @@ def test_planted_channels_go_from_random_networks(case):
 
 def _weights(graph) -> list:
     return [node.inputs[1] for node in graph.nodes if node.op == "Conv"]
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(channel_strategies.networks(), st.integers(0, 2**16))
+def test_zeros_in_any_weights_of_random_networks(model, seed):
+    graph = import_model(with_zeros(model, np.random.default_rng(seed)))
+    infer_shapes(graph)
+    feed = feeds(graph)
+    before = session(graph, optimize=False).run(feed)
+    if not all(np.isfinite(values).all() for values in before.values()):
+        return
+    RemoveDeadChannels().apply(graph, Context())
+    check(graph)
+    assert_same(before, session(graph, optimize=False).run(feed), 1e-5)
+    assert not RemoveDeadChannels().apply(graph, Context()).changed
+
+
+def with_zeros(model: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProto:
+    """Half of the rows or columns of more than half of the weights become zero."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    parameters = {name for node in model.graph.node if node.op_type in ("Resize", "Pad") for name in node.input[1:]}
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if tensor.name not in parameters and values.dtype.kind == "f" and values.ndim and rng.random() < 0.6:
+            axis = rng.integers(min(values.ndim, 2))
+            dead = np.flatnonzero(rng.random(values.shape[axis]) < 0.5)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(without(values, *dead, axis=axis), tensor.name))
+    return model
