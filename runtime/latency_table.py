@@ -5,7 +5,8 @@ even be slower. A knapsack over tables of them needs no model of that: a size th
 dominated, and never chosen.
 
 What tables of single groups cannot say is how two cuts act together: a layer between two groups that are both cut to a
-half runs four times as fast, not "two halves saved". So the allocation is measured, and repeated with less to spend.
+half runs four times as fast, not "two halves saved". So the allocation is measured, and repeated with less to spend
+until it fits, then with what lies between the last two.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from channelfold.runtime.calibration import random_data
 from channelfold.runtime.ort import Feed, Session
 
 _LEAST_STEP = 0.01  # of the budget: by how much less an allocation that took too long is repeated with
+_TRIES = 12  # allocations that are measured
 STEP = 8  # sizes between the measured ones cost what the next multiple of this does
 
 
@@ -77,8 +79,8 @@ def within_latency(
 
     ``values[g]``: float[units + 1], what the best k units of group g are worth together; their sum is made as great as
     the tables can tell. ``tables[g]``: milliseconds of the model by the channels that g has, all other groups whole.
-    ``measure(kept)``: milliseconds of the model cut like this, asked until the answer fits. Raises UsageError when it
-    never does.
+    ``measure(kept)``: milliseconds of the model cut like this, asked until the answer fits, closely. Raises UsageError
+    when it never does.
     """
     counts = [group.counts(align) for group in groups]
     costs = [
@@ -91,12 +93,27 @@ def within_latency(
         list(zip(np.asarray(value)[allowed].tolist(), cost.tolist(), strict=True))
         for value, allowed, cost in zip(values, counts, saved, strict=True)
     ]
-    limit, least = budget - whole, whole
-    while limit >= sum(float(cost.min()) for cost in saved):
+    floor = sum(float(cost.min()) for cost in saved)
+    limit, least, failed = max(budget - whole, floor), whole, np.inf
+    found: tuple[float, list[int]] | None = None  # the most that a fitting allocation could spend, and that one
+    for _ in range(_TRIES):
         kept = [int(k[pick]) for k, pick in zip(counts, knapsack(options, limit), strict=True)]
+        if found is not None and kept == found[1]:
+            break
         taken = measure(kept)
-        if taken <= budget:
-            return kept
         least = min(least, taken)
-        limit -= max(taken - budget, _LEAST_STEP * budget)
-    raise unreachable(budget, least)
+        if taken <= budget:
+            found = limit, kept
+        else:
+            failed = limit
+        if found is not None:
+            if not _LEAST_STEP * budget < failed - found[0] < np.inf:
+                break
+            limit = (failed + found[0]) / 2
+        elif limit == floor:
+            break
+        else:
+            limit = max(limit - max(taken - budget, _LEAST_STEP * budget), floor)
+    if found is None:
+        raise unreachable(budget, least)
+    return found[1]
