@@ -55,7 +55,7 @@ _AMOUNTS = {  # how much goes; the allocations that can deal with it, and why no
     "ratio": (("auto", "uniform"), "takes the same share of every group"),
     "tolerance": (("auto", "greedy"), "is used up group by group"),
 }
-_CORRECTIONS = 8  # of a budget that units of unequal size have made a little more of
+_CORRECTIONS = 8  # of a budget that units of unequal size, and new biases, have made a little more of
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,11 @@ class Prune(Pass):
             trial = Trial(graph, _regions(groups), statistics, self._fit, ctx)
             keeps = self._within_tolerance(groups, rankings, trial, costs, ctx, outcome)
         else:
-            keeps = self._allocate(groups, rankings, costs)
+            keeps = self._allocate(groups, rankings, costs, statistics)
         fits = [] if self.compensate == "none" else self._fits(statistics, shapes, keeps)
         outcome.facts |= _facts(groups, rankings, costs, keeps)
         proof = self._cut(graph, ctx, shapes, _regions(found), keeps)
-        for fit in fits:
-            fit.install(graph, outcome)
+        outcome.facts["parameters"]["after"] += sum(fit.install(graph, outcome) for fit in fits)
         _say(outcome)
         outcome.facts |= {"statistics": statistics.source, "slice_equals_mask": proof}
         infer_shapes(graph)
@@ -203,7 +202,9 @@ class Prune(Pass):
             for g, ranking, energy in zip(groups, found, energies, strict=True)
         ]
 
-    def _allocate(self, groups: Sequence[Group], rankings: Sequence[Ranking], costs: GroupCosts) -> Keeps:
+    def _allocate(
+        self, groups: Sequence[Group], rankings: Sequence[Ranking], costs: GroupCosts, statistics: ReadStatistics
+    ) -> Keeps:
         sizes = _sizes(groups)
         if self.ratio is not None:
             return _keeps(groups, rankings, allocation.at_share(sizes, 1 - self.ratio, self.align))
@@ -215,21 +216,30 @@ class Prune(Pass):
         values = [ranking.values for ranking in rankings]
         budget, exact = share, np.inf
         for _ in range(_CORRECTIONS):
-            if self.allocation == "uniform":
-                kept = allocation.uniform(sizes, total, budget, self.align)
-            elif self.allocation == "ranked":
-                kept = allocation.ranked(sizes, values, total, budget, self.align)
-            else:
-                kept = allocation.under_budget(sizes, values, total, budget, self.align)
-            keeps = _keeps(groups, rankings, kept)
-            exact = costs.exact(kind, keeps) / whole
+            try:
+                keeps = _keeps(groups, rankings, self._counts(sizes, values, total, budget))
+            except UsageError:
+                if budget == share:
+                    raise
+                break
+            added = statistics.new_biases(keeps) if kind == "parameters" and self.compensate != "none" else 0
+            exact = (costs.exact(kind, keeps) + added) / whole
             if exact <= share * (1 + 1e-9):
                 return keeps
             budget *= share / exact
         raise UsageError(
-            f"A share of {share:g} of the {kind} cannot be met: with units of unequal size it is {exact:.3f}",
+            f"A share of {share:g} of the {kind} cannot be met: with unequal units and new biases it is {exact:.3f}",
             "Raise it, or lower 'align'",
         )
+
+    def _counts(
+        self, sizes: Sequence[allocation.Group], values: Sequence[np.ndarray], total: allocation.Costs, budget: float
+    ) -> list[int]:
+        if self.allocation == "uniform":
+            return allocation.uniform(sizes, total, budget, self.align)
+        if self.allocation == "ranked":
+            return allocation.ranked(sizes, values, total, budget, self.align)
+        return allocation.under_budget(sizes, values, total, budget, self.align)
 
     def _within_latency(
         self,
@@ -357,7 +367,7 @@ def _facts(groups: Sequence[Group], rankings: Sequence[Ranking], costs: GroupCos
         found["groups"].append(
             {
                 "node": group.name,
-                "op": group.writers[0].node.op,
+                "op": group.writers[0].layer.op,
                 "channels": int(group.channels.sum()),
                 "kept": int(group.channels[stays].sum()),
                 "units": group.units,

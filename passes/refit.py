@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes import importance, least_squares
 from channelfold.passes.base import Context, DataError, Outcome
 from channelfold.passes.channel_groups import Group, Region
+from channelfold.passes.group_costs import Keeps
 from channelfold.passes.importance import ReadAxis, Spread
 from channelfold.passes.linear import Linear, cast, view
 from channelfold.runtime.moments import LIMIT, Moments, bytes_of, collect
@@ -49,6 +50,16 @@ class ReadStatistics:
     def each(self) -> Iterator[tuple[ReadAxis, Spread]]:
         """In no particular order; activations of which nothing is known are left out."""
         yield from self._collected() if self._known is None else self._known
+
+    def new_biases(self, keeps: Keeps) -> int:
+        """How many parameters, at most, the biases have that linears without one get when just these labels stay."""
+        return sum(
+            linear.channels[0]
+            for read in self.reads
+            if not keeps[id(read.region)][1][read.labels - 1].all()
+            for linear in read.linears
+            if not linear.padded and linear.bias() is None
+        )
 
     def _collected(self) -> Iterator[tuple[ReadAxis, Spread]]:
         data = self._ctx.calibration
@@ -145,8 +156,11 @@ class Fit:
             old = linear.bias()
             linear.set_bias(self.gain if old is None else old + self.gain)
 
-    def install(self, graph: gs.Graph, outcome: Outcome) -> None:
-        """Writes the weight and the bias into the graph after the cut, or refuses when they do not fit the type."""
+    def install(self, graph: gs.Graph, outcome: Outcome) -> int:
+        """Writes the weight and the bias into the graph after the cut, or refuses when they do not fit the type.
+
+        Returns how many parameters it has added.
+        """
         linear = view(graph, self.node)
         old = linear.bias()
         bias = self.gain if old is None else old + self.gain
@@ -155,10 +169,12 @@ class Fit:
             cast(np.asarray(bias), linear.dtype)
         except OverflowError as error:
             outcome.refuse(linear.name, f"what reads the rest was not refitted: {error}", "not refitted")
-            return
+            return 0
         linear.set_weight(weight)
         if old is not None or (self.gain is not None and self.gain.any()):
             linear.set_bias(np.asarray(bias))
+            return linear.channels[0] if old is None else 0
+        return 0
 
 
 def _filled(
