@@ -29,8 +29,8 @@ from channelfold.runtime.latency_table import STEP, measured, within_latency
 from channelfold.runtime.ort import Feed, Session
 from channelfold.runtime.snapshot import Snapshot
 
-SHARES = (0.75, 0.5, 0.25)  # of a group's units at which it is timed, beside the fewest
-_EACH, _DECIDING = (20, 3.0), (40, 10.0)  # rounds and seconds for a group, and for an allocation
+SHARES = np.arange(7, 0, -1) / 8  # of a group's units at which it is timed, beside the fewest
+_EACH, _DECIDING = (10, 1.0), (40, 10.0)  # rounds and seconds for a size, and for an allocation
 
 
 class CutCopies:
@@ -68,43 +68,40 @@ def units_within_latency(
     ``keeps_of``: what stays when the groups keep so many units. ``values``: as for ``allocation.under_budget``. Raises
     UsageError when that is too little time.
     """
-    whole, taken = [group.units for group in sizes], [1.0]
+    whole = [group.units for group in sizes]
     with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
-        uncut = Path(folder) / "uncut.onnx"
-        copies.write({}, uncut)
+        paths = [Path(folder) / name for name in ("uncut.onnx", "cut.onnx")]
+        copies.write({}, paths[0])
 
-        def timed(variants: Mapping[int, list[int]], rounds: int, seconds: float) -> dict[int, float]:
-            """Each by its number, as a share of the time of the uncut model, which is the last."""
-
-            def build(number: int) -> Path:
-                if number == last:
-                    return uncut
-                path = Path(folder) / f"{number}.onnx"
-                copies.write(keeps_of(variants[number]), path)
-                return path
-
-            last = max(variants) + 1
-            found = measured(build, [*variants, last], feed=feed, rounds=rounds, seconds=seconds)
-            return {number: found[number] / found[last] for number in variants}
-
-        def measure(kept: list[int]) -> float:
-            taken.append(timed({0: kept}, *_DECIDING)[0])
-            return taken[-1]
+        def share_of(kept: list[int], rounds: int, seconds: float) -> float:
+            """The time of the model cut like this. Two models are open at once, for they may be large."""
+            copies.write(keeps_of(kept), paths[1])
+            uncut, cut = measured(paths.__getitem__, [0, 1], feed=feed, rounds=rounds, seconds=seconds).values()
+            return cut / uncut
 
         tables = []
         for number, group in enumerate(sizes):
             progress("Measuring latencies", number, len(sizes))
-            counts = {n * group.channels: [*whole[:number], n, *whole[number + 1 :]] for n in _timed(group, align)}
             size = group.units * group.channels
-            tables.append((timed(counts, *_EACH) if counts else {}) | {size: 1.0, size + -size % STEP: 1.0})
+            table = {size: 1.0, size + -size % STEP: 1.0}
+            for count in _timed(group, align):
+                table[count * group.channels] = share_of([*whole[:number], count, *whole[number + 1 :]], *_EACH)
+            tables.append(table)
         progress("Measuring latencies", len(sizes), len(sizes))
-        return within_latency(sizes, values, tables, share, measure, align), taken[-1]
+        taken: dict[tuple[int, ...], float] = {}
+
+        def measure(kept: list[int]) -> float:
+            taken[tuple(kept)] = share_of(kept, *_DECIDING)
+            return taken[tuple(kept)]
+
+        kept = within_latency(sizes, values, tables, share, measure, align)
+        return kept, taken[tuple(kept)]
 
 
 def _timed(group: allocation.Group, align: int) -> list[int]:
     """The counts of units at which a group is timed: multiples of ``STEP`` channels, that stand for those below."""
     counts = group.counts(max(align, STEP))
-    near = [allocation.at_share([group], share, max(align, STEP))[0] for share in SHARES]
+    near = [allocation.at_share([group], float(share), max(align, STEP))[0] for share in SHARES]
     return sorted({int(counts[0]), *near} - {group.units})
 
 
