@@ -60,14 +60,15 @@ def cnn(kind: str = "float", signature: str = "(float[N,3,12,12] x) => (float[N,
         "B": spread((24, 16, 3, 3), "B"),
         "C": spread((10, 24), "C"),
     }
-    return build(signature, CNN, kind=kind, **given | {"a0": 16, "b0": 24, "c0": 10} | constants)
+    given |= {"a0": 16, "b0": 24, "c0": 10} | constants
+    return build(signature, CNN, kind=kind, **given)
 
 
 def mlp(kind: str = "float", **constants: Any) -> gs.Graph:
     """Two hidden layers of 32 and 24 neurons, on vectors of 16."""
     given: dict[str, Any] = {"A": spread((32, 16), "A"), "B": spread((24, 32), "B"), "C": spread((5, 24), "C")}
-    given |= {"a0": 32, "b0": 24, "c0": 5}
-    return build("(float[N,16] x) => (float[N,5] y)", MLP, kind=kind, **given | constants)
+    given |= {"a0": 32, "b0": 24, "c0": 5} | constants
+    return build("(float[N,16] x) => (float[N,5] y)", MLP, kind=kind, **given)
 
 
 def ffn(signature: str = "(float[N,T,8] x) => (float[] y)", **constants: Any) -> gs.Graph:

@@ -271,6 +271,38 @@ def test_inspect_lists_idle_channels(run):
     assert "  No FFN was found.\n" in out
 
 
+def test_prune_shows_each_group(run, tmp_path):
+    line = ("prune", DIGITS, "-o", tmp_path / "out.onnx", "--calibration", CALIBRATION)
+    code, out, _ = run(*line, "--keep-macs", "0.5", "--align", "4", "--exclude", "/stem/*")
+    assert code == 0
+    assert re.search(r"Cut +op +channels  kept  params saved  MACs saved\n", out)
+    assert re.search(r"  MACs: [\d,]+ -> [\d,]+, (4\d|50).\d% kept\n", out)
+    assert "  The cut equals the same channels silenced, to " in out
+    assert "its 10 channels stay" not in out
+    assert "1 x it is the output 'logits' of the model" in out
+
+
+def test_prune_keeps_to_the_budget(run, tmp_path):
+    for option, key in (("--keep-params", "parameters"), ("--keep-macs", "macs")):
+        code, out, _ = run("prune", DIGITS, "-o", tmp_path / "out.onnx", option, "0.6", "--json")
+        record = json.loads(out)
+        assert (code, record["command"]) == (0, "prune")
+        assert record["output"][key] <= 0.6 * record["model"][key]
+
+
+def test_prune_of_dead_channels(run, tmp_path):
+    code, _, err = run("prune", DIGITS, "-o", tmp_path / "out.onnx", "--dead")
+    assert (code, err.count("No channel was removed: channelfold inspect --groups")) == (0, 1)
+
+
+def test_inspect_lists_channel_groups(run):
+    code, out, _ = run("inspect", DIGITS, "--groups")
+    assert code == 0
+    assert re.search(r"Channel groups +channels  prunable +params +MACs  writers  readers\n", out)
+    assert re.search(r"  [\d,]+ of [\d,]+ channels can be cut, \d+.\d%\n", out)
+    assert "  10 x stays: it is the output 'logits' of the model\n" in out
+
+
 def test_smooth_on_random_data_warns(run, tmp_path):
     code, _, err = run("smooth", DIGITS, "-o", tmp_path / "out.onnx", "--random", "4")
     assert code == 0
@@ -441,6 +473,13 @@ def test_a_gate_that_nothing_could_meet(fails):
         (("reparam", "m.onnx", "-o", "x", "--keep-hidden", "0.5"), "--keep-hidden is for networks that are not folded"),
         (("reparam", DIGITS, "-o", "x", "--approximate"), "it is not said how much to remove. Give one of"),
         (("reparam", DIGITS, "-o", "x", "--approximate", "--branch", "alway"), "Did you mean 'always'? See"),
+        (("prune", "m.onnx", "-o", "x"), "How much to prune is not said"),
+        (("prune", "m.onnx", "-o", "x", "--keep-macs", "0.5", "--ratio", "0.5"), "found 'keep_macs' and 'ratio'"),
+        (("prune", "m.onnx", "-o", "x", "--keep-macs", "0.5", "--dead"), "Dead channels go whatever 'keep_macs' is"),
+        (("prune", "m.onnx", "-o", "x", "--ratio", "0.5", "--importance", "l3"), "'l3' is unknown. Did you mean 'l"),
+        (("prune", "m.onnx", "-o", "x", "--keep-macs", "50"), "'keep_macs' is 50. Expected a share: 0.5 is half"),
+        (("prune", DIGITS, "-o", "x", "--keep-macs", "0.001"), "A budget of 0.001 cannot be reached: the least"),
+        (("prune", DIGITS, "-o", "x", "--ratio", "0.5", "--importance", "activation"), "needs calibration data"),
         (("quantize", DIGITS, "-o", "x", "--float-share", "2"), "'float_share' is 2. Expected 0 to 1"),
     ],
     ids=lambda value: " ".join(map(str, value)).replace(str(DIGITS.parent), "") if isinstance(value, tuple) else "",

@@ -79,7 +79,9 @@ def test_gammas():
         A=(6, 3, 1, 1), g=gamma, b=6, m=6, v=positive(6), B=(2, 6, 1, 1),
     )  # fmt: skip
     group = groups_of(graph)[0]
-    assert np.allclose(gammas(group), np.abs(gamma) / np.abs(gamma).mean())
+    found = gammas(group)
+    assert found is not None
+    assert np.allclose(found, np.abs(gamma) / np.abs(gamma).mean())
     assert ranked(group, np.abs(gamma)).order.tolist() == [2, 5, 0, 3, 1, 4]
     assert gammas(groups_of(mlp())[0]) is None
 

@@ -53,7 +53,7 @@ def test_a_budget_is_never_exceeded(make, budget, allocation, tmp_path):
         for align in (1, 8):
             graph = make(**FIXED.get(make, {}))
             before = written_costs(graph, tmp_path)[BUDGETS[budget]]
-            outcome = prune(graph, allocation=allocation, align=align, **{budget: share})
+            outcome = prune(graph, None, allocation=allocation, align=align, **{budget: share})
             after = written_costs(graph, tmp_path)[BUDGETS[budget]]
             facts = outcome.facts[BUDGETS[budget]]
             assert after <= share * before
@@ -119,7 +119,7 @@ def test_biases_that_compensation_adds_count(tmp_path):
         prune(make(), keep_params=0.4)
     for options, after in (({"keep_params": 0.41}, 536), ({"keep_params": 0.4, "compensate": "none"}, 520)):
         graph = make()
-        assert kept(prune(graph, **options)) == {"MatMul_2": 8}
+        assert kept(prune(graph, None, **options)) == {"MatMul_2": 8}
         assert written_costs(graph, tmp_path)["parameters"] == after
 
 
@@ -317,10 +317,10 @@ def test_redundant_channels_go_at_no_cost():
     half = {"A": spread((16, 16), "A"), "a0": random(16, "a0")}
     twice = {name: np.concatenate([v, np.exp(0.3) * v]) for name, v in half.items()}
     order = rng.permutation(32)
-    graph = mlp(**{name: v[order] for name, v in twice.items()})
+    graph = mlp("float", **{name: v[order] for name, v in twice.items()})
     data = data_of(graph, size=2000)  # shrinkage of covariances is felt with few positions
     for options in ({"keep_macs": 0.6}, {"ratio": 0.5}):
-        pruned = mlp(**{name: v[order] for name, v in twice.items()})
+        pruned = mlp("float", **{name: v[order] for name, v in twice.items()})
         outcome = prune(pruned, data, include=("Gemm_0",), ridge=0, **options)
         assert kept(outcome)["Gemm_0"] == 16
         assert distance(graph, pruned, data) < 5e-3

@@ -84,7 +84,7 @@ def test_duplicates_are_made_up_for(form):
 
     def doubled():
         half = {"A": spread((8, 12), "A") if FORMS[form][0] == ROWS else spread((8, 4, 1, 1), "A"), "a0": random(8)}
-        return make(form, **{name: np.concatenate([v, 2 * v]) for name, v in half.items()})
+        return make(form, 0, **{name: np.concatenate([v, 2 * v]) for name, v in half.items()})
 
     data = data_of(doubled(), count=4, size=600)
     graph = doubled()
@@ -113,6 +113,7 @@ def test_a_padded_convolution_gets_no_offset():
     prune(graph, data_of(graph, size=50), ratio=0.5)
     (conv, *_) = [n for n in graph.nodes if n.outputs[0].name == "y"]
     bias = view(graph, conv).bias()
+    assert bias is not None
     assert np.array_equal(bias, make("padded conv").tensors()["b0"].values)
 
 
