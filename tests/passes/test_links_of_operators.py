@@ -44,7 +44,13 @@ def cases() -> Iterator[tuple[str, onnx.ModelProto, list[np.ndarray], list[np.nd
         if not all(isinstance(value, np.ndarray) for value in (*inputs, *outputs)):
             continue
         first = inputs[0] if inputs else np.zeros(())
-        if first.dtype == np.float32 and first.ndim and 0 < first.size < 20000 and len(model.graph.node) == 1 and len(inputs) == len(model.graph.input):
+        if (
+            first.dtype == np.float32
+            and first.ndim
+            and 0 < first.size < 20000
+            and len(model.graph.node) == 1
+            and len(inputs) == len(model.graph.input)
+        ):
             yield case.name, model, inputs, outputs
 
 
