@@ -139,8 +139,11 @@ class Trial:
                 own.set_bias(np.zeros(linear.channels[0]) if bias is None else bias)
             if stays.all():
                 own.set_weight(linear.weight())
-            else:
+                continue
+            try:
                 self._fit(linear, stays, None, spread).silence(own, stays)
+            except OverflowError:  # a cut leaves such a layer as it is, too
+                Fit.of(linear, stays, None, spread, "none", 0.0).silence(own, stays)
 
     def _before(self, read: Read, region: Region) -> _Mask:
         """In front of a node without weights that sums over channels."""

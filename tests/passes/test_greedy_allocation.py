@@ -20,7 +20,7 @@ def errors(before, after, ctx: Context) -> dict[str, float]:
     """The squared error of each output on the first samples, relative to its variance."""
     feeds = list(ctx.calibration)[:8]
     old, new = ([run(graph, feed) for feed in feeds] for graph in (before, after))
-    stacked = {name: [np.stack([o[name] for o in outputs]) for outputs in (old, new)] for name in old[0]}
+    stacked = {name: [np.stack([o[name] for o in outputs], dtype=np.float64) for outputs in (old, new)] for name in old[0]}
     return {name: float(np.square(a - b).sum() / np.square(a - a.mean()).sum()) for name, (a, b) in stacked.items()}
 
 
@@ -127,6 +127,22 @@ def test_recurrent_cells():
     found = errors(cell(), graph, ctx)
     assert found == pytest.approx(outcome.facts["output_error"], rel=1e-3)
     assert found["y"] <= 0.2
+
+
+def test_a_refit_that_float16_cannot_hold_counts_as_none():
+    """Twins whose weights, added up, are more than 65504."""
+    half = random((8, 8), "half") / 1000
+
+    def twins():
+        return build(
+            "(float[N,8] x) => (float[] y)", "a = Gemm(x, A) y = Gemm(a, B)", kind="float16",
+            A=np.concatenate([half, half], axis=1), B=np.sign(random((16, 3), "B")) * 5e4,
+        )  # fmt: skip
+
+    graph = twins()
+    ctx = context(graph)
+    outcome = Prune(tolerance=0.3, align=1, importance="l2").apply(graph, ctx)
+    assert errors(twins(), graph, ctx) == pytest.approx(outcome.facts["output_error"], rel=0.05)
 
 
 def test_options_that_do_not_fit():
