@@ -173,7 +173,7 @@ class _Sum:
         if linear is None or linear.data is not tensor:
             unused = constants.met_by_zeros(node, read.port, read.axis)
             return cls(read, None, known, unused, f"{node.op} {node.name!r} has no bias for what it adds")
-        padded = f"{node.op} {node.name!r} pads with zeros, and it is another constant"
+        padded = f"{node.op} {node.name!r} pads with zeros, and its constant is not zero"
         return cls(read, linear, known, ~_used(linear), padded if linear.padded else "")
 
     @property
