@@ -59,7 +59,7 @@ class ReadAxis:
         total = np.zeros((n, n))
         for linear in self.linears:
             for rows, columns in blocks(linear):
-                weight = np.moveaxis(linear.weight()[rows], 1, -1).reshape(-1, columns.stop - columns.start)
+                weight = np.moveaxis(_weight(linear)[rows], 1, -1).reshape(-1, columns.stop - columns.start)
                 total[columns, columns] += weight.T @ weight
         return total
 
@@ -68,7 +68,7 @@ class ReadAxis:
         total = np.zeros(self.labels.size)
         for linear in self.linears:
             for rows, columns in blocks(linear):
-                total[columns] += np.square(np.moveaxis(linear.weight()[rows], 1, 0)).sum(
+                total[columns] += np.square(np.moveaxis(_weight(linear)[rows], 1, 0)).sum(
                     axis=tuple(range(1, 2 + len(linear.kernel)))
                 )
         return total
@@ -84,6 +84,12 @@ class Spread:
     @property
     def variance(self) -> np.ndarray:
         return self.covariance if self.covariance.ndim == 1 else np.diagonal(self.covariance)
+
+
+def _weight(linear: Linear) -> np.ndarray:
+    """The weight in a type that holds sums of its squares."""
+    weight = linear.weight()
+    return weight if weight.dtype == np.float64 else weight.astype(np.float32, copy=False)
 
 
 def blocks(linear: Linear) -> list[tuple[slice, slice]]:
@@ -190,7 +196,7 @@ def implied(graph: gs.Graph, read: ReadAxis) -> Spread | None:
         if seen[places].any():
             return None
         linear = view(graph, part.node)
-        weight = linear.weight().reshape(linear.channels[0], -1)[rows]
+        weight = _weight(linear).reshape(linear.channels[0], -1)[rows]
         bias = linear.bias()
         if bias is not None:
             weight = np.concatenate([weight, bias[rows, None]], axis=1)

@@ -141,7 +141,7 @@ class Fit:
                 matrix, offset = _filled(spread, inputs, kept, gone, linear.padded, ridge)
             new = part[:, kept] + np.moveaxis(np.moveaxis(part[:, gone], 1, -1) @ matrix, -1, 1)
             if not linear.padded and mode != "none":
-                gain[mine] = part[:, gone].reshape(len(part), gone.size, -1).sum(axis=-1) @ offset
+                gain[mine] = part[:, gone].reshape(len(part), gone.size, -1).sum(axis=-1, dtype=np.float64) @ offset
             kept_weights.append(new)
         found = np.concatenate(kept_weights)
         return cls(linear.node, found, gain) if rows is None else cls(linear.node, found[rows], gain[rows])

@@ -60,12 +60,15 @@ def scaled(
         ctx.progress("Measuring sensitivities", number, len(groups))
         lost = float(ranking.values[-1] - ranking.values[group.units - group.units // 2])
         undo = []
-        for linear, stays, found in fits[number]:
-            other = view(twin, nodes[id(linear.node)])
-            undo.append((other, other.weight(), other.bias()))
-            found.silence(other, stays)
-        if undo and lost > 0:
-            factors[number] = _error(expected, _outputs(Snapshot.of(twin), feeds)) / lost
+        try:
+            for linear, stays, found in fits[number]:
+                other = view(twin, nodes[id(linear.node)])
+                undo.append((other, other.weight(), other.bias()))
+                found.silence(other, stays)
+            if undo and lost > 0:
+                factors[number] = _error(expected, _outputs(Snapshot.of(twin), feeds)) / lost
+        except OverflowError:  # a layer that float16 cannot refit; the group counts like the others
+            pass
         for other, weight, bias in undo:
             _restore(other, weight, bias)
     typical = float(np.nanmedian(factors)) if np.isfinite(factors).any() else 1.0
