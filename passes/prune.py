@@ -124,15 +124,11 @@ class Prune(Pass):
         groups = list(self._usable(found, outcome))
         if not groups:
             return outcome
-        statistics = ReadStatistics(graph, _regions(groups), ctx)
+        seen, unseen = self._held_out(ctx)
+        statistics = ReadStatistics(graph, _regions(groups), seen)
         rankings = self._rankings(groups, statistics, ctx)
-        if (
-            self.ratio is None
-            and self.tolerance is None
-            and self.allocation != "uniform"
-            and ctx.calibration is not None
-        ):
-            rankings = sensitivity.scaled(graph, groups, rankings, statistics, self._fit, ctx)
+        if unseen is not None:
+            rankings = sensitivity.scaled(graph, groups, rankings, statistics, self._fit, unseen)
         costs = GroupCosts(graph, groups, shapes)
         if self.keep_latency is not None:
             copies, feed = CutCopies(graph, found, shapes), a_feed(graph, ctx)
@@ -142,6 +138,8 @@ class Prune(Pass):
             keeps = self._within_tolerance(groups, rankings, trial, costs, ctx, outcome)
         else:
             keeps = self._allocate(groups, rankings, costs, statistics)
+        if unseen is not None and (rest := unseen.calibration) is not None and rest is not seen.calibration:
+            statistics.add(rest)
         fits = [] if self.compensate == "none" else self._fits(statistics, shapes, keeps)
         outcome.facts |= _facts(groups, rankings, costs, keeps)
         proof = self._cut(graph, ctx, shapes, _regions(found), keeps)
@@ -168,6 +166,14 @@ class Prune(Pass):
                 outcome.refuse(group.name, f"its {int(group.channels.sum())} channels stay: {code}", code)
             else:
                 yield group
+
+    def _held_out(self, ctx: Context) -> tuple[Context, Context | None]:
+        """The data that statistics come from, and those that sensitivities are measured on where they count."""
+        measured = self.ratio is None and self.tolerance is None and self.allocation != "uniform"
+        if ctx.calibration is None or not measured:
+            return ctx, None
+        seen, unseen = sensitivity.held_out(ctx.calibration)
+        return replace(ctx, calibration=seen), replace(ctx, calibration=unseen)
 
     # ---- what goes ---------------------------------------------------------------------------------------------------
 

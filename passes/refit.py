@@ -9,7 +9,8 @@ and R is fitted to second moments without the mean taken out. ``bias`` is R = 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +23,7 @@ from channelfold.passes.channel_groups import Group, Region
 from channelfold.passes.group_costs import Keeps
 from channelfold.passes.importance import ReadAxis, Spread
 from channelfold.passes.linear import Linear, cast, view
+from channelfold.runtime.calibration import Data
 from channelfold.runtime.moments import LIMIT, Moments, bytes_of, collect
 from channelfold.runtime.statistics import observe
 
@@ -36,20 +38,32 @@ class ReadStatistics:
     """
 
     def __init__(self, graph: gs.Graph, regions: Sequence[Region], ctx: Context):
-        self._graph, self._ctx = graph, ctx
+        self._graph, self._progress = graph, ctx.progress
         self.reads = importance.read_axes(graph, regions)
-        self._known: list[tuple[ReadAxis, Spread]] | None = None
-        self.source = "data" if ctx.calibration is not None else "weights"
-        if self.source == "weights":
-            implied = ((read, importance.implied(graph, read)) for read in self.reads if read.size <= MAX_FEATURES)
-            self._known = [(read, spread) for read, spread in implied if spread is not None]
-            self.source = "weights" if self._known else ""
-        elif sum(bytes_of(read.size) for read in self.reads if read.size <= MAX_FEATURES) <= LIMIT:
-            self._known = list(self._collected())
+        self._implied: list[tuple[ReadAxis, Spread]] = []
+        self._data: list[Data] = []
+        self._held: list[tuple[ReadAxis, Moments | _Variance]] | None = None
+        self.source = "data"
+        if ctx.calibration is not None:
+            self.add(ctx.calibration)
+            return
+        implied = ((read, importance.implied(graph, read)) for read in self.reads if read.size <= MAX_FEATURES)
+        self._implied = [(read, spread) for read, spread in implied if spread is not None]
+        self.source = "weights" if self._implied else ""
+
+    def add(self, data: Data) -> None:
+        """Takes up more data. Raises DataError as ``statistics.observe`` does."""
+        self._data.append(data)
+        if sum(bytes_of(read.size) for read in self.reads if read.size <= MAX_FEATURES) <= LIMIT:
+            self._held = list(self._observed(self._held or self._empty(), data))
 
     def each(self) -> Iterator[tuple[ReadAxis, Spread]]:
         """In no particular order; activations of which nothing is known are left out."""
-        yield from self._collected() if self._known is None else self._known
+        if not self._data:
+            yield from self._implied
+            return
+        for read, found in self._held or self._observed(self._empty(), _joined(self._data)):
+            yield read, found.spread if isinstance(found, _Variance) else _shrunk(found)
 
     def new_biases(self, keeps: Keeps) -> int:
         """How many parameters, at most, the biases have that linears without one get when just these labels stay."""
@@ -61,26 +75,37 @@ class ReadStatistics:
             if not linear.padded and linear.bias() is None
         )
 
-    def _collected(self) -> Iterator[tuple[ReadAxis, Spread]]:
-        data = self._ctx.calibration
-        assert data is not None
-        large = [read for read in self.reads if read.size > MAX_FEATURES]
-        variances = {read.tensor.name: _Variance(read.axis) for read in large}
-        if variances:
-            observe(self._graph, variances, data, self._ctx.progress)
-        yield from ((read, variances[read.tensor.name].spread) for read in large)
-        wanted, by_moments = [], {}
+    def _empty(self) -> Iterator[tuple[ReadAxis, Moments | _Variance]]:
         for read in self.reads:
-            if read.size <= MAX_FEATURES:
-                moments = Moments({read.tensor.name: read.axis})
-                wanted.append((moments, read.size))
-                by_moments[id(moments)] = read
-        for found in collect(self._graph, wanted, data, self._ctx.progress):
-            for moments in found:
-                yield (
-                    by_moments[id(moments)],
-                    Spread(moments.mean, importance.shrunk(moments.covariance, moments.count)),
-                )
+            small = read.size <= MAX_FEATURES
+            yield read, Moments({read.tensor.name: read.axis}) if small else _Variance(read.axis)
+
+    def _observed(
+        self, observers: Iterable[tuple[ReadAxis, Moments | _Variance]], data: Data
+    ) -> Iterator[tuple[ReadAxis, Moments | _Variance]]:
+        """The observers, once they have seen the data; as many of them at a time as there is room for."""
+        found = list(observers)
+        variances = [(read, seen) for read, seen in found if isinstance(seen, _Variance)]
+        if variances:
+            observe(self._graph, {read.tensor.name: seen for read, seen in variances}, data, self._progress)
+        yield from variances
+        wanted = [(seen, read.size) for read, seen in found if isinstance(seen, Moments)]
+        reads = (read for read, seen in found if isinstance(seen, Moments))
+        for group in collect(self._graph, wanted, data, self._progress):
+            yield from ((next(reads), moments) for moments in group)
+
+
+def _joined(parts: Sequence[Data]) -> Data:
+    """All feeds of several data for the same model."""
+    first, *others = parts
+    if not others:
+        return first
+    number = sum(map(len, parts))
+    return Data(first.inputs, number, lambda: itertools.chain.from_iterable(parts), first.description)
+
+
+def _shrunk(moments: Moments) -> Spread:
+    return Spread(moments.mean, importance.shrunk(moments.covariance, moments.count))
 
 
 @dataclass

@@ -6,6 +6,9 @@ l_g(k) is what a ranking says that keeping k of n_g units loses, on its own scal
 magnitude. y_g are the outputs on calibration samples with half of the units of g gone, all other groups whole. So the
 losses of all groups come in one currency, and a budget can be shared out among them: an error that the rest of the
 network takes out of the signal again is cheap, one at the root of everything dear.
+
+Those samples should be none that the rankings and the refitted weights come from (``held_out``). Late layers see few
+positions: half of 1280 pooled features are made from the others without any error, on 100 images, and on no other.
 """
 
 from __future__ import annotations
@@ -21,11 +24,34 @@ from channelfold.passes.channel_groups import Group
 from channelfold.passes.importance import Ranking
 from channelfold.passes.linear import Linear, view
 from channelfold.passes.refit import Fit, ReadStatistics, matters
+from channelfold.runtime.calibration import Data
 from channelfold.runtime.graph_io import infer_shapes
 from channelfold.runtime.ort import Feed
 from channelfold.runtime.snapshot import Snapshot
 
-SAMPLES = 8  # of the calibration data that the outputs are compared on
+SAMPLES = 16  # of the calibration data that the outputs are compared on
+_SHARE = 5  # a sample in so many at most is held out for that
+
+
+def held_out(data: Data) -> tuple[Data, Data]:
+    """(seen, unseen): of ``data``, up to ``SAMPLES`` spread evenly over it are unseen, and all others seen.
+
+    Where there are too few to do without any, both are all of the data.
+    """
+    number = min(SAMPLES, len(data) // _SHARE)
+    places = frozenset((2 * i + 1) * len(data) // (2 * number) for i in range(number))
+    return (_part(data, places, False), _part(data, places, True)) if places else (data, data)
+
+
+def _part(data: Data, places: frozenset[int], inside: bool) -> Data:
+    return Data(
+        data.inputs,
+        len(places) if inside else len(data) - len(places),
+        lambda: (feed for place, feed in enumerate(data) if (place in places) is inside),
+        data.description,
+        notes=data.notes,
+        synthetic=data.synthetic,
+    )
 
 
 def scaled(
@@ -36,8 +62,9 @@ def scaled(
     fit: Callable[..., Fit],
     ctx: Context,
 ) -> list[Ranking]:
-    """The rankings with values in units of the model's outputs. ``fit``: ``Fit.of`` with the settings of the pass.
+    """The rankings with values in units of the model's outputs, on the first ``SAMPLES`` of the data in ``ctx``.
 
+    ``fit``: ``Fit.of`` with the settings of the pass.
     A group that no linear reads keeps its values, scaled as the others are in the middle.
     """
     assert ctx.calibration is not None
