@@ -306,8 +306,8 @@ def measured(known: dict[str, Any], kind: str, names: list[str], folder: Path) -
 
 
 ABOUT = {
-    "slice": """Random channels, 10 to 70 %, channels that norms work on counted but not cut: the largest difference of the
-output between the cut graph and the one with the same channels silenced, relative to the output's largest value.
+    "slice": """Random channels, 10 to 70 %, channels that norms work on counted but not cut: the largest difference of
+the output between the cut graph and the one with the same channels silenced, relative to the output's largest value.
 Layers of 4096 neurons have 64 here.""",
     "quality": """SNR of the first output in dB, on samples that calibration has not seen; the same share of every group
 goes, to multiples of 8. minilm: hidden channels of the FFNs alone.""",
