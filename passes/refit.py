@@ -10,7 +10,7 @@ and R is fitted to second moments without the mean taken out. ``bias`` is R = 0.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,7 +42,7 @@ class ReadStatistics:
         self.reads = importance.read_axes(graph, regions)
         self._implied: list[tuple[ReadAxis, Spread]] = []
         self._data: list[Data] = []
-        self._held: list[tuple[ReadAxis, Moments | _Variance]] | None = None
+        self._held: dict[int, Moments | _Variance] = {}  # by the id of a read, where all of them fit into memory
         self.source = "data"
         if ctx.calibration is not None:
             self.add(ctx.calibration)
@@ -55,14 +55,15 @@ class ReadStatistics:
         """Takes up more data. Raises DataError as ``statistics.observe`` does."""
         self._data.append(data)
         if sum(bytes_of(read.size) for read in self.reads if read.size <= MAX_FEATURES) <= LIMIT:
-            self._held = list(self._observed(self._held or self._empty(), data))
+            self._held = {id(read): seen for read, seen in self._observed(data)}
 
     def each(self) -> Iterator[tuple[ReadAxis, Spread]]:
         """In no particular order; activations of which nothing is known are left out."""
         if not self._data:
             yield from self._implied
             return
-        for read, found in self._held or self._observed(self._empty(), _joined(self._data)):
+        held = ((read, self._held[id(read)]) for read in self.reads)
+        for read, found in held if self._held else self._observed(_joined(self._data)):
             yield read, found.spread if isinstance(found, _Variance) else _shrunk(found)
 
     def new_biases(self, keeps: Keeps) -> int:
@@ -75,24 +76,27 @@ class ReadStatistics:
             if not linear.padded and linear.bias() is None
         )
 
-    def _empty(self) -> Iterator[tuple[ReadAxis, Moments | _Variance]]:
-        for read in self.reads:
-            small = read.size <= MAX_FEATURES
-            yield read, Moments({read.tensor.name: read.axis}) if small else _Variance(read.axis)
-
-    def _observed(
-        self, observers: Iterable[tuple[ReadAxis, Moments | _Variance]], data: Data
-    ) -> Iterator[tuple[ReadAxis, Moments | _Variance]]:
-        """The observers, once they have seen the data; as many of them at a time as there is room for."""
-        found = list(observers)
-        variances = [(read, seen) for read, seen in found if isinstance(seen, _Variance)]
-        if variances:
-            observe(self._graph, {read.tensor.name: seen for read, seen in variances}, data, self._progress)
-        yield from variances
-        wanted = [(seen, read.size) for read, seen in found if isinstance(seen, Moments)]
-        reads = (read for read, seen in found if isinstance(seen, Moments))
+    def _observed(self, data: Data) -> Iterator[tuple[ReadAxis, Moments | _Variance]]:
+        """What is held of each read, or new, once it has seen the data; as many at a time as there is room for."""
+        large = [read for read in self.reads if read.size > MAX_FEATURES]
+        small = [read for read in self.reads if read.size <= MAX_FEATURES]
+        variances = {id(read): self._variance(read) for read in large}
+        if large:
+            observe(self._graph, {read.tensor.name: variances[id(read)] for read in large}, data, self._progress)
+        yield from ((read, variances[id(read)]) for read in large)
+        wanted = ((self._moments(read), read.size) for read in small)
+        reads = iter(small)
         for group in collect(self._graph, wanted, data, self._progress):
-            yield from ((next(reads), moments) for moments in group)
+            while group:  # each is let go before the next run
+                yield next(reads), group.pop(0)
+
+    def _variance(self, read: ReadAxis) -> _Variance:
+        held = self._held.get(id(read))
+        return held if isinstance(held, _Variance) else _Variance(read.axis)
+
+    def _moments(self, read: ReadAxis) -> Moments:
+        held = self._held.get(id(read))
+        return held if isinstance(held, Moments) else Moments({read.tensor.name: read.axis})
 
 
 def _joined(parts: Sequence[Data]) -> Data:

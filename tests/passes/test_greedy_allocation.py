@@ -20,7 +20,9 @@ def errors(before, after, ctx: Context) -> dict[str, float]:
     """The squared error of each output on the first samples, relative to its variance."""
     feeds = list(ctx.calibration)[:8]
     old, new = ([run(graph, feed) for feed in feeds] for graph in (before, after))
-    stacked = {name: [np.stack([o[name] for o in outputs], dtype=np.float64) for outputs in (old, new)] for name in old[0]}
+    stacked = {
+        name: [np.stack([o[name] for o in outputs], dtype=np.float64) for outputs in (old, new)] for name in old[0]
+    }
     return {name: float(np.square(a - b).sum() / np.square(a - a.mean()).sum()) for name, (a, b) in stacked.items()}
 
 
