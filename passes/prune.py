@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes import allocation, importance, sensitivity
+from channelfold.passes import allocation, importance, refit_outputs, sensitivity
 from channelfold.passes.affine import Blocked
 from channelfold.passes.base import Context, Outcome, Pass, UsageError
 from channelfold.passes.channel_groups import Group, Region, find_groups
@@ -66,7 +66,8 @@ class Prune(Pass):
     it takes in ONNX Runtime on this machine), ``ratio`` (the share of every group's channels that goes) and
     ``tolerance`` (the squared error of any output relative to its variance, on calibration data) says how much.
     ``importance``: auto is reconstruction; bn needs BatchNormalizations. ``allocation``: auto is knapsack for a budget
-    and greedy for a tolerance; uniform is the same share everywhere. ``compensate``: auto is lstsq. ``align``: kept
+    and greedy for a tolerance; uniform is the same share everywhere. ``compensate``: auto is lstsq; outputs corrects
+    what that leaves, layer by layer, in two partial runs of the data each (``refit_outputs``). ``align``: kept
     channels are a multiple of it where a group has more. ``width``: also cut channels that a norm works on. ``include``
     and ``exclude``: patterns (``*`` and ``?``) of names of the nodes that write channels. ``ridge``: of the regression,
     relative to the variance of each channel. ``verify``: prove the cut.
@@ -84,7 +85,7 @@ class Prune(Pass):
     tolerance: float | None = None
     importance: Literal["auto", "l1", "l2", "bn", "activation", "reconstruction"] = "auto"
     allocation: Literal["auto", "uniform", "ranked", "knapsack", "greedy"] = "auto"
-    compensate: Literal["auto", "none", "bias", "lstsq"] = "auto"
+    compensate: Literal["auto", "none", "bias", "lstsq", "outputs"] = "auto"
     align: int = 8
     width: bool = False
     include: tuple[str, ...] = ()
@@ -124,6 +125,8 @@ class Prune(Pass):
         groups = list(self._usable(found, outcome))
         if not groups:
             return outcome
+        if self.compensate == "outputs" and ctx.calibration is None:
+            raise UsageError("'compensate' is 'outputs', which needs calibration data", "Give some, or choose 'lstsq'")
         seen, unseen = self._held_out(ctx)
         statistics = ReadStatistics(graph, _regions(groups), seen)
         rankings = self._rankings(groups, statistics, ctx)
@@ -142,8 +145,11 @@ class Prune(Pass):
             statistics.add(rest)
         fits = [] if self.compensate == "none" else self._fits(statistics, shapes, keeps)
         outcome.facts |= _facts(groups, rankings, costs, keeps)
+        whole = Snapshot.of(graph)
         proof = self._cut(graph, ctx, shapes, _regions(found), keeps)
         outcome.facts["parameters"]["after"] += sum(fit.install(graph, outcome) for fit in fits)
+        if self.compensate == "outputs":
+            outcome.facts["corrected"] = self._correct(graph, whole, fits, keeps, ctx)
         _say(outcome)
         outcome.facts |= {"statistics": statistics.source, "slice_equals_mask": proof}
         infer_shapes(graph)
@@ -310,8 +316,21 @@ class Prune(Pass):
         return fits
 
     def _fit(self, linear: Linear, stays: np.ndarray, rows: np.ndarray | None, spread: Spread) -> Fit:
-        mode = "lstsq" if self.compensate == "auto" else self.compensate
+        mode = "lstsq" if self.compensate in ("auto", "outputs") else self.compensate
         return Fit.of(linear, stays, rows, spread, mode, self.ridge)
+
+    def _correct(self, graph: gs.Graph, before: Snapshot, fits: Sequence[Fit], keeps: Keeps, ctx: Context) -> list[str]:
+        """Takes the errors that are left out of the outputs of what was refitted; the names of what changed."""
+        assert ctx.calibration is not None
+        whole = gs.Graph()
+        before.restore(whole)
+        stays: dict[str, list[tuple[int, np.ndarray]]] = {}
+        for region, keep in keeps.values():
+            for (_, axis), (tensor, labels) in region.axes.items():
+                stays.setdefault(tensor.name, []).append((axis, keep[labels - 1]))
+        refitted = {id(fit.node) for fit in fits}
+        nodes = [node for node in graph.nodes if id(node) in refitted]
+        return refit_outputs.correct(graph, whole, nodes, stays, ctx.calibration, ctx.progress)
 
     def _cut(
         self, graph: gs.Graph, ctx: Context, shapes: Mapping[str, Shape], regions: Sequence[Region], keeps: Keeps

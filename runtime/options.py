@@ -21,7 +21,7 @@ TARGETS = ("tensorrt", "onnxruntime")
 AIMS = ("mean", "median", "clipped")
 IMPORTANCES = ("auto", "l1", "l2", "bn", "activation", "reconstruction")
 ALLOCATIONS = ("auto", "uniform", "ranked", "knapsack", "greedy")
-COMPENSATIONS = ("auto", "none", "bias", "lstsq")
+COMPENSATIONS = ("auto", "none", "bias", "lstsq", "outputs")
 SCORES = ("magnitude", "wanda")
 BRANCHES = ("auto", "never", "always")
 RATIOS = ("uniform", "equal-slope", "ecoflap")
@@ -263,8 +263,8 @@ pruner = _options(
     click.option(
         "--compensate",
         type=_Choice(COMPENSATIONS),
-        help="How layers make up for what they no longer read: not at all, in the bias, by least squares."
-        "  [default: auto]",
+        help="How layers make up for what they no longer read: not at all, in the bias, by least squares; outputs then "
+        "corrects layer by layer what that leaves, which takes long.  [default: auto]",
     ),
     click.option("--align", type=int, metavar="N", help="Kept channels are multiples of it.  [default: 8]"),
     click.option(

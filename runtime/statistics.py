@@ -282,7 +282,7 @@ def observe(
     first = next(iter(data), None)
     groups = list(_groups(graph, wanted, first)) if first is not None else []
     for number, group in enumerate(groups):
-        observed = _Observed(graph, group)
+        observed = Observed(graph, group)
         for index, feed in enumerate(data):
             progress("Observing activations", number * len(data) + index, len(groups) * len(data))
             for name, values in observed.run(feed):
@@ -296,7 +296,7 @@ def observe(
     progress("Observing activations", len(data) * len(groups), len(data) * len(groups))
 
 
-class _Observed:
+class Observed:
     """A session whose outputs are tensors of the graph, cast to float32 where they are of another type."""
 
     def __init__(self, graph: gs.Graph, tensors: Sequence[str]):
