@@ -6,12 +6,14 @@ K are the channels that stay, S those that go, x what a layer reads. In between 
 cutting S takes its rows out of every weight, bias and norm that makes x, so that the graph is smaller, not masked.
 
 Four steps, each of which can be chosen. How much each unit of a group matters (``importance``). How many units each
-group keeps under a budget of multiply-accumulates or parameters (``allocation``). The cut itself, which is proven: the
-cut graph computes what the uncut one does with the same channels silenced (``cut.mask``), to the tolerance of the
-verification. And R and o, in closed form: from calibration data, or from what the writers' weights imply
-(``importance.implied``; a data-free reconstruction as in neuron merging, Kim et al., NeurIPS 2020); R = 0 leaves a
-correction of the bias. At the border of a zero-padded convolution an offset would be wrong: there o = 0 and R is fitted
-without it.
+group keeps: under a budget of multiply-accumulates, parameters (``allocation``) or measured time (``latency_budget``),
+or while the outputs stay within a tolerance (``greedy_allocation``); with data, what a group loses is weighted by what
+that does to the outputs (``sensitivity``). The cut itself, which is proven: the cut graph computes what the uncut one
+does with the same channels silenced (``cut.mask``), to the tolerance of the verification. And R and o (``refit``), in
+closed form: from calibration data, or from what the writers' weights imply (``importance.implied``; a data-free
+reconstruction as in neuron merging, Kim et al., NeurIPS 2020); R = 0 leaves a correction of the bias. At the border of
+a zero-padded convolution an offset would be wrong: there o = 0 and R is fitted without it. What that leaves can be
+corrected further, layer by layer (``refit_outputs``).
 
 Groups on whose channels a norm works (the width of a transformer) are not cut unless asked for: there the norm of what
 is left differs from the norm of all, and no compensation makes up for it.
