@@ -94,11 +94,16 @@ class Refusal:
 
 @dataclass
 class Outcome:
-    """What a pass did. ``facts`` carries JSON-able results that belong in the report (scales, counts …)."""
+    """What a pass did.
+
+    ``facts`` carries JSON-able results that belong in the report (scales, counts …), ``warnings`` sentences that the
+    user has to see.
+    """
 
     changed: list[Change] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def change(self, node: str, what: str) -> None:
         self.changed.append(Change(node, what))

@@ -4,18 +4,17 @@ Starting at every weight, ``trace`` finds regions: all tensors and constants tha
 1 .. n. Any set of labels that may go can be taken out of all of them, and the graph fits together again (``cut``).
 
 Within a region, labels that the same weights write form a ``Group``: one budget, one ranking. Worked example, a
-residual block with a depthwise convolution, as ``channelfold inspect --groups`` prints it::
+residual block of 24 channels with a depthwise convolution of 96 inside, after a stem and before a classifier fc::
 
     y = Conv(x, A)  Relu  Conv(depthwise, D)  Relu  Conv(B)  Add(x)
 
-    group  channels  prunable  written by  read by  also
-    A      96        96        A           B        D (depthwise), 2 biases
-    stem   24        24        stem, B     A, fc    the sum of the shortcut: both writers lose the same channels
+    group A     96 units  written by A        read by B      D and both biases lose them, too
+    group stem  24 units  written by stem, B  read by A, fc  the two sides of the Add lose the same channels
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +25,7 @@ from channelfold.passes.index_maps import Shape
 from channelfold.passes.linear import NotLinear, view
 from channelfold.passes.links import RECURRENT, LinkTable
 from channelfold.passes.trace import Part, Region, best_trace
+from channelfold.runtime.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,27 @@ def find_groups(graph: gs.Graph, shapes: Mapping[str, Shape]) -> list[Group]:
         seen |= set(region.axes)
         groups += _groups(region)
     return groups
+
+
+def regions_of(groups: Sequence[Group]) -> list[Region]:
+    """Each once, in order."""
+    return list({id(group.region): group.region for group in groups}.values())
+
+
+class Copies:
+    """Copies of a graph as it is now, to lose channels. ``groups``: all that ``find_groups`` finds with ``shapes``."""
+
+    def __init__(self, graph: gs.Graph, groups: Sequence[Group], shapes: Mapping[str, Shape]):
+        self._state, self._regions, self._shapes = Snapshot.of(graph), regions_of(groups), shapes
+
+    def make(self, keeps: Mapping[int, tuple[Region, np.ndarray]]) -> tuple[gs.Graph, list[tuple[Region, np.ndarray]]]:
+        """A copy, and of its own regions those in ``keeps`` (by the id of the graph's), with the labels that stay."""
+        twin = gs.Graph()
+        self._state.restore(twin)
+        if not keeps:
+            return twin, []
+        pairs = zip(self._regions, regions_of(find_groups(twin, self._shapes)), strict=True)
+        return twin, [(other, keeps[id(region)][1]) for region, other in pairs if id(region) in keeps]
 
 
 def _written(graph: gs.Graph, table: LinkTable) -> Iterator[tuple[gs.Tensor, int]]:

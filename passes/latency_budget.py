@@ -9,7 +9,7 @@ run, so that a machine that slows down meanwhile makes no difference.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,9 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes import allocation
 from channelfold.passes.base import Context, DataError, ModelError
-from channelfold.passes.channel_groups import Group, find_groups
+from channelfold.passes.channel_groups import Copies
 from channelfold.passes.cut import cut
 from channelfold.passes.group_costs import Keeps
-from channelfold.passes.index_maps import Shape
-from channelfold.passes.trace import Region
 from channelfold.passes.verify import random_feeds
 from channelfold.runtime.graph_io import save
 from channelfold.runtime.inspection import required_inputs
@@ -33,28 +31,8 @@ SHARES = np.arange(7, 0, -1) / 8  # of a group's units at which it is timed, bes
 _EACH, _DECIDING = (10, 1.0), (40, 10.0)  # rounds and seconds for a size, and for an allocation
 
 
-class CutCopies:
-    """Copies of a graph that lose channels. ``groups``: all that ``find_groups`` finds in it with ``shapes``."""
-
-    def __init__(self, graph: gs.Graph, groups: Sequence[Group], shapes: Mapping[str, Shape]):
-        self._state, self._regions, self._shapes = Snapshot.of(graph), _regions(groups), shapes
-
-    def write(self, keeps: Keeps, path: Path) -> None:
-        """Writes the graph without the labels that do not stay. Raises OutputError."""
-        twin = gs.Graph()
-        self._state.restore(twin)
-        regions = zip(self._regions, _regions(find_groups(twin, self._shapes)), strict=True)
-        kept = [(other, keeps[id(region)][1]) for region, other in regions if id(region) in keeps]
-        cut(twin, [(region, region.completed(keep)) for region, keep in kept])
-        save(twin, path)
-
-
-def _regions(groups: Sequence[Group]) -> list[Region]:
-    return list({id(group.region): group.region for group in groups}.values())
-
-
 def units_within_latency(
-    copies: CutCopies,
+    copies: Copies,
     keeps_of: Callable[[Sequence[int]], Keeps],
     sizes: Sequence[allocation.Group],
     values: Sequence[np.ndarray],
@@ -71,11 +49,11 @@ def units_within_latency(
     whole = [group.units for group in sizes]
     with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
         paths = [Path(folder) / name for name in ("uncut.onnx", "cut.onnx")]
-        copies.write({}, paths[0])
+        _write(copies, {}, paths[0])
 
         def share_of(kept: list[int], rounds: int, seconds: float) -> float:
             """The time of the model cut like this. Two models are open at once, for they may be large."""
-            copies.write(keeps_of(kept), paths[1])
+            _write(copies, keeps_of(kept), paths[1])
             uncut, cut = measured(paths.__getitem__, [0, 1], feed=feed, rounds=rounds, seconds=seconds).values()
             return cut / uncut
 
@@ -96,6 +74,13 @@ def units_within_latency(
 
         kept = within_latency(sizes, values, tables, share, measure, align)
         return kept, taken[tuple(kept)]
+
+
+def _write(copies: Copies, keeps: Keeps, path: Path) -> None:
+    """Writes the graph without the labels that do not stay. Raises OutputError."""
+    twin, cuts = copies.make(keeps)
+    cut(twin, [(region, region.completed(keep)) for region, keep in cuts])
+    save(twin, path)
 
 
 def _timed(group: allocation.Group, align: int) -> list[int]:

@@ -23,17 +23,40 @@ from channelfold.runtime.graph_io import free_name, session
 from channelfold.runtime.ort import Feed
 
 FEEDS = 16  # evenly spaced ones that outputs are compared on, fewer where the outputs are large
+_CONSTANT = 1e-12  # of its energy: an output that varies less does so by rounding
 _BYTES = 1 << 28  # of outputs that are kept
 
 
 class Outputs:
-    """What a graph computes for some feeds of ``data``, kept to compare with: its float outputs. Raises ModelError."""
+    """What a graph computes for some feeds of ``data``, kept to compare with: its float outputs. Raises ModelError.
+
+    ``energies`` and ``variances``: of each output the sums of squares, as they are and around the mean; 0 where nothing
+    was kept. What is not finite does not count.
+    """
 
     def __init__(self, graph: gs.Graph, data: Data):
         self.names = [t.name for t in graph.outputs if edit.is_float(t)]
         self.kept: list[tuple[Feed, dict[str, np.ndarray]]] = []
-        if not self.names:
-            return
+        if self.names:
+            self._keep(graph, data)
+        self.energies = {name: self._squares(name) for name in self.names}
+        self.variances = {name: self._squares(name, self._mean(name)) for name in self.names}
+        for name, energy in self.energies.items():
+            if self.variances[name] < _CONSTANT * energy:
+                self.variances[name] = 0.0
+
+    def _finite(self, name: str) -> Iterator[np.ndarray]:
+        for _, outputs in self.kept:
+            yield outputs[name][np.isfinite(outputs[name])].astype(np.float64)
+
+    def _mean(self, name: str) -> float:
+        count = sum(values.size for values in self._finite(name))
+        return sum(float(values.sum()) for values in self._finite(name)) / max(count, 1)
+
+    def _squares(self, name: str, around: float = 0.0) -> float:
+        return sum(float(np.square(values - around).sum()) for values in self._finite(name))
+
+    def _keep(self, graph: gs.Graph, data: Data) -> None:
         runner, size = session(graph), 0
         inputs = {spec.name for spec in runner.inputs}
         chosen = set(np.linspace(0, len(data) - 1, FEEDS).astype(int).tolist())
@@ -45,20 +68,24 @@ class Outputs:
             if size > _BYTES:
                 break
 
-    def error(self, graph: gs.Graph) -> float:
-        """The squared error of the outputs of a changed graph, relative. Raises ModelError."""
-        if not self.kept:
-            return 0.0
-        runner = session(graph)
-        lost, total = np.zeros(len(self.names)), np.zeros(len(self.names))
+    def lost(self, graph: gs.Graph) -> dict[str, float]:
+        """The squared error of each output of a changed graph, summed; infinite where it is no number any more."""
+        lost = dict.fromkeys(self.names, 0.0)
+        runner = session(graph) if self.kept else None
         for feed, expected in self.kept:
+            assert runner is not None
             found = runner.run(feed, self.names)
-            for place, name in enumerate(self.names):
-                old = expected[name].astype(np.float64)
+            for name, old in expected.items():
                 usable = np.isfinite(old)
-                lost[place] += np.sum((found[name][usable] - old[usable]) ** 2)
-                total[place] += np.sum(old[usable] ** 2)
-        return float(np.mean(np.divide(lost, total, out=lost, where=total > 0)))
+                error = float(np.square(found[name][usable].astype(np.float64) - old[usable]).sum())
+                lost[name] += error if np.isfinite(error) else np.inf
+        return lost
+
+    def error(self, graph: gs.Graph) -> float:
+        """The squared error of the outputs of a changed graph, relative to their energies. Raises ModelError."""
+        lost = self.lost(graph)
+        found = [lost[name] / energy if energy > 0 else 0.0 for name, energy in self.energies.items()]
+        return float(np.mean(found)) if found else 0.0
 
 
 @contextlib.contextmanager

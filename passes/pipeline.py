@@ -142,7 +142,7 @@ class _Runner:
             raise
         if outcome.changed:
             self._state = after
-        return _record(step, seconds, outcome, verified, warned)
+        return _record(step, seconds, outcome, verified, [*outcome.warnings, *warned])
 
     def _apply(self, step: Pass) -> tuple[Outcome, Snapshot]:
         """What a pass did, and the graph after it. Raises VerificationError when the contract is broken."""

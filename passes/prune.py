@@ -35,17 +35,18 @@ import onnx_graphsurgeon as gs
 from channelfold.passes import allocation, importance, refit_outputs, sensitivity
 from channelfold.passes.affine import Blocked
 from channelfold.passes.base import Context, Outcome, Pass, UsageError
-from channelfold.passes.channel_groups import Group, Region, find_groups
+from channelfold.passes.channel_groups import Copies, Group, find_groups, regions_of
 from channelfold.passes.cut import cut, mask
 from channelfold.passes.equalize import shapes_of
-from channelfold.passes.greedy_allocation import Trial, units_within_tolerance
+from channelfold.passes.greedy_allocation import TRIED, units_within_tolerance
 from channelfold.passes.group_costs import GroupCosts, Keeps, Kind
 from channelfold.passes.importance import Ranking, Spread
 from channelfold.passes.index_maps import Shape
-from channelfold.passes.latency_budget import CutCopies, a_feed, units_within_latency
+from channelfold.passes.latency_budget import a_feed, units_within_latency
 from channelfold.passes.linear import Linear
 from channelfold.passes.refit import Fit, ReadStatistics, matters
-from channelfold.passes.verify import Verifier
+from channelfold.passes.trial import Trial
+from channelfold.passes.verify import Verdict, Verifier
 from channelfold.runtime.graph_io import infer_shapes
 from channelfold.runtime.ort import Feed
 from channelfold.runtime.snapshot import Snapshot
@@ -130,16 +131,19 @@ class Prune(Pass):
         if self.compensate == "outputs" and ctx.calibration is None:
             raise UsageError("'compensate' is 'outputs', which needs calibration data", "Give some, or choose 'lstsq'")
         seen, unseen = self._held_out(ctx)
-        statistics = ReadStatistics(graph, _regions(groups), seen)
+        statistics = ReadStatistics(graph, regions_of(groups), seen)
         rankings = self._rankings(groups, statistics, ctx)
         if unseen is not None:
             rankings = sensitivity.scaled(graph, groups, rankings, statistics, self._fit, unseen)
-        costs = GroupCosts(graph, groups, shapes)
+        costs, copies = GroupCosts(graph, groups, shapes), Copies(graph, found, shapes)
         if self.keep_latency is not None:
-            copies, feed = CutCopies(graph, found, shapes), a_feed(graph, ctx)
-            keeps = self._within_latency(groups, rankings, copies, feed, ctx, outcome)
+            keeps = self._within_latency(groups, rankings, copies, a_feed(graph, ctx), ctx, outcome)
         elif self.tolerance is not None:
-            trial = Trial(graph, _regions(groups), statistics, self._fit, ctx)
+            if ctx.calibration is None:
+                raise UsageError(
+                    "'tolerance' is of the outputs, which needs calibration data", "Give some, or a budget"
+                )
+            trial = Trial(graph, regions_of(groups), statistics, self._fit, ctx.calibration.first(TRIED))
             keeps = self._within_tolerance(groups, rankings, trial, costs, ctx, outcome)
         else:
             keeps = self._allocate(groups, rankings, costs, statistics)
@@ -147,11 +151,10 @@ class Prune(Pass):
             statistics.add(rest)
         fits = [] if self.compensate == "none" else self._fits(statistics, shapes, keeps)
         outcome.facts |= _facts(groups, rankings, costs, keeps)
-        whole = Snapshot.of(graph)
-        proof = self._cut(graph, ctx, shapes, _regions(found), keeps)
+        proof = self._cut(graph, ctx, copies, keeps, outcome)
         outcome.facts["parameters"]["after"] += sum(fit.install(graph, outcome) for fit in fits)
         if self.compensate == "outputs":
-            outcome.facts["corrected"] = self._correct(graph, whole, fits, keeps, ctx)
+            outcome.facts["corrected"] = self._correct(graph, copies, fits, keeps, ctx)
         _say(outcome)
         outcome.facts |= {"statistics": statistics.source, "slice_equals_mask": proof}
         infer_shapes(graph)
@@ -259,7 +262,7 @@ class Prune(Pass):
         self,
         groups: Sequence[Group],
         rankings: Sequence[Ranking],
-        copies: CutCopies,
+        copies: Copies,
         feed: Feed,
         ctx: Context,
         outcome: Outcome,
@@ -321,11 +324,10 @@ class Prune(Pass):
         mode = "lstsq" if self.compensate in ("auto", "outputs") else self.compensate
         return Fit.of(linear, stays, rows, spread, mode, self.ridge)
 
-    def _correct(self, graph: gs.Graph, before: Snapshot, fits: Sequence[Fit], keeps: Keeps, ctx: Context) -> list[str]:
+    def _correct(self, graph: gs.Graph, copies: Copies, fits: Sequence[Fit], keeps: Keeps, ctx: Context) -> list[str]:
         """Takes the errors that are left out of the outputs of what was refitted; the names of what changed."""
         assert ctx.calibration is not None
-        whole = gs.Graph()
-        before.restore(whole)
+        whole, _ = copies.make({})
         stays: dict[str, list[tuple[int, np.ndarray]]] = {}
         for region, keep in keeps.values():
             for (_, axis), (tensor, labels) in region.axes.items():
@@ -335,32 +337,27 @@ class Prune(Pass):
         return refit_outputs.correct(graph, whole, nodes, stays, ctx.calibration, ctx.progress)
 
     def _cut(
-        self, graph: gs.Graph, ctx: Context, shapes: Mapping[str, Shape], regions: Sequence[Region], keeps: Keeps
+        self, graph: gs.Graph, ctx: Context, copies: Copies, keeps: Keeps, outcome: Outcome
     ) -> dict[str, Any] | None:
         """Cuts, and proves that it is what silencing the same channels is; returns the record of the proof."""
-        before = Snapshot.of(graph)
         cut(graph, list(keeps.values()))
         if not self.verify:
             return None
-        twin = gs.Graph()
-        before.restore(twin)
+        twin, cuts = copies.make(keeps)
         infer_shapes(twin)  # and dtypes, which the masks need
-        same = zip(regions, _regions(find_groups(twin, shapes)), strict=True)
         try:
-            mask(twin, [(other, keeps[id(region)][1]) for region, other in same if id(region) in keeps])
+            mask(twin, cuts)
         except Blocked as error:
-            return {"unverified": str(error)}
-        verdict = Verifier(ctx.calibration, ctx.seed).verify(Snapshot.of(twin), Snapshot.of(graph))
-        return verdict.record | ({"warning": verdict.warning} if verdict.warning else {})
+            verdict = Verdict({"unverified": str(error)}, f"the cut was not proven: {error}")
+        else:
+            verdict = Verifier(ctx.calibration, ctx.seed).verify(Snapshot.of(twin), Snapshot.of(graph))
+        if verdict.warning:
+            outcome.warnings.append(verdict.warning)
+        return verdict.record
 
 
 def _match(names: Sequence[str], patterns: Sequence[str]) -> str | None:
     return next((p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)), None)
-
-
-def _regions(groups: Sequence[Group]) -> list[Region]:
-    """Each once, in order."""
-    return list({id(group.region): group.region for group in groups}.values())
 
 
 def _sizes(groups: Sequence[Group]) -> list[allocation.Group]:

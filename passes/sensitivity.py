@@ -14,22 +14,18 @@ positions: half of 1280 pooled features are made from the others without any err
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context
-from channelfold.passes.channel_groups import Group
+from channelfold.passes.channel_groups import Group, regions_of
 from channelfold.passes.importance import Ranking
-from channelfold.passes.linear import Linear, view
-from channelfold.passes.refit import Fit, ReadStatistics, matters
+from channelfold.passes.refit import Fit, ReadStatistics
+from channelfold.passes.trial import Trial
 from channelfold.runtime.calibration import Data
-from channelfold.runtime.graph_io import infer_shapes
-from channelfold.runtime.ort import Feed
-from channelfold.runtime.snapshot import Snapshot
 
-SAMPLES = 16  # of the calibration data that the outputs are compared on
+SAMPLES = 16  # at most, of the calibration data, are held out
 _SHARE = 5  # a sample in so many at most is held out for that
 
 
@@ -62,70 +58,24 @@ def scaled(
     fit: Callable[..., Fit],
     ctx: Context,
 ) -> list[Ranking]:
-    """The rankings with values in units of the model's outputs, on the first ``SAMPLES`` of the data in ``ctx``.
+    """The rankings with values in units of the model's outputs, on samples of the data in ``ctx``.
 
-    ``fit``: ``Fit.of`` with the settings of the pass.
-    A group that no linear reads keeps its values, scaled as the others are in the middle.
+    ``fit``: ``Fit.of`` with the settings of the pass. A group of which nothing can be measured is scaled as the others
+    are in the middle.
     """
     assert ctx.calibration is not None
-    before = Snapshot.of(graph)
-    twin = gs.Graph()
-    before.restore(twin)
-    infer_shapes(twin)
-    nodes = dict(zip(map(id, graph.nodes), twin.nodes, strict=True))
-    feeds = list(islice(ctx.calibration, SAMPLES))
-    expected = _outputs(before, feeds)
-    halves = [group.labels[r.order[: group.units // 2]] for group, r in zip(groups, rankings, strict=True)]
-    fits: list[list[tuple[Linear, np.ndarray, Fit]]] = [[] for _ in groups]
-    for read, spread in statistics.each():
-        for number, (group, gone) in enumerate(zip(groups, halves, strict=True)):
-            if matters(read, group):
-                stays = ~np.isin(read.labels, gone)
-                fits[number] += [(linear, stays, fit(linear, stays, None, spread)) for linear in read.linears]
+    regions = regions_of(groups)
+    trial = Trial(graph, regions, statistics, fit, ctx.calibration)
     factors = np.full(len(groups), np.nan)
     for number, (group, ranking) in enumerate(zip(groups, rankings, strict=True)):
         ctx.progress("Measuring sensitivities", number, len(groups))
-        lost = float(ranking.values[-1] - ranking.values[group.units - group.units // 2])
-        undo = []
-        try:
-            for linear, stays, found in fits[number]:
-                other = view(twin, nodes[id(linear.node)])
-                undo.append((other, other.weight(), other.bias()))
-                found.silence(other, stays)
-            if undo and lost > 0:
-                factors[number] = _error(expected, _outputs(Snapshot.of(twin), feeds)) / lost
-        except OverflowError:  # a layer that float16 cannot refit; the group counts like the others
-            pass
-        for other, weight, bias in undo:
-            _restore(other, weight, bias)
-    typical = float(np.nanmedian(factors)) if np.isfinite(factors).any() else 1.0
-    factors = np.where(np.isfinite(factors), factors, typical)
+        half = group.units // 2
+        lost = float(ranking.values[-1] - ranking.values[group.units - half])
+        keeps = {id(region): (region, np.ones(region.size, bool)) for region in regions}
+        keeps[id(group.region)][1][group.labels[ranking.order[:half]] - 1] = False
+        errors = list(trial.errors(keeps).values()) if lost > 0 else []
+        if errors:
+            factors[number] = np.mean(errors) / lost
+    known = factors[np.isfinite(factors)]
+    factors = np.where(np.isfinite(factors), factors, np.median(known) if known.size else 1.0)
     return [Ranking(r.order, r.values * factor) for r, factor in zip(rankings, factors, strict=True)]
-
-
-def _restore(linear: Linear, weight: np.ndarray, bias: np.ndarray | None) -> None:
-    linear = view(linear.graph, linear.node)
-    linear.set_weight(weight)
-    if linear.bias() is not None:
-        linear.set_bias(np.zeros(linear.channels[0]) if bias is None else bias)
-
-
-def _outputs(snapshot: Snapshot, feeds: Sequence[Feed]) -> list[dict[str, np.ndarray]]:
-    session = snapshot.session()
-    return [session.run(feed) for feed in feeds]
-
-
-def _error(expected: list[dict[str, np.ndarray]], found: list[dict[str, np.ndarray]]) -> float:
-    """The mean over the float outputs of the squared error, relative to their variance."""
-    errors = []
-    for name, first in expected[0].items():
-        if first.dtype.kind != "f":
-            continue
-        error = sum(
-            float(np.square(e[name] - f[name], dtype=np.float64).sum()) for e, f in zip(expected, found, strict=True)
-        )
-        mean = sum(float(e[name].sum(dtype=np.float64)) for e in expected) / sum(e[name].size for e in expected)
-        whole = sum(float(np.square(e[name] - mean, dtype=np.float64).sum()) for e in expected)
-        if whole > 0 and np.isfinite(error):
-            errors.append(error / whole)
-    return float(np.mean(errors)) if errors else float("nan")
