@@ -59,10 +59,6 @@ class Group:
                 found[reason] = found.get(reason, 0) + 1
         return found
 
-    def parts(self, role: str) -> list[Part]:
-        """The constants with a role that some of its units are in."""
-        return [p for p in self.region.parts if p.role == role and np.isin(p.labels, self.labels).any()]
-
 
 def find_groups(graph: gs.Graph, shapes: Mapping[str, Shape]) -> list[Group]:
     """All channel groups of the weights of a graph, in the order in which they are written."""

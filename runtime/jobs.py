@@ -153,8 +153,7 @@ def prune(
             "How much to prune is not said",
             "Give --keep-macs 0.5, --keep-params 0.5, --keep-latency 0.5, --ratio 0.3, --tolerance 0.05 or --dead",
         )
-    wanted = {k: v for k, v in options.items() if not dead or k == "align"}
-    last = recipes.make("remove-dead-channels" if dead else "prune", wanted)
+    last = recipes.make("remove-dead-channels" if dead else "prune", options)
     job = Job("prune", Path(model), progress, seed, allow_script)
     job.calibration = job.open("calibration", calibration, random)
     job.evaluation = job.open_evaluation(evaluation)
