@@ -166,6 +166,12 @@ def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
     return f"{type(error).__name__}: {' '.join(str(error).split())}. This is a bug in channelfold. {hint}", 1
 
 
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a job from the options of its command: those of passes are ``options``, the others stay."""
+    names = ("calibration", "evaluation", "random", "allow_script", "seed")
+    return {name: options.pop(name) for name in names if name in options} | {"options": opt.given(options)}
+
+
 def _split(jobs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Gates, and the options given for passes."""
     names = ("min_snr", "min_cosine", "min_agreement", "max_rel")
@@ -230,19 +236,7 @@ def fold(jobs: Any, progress: Any, model: str, output: str, seed: int) -> Any:
 @opt.allow_script
 @opt.smoother
 @opt.seed
-def smooth(
-    jobs: Any,
-    progress: Any,
-    model: str,
-    output: str,
-    method: str,
-    calibration: str | None,
-    evaluation: str | None,
-    random: int | None,
-    allow_script: bool,
-    seed: int,
-    **options: Any,
-) -> Any:
+def smooth(jobs: Any, progress: Any, model: str, output: str, method: str, **options: Any) -> Any:
     """Scale the channels of activations, so that quantizing MODEL loses less.
 
     The scales go into the weights and norms around the activations: the result computes the same function, which is
@@ -261,18 +255,7 @@ def smooth(
       split-merge  splits channels that stand out into several
       reorder      sorts channels in attention heads; needs no data
     """
-    return jobs.smooth(
-        model,
-        output,
-        method,
-        calibration=calibration,
-        evaluation=evaluation,
-        random=random,
-        allow_script=allow_script,
-        options=opt.given(options),
-        seed=seed,
-        progress=progress,
-    )
+    return jobs.smooth(model, output, method, progress=progress, **_settings(options))
 
 
 @_command("channelfold prune model.onnx -o cut.onnx --keep-macs 0.5 --calibration x.npz", show="groups")
@@ -284,19 +267,7 @@ def smooth(
 @opt.allow_script
 @opt.pruner
 @opt.seed
-def prune(
-    jobs: Any,
-    progress: Any,
-    model: str,
-    output: str,
-    calibration: str | None,
-    evaluation: str | None,
-    random: int | None,
-    allow_script: bool,
-    dead: bool,
-    seed: int,
-    **options: Any,
-) -> Any:
+def prune(jobs: Any, progress: Any, model: str, output: str, dead: bool, **options: Any) -> Any:
     """Remove channels from MODEL: a smaller graph, not a masked one.
 
     Give one of --keep-macs, --keep-params, --keep-latency, --ratio, --tolerance and --dead. Data make it lose less:
@@ -311,18 +282,7 @@ def prune(
       l1, l2          magnitude of all weights that write and read them
       bn              gamma of the BatchNormalizations they pass
     """
-    return jobs.prune(
-        model,
-        output,
-        calibration=calibration,
-        evaluation=evaluation,
-        random=random,
-        allow_script=allow_script,
-        dead=dead,
-        options=opt.given(options),
-        seed=seed,
-        progress=progress,
-    )
+    return jobs.prune(model, output, dead=dead, progress=progress, **_settings(options))
 
 
 @_command("channelfold sparsify model.onnx -o sparse.onnx --calibration samples.npz")
@@ -334,18 +294,7 @@ def prune(
 @opt.allow_script
 @opt.sparsifier
 @opt.seed
-def sparsify(
-    jobs: Any,
-    progress: Any,
-    model: str,
-    output: str,
-    calibration: str | None,
-    evaluation: str | None,
-    random: int | None,
-    allow_script: bool,
-    seed: int,
-    **options: Any,
-) -> Any:
+def sparsify(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
     """Set weights of MODEL to zero, without removing channels.
 
     Data make it lose less: weights are then ranked by what their inputs bring, and biases take up the mean of what is
@@ -364,17 +313,7 @@ def sparsify(
       equal-slope   where the next tile costs least
       ecoflap       by how much the outputs move when a layer's weights do; needs data
     """
-    return jobs.sparsify(
-        model,
-        output,
-        calibration=calibration,
-        evaluation=evaluation,
-        random=random,
-        allow_script=allow_script,
-        options=opt.given(options),
-        seed=seed,
-        progress=progress,
-    )
+    return jobs.sparsify(model, output, progress=progress, **_settings(options))
 
 
 @_command("channelfold reparam repavit.onnx -o folded.onnx")
@@ -386,19 +325,7 @@ def sparsify(
 @opt.allow_script
 @opt.reparameterizer
 @opt.seed
-def reparam(
-    jobs: Any,
-    progress: Any,
-    model: str,
-    output: str,
-    calibration: str | None,
-    evaluation: str | None,
-    random: int | None,
-    allow_script: bool,
-    approximate: bool,
-    seed: int,
-    **options: Any,
-) -> Any:
+def reparam(jobs: Any, progress: Any, model: str, output: str, approximate: bool, **options: Any) -> Any:
     """Make one dense layer of FFN channels that bypass the activation.
 
     For networks that were trained for it, such as RePaViT: until this is done they are slower than plain ones. The
@@ -411,18 +338,7 @@ def reparam(
       --keep-macs    share of the FFNs' multiply-accumulates
       --max-error    relative error of the outputs
     """
-    return jobs.reparam(
-        model,
-        output,
-        calibration=calibration,
-        evaluation=evaluation,
-        random=random,
-        allow_script=allow_script,
-        approximate=approximate,
-        options=opt.given(options),
-        seed=seed,
-        progress=progress,
-    )
+    return jobs.reparam(model, output, approximate=approximate, progress=progress, **_settings(options))
 
 
 @_command("channelfold quantize folded.onnx -o int8.onnx --calibration samples.npz")
@@ -434,34 +350,13 @@ def reparam(
 @click.option("--weights-only", is_flag=True, help="Store weights as int8 and compute in float. Needs no data.")
 @opt.quantizer
 @opt.seed
-def quantize(
-    jobs: Any,
-    progress: Any,
-    model: str,
-    output: str,
-    calibration: str | None,
-    random: int | None,
-    allow_script: bool,
-    weights_only: bool,
-    seed: int,
-    **options: Any,
-) -> Any:
+def quantize(jobs: Any, progress: Any, model: str, output: str, weights_only: bool, **options: Any) -> Any:
     """Quantize MODEL to int8 with QDQ nodes.
 
     Weights are quantized per output channel, activations per tensor with ranges from calibration data. For best
     accuracy fold first, or use compress, which does both.
     """
-    return jobs.quantize(
-        model,
-        output,
-        calibration=calibration,
-        random=random,
-        allow_script=allow_script,
-        weights_only=weights_only,
-        options=opt.given(options),
-        seed=seed,
-        progress=progress,
-    )
+    return jobs.quantize(model, output, weights_only=weights_only, progress=progress, **_settings(options))
 
 
 @_command("channelfold build int8.onnx -o int8.engine --sm 89 --shape x:1x64:8x64:16x64")

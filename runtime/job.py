@@ -88,12 +88,27 @@ class Job:
             pass
         return data
 
-    def transform(self, passes: Sequence[Pass], out: Path, checkpoint: Path | None = None, gated: bool = False) -> None:
+    def open_both(self, calibration: Any, evaluation: Any, random: int | None = None) -> None:
+        """The calibration data, of which ``random`` samples may take the place, and the evaluation data."""
+        self.calibration = self.open("calibration", calibration, random)
+        self.evaluation = self.open_evaluation(evaluation)
+
+    def transform(
+        self,
+        passes: Sequence[Pass],
+        out: Path,
+        checkpoint: Path | None = None,
+        gated: bool = False,
+        counted: bool = False,
+    ) -> None:
         """Runs the passes, writes the model, opens it again and compares it with the original.
 
+        ``counted``: the record says of both how many parameters and multiply-accumulates they have.
         Exact steps have been verified one by one: for them the calibration data are run again only if a gate needs it.
         """
         check_output(out, self.model)
+        if counted:
+            self.record["model"] |= inspection.costs(self.graph)
         context = Context(self.calibration, self.progress, self.seed)
         graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
         self.record["steps"] = steps
@@ -104,7 +119,9 @@ class Job:
         graph_io.save(graph, out)
         del graph, self.graph
         gc.collect()  # nodes and tensors refer to each other, and their mapped weights count as memory while they live
-        self.record["output"] = inspection.model_facts(out, graph_io.load(out))
+        written = graph_io.load(out)
+        self.record["output"] = inspection.model_facts(out, written) | (inspection.costs(written) if counted else {})
+        del written
         exact = all(step["kind"] == "exact" for step in steps)
         if self.evaluation or not exact or (gated and self.calibration):
             self.prove(out)

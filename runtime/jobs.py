@@ -80,8 +80,7 @@ def compress(
     out = out_dir / "model.onnx"
     job = Job(command, model, progress, seed, allow_script)
     job.warn(*loaded.warnings)
-    job.calibration = job.open("calibration", calibration, random)
-    job.evaluation = job.open_evaluation(evaluation)
+    job.open_both(calibration, evaluation, random)
     job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
     report.write_json(job.record, out_dir / "report.json")
     for sm in sms:
@@ -118,8 +117,7 @@ def smooth(
     """
     passes = methods.passes_of(method, options or {})
     job = Job("smooth", Path(model), progress, seed, allow_script)
-    job.calibration = job.open("calibration", calibration, random)
-    job.evaluation = job.open_evaluation(evaluation)
+    job.open_both(calibration, evaluation, random)
     job.transform(passes, Path(out))
     if not any(step["changed"] for step in job.record["steps"]):
         job.warn("No channel was changed: the result computes with the weights that the model had")
@@ -155,11 +153,8 @@ def prune(
         )
     last = recipes.make("remove-dead-channels" if dead else "prune", options)
     job = Job("prune", Path(model), progress, seed, allow_script)
-    job.calibration = job.open("calibration", calibration, random)
-    job.evaluation = job.open_evaluation(evaluation)
-    job.record["model"] |= inspection.costs(job.graph)
-    job.transform([*recipes.load_recipe("fold").passes, last], Path(out))
-    job.record["output"] |= inspection.costs(graph_io.load(out))
+    job.open_both(calibration, evaluation, random)
+    job.transform([*recipes.load_recipe("fold").passes, last], Path(out), counted=True)
     if not job.record["steps"][-1]["changed"]:
         job.warn("No channel was removed: channelfold inspect --groups shows what could be, and why not")
     return job.record
@@ -180,8 +175,7 @@ def sparsify(
     """Sets weights to zero in a pattern, with the ``options`` of the pass ``sparsify``. Writes ``out``."""
     step = recipes.make("sparsify", options or {})
     job = Job("sparsify", Path(model), progress, seed, allow_script)
-    job.calibration = job.open("calibration", calibration, random)
-    job.evaluation = job.open_evaluation(evaluation)
+    job.open_both(calibration, evaluation, random)
     job.transform([step], Path(out))
     job.warn(*sparsify_pass.worth(job.record["steps"][-1]["facts"], job.record["steps"][-1]["options"]["pattern"]))
     return job.record
@@ -215,11 +209,8 @@ def reparam(
     if approximate:
         passes.append(recipes.make("approximate-ffn", given))
     job = Job("reparam", Path(model), progress, seed, allow_script)
-    job.calibration = job.open("calibration", calibration, random)
-    job.evaluation = job.open_evaluation(evaluation)
-    job.record["model"] |= inspection.costs(job.graph)
-    job.transform(passes, Path(out))
-    job.record["output"] |= inspection.costs(graph_io.load(out))
+    job.open_both(calibration, evaluation, random)
+    job.transform(passes, Path(out), counted=True)
     folded = any(step["changed"] for step in job.record["steps"] if step["pass"] == "reparameterize-ffn")
     if not folded and not approximate:
         job.warn("No FFN has channels that bypass the activation: channelfold inspect --idle shows what there is")
