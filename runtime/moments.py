@@ -26,7 +26,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DataError, no_progress
 from channelfold.runtime.calibration import Data
-from channelfold.runtime.statistics import Observer, observe
+from channelfold.runtime.statistics import Observer, observe, within
 
 CHUNK = 1024  # rows multiplied at once
 POSITIONS = 4096  # of one entry along the first axis that are taken
@@ -185,25 +185,12 @@ def collect(
     its own. To keep to the limit, let ``wanted`` be made as it is read, and take Moments out of the lists. Raises
     DataError as ``observe`` does.
     """
-    for group in _groups(wanted, limit):
+    for group in within(limit, ((moments, bytes_of(channels)) for moments, channels in wanted)):
         observers: dict[str, list[Observer]] = {}
         for moments in group:
             for name, part in moments.parts().items():
                 observers.setdefault(name, []).append(part)
         observe(graph, {name: _Shared(parts) for name, parts in observers.items()}, data, progress)
-        yield group
-
-
-def _groups(wanted: Iterable[tuple[Moments, int]], limit: int) -> Iterator[list[Moments]]:
-    group, used = [], 0
-    for moments, channels in wanted:
-        size = bytes_of(channels)
-        if group and used + size > limit:
-            yield group
-            group, used = [], 0
-        group.append(moments)
-        used += size
-    if group:
         yield group
 
 

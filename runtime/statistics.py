@@ -16,9 +16,9 @@ with a run of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import onnx
@@ -29,6 +29,8 @@ from channelfold.runtime.calibration import Data
 from channelfold.runtime.graph_io import export, open_model
 from channelfold.runtime.ort import Feed
 from channelfold.runtime.shapes import shapes_on
+
+T = TypeVar("T")
 
 BINS = 1 << 15  # of magnitudes; with the sign there are twice as many
 MASK = 2.0**100  # values at least this large (1.3e30) are attention masks and the like; the edge of a bin
@@ -280,7 +282,8 @@ def observe(
     """
     wanted = list(observers)
     first = next(iter(data), None)
-    groups = list(_groups(graph, wanted, first)) if first is not None else []
+    sizes = _sizes(graph, first) if first is not None else {}
+    groups = list(within(GROUP_BYTES, ((name, sizes.get(name, 0)) for name in wanted))) if first is not None else []
     for number, group in enumerate(groups):
         observed = Observed(graph, group)
         for index, feed in enumerate(data):
@@ -319,16 +322,14 @@ class Observed:
             yield name, values.pop(output)
 
 
-def _groups(graph: gs.Graph, tensors: list[str], feed: Feed) -> Iterator[list[str]]:
-    """The tensors in as many groups as keep one sample's activations below the limit."""
-    sizes = _sizes(graph, feed)
+def within(limit: int, sized: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
+    """Things, given with their sizes, in order and in groups that stay below a limit; one alone may pass it."""
     group, used = [], 0
-    for name in tensors:
-        size = sizes.get(name, 0)
-        if group and used + size > GROUP_BYTES:
+    for thing, size in sized:
+        if group and used + size > limit:
             yield group
             group, used = [], 0
-        group.append(name)
+        group.append(thing)
         used += size
     if group:
         yield group

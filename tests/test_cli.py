@@ -475,6 +475,7 @@ def test_a_gate_that_nothing_could_meet(fails):
         (("reparam", DIGITS, "-o", "x", "--approximate", "--branch", "alway"), "Did you mean 'always'? See"),
         (("prune", "m.onnx", "-o", "x"), "How much to prune is not said"),
         (("prune", "m.onnx", "-o", "x", "--keep-macs", "0.5", "--ratio", "0.5"), "found 'keep_macs' and 'ratio'"),
+        (("prune", "m.onnx", "-o", "x", "--dead", "--width"), "'remove-dead-channels' has no option 'width'"),
         (("prune", "m.onnx", "-o", "x", "--keep-macs", "0.5", "--dead"), "Dead channels go whatever 'keep_macs' is"),
         (("prune", "m.onnx", "-o", "x", "--ratio", "0.5", "--importance", "l3"), "'l3' is unknown. Did you mean 'l"),
         (("prune", "m.onnx", "-o", "x", "--keep-macs", "50"), "'keep_macs' is 50. Expected a share: 0.5 is half"),

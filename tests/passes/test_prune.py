@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from channelfold.passes import pipeline, recipe
 from channelfold.passes import prune as module
+from channelfold.passes.affine import Blocked
 from channelfold.passes.base import ChannelfoldError, Context, UsageError, VerificationError
 from channelfold.passes.cut import cut
 from channelfold.passes.linear import linears
@@ -361,3 +362,14 @@ def test_random_networks(model, amount, importance, with_data):
     for name, values in before.items():
         assert (after[name].shape, after[name].dtype) == (values.shape, values.dtype)
         assert np.isfinite(after[name]).all()
+
+
+def test_a_cut_that_cannot_be_proven_is_a_warning(monkeypatch):
+    def blocked(graph, cuts):
+        raise Blocked("a norm that nobody knows")
+
+    monkeypatch.setattr(module, "mask", blocked)
+    graph, steps = pipeline.run(cnn(), [Prune(ratio=0.5, align=1)], Context())
+    assert linears(graph)[0].channels == (8, 3)
+    assert steps[0]["facts"]["slice_equals_mask"] == {"unverified": "a norm that nobody knows"}
+    assert pipeline.warnings(steps) == ["prune: the cut was not proven: a norm that nobody knows"]
