@@ -21,9 +21,9 @@ from typing import Any, NoReturn
 import click
 
 from channelfold import __version__
-from channelfold.passes.base import ChannelfoldError, OutputError, nearest
-from channelfold.runtime import options as opt
-from channelfold.runtime.progress import Progress
+from channelfold.runtime import flags as opt
+from channelfold.runtime.errors import ChannelfoldError, OutputError, nearest
+from channelfold.runtime.report.progress import Progress
 
 DEMO_SMS = (86, 89)
 
@@ -61,8 +61,8 @@ def cli() -> None:
 # ---- running a job -----------------------------------------------------------------------------------------------
 
 
-def _command(example: str, show: str = "report") -> Callable[[Callable[..., Any]], click.Command]:
-    """Makes a command of a function that returns a record, for which module ``runtime.<show>`` has ``render``.
+def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., Any]], click.Command]:
+    """Makes a command of a function that returns a record, for which module ``runtime.report.<show>`` has ``render``.
 
     Adds --json and --debug, passes ``progress`` and ends the help with the example.
     """
@@ -93,14 +93,14 @@ def _print(record: dict[str, Any], show: str, as_json: bool) -> None:
     """The record to stdout. Warnings go to stderr as well, unless stdout is a terminal, which shows them already."""
     from rich.console import Console
 
-    from channelfold.runtime.report import to_json
+    from channelfold.runtime.report.terminal import to_json
 
     try:
         if as_json:
             click.echo(to_json(record))
         else:
             console = Console(width=None if sys.stdout.isatty() else 10_000)
-            importlib.import_module(f"channelfold.runtime.{show}").render(record, console)
+            importlib.import_module(f"channelfold.runtime.report.{show}").render(record, console)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has had enough, which click takes quietly
         raise

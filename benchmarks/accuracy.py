@@ -131,8 +131,8 @@ def fold_results(folder: Path, task: str, output: Path) -> list[Result]:
 
     ``before`` is that of the original run without ONNX Runtime's optimizations: rounding in another order, no more.
     """
-    from channelfold.runtime.calibration import open_data
-    from channelfold.runtime.ort import Session
+    from channelfold.runtime.data.sources import open_data
+    from channelfold.runtime.io.session import Session
 
     model, folded = folder / "open" / SUBJECTS[task].model, output / "folded.onnx"
     output.mkdir(parents=True, exist_ok=True)

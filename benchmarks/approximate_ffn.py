@@ -91,7 +91,7 @@ class Bench:
 
     @cached_property
     def orders(self) -> list[np.ndarray]:
-        from channelfold.passes.least_squares import order
+        from channelfold.passes.numeric.least_squares import order
 
         found = []
         for ffn, moments in zip(self.ffns, self.seen, strict=True):
@@ -102,11 +102,11 @@ class Bench:
 
     def load(self) -> None:
         """The graph as it was, to be cut again."""
-        from channelfold.passes.ffn import find_ffns
-        from channelfold.runtime import graph_io
-        from channelfold.runtime.calibration import open_data
-        from channelfold.runtime.inspection import required_inputs
-        from channelfold.runtime.shapes import measured_shapes
+        from channelfold.passes.ffn.ffn import find_ffns
+        from channelfold.runtime.data.sources import open_data
+        from channelfold.runtime.io import files as graph_io
+        from channelfold.runtime.io.facts import required_inputs
+        from channelfold.runtime.io.shapes import measured_shapes
 
         self.graph = graph_io.load(self.model)
         graph_io.infer_shapes(self.graph)
@@ -115,9 +115,9 @@ class Bench:
         self.ffns = find_ffns(self.graph, self.shapes, [])
 
     def moments(self, source: Path) -> list[Any]:
-        from channelfold.runtime.calibration import open_data
-        from channelfold.runtime.inspection import required_inputs
-        from channelfold.runtime.moments import Moments, collect
+        from channelfold.runtime.data.sources import open_data
+        from channelfold.runtime.io.facts import required_inputs
+        from channelfold.runtime.stats.moments import Moments, collect
 
         data = open_data(source, required_inputs(self.graph))
         axes = [{f.ups[0].data.name: f.ups[0].in_axis, f.down.data.name: f.down.in_axis} for f in self.ffns]
@@ -125,13 +125,13 @@ class Bench:
         return [moments for group in collect(self.graph, wanted, data) for moments in group]
 
     def ridge(self, ffn: Any, moments: Any) -> float:
-        from channelfold.passes.approximate_ffn import RIDGE
+        from channelfold.passes.ffn.approximate import RIDGE
 
         return RIDGE * (ffn.inputs + ffn.hidden) / moments.count
 
     def plans(self, method: str, share: float) -> list[Any]:
         """What stands in for the removed channels of every FFN."""
-        from channelfold.passes.approximate_ffn import stand_in
+        from channelfold.passes.ffn.approximate import stand_in
 
         made = []
         for ffn, moments, order in zip(self.ffns, self.seen, self.orders, strict=True):
@@ -158,7 +158,7 @@ class Bench:
         return float(calibrated), float(other)
 
     def cut(self, plans: Sequence[Any], output: Path) -> None:
-        from channelfold.runtime import graph_io
+        from channelfold.runtime.io import files as graph_io
 
         self.load()
         for ffn, plan in zip(self.ffns, plans, strict=True):
@@ -167,11 +167,11 @@ class Bench:
         self.load()
 
     def passed(self, share: float, output: Path) -> None:
-        from channelfold.passes.approximate_ffn import ApproximateFfn
         from channelfold.passes.base import Context
-        from channelfold.runtime import graph_io
-        from channelfold.runtime.calibration import open_data
-        from channelfold.runtime.inspection import required_inputs
+        from channelfold.passes.ffn.approximate import ApproximateFfn
+        from channelfold.runtime.data.sources import open_data
+        from channelfold.runtime.io import files as graph_io
+        from channelfold.runtime.io.facts import required_inputs
 
         self.load()
         data = open_data(samples(self.folder, self.task), required_inputs(self.graph))
@@ -183,7 +183,7 @@ class Bench:
 
 def simpler(ffn: Any, moments: Any, gone: np.ndarray, plan: Any, method: str) -> Any:
     """The plan of a method that refits nothing, for the same channels; any other plan as it is."""
-    from channelfold.passes.least_squares import slopes
+    from channelfold.passes.numeric.least_squares import slopes
 
     if method not in ("plain", "slopes") or (method == "slopes" and ffn.gated):
         return plan
@@ -197,7 +197,7 @@ def simpler(ffn: Any, moments: Any, gone: np.ndarray, plan: Any, method: str) ->
 
 
 def _decibels(left: np.ndarray, weight: np.ndarray, moments: Any, offset: np.ndarray) -> float:
-    from channelfold.passes.least_squares import energy
+    from channelfold.passes.numeric.least_squares import energy
 
     shift = left @ moments.mean - offset
     return float(10 * np.log10(energy(moments.covariance, weight) / (energy(moments.covariance, left) + shift @ shift)))

@@ -302,8 +302,8 @@ class Counts:
 
 def counts(path: Path) -> Counts:
     """Of a network in a file, as ``channelfold inspect`` counts them."""
-    from channelfold.runtime.graph_io import load
-    from channelfold.runtime.inspection import inspect
+    from channelfold.runtime.io.files import load
+    from channelfold.runtime.jobs.inspect_model import inspect
 
     found = inspect(path, load(path))
     layers = sum(node["macs"] for node in found["linears"] if node["shape"] is not None)

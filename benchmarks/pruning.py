@@ -28,18 +28,18 @@ from harness import RESULTS, channelfold, run, table, write
 from open_set import DEFAULT
 
 from channelfold.passes.base import Context
-from channelfold.passes.channel_groups import find_groups
-from channelfold.passes.cut import cut, mask
-from channelfold.passes.equalize import shapes_of
-from channelfold.passes.prune import Prune
+from channelfold.passes.channels.cut import cut, mask
+from channelfold.passes.channels.groups import find_groups
+from channelfold.passes.prune.prune import Prune
 from channelfold.passes.recipe import load_recipe
-from channelfold.passes.verify import random_feeds
-from channelfold.runtime.bench import latencies
-from channelfold.runtime.calibration import Data, open_data
-from channelfold.runtime.graph_io import infer_shapes, load, save, session
-from channelfold.runtime.inspection import costs, required_inputs
-from channelfold.runtime.ort import Feed
-from channelfold.runtime.snapshot import Snapshot
+from channelfold.runtime.data.probes import random_feeds, shapes_of
+from channelfold.runtime.data.sources import Data, open_data
+from channelfold.runtime.io.facts import required_inputs
+from channelfold.runtime.io.files import infer_shapes, load, save, session
+from channelfold.runtime.io.session import Feed
+from channelfold.runtime.io.snapshot import Snapshot
+from channelfold.runtime.jobs.inspect_model import costs
+from channelfold.runtime.stats.bench import latencies
 from channelfold.tests.channel_cuts import random_keep, regions_of
 from channelfold.tests.passes.test_prunable import COUNTS, NORMED, counts, graph_of, image, logits, random_weights
 

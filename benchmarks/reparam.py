@@ -114,8 +114,8 @@ def measure(name: str, folder: Path, threads: int, seconds: float) -> Row:
 
 def timed(paths: Mapping[str, Path], threads: int, seconds: float, clock: Callable[[], float]) -> dict[str, float]:
     """Median milliseconds an image by form."""
-    from channelfold.runtime.bench import latencies
-    from channelfold.runtime.ort import Session
+    from channelfold.runtime.io.session import Session
+    from channelfold.runtime.stats.bench import latencies
 
     runs = {form: functools.partial(Session(path, threads=threads).run, IMAGE) for form, path in paths.items()}
     found = latencies(runs, rounds=ROUNDS, seconds=seconds, clock=clock)
@@ -124,8 +124,8 @@ def timed(paths: Mapping[str, Path], threads: int, seconds: float, clock: Callab
 
 def fold(model: Path, out: Path) -> None:
     from channelfold.passes.base import Context
-    from channelfold.passes.reparameterize_ffn import ReparameterizeFfn
-    from channelfold.runtime.graph_io import load, save
+    from channelfold.passes.ffn.reparameterize import ReparameterizeFfn
+    from channelfold.runtime.io.files import load, save
 
     graph = load(model)
     outcome = ReparameterizeFfn().apply(graph, Context())

@@ -124,9 +124,9 @@ class Bench:
         """Runs passes by name; the records, and how many nodes are left."""
         from channelfold.passes import pipeline, recipe
         from channelfold.passes.base import Context
-        from channelfold.runtime import graph_io
-        from channelfold.runtime.calibration import open_data
-        from channelfold.runtime.inspection import required_inputs
+        from channelfold.runtime.data.sources import open_data
+        from channelfold.runtime.io import files as graph_io
+        from channelfold.runtime.io.facts import required_inputs
 
         graph = graph_io.load(model)
         data = open_data(self.data, required_inputs(graph))
@@ -161,9 +161,9 @@ class Bench:
 
 def decibels(reference: Path, candidate: Path, feeds: Path, first: int = 0) -> float:
     """The signal-to-noise ratio of the worst output."""
-    from channelfold.runtime.calibration import open_data
-    from channelfold.runtime.compare import compare
-    from channelfold.runtime.ort import Session
+    from channelfold.runtime.data.sources import open_data
+    from channelfold.runtime.io.session import Session
+    from channelfold.runtime.stats.compare import compare
 
     session = Session(reference)
     data = open_data(feeds, session.inputs)
@@ -227,16 +227,15 @@ CLAIMS_NO = {
 
 def plant(model: Path, data: Path, output: Path, insert: bool, first: int) -> dict[str, int]:
     """Makes outliers of some classes of every region that can be scaled; the function stays the same."""
-    from channelfold.passes.affine import Blocked
-    from channelfold.passes.channels import trace
-    from channelfold.passes.linear import NotLinear, view
-    from channelfold.passes.qdq import live_linears
-    from channelfold.passes.rescale import rescale
-    from channelfold.runtime import graph_io
-    from channelfold.runtime.calibration import open_data
-    from channelfold.runtime.inspection import required_inputs
-    from channelfold.runtime.shapes import measured_shapes
-    from channelfold.runtime.statistics import ChannelStatistics, observe
+    from channelfold.passes.base import Blocked
+    from channelfold.passes.channels.rescale import rescale
+    from channelfold.passes.channels.scale_regions import trace
+    from channelfold.passes.layers.linear import NotLinear, live_linears, view
+    from channelfold.runtime.data.sources import open_data
+    from channelfold.runtime.io import files as graph_io
+    from channelfold.runtime.io.facts import required_inputs
+    from channelfold.runtime.io.shapes import measured_shapes
+    from channelfold.runtime.stats.statistics import ChannelStatistics, observe
 
     graph = graph_io.load(model)
     graph_io.infer_shapes(graph)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from channelfold.passes.base import UsageError, nearest
+from channelfold.runtime.errors import UsageError, nearest
 
 
 @dataclass(frozen=True)

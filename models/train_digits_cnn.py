@@ -35,8 +35,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from channelfold.passes.base import ModelError
-from channelfold.runtime.ort import Session
+from channelfold.runtime.errors import ModelError
+from channelfold.runtime.io.session import Session
 
 SEED = 0
 EVALUATION_PER_CLASS = 50

@@ -1,78 +1,18 @@
-"""What every pass is made of: errors, sites, outcomes, the context and the pass itself.
-
-Exceptions, all of which end a command with one clear line and an exit code::
-
-    ChannelfoldError            1   something failed; the message ends with the next step
-    ├── UsageError              2   an option, a recipe or a name is wrong
-    ├── ModelError              1   a model file cannot be read, or is not what it should be
-    ├── DataError               1   calibration or evaluation data do not fit the model
-    ├── OutputError             1   a result cannot be written
-    ├── DependencyError         1   an optional package (ONNX Runtime, TensorRT) is missing or broken
-    ├── VerificationError       1   an exact pass changed the function; it was rolled back
-    ├── BuildError              1   TensorRT refused the network
-    └── GateError               3   an accuracy gate was missed
-"""
+"""What every pass is made of: sites, outcomes, the context and the pass itself."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from channelfold.runtime.errors import no_progress
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
-    from channelfold.runtime.calibration import Data
-
-
-class ChannelfoldError(Exception):
-    """An error the user can act on: what happened, then (``hint``) what to do next."""
-
-    exit_code = 1
-
-    def __init__(self, message: str, hint: str = ""):
-        super().__init__(f"{message.rstrip('.')}. {hint}".strip() if hint else message)
-
-
-class UsageError(ChannelfoldError):
-    exit_code = 2
-
-
-class ModelError(ChannelfoldError):
-    pass
-
-
-class DataError(ChannelfoldError):
-    pass
-
-
-class OutputError(ChannelfoldError):
-    pass
-
-
-class DependencyError(ChannelfoldError):
-    pass
-
-
-class VerificationError(ChannelfoldError):
-    pass
-
-
-class BuildError(ChannelfoldError):
-    pass
-
-
-class GateError(ChannelfoldError):
-    exit_code = 3
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``did you mean 'x'?`` for a misspelt name, else the list of known names."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}"
+    from channelfold.runtime.data.sources import Data
 
 
 @dataclass(frozen=True)
@@ -110,10 +50,6 @@ class Outcome:
 
     def refuse(self, node: str, reason: str, code: str = "") -> None:
         self.refused.append(Refusal(node, reason, code))
-
-
-def no_progress(stage: str, done: int, total: int) -> None:
-    """The silent progress callback."""
 
 
 @dataclass
@@ -161,3 +97,7 @@ class Pass:
             if getattr(self, f.name) != (f.default if f.default is not dataclasses.MISSING else None)
         }
         return self.name + (str(changed) if changed else "")
+
+
+class Blocked(ValueError):
+    """Why a map cannot move past a node; the text is the reason of a refusal."""

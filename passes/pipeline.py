@@ -28,12 +28,13 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold import __version__
-from channelfold.passes.base import ChannelfoldError, Context, Outcome, Pass, UsageError, VerificationError
+from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.passes.checkpoint import Checkpoint, Progress
 from channelfold.passes.verify import Verifier, Violation
-from channelfold.runtime.calibration import Data
-from channelfold.runtime.checkpoint import Checkpoint, Progress
-from channelfold.runtime.graph_io import check, raise_opset
-from channelfold.runtime.snapshot import Snapshot, become
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.errors import ChannelfoldError, UsageError, VerificationError
+from channelfold.runtime.io.files import check, raise_opset
+from channelfold.runtime.io.snapshot import Snapshot, become
 
 WHOLE = "(whole graph)"  # what a record names where no single node is to blame
 

@@ -40,7 +40,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from channelfold.passes.base import ChannelfoldError, Pass, UsageError, nearest
+from channelfold.passes.base import Pass
+from channelfold.runtime.errors import ChannelfoldError, UsageError, nearest
 
 _QUANTIZATIONS = ("quantize", "quantize-weights")
 _ANYWHERE = ("fold-constants", "remove-identities")  # they do not touch weights behind DequantizeLinear
@@ -72,25 +73,25 @@ class _Registry(Mapping[str, type[Pass]]):
 
 PASSES: Mapping[str, type[Pass]] = _Registry(
     {
-        "fold-constants": "fold_constants:FoldConstants",
-        "remove-identities": "remove_identities:RemoveIdentities",
-        "fold-pad": "fold_pad:FoldPad",
-        "fold-affine": "fold_affine:FoldAffine",
-        "reparameterize-ffn": "reparameterize_ffn:ReparameterizeFfn",
-        "equalize": "equalize:Equalize",
-        "absorb-bias": "absorb_bias:AbsorbBias",
-        "smooth": "smooth:Smooth",
-        "merge-convs": "merge_convs:MergeConvs",
-        "split-channels": "split_channels:SplitChannels",
-        "merge-channels": "merge_channels:MergeChannels",
-        "reorder-channels": "reorder_channels:ReorderChannels",
-        "clip-weights": "clip_weights:ClipWeights",
-        "remove-dead-channels": "remove_dead_channels:RemoveDeadChannels",
-        "prune": "prune:Prune",
-        "sparsify": "sparsify:Sparsify",
-        "approximate-ffn": "approximate_ffn:ApproximateFfn",
-        "quantize": "quantize:Quantize",
-        "quantize-weights": "quantize_weights:QuantizeWeights",
+        "fold-constants": "fold.constants:FoldConstants",
+        "remove-identities": "fold.identities:RemoveIdentities",
+        "fold-pad": "fold.pad:FoldPad",
+        "fold-affine": "fold.affine:FoldAffine",
+        "reparameterize-ffn": "ffn.reparameterize:ReparameterizeFfn",
+        "equalize": "smooth.equalize:Equalize",
+        "absorb-bias": "smooth.absorb_bias:AbsorbBias",
+        "smooth": "smooth.smooth:Smooth",
+        "merge-convs": "fold.convs:MergeConvs",
+        "split-channels": "smooth.split:SplitChannels",
+        "merge-channels": "smooth.merge:MergeChannels",
+        "reorder-channels": "smooth.reorder:ReorderChannels",
+        "clip-weights": "quantize.clip:ClipWeights",
+        "remove-dead-channels": "prune.dead:RemoveDeadChannels",
+        "prune": "prune.prune:Prune",
+        "sparsify": "sparsify.sparsify:Sparsify",
+        "approximate-ffn": "ffn.approximate:ApproximateFfn",
+        "quantize": "quantize.static:Quantize",
+        "quantize-weights": "quantize.weights:QuantizeWeights",
     }
 )
 

@@ -21,11 +21,10 @@ each way back ends at such a node, unchanged, whose inputs agree within the tole
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -33,16 +32,15 @@ from typing import Any
 import numpy as np
 import onnx
 
-from channelfold.passes.base import DataError, ModelError, VerificationError
-from channelfold.runtime.calibration import Data, random_data
-from channelfold.runtime.compare import difference
-from channelfold.runtime.ort import Feed, Session, TensorSpec
-from channelfold.runtime.snapshot import Snapshot
-from channelfold.runtime.weights import packed_nbytes
+from channelfold.runtime.data.probes import SAMPLES, random_feeds
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.errors import DataError, ModelError, VerificationError
+from channelfold.runtime.io.session import Feed, Session
+from channelfold.runtime.io.snapshot import Snapshot
+from channelfold.runtime.io.weights import packed_nbytes
+from channelfold.runtime.stats.compare import difference
 
 LARGE = 1_000_000_000  # bytes of weights; running such a model takes minutes and many times its size in memory
-SAMPLES = 2
-SIZES = ((32, 1), (16, 2), (64, 1), (224, 1), (128, 1), (8, 1), (1, 1), (640, 1), (1024, 1))  # open axes, leading ones
 
 # Folds of trained networks reach 2e-5 in float32 and 5e-3 in float16 (BatchNormalization into Conv, layer scale into
 # MatMul), and 1e-6 and 5e-4 in most. bfloat16 has an eighth of float16's resolution.
@@ -206,22 +204,6 @@ def tolerance_of(model: onnx.ModelProto, weights: tuple[onnx.TensorProto, ...] =
     types = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
     types |= {proto.data_type for proto in (*graph.initializer, *weights)}
     return max((TOLERANCES[t] for t in types if t in TOLERANCES), default=TOLERANCES[_TYPE.FLOAT])
-
-
-def random_feeds(inputs: Sequence[TensorSpec], seed: int, like: Feed | None = None) -> Iterator[Feed]:
-    """Random feeds in the shapes of ``like``, or in one size after another where the model leaves sizes open.
-
-    Raises DataError for inputs that cannot be random (strings, sequences).
-    """
-    if not inputs:
-        yield {}
-        return
-    if like is not None:
-        inputs = tuple(dataclasses.replace(spec, shape=np.shape(like[spec.name])) for spec in inputs)
-    fixed = all(isinstance(dim, int) for spec in inputs for dim in spec.shape)
-    for number, (size, leading) in enumerate(SIZES[:SAMPLES] if fixed else SIZES):
-        dims = {spec.shape[0]: leading for spec in inputs if spec.shape and isinstance(spec.shape[0], str)}
-        yield from random_data(inputs, 1, seed=seed + number, dims=dims, size=size)
 
 
 def _running(

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.channel_groups import Group, find_groups
-from channelfold.passes.cut import Cut, cut, mask
-from channelfold.passes.trace import Region
-from channelfold.runtime.graph_io import check, infer_shapes
-from channelfold.runtime.shapes import measured_shapes
+from channelfold.passes.channels.cut import Cut, cut, mask
+from channelfold.passes.channels.cut_regions import Region
+from channelfold.passes.channels.groups import Group, find_groups
+from channelfold.runtime.io.files import check, infer_shapes
+from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.tests.graphs import assert_same, build, feeds, random, run
 
 Make = Callable[[], gs.Graph]

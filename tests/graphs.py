@@ -23,8 +23,8 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.ops.op_conv_transpose import ConvTranspose as _ConvTranspose
 
 from channelfold.passes.base import Context, Outcome, Pass
-from channelfold.runtime.graph_io import check, export, import_model, infer_shapes, session
-from channelfold.runtime.weights import tensor_proto
+from channelfold.runtime.io.files import check, export, import_model, infer_shapes, session
+from channelfold.runtime.io.weights import tensor_proto
 
 RTOL = {"double": 1e-12, "float": 1e-6}  # of the largest output; a few times the rounding of one small convolution
 

@@ -11,13 +11,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.channel_groups import Group, find_groups
-from channelfold.passes.prune import Prune
-from channelfold.runtime.calibration import Data
-from channelfold.runtime.graph_io import check, load, save
-from channelfold.runtime.inspection import costs
-from channelfold.runtime.ort import Feed, TensorSpec
-from channelfold.runtime.shapes import measured_shapes
+from channelfold.passes.channels.groups import Group, find_groups
+from channelfold.passes.prune.prune import Prune
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.io.files import check, load, save
+from channelfold.runtime.io.session import Feed, TensorSpec
+from channelfold.runtime.io.shapes import measured_shapes
+from channelfold.runtime.jobs.inspect_model import costs
 from channelfold.tests.graphs import build, feeds, random, run
 
 CNN = """

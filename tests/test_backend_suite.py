@@ -28,16 +28,17 @@ from onnx import numpy_helper
 from onnx.backend.test.runner import Runner
 from onnx.reference import ReferenceEvaluator
 
-from channelfold.passes.base import Context, DataError, ModelError
-from channelfold.passes.fold_affine import FoldAffine
-from channelfold.passes.fold_constants import FoldConstants
-from channelfold.passes.fold_pad import FoldPad
-from channelfold.passes.linear import LINEAR_OPS
-from channelfold.passes.quantize import Quantize
-from channelfold.passes.remove_identities import RemoveIdentities
-from channelfold.runtime.calibration import open_data
-from channelfold.runtime.graph_io import check, load, raise_opset, save
-from channelfold.runtime.ort import Session
+from channelfold.passes.base import Context
+from channelfold.passes.fold.affine import FoldAffine
+from channelfold.passes.fold.constants import FoldConstants
+from channelfold.passes.fold.identities import RemoveIdentities
+from channelfold.passes.fold.pad import FoldPad
+from channelfold.passes.operators import LINEAR_OPS
+from channelfold.passes.quantize.static import Quantize
+from channelfold.runtime.data.sources import open_data
+from channelfold.runtime.errors import DataError, ModelError
+from channelfold.runtime.io.files import check, load, raise_opset, save
+from channelfold.runtime.io.session import Session
 
 EXACT = (FoldConstants(), RemoveIdentities(), FoldPad(), FoldAffine())
 # The condition of their If becomes constant, and ONNX Runtime, which then takes the branch in, finds its Range invalid.
@@ -270,7 +271,7 @@ def _quantized(suite: Suite, case: Case, judge: str, before: list) -> str:
 
 def test_suite_quantized(suite, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setattr("channelfold.passes.quantize.MIN_CHANNELS", 1)  # the suite's operators are tiny
+    monkeypatch.setattr("channelfold.passes.quantize.static.MIN_CHANNELS", 1)  # the suite's operators are tiny
     counts, failures = Counter(), []
     for case, (judge, before) in zip(suite.cases, suite.judged, strict=True):
         try:

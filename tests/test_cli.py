@@ -20,9 +20,10 @@ import pytest
 
 import channelfold
 from channelfold import cli, models
-from channelfold.passes import methods, recipe
-from channelfold.passes.base import ChannelfoldError
+from channelfold.passes import recipe
+from channelfold.passes import smooth_methods as methods
 from channelfold.runtime import jobs
+from channelfold.runtime.errors import ChannelfoldError
 
 DIGITS = models.path("digits_cnn.onnx")
 CALIBRATION = models.path("digits_calibration.npz")
@@ -337,7 +338,7 @@ def terminal(*args: str | Path, **environment: str) -> str:
     """What a command shows in a terminal of 80 columns."""
     master, slave = pty.openpty()
     code = "import fcntl, termios, struct, sys; fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 80, 0, 0)); "
-    code += "from channelfold import cli; from channelfold.runtime import progress; progress.AFTER = 0; "
+    code += "from channelfold import cli; from channelfold.runtime.report import progress; progress.AFTER = 0; "
     code += "cli.main(sys.argv[1:])"
     env = (
         {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR", "TERM")}
@@ -657,7 +658,7 @@ def test_onnxruntime_is_missing(fails, monkeypatch, tmp_path):
 
 
 def test_tensorrt_is_missing(fails, monkeypatch, tmp_path):
-    monkeypatch.setattr("channelfold.runtime.tensorrt._installed", lambda package: False)
+    monkeypatch.setattr("channelfold.runtime.engine.build._installed", lambda package: False)
     line = fails(1, "compress", DIGITS, "-o", tmp_path / "out", "--calibration", CALIBRATION, "--sm", "89")
     assert "channelfold[rtx]" in line
     assert not (tmp_path / "out").exists()

@@ -50,7 +50,7 @@ def test_the_wheel_is_exactly_the_package(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     code = {f"channelfold/{path.name}" for path in ROOT.glob("*.py")}
     for package in ("passes", "runtime", "models"):
-        code |= {f"channelfold/{package}/{path.name}" for path in (ROOT / package).glob("*.py")}
+        code |= {f"channelfold/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / package).rglob("*.py")}
     data = {f"channelfold/models/{name}" for model in models.MODELS.values() for name in model.files}
     metadata = f"channelfold-{channelfold.__version__}.dist-info"
     assert {name for name in names if not name.startswith(metadata)} == code | data

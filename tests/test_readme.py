@@ -14,8 +14,9 @@ import pytest
 from rich.console import Console
 
 from channelfold import cli
-from channelfold.passes import base, recipe
-from channelfold.runtime import demo, jobs
+from channelfold.passes import recipe
+from channelfold.runtime import errors, jobs
+from channelfold.runtime.report.demo import render
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -72,7 +73,7 @@ def test_the_table_of_passes_is_complete():
 
 def test_the_exit_codes_are_those_of_the_errors():
     codes = {int(code) for code in re.findall(r"^\| (\d) \|", README, re.MULTILINE)}
-    assert codes == {0, base.ChannelfoldError.exit_code, base.UsageError.exit_code, base.GateError.exit_code}
+    assert codes == {0, errors.ChannelfoldError.exit_code, errors.UsageError.exit_code, errors.GateError.exit_code}
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -86,7 +87,7 @@ def test_the_figures_of_the_demo_are_reproduced(tmp_path):
     (shown,) = [rows(text) for text in blocks("text") if "top-1 accuracy" in text]
     has_rtx = importlib.util.find_spec("tensorrt_rtx") is not None
     printed = io.StringIO()
-    demo.render(jobs.demo(tmp_path, sms=(86, 89) if has_rtx else ()), Console(file=printed, width=200))
+    render(jobs.demo(tmp_path, sms=(86, 89) if has_rtx else ()), Console(file=printed, width=200))
     found = rows(printed.getvalue())
     assert [label for label in shown if has_rtx or "engine" not in label] == list(found)
     for label, cells in found.items():

@@ -5,9 +5,9 @@ import pytest
 
 from channelfold.benchmarks.networks import NETWORKS, agrees, counts, make
 from channelfold.passes.base import Context
-from channelfold.passes.reparameterize_ffn import ReparameterizeFfn
-from channelfold.runtime.graph_io import load, save
-from channelfold.runtime.ort import Session
+from channelfold.passes.ffn.reparameterize import ReparameterizeFfn
+from channelfold.runtime.io.files import load, save
+from channelfold.runtime.io.session import Session
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if not name.startswith("vit")])  # those have gigabytes

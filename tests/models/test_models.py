@@ -14,8 +14,8 @@ import pytest
 from onnx import numpy_helper
 
 from channelfold.models import MODELS, Model, path, train_digits_cnn
-from channelfold.passes.base import UsageError
-from channelfold.runtime.ort import Session
+from channelfold.runtime.errors import UsageError
+from channelfold.runtime.io.session import Session
 
 DIGITS = MODELS["digits_cnn"]
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,9 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.models import MODELS, path, train_digits_vits
-from channelfold.runtime import graph_io, jobs
-from channelfold.runtime.ort import Session
+from channelfold.runtime import jobs
+from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io.session import Session
 
 C, HIDDEN, ACTIVE, DEPTH = 48, 192, 48, 4
 

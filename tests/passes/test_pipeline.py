@@ -12,23 +12,14 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes import pipeline
-from channelfold.passes.base import (
-    Change,
-    Context,
-    DataError,
-    ModelError,
-    Outcome,
-    Pass,
-    Refusal,
-    UsageError,
-    VerificationError,
-)
-from channelfold.passes.fold_affine import FoldAffine
-from channelfold.passes.fold_constants import FoldConstants
-from channelfold.passes.remove_identities import RemoveIdentities
+from channelfold.passes.base import Change, Context, Outcome, Pass, Refusal
+from channelfold.passes.fold.affine import FoldAffine
+from channelfold.passes.fold.constants import FoldConstants
+from channelfold.passes.fold.identities import RemoveIdentities
 from channelfold.passes.verify import Violation
-from channelfold.runtime import graph_io
-from channelfold.runtime.snapshot import Snapshot
+from channelfold.runtime.errors import DataError, ModelError, UsageError, VerificationError
+from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io.snapshot import Snapshot
 
 MLP = """<ir_version: 8, opset_import: ["" : 17]>
 mlp (float[n, 32] x) => (float[n, 8] y) {

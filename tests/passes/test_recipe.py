@@ -17,12 +17,13 @@ import pytest
 
 from channelfold.passes import pipeline
 from channelfold.passes import recipe as recipes
-from channelfold.passes.base import Context, Pass, UsageError
-from channelfold.passes.fold_affine import FoldAffine
-from channelfold.passes.quantize import Quantize
+from channelfold.passes.base import Context, Pass
+from channelfold.passes.fold.affine import FoldAffine
+from channelfold.passes.quantize.static import Quantize
 from channelfold.passes.recipe import BUILT_IN, PASSES, Recipe, describe, dumps, load_recipe, loads, make, schema
-from channelfold.runtime.calibration import open_data
-from channelfold.runtime.inspection import required_inputs
+from channelfold.runtime.data.sources import open_data
+from channelfold.runtime.errors import UsageError
+from channelfold.runtime.io.facts import required_inputs
 from channelfold.tests.graphs import assert_same, build, feeds, ops, positive, random, run
 
 

@@ -6,12 +6,13 @@ import numpy as np
 import onnx
 import pytest
 
-from channelfold.passes.base import DataError
-from channelfold.passes.verify import Verdict, Verifier, Violation, random_feeds, tolerance_of
-from channelfold.runtime import graph_io
-from channelfold.runtime.calibration import open_data
-from channelfold.runtime.ort import TensorSpec
-from channelfold.runtime.snapshot import Snapshot
+from channelfold.passes.verify import Verdict, Verifier, Violation, tolerance_of
+from channelfold.runtime.data.probes import random_feeds
+from channelfold.runtime.data.sources import open_data
+from channelfold.runtime.errors import DataError
+from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io.session import TensorSpec
+from channelfold.runtime.io.snapshot import Snapshot
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17, "other" : 1]> '
 

@@ -1,0 +1,1 @@
+"""Which channels of which tensors belong together."""

@@ -1,0 +1,267 @@
+"""Which channels of which tensors hold one value whatever the input is, and which value: from the weights alone.
+
+    a zero row             W[j] = 0                       b_j
+    a row of constants     W[j, i] = 0 where x_i varies   b_j + sum_i W[j, i] c_i
+    a scale of zero        gamma_j = 0                    beta_j      (Mul, BatchNormalization, InstanceNormalization)
+    elementwise            all operands constant          f(c), the node run on one value a channel
+    what moves or pools    all sources the same           c
+
+Zero padding mixes zeros with c: behind it only c = 0 stays constant. Inputs are taken to be finite: 0 * x is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked
+from channelfold.passes.channels.links import LinkTable
+from channelfold.passes.channels.ports import Link, Links, Member
+from channelfold.passes.layers.linear import NotLinear, blocks, view
+from channelfold.passes.operators import ELEMENTWISE, LINEAR_OPS, RESHAPES, VENDOR_ELEMENTWISE
+from channelfold.runtime.errors import ModelError
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import export, session
+
+_KEEPING_ZEROS = ("GlobalLpPool", "LpPool", "ReduceL1", "ReduceL2", "ReduceSum", "ReduceSumSquare")
+_MOVES = {
+    *RESHAPES, *_KEEPING_ZEROS, "AveragePool", "Concat", "DepthToSpace", "Dropout", "Expand", "Gather",
+    "GlobalAveragePool", "GlobalMaxPool", "Identity", "MaxPool", "Pad", "ReduceMax", "ReduceMean", "ReduceMin",
+    "Resize", "Slice", "SpaceToDepth", "Split", "Tile", "Transpose", "Upsample",
+}  # fmt: skip
+_SCALED = {"Mul": (0, 1), "BatchNormalization": (1,), "InstanceNormalization": (1,)}  # a zero in these inputs decides
+
+
+@dataclass(frozen=True)
+class Known:
+    """Along one axis: ``where`` (n,) bool a position holds one value whatever the input, and ``values`` (n,) which.
+
+    Where none is known the value is some finite number.
+    """
+
+    where: np.ndarray
+    values: np.ndarray
+
+    def zero(self) -> np.ndarray:
+        """Where it is known to be zero, (n,) bool."""
+        return self.where & (self.values == 0)
+
+
+class ConstantChannels:
+    """The constant channels of a graph. ``table``: its links."""
+
+    def __init__(self, graph: gs.Graph, table: LinkTable):
+        self._graph, self._table = graph, table
+        self._found: dict[int, dict[int, Known]] = {}
+        for node in graph.nodes:
+            try:
+                self._visit(node)
+            except Blocked:
+                continue
+
+    def along(self, tensor: gs.Tensor, axis: int) -> Known:
+        """What is known of every position along an axis of a tensor whose shape is known."""
+        shape = self._table.shape(tensor)
+        assert shape is not None
+        axis %= len(shape)
+        values = edit.value(tensor)
+        if values is None:
+            return self._found.get(id(tensor), {}).get(axis) or _unknown(shape[axis], edit.dtype(tensor))
+        rows = np.moveaxis(values, axis, 0).reshape(shape[axis], -1)
+        return Known((rows == rows[:, :1]).all(axis=1), rows[:, 0])
+
+    def met_by_zeros(self, node: gs.Node, port: int, axis: int) -> np.ndarray:
+        """Along an axis of an input that a node sums over: what is multiplied by zeros alone, (n,) bool."""
+        shape = self._table.shape(node.inputs[port])
+        assert shape is not None
+        axis, met = axis % len(shape), np.zeros(shape[axis], bool)
+        for link in self._table.of(node).summed:
+            if any((m.port, m.axis) == (port, axis) and m.at is None for m in link):
+                for other in (m for m in link if m.port >= 0 and m.port != port):
+                    met |= _taken(self.along(node.inputs[other.port], other.axis), other.at).zero()
+        return met
+
+    def _visit(self, node: gs.Node) -> None:
+        """Notes what is known of the outputs of a node. Raises Blocked where its links are not known."""
+        if node.op in LINEAR_OPS and edit.is_standard(node):
+            self._linear(node)
+            return
+        sources = [t for t in node.inputs if id(t) in self._found]
+        table = node.op == "Gather" and isinstance(node.inputs[0], gs.Constant)
+        if not (sources or table or node.op in _SCALED) or not edit.is_float(node.outputs[0]):
+            return
+        links = self._table.of(node)
+        if edit.is_standard(node) and node.op in _MOVES:
+            for port in range(len(node.outputs)):
+                self._move(node, links, port)
+        elif edit.is_standard(node) and node.op in ("BatchNormalization", "InstanceNormalization"):
+            self._compute(node, links, [1])
+        elif node.op in (ELEMENTWISE if edit.is_standard(node) else VENDOR_ELEMENTWISE):
+            self._compute(node, links, range(len(self._table.shape(node.outputs[0]) or ())))
+
+    def _note(self, tensor: gs.Tensor, axis: int, known: Known) -> None:
+        where = known.where & np.isfinite(known.values.astype(np.float64))
+        if where.any():
+            values = np.where(where, known.values, np.ones((), known.values.dtype))
+            self._found.setdefault(id(tensor), {})[axis] = Known(where, values)
+
+    # ---- weights -----------------------------------------------------------------------------------------------------
+
+    def _linear(self, node: gs.Node) -> None:
+        try:
+            linear = view(self._graph, node)
+        except NotLinear:
+            return
+        source, shape = self._table.shape(linear.data), self._table.shape(node.outputs[0])
+        if source is None or shape is None:
+            return
+        given, weight = self.along(linear.data, linear.in_axis % len(source)), linear.weight()
+        used = (weight != 0).reshape(*weight.shape[:2], -1).any(axis=-1)
+        varies = ~(given.zero() if linear.padded else given.where)
+        where = np.concatenate([~used[rows][:, varies[columns]].any(axis=1) for rows, columns in blocks(linear)])
+        if not where.any():
+            return
+        bias = None if node.op == "MatMul" else linear.bias()  # the bias of a MatMul is a node of its own
+        values = linear.respond(weight, np.where(varies, 0.0, given.values.astype(np.float64)))
+        with np.errstate(over="ignore"):
+            values = (values if bias is None else values + bias).astype(linear.dtype)
+        self._note(node.outputs[0], linear.out_axis % len(shape), Known(where, values))
+
+    # ---- what only moves values --------------------------------------------------------------------------------------
+
+    def _move(self, node: gs.Node, links: Links, port: int) -> None:
+        """An output channel is constant where all that it is made of is, and is the same."""
+        only = _surviving(node)
+        shape = self._table.shape(node.outputs[port])
+        for axis in range(len(shape or ())):
+            found = self._moved(node, links, Member(-1 - port, axis))
+            if found is not None:
+                where = found.where if only is None else found.where & (found.values == only)
+                self._note(node.outputs[port], axis, Known(where, found.values))
+
+    def _moved(self, node: gs.Node, links: Links, out: Member) -> Known | None:
+        shape = self._table.shape(node.outputs[-1 - out.port])
+        assert shape is not None
+        known = _unknown(shape[out.axis], edit.dtype(node.outputs[-1 - out.port]))
+        where, values = known.where.copy(), known.values.copy()
+        data = range(len(node.inputs)) if node.op == "Concat" else (0,)
+        for link in (*links.links, *(link for choice in links.choices for link in choice)):
+            sources = [m for m in link if m.port in data]
+            for member in link:
+                if not sources or (member.port, member.axis) != (out.port, out.axis):
+                    continue
+                given = _all_same([_taken(self.along(node.inputs[m.port], m.axis), m.at) for m in sources])
+                at = np.arange(len(where)) if member.at is None else member.at
+                varies = np.bincount(at, ~given.where, minlength=len(where)) > 0
+                reached = np.bincount(at, minlength=len(where)) > 0
+                chosen = np.array(values)
+                chosen[at] = given.values
+                varies |= np.bincount(at, chosen[at] != given.values, minlength=len(where)) > 0
+                new = reached & ~varies & ~where
+                where, values = where | new, np.where(new, chosen, values)
+        return Known(where, values) if where.any() else None
+
+    # ---- what is computed channel by channel -------------------------------------------------------------------------
+
+    def _compute(self, node: gs.Node, links: Links, axes: Sequence[int] | range) -> None:
+        """Runs a node on one value a channel."""
+        shape = self._table.shape(node.outputs[0])
+        assert shape is not None
+        for axis in (axis for axis in axes if shape[axis] > 1):
+            link = next((link for link in links.links if any((m.port, m.axis) == (-1, axis) for m in link)), ())
+            operands = dict(self._operands(node, link))
+            where = np.logical_and.reduce([np.broadcast_to(o.where, shape[axis]) for o in operands.values()])
+            for port in _SCALED.get(node.op, ()) if edit.is_standard(node) else ():
+                where = where | operands[port].zero()
+            if where.any():
+                members = {m.port: m.axis for m in link}
+                feed = {k: self._spread(node.inputs[k], o.values, members.get(k)) for k, o in operands.items()}
+                values = self._run(node, feed)
+                if values is not None and values.size == shape[axis]:
+                    self._note(node.outputs[0], axis, Known(where, values.reshape(-1)))
+
+    def _operands(self, node: gs.Node, link: Link) -> Iterator[tuple[int, Known]]:
+        """Of every input what is known along the axis of a link; of one without that axis, if it is one number."""
+        axes = {m.port: m.axis for m in link}
+        for port, tensor in enumerate(node.inputs):
+            if tensor.is_empty():
+                continue
+            if port in axes:
+                yield port, self.along(tensor, axes[port])
+            else:
+                values = edit.value(tensor)
+                one = values is not None and values.size > 0 and bool((values == values.flat[0]).all())
+                filler = np.ones(1, edit.dtype(tensor) or np.float32)
+                yield port, Known(np.array([one]), values.reshape(-1)[:1] if one and values is not None else filler)
+
+    def _spread(self, tensor: gs.Tensor, values: np.ndarray, axis: int | None) -> np.ndarray:
+        """Values as a tensor of the rank of another, along one axis of it."""
+        shape = self._table.shape(tensor)
+        if shape is None:
+            raise Blocked(f"the shape of {tensor.name!r} is unknown")
+        return values.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+
+    def _run(self, node: gs.Node, feed: dict[int, np.ndarray]) -> np.ndarray | None:
+        """The first output of a node on other inputs, None where nothing can run it."""
+        inputs: list[gs.Tensor] = [
+            gs.Variable(f"x{k}", feed[k].dtype, feed[k].shape) if k in feed else gs.Variable.empty()
+            for k in range(len(node.inputs))
+        ]
+        result = gs.Variable("y", node.outputs[0].dtype or next(iter(feed.values())).dtype)
+        copy = gs.Node(node.op, "node", dict(node.attrs), inputs, [result], domain=node.domain)
+        given = [t for t in inputs if not t.is_empty()]
+        part = gs.Graph([copy], given, [result], opset=self._graph.opset, import_domains=self._graph.import_domains)
+        named = {f"x{k}": values for k, values in feed.items()}
+        try:
+            return np.asarray(session(part, optimize=False).run(named)["y"])
+        except ModelError:  # ONNX Runtime has no kernel for this type
+            return _evaluated(part, named)
+
+
+def _evaluated(part: gs.Graph, feed: dict[str, np.ndarray]) -> np.ndarray | None:
+    from onnx.reference import ReferenceEvaluator
+
+    model, _ = export(part)
+    try:
+        found: Any = ReferenceEvaluator(model).run(None, feed)
+    except Exception:  # there are as many kinds as operators that it does not have
+        return None
+    return np.asarray(found[0])
+
+
+def _unknown(size: int, kind: np.dtype | None) -> Known:
+    return Known(np.zeros(size, bool), np.ones(size, kind or np.float32))
+
+
+def _taken(known: Known, at: np.ndarray | None) -> Known:
+    return known if at is None else Known(known.where[at], known.values[at])
+
+
+def _all_same(sources: Sequence[Known]) -> Known:
+    first, *others = sources
+    where = first.where
+    for other in others:
+        where = where & other.where & (other.values == first.values)
+    return Known(where, first.values)
+
+
+def _surviving(node: gs.Node) -> float | None:
+    """The only value that a node leaves as it is; None when it leaves all of them. NaN: none."""
+    if node.op in _KEEPING_ZEROS:
+        return 0.0
+    if node.op == "Dropout":
+        return np.nan if edit.has_input(node, 2) else None
+    if node.op == "AveragePool":
+        padded = any(node.attrs.get("pads") or ()) or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+        uneven = padded or node.attrs.get("ceil_mode", 0)
+        return 0.0 if uneven and node.attrs.get("count_include_pad", 0) else None
+    if node.op == "Pad" and node.attrs.get("mode", "constant") == "constant":
+        if not edit.has_input(node, 2):
+            return float(node.attrs.get("value", 0.0))
+        value = edit.scalar(node.inputs[2])
+        return np.nan if value is None else value
+    return None

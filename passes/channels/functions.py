@@ -1,0 +1,437 @@
+"""What every channel of a tensor is, as a function of one channel of a tensor before it.
+
+    y[.., j, ..]  =  scale[j] * f_j(h[.., channel[j], ..]) + shift[j]
+
+The nodes between h and y (their *cone*) are followed twice over. Elementwise ones make new functions out of old ones,
+and constant factors and terms go to scale and shift. Those that only move data (Transpose, Slice, Concat, ScatterND …)
+run in ONNX Runtime on the numbers of the elements instead of their values, so that each does to the numbers what it
+does to the data, and no spelling of "some channels of h" needs a rule of its own. Masks, indices and bounds that the
+graph computes from shapes are computed for the shapes at hand.
+
+Worked example: h has 4 channels, m = [1 1 0 0] is computed by ConstantOfShape and ScatterND, y = Where(m, Gelu(h), h).
+Channel: [0 1 2 3]. Functions: [Gelu(h) Gelu(h) h h]. The last two are affine: a linear in front of h and one behind y
+are one linear for them (``reparameterize_ffn``).
+
+Every element also has a place: the number of its position along all other axes of h. A cone that moves tokens or mixes
+them is no function of channels, even if the channels come out right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked
+from channelfold.passes.channels.cones import ARITHMETIC, MOVES, Cone, is_followed, is_shape
+from channelfold.passes.channels.maps import Shape, raised
+from channelfold.passes.layers.affine import find_affine
+from channelfold.runtime.errors import ModelError
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import free_name, session
+from channelfold.runtime.io.shapes import LazyShapes
+
+NOWHERE = -1  # the place of constants among data
+_WHAT = np.dtype([("function", np.int32), ("channel", np.int32), ("scale", np.float64), ("shift", np.float64)])
+
+
+class UnknownShape(Blocked):
+    """A tensor has no shape that anyone can tell for the input at hand."""
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """A function of a channel: the result of ``node`` on functions and one-element constants (None: input left out).
+
+    ``root`` is the number of the tensor that a channel is of, when the function is the channel itself. ``affine``: the
+    (root, slope, intercept) of a function that is affine in a channel of one root, else None.
+    """
+
+    node: gs.Node | None = None
+    arguments: tuple[Function | gs.Constant | None, ...] = ()
+    root: int | None = None
+    affine: tuple[int, float, float] | None = None
+
+    def __str__(self) -> str:
+        return self.node.op if self.node is not None else "a mixture"
+
+
+CONSTANT, MIXED = 0, 1  # the first two functions: a constant, and what differs from channel to channel
+
+
+@dataclass
+class Functions:
+    """The functions met so far, each once."""
+
+    items: list[Function] = field(default_factory=lambda: [Function(), Function()])
+    known: dict[object, int] = field(default_factory=dict)
+
+    def leaf(self, root: int) -> int:
+        return self._number(("root", root), lambda: Function(root=root, affine=(root, 1.0, 0.0)))
+
+    def applied(self, node: gs.Node, arguments: tuple[int | gs.Constant | None, ...]) -> int:
+        """The function that a node makes of functions, by number, and constants."""
+        if any(isinstance(a, int) and a == MIXED for a in arguments):
+            return MIXED
+        attrs = tuple(sorted((name, str(value)) for name, value in node.attrs.items()))
+        key = (node.op, node.domain, attrs, *(_key(a) if isinstance(a, gs.Constant) else a for a in arguments))
+        return self._number(key, lambda: self._made(node, arguments))
+
+    def _made(self, node: gs.Node, arguments: tuple[int | gs.Constant | None, ...]) -> Function:
+        given = tuple(self.items[a] if isinstance(a, int) else a for a in arguments)
+        return Function(node, given, affine=_affine(node, given))
+
+    def _number(self, key: object, make: Callable[[], Function]) -> int:
+        if key not in self.known:
+            self.known[key] = len(self.items)
+            self.items.append(make())
+        return self.known[key]
+
+
+def _key(constant: gs.Constant) -> tuple[str, bytes]:
+    values = np.asarray(edit.value(constant))
+    return str(values.dtype), values.tobytes()
+
+
+def _affine(node: gs.Node, given: tuple[Function | gs.Constant | None, ...]) -> tuple[int, float, float] | None:
+    """What an arithmetic node makes of one affine function and constants."""
+    moving = [a for a in given if isinstance(a, Function)]
+    if len(moving) != 1 or moving[0].affine is None or node.op not in (*ARITHMETIC, "Neg"):
+        return None
+    root, slope, intercept = moving[0].affine
+    if node.op == "Neg":
+        return root, -slope, -intercept
+    other = next(a for a in given if isinstance(a, gs.Constant))
+    value = edit.scalar(other)
+    assert value is not None
+    match node.op, given[0] is other:
+        case "Add", _:
+            return root, slope, intercept + value
+        case "Sub", False:
+            return root, slope, intercept - value
+        case "Sub", True:
+            return root, -slope, value - intercept
+        case "Mul", _:
+            return root, slope * value, intercept * value
+        case "Div", False if value:
+            return root, slope / value, intercept / value
+    return None
+
+
+@dataclass(frozen=True)
+class _Elements:
+    """What the elements of a tensor are, and where: arrays that broadcast to its shape.
+
+    ``what`` holds the number of a function, a channel, a scale and a shift. ``place`` is None for constants.
+    ``size``: the shape of the tensor.
+    """
+
+    what: np.ndarray
+    place: np.ndarray | None
+    size: Shape
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all elements are one function, neither scaled nor shifted."""
+        what = self.what
+        plain = bool(np.all(what["scale"] == 1) and not np.any(what["shift"]))
+        return plain and bool(np.all(what["function"] == what["function"].flat[:1]))
+
+
+@dataclass
+class Reader:
+    """Follows the elements of roots through cones, for the ``shapes`` that tensors have for some input."""
+
+    graph: gs.Graph
+    shapes: LazyShapes
+    functions: Functions = field(default_factory=Functions)
+    elements: dict[int, _Elements] = field(default_factory=dict)
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    unknown: dict[int, str] = field(default_factory=dict)
+
+    def read(self, found: Cone, axes: Mapping[int, int], axis: int) -> np.ndarray:
+        """What the channels of a cone's target, along ``axis``, are: function, channel, scale, shift, one record each.
+
+        ``axes``: the axis of the channels of each root, by id. Raises Blocked where the elements are no functions of
+        channels, or vary along other axes.
+        """
+        self.unknown, self.elements = found.unknown, {}
+        places = set()
+        for number, root in enumerate(found.roots):
+            shape = self.shapes.measured(root.name)
+            if shape is None:
+                raise UnknownShape(f"the shape of {root.name!r} is unknown")
+            channels = axes[id(root)] % len(shape)
+            places.add((channels, shape[:channels] + shape[channels + 1 :]))
+            what = np.zeros([n if i == channels else 1 for i, n in enumerate(shape)], _WHAT)
+            what["function"], what["scale"] = self.functions.leaf(number), 1
+            what["channel"] = np.arange(shape[channels]).reshape(what.shape)
+            place = np.arange(math.prod(shape) // max(shape[channels], 1))
+            place = place.reshape([1 if i == channels else n for i, n in enumerate(shape)])
+            self.elements[id(root)] = _Elements(what, place, shape)
+        for node in found.nodes:
+            self.follow(node)
+        last = self.elements[id(found.target)]
+        shape = last.size
+        axis %= len(shape)
+        expected = self.elements[id(found.roots[0])].place
+        if len(places) > 1 or (axis, shape[:axis] + shape[axis + 1 :]) not in places:
+            raise Blocked("its channels are on another axis, or its shape is another one")
+        constant = last.what["function"] == CONSTANT
+        if last.place is None or not np.all((last.place == expected) | ((last.place == NOWHERE) & constant)):
+            raise Blocked("something else than channels is moved or mixed")
+        if any(size > 1 for i, size in enumerate(last.what.shape) if i != axis):
+            raise Blocked("which channels go through the activation differs along another axis")
+        return np.broadcast_to(last.what.reshape(-1), (shape[axis],))
+
+    def follow(self, node: gs.Node) -> None:
+        held = [i for i, t in enumerate(node.inputs) if id(t) in self.elements]
+        if is_shape(node) or not held:
+            return
+        if not is_followed(node):
+            raise Blocked(f"{node.op} is in between")
+        if node.op == "BatchNormalization":
+            made = [self.scaled(node)]
+        elif node.op in ("Identity", "Dropout"):
+            if edit.has_input(node, 2):
+                raise Blocked("Dropout with a training switch is in between")
+            made = [self.elements[id(node.inputs[0])]]
+        elif node.op == "Transpose":
+            made = [self.transposed(node)]
+        elif node.op in MOVES:
+            made = self.moved(node)
+        elif node.op == "Where" and id(node.inputs[0]) not in self.elements:
+            made = [self.selected(node)]
+        else:
+            made = [self.computed(node)]
+        for tensor, elements in zip(node.outputs, made, strict=False):
+            self.elements[id(tensor)] = elements
+
+    # ---- elementwise nodes -------------------------------------------------------------------------------------------
+
+    def operand(self, tensor: gs.Tensor) -> _Elements:
+        if id(tensor) in self.elements:
+            return self.elements[id(tensor)]
+        values = np.asarray(self.value(tensor))
+        what = np.zeros(values.shape, _WHAT)
+        what["channel"] = -1
+        what["shift"] = values
+        return _Elements(what, None, values.shape)
+
+    def computed(self, node: gs.Node) -> _Elements:
+        """What an elementwise node makes of its inputs."""
+        operands = [self.operand(t) for t in node.inputs if not t.is_empty()]
+        plain = all(o.uniform if o.place is not None else o.what.size == 1 for o in operands)
+        whats = [operand.what for operand in operands]
+        if node.op in ARITHMETIC and not plain:
+            result, done = _arithmetic(node.op, *whats)
+        else:
+            result, done = np.zeros(np.broadcast_shapes(*(w.shape for w in whats)), _WHAT), np.array(False)
+        if not np.all(done):
+            scalars = [o.place is None and o.what.size == 1 for o in operands]
+            applied = self.applied(node, whats, scalars)
+            result = np.where(done, result, applied)
+        return _Elements(_narrow(result), *_common(operands))
+
+    def applied(self, node: gs.Node, whats: list[np.ndarray], scalars: list[bool]) -> np.ndarray:
+        """A new function of every combination of functions, where they are of one channel, not scaled or shifted."""
+        shape = np.broadcast_shapes(*(what.shape for what in whats))
+        wide = [np.broadcast_to(what, shape).reshape(-1) for what in whats]
+        moving = [what for what, scalar in zip(wide, scalars, strict=True) if not scalar]
+        plain = np.all([(what["scale"] == 1) & (what["shift"] == 0) for what in moving], axis=0)
+        plain &= np.all([what["channel"] == moving[0]["channel"] for what in moving], axis=0)
+        combined, where = np.unique(np.stack([what["function"] for what in moving]), axis=1, return_inverse=True)
+        numbers = []
+        for combination in combined.T:
+            functions, fixed = map(int, combination), iter(scalars)
+            arguments = (
+                None if t.is_empty() else self.kept(t) if next(fixed) else next(functions) for t in node.inputs
+            )
+            numbers.append(self.functions.applied(node, tuple(arguments)))
+        result = np.zeros(wide[0].shape, _WHAT)
+        result["function"] = np.where(plain, np.array(numbers, np.int32)[where.reshape(-1)], MIXED)
+        result["channel"], result["scale"] = moving[0]["channel"], 1
+        return result.reshape(shape)
+
+    def kept(self, tensor: gs.Tensor) -> gs.Constant:
+        """A tensor with one element as a constant."""
+        if isinstance(tensor, gs.Constant):
+            return tensor
+        return gs.Constant(free_name(self.graph, tensor.name), np.asarray(self.value(tensor)))
+
+    def selected(self, node: gs.Node) -> _Elements:
+        """What a Where whose mask is known takes."""
+        if id(node.inputs[0]) in self.unknown:
+            raise Blocked(f"its mask depends on {self.unknown[id(node.inputs[0])]}")
+        mask = self.value(node.inputs[0])
+        operands = [self.operand(t) for t in node.inputs[1:]]
+        what = np.where(_narrow(mask), *(operand.what for operand in operands))
+        return _Elements(_narrow(what), *_common(operands, mask.shape))
+
+    def scaled(self, node: gs.Node) -> _Elements:
+        """What a BatchNormalization makes of its input."""
+        affine, source = find_affine(node), self.elements[id(node.inputs[0])]
+        assert affine is not None
+        vector = [-1] + [1] * (source.what.ndim - 2)
+        scale, shift = affine.scale.reshape(vector), affine.shift.reshape(vector)
+        what = np.broadcast_to(source.what, np.broadcast_shapes(source.what.shape, scale.shape)).copy()
+        what["shift"] = what["shift"] * scale + shift
+        what["scale"] *= scale
+        _settle(what)
+        return _Elements(what, source.place, source.size)
+
+    # ---- nodes that move data ----------------------------------------------------------------------------------------
+
+    def transposed(self, node: gs.Node) -> _Elements:
+        source, perm = self.elements[id(node.inputs[0])], node.attrs.get("perm")
+        perm = list(perm or reversed(range(len(source.size))))
+        place = None if source.place is None else source.place.transpose(perm)
+        return _Elements(source.what.transpose(perm), place, tuple(source.size[i] for i in perm))
+
+    def moved(self, node: gs.Node) -> list[_Elements]:
+        """What a node does to the numbers of the elements. What Pad adds has the number 0, that of the constant 0."""
+        slots = MOVES[node.op] or tuple(range(len(node.inputs)))
+        if node.attrs.get("reduction", "none") != "none" or node.attrs.get("value"):
+            raise Blocked(f"{node.op} does more than to move channels")
+        sources = {i: self.operand(node.inputs[i]) for i in slots if edit.has_input(node, i)}
+        fixed = {i: self.value(t) for i, t in enumerate(node.inputs) if i not in sources and not t.is_empty()}
+        whats = {i: elements.what for i, elements in sources.items()}
+        places = {i: np.array(NOWHERE) if e.place is None else e.place for i, e in sources.items()}
+        made, sizes = [], []
+        for nothing, arrays in ((np.zeros(1, _WHAT), whats), (np.array([NOWHERE]), places)):
+            table = np.concatenate([nothing, *(array.reshape(-1) for array in arrays.values())])
+            numbers, start = {}, 1
+            for i, array in arrays.items():
+                number = np.arange(start, start + array.size).reshape(array.shape)
+                numbers[i] = np.broadcast_to(number, sources[i].size)
+                start += array.size
+            moved = self.run(node, numbers | fixed)
+            made.append([_narrow(table[_narrow(array)]) for array in moved])
+            sizes = [array.shape for array in moved]
+        return [_Elements(*parts) for parts in zip(*made, sizes, strict=True)]
+
+    def run(self, node: gs.Node, feed: Mapping[int, np.ndarray]) -> list[np.ndarray]:
+        """The outputs of one node for inputs by position, whatever types it had before."""
+        inputs = [
+            gs.Variable(f"i{i}", feed[i].dtype, feed[i].shape) if i in feed else gs.Variable.empty()
+            for i in range(len(node.inputs))
+        ]
+        outputs = [gs.Variable(f"o{i}", np.int64) for i in range(len(node.outputs))]
+        copy = gs.Node(node.op, node.name, dict(node.attrs), inputs, outputs, node.domain)
+        part = self._part([copy], [inputs[i] for i in feed], outputs)
+        found = session(part, optimize=False).run({f"i{i}": np.ascontiguousarray(array) for i, array in feed.items()})
+        return [found[t.name] for t in outputs]
+
+    def _part(self, nodes: list[gs.Node], inputs: list[gs.Variable], outputs: list[gs.Tensor]) -> gs.Graph:
+        return gs.Graph(nodes, inputs, outputs, opset=self.graph.opset, import_domains=self.graph.import_domains)
+
+    # ---- what does not depend on the roots ---------------------------------------------------------------------------
+
+    def value(self, tensor: gs.Tensor) -> np.ndarray:
+        """The values of a tensor that is computed from constants and shapes alone."""
+        if isinstance(tensor, gs.Constant):
+            return np.asarray(edit.value(tensor))
+        if tensor.name not in self.values:
+            try:
+                self.evaluate(tensor, self.shapes.inferred)
+            except Blocked:  # a shape that inference does not know, of something that is not computed from shapes
+                self.evaluate(tensor, self.shapes.measured)
+        return self.values[tensor.name]
+
+    def evaluate(self, tensor: gs.Tensor, shape: Callable[[str], Shape | None]) -> None:
+        """Computes the values of a tensor in ONNX Runtime. Raises Blocked."""
+        nodes: list[gs.Node] = []
+        known: dict[str, gs.Tensor] = {}
+        pending, seen = [tensor], set()
+        while pending:
+            current = pending.pop()
+            if isinstance(current, gs.Constant) or current.is_empty() or id(current) in seen:
+                continue
+            seen.add(id(current))
+            node = edit.producer(current)
+            if node is None or id(current) in self.elements:
+                raise Blocked(f"{tensor.name!r} depends on the values of {current.name!r}")
+            if is_shape(node) and (found := self.size(node.inputs[0], shape)) is not None:
+                self.values[current.name] = _shape_value(node, found)
+            if current.name in self.values:
+                known[current.name] = current
+                continue
+            nodes.append(node)
+            pending += node.inputs
+        if tensor.name in self.values:
+            return
+        order = {id(node): place for place, node in enumerate(self.graph.nodes)}
+        nodes = sorted({id(node): node for node in nodes}.values(), key=lambda node: order[id(node)])
+        part = self._part(nodes, list(known.values()), [tensor])
+        try:
+            computed = session(part, optimize=False).run({name: self.values[name] for name in known})
+        except ModelError as error:
+            raise Blocked(f"{tensor.name!r} cannot be computed: {error}") from None
+        self.values[tensor.name] = computed[tensor.name]
+
+    def size(self, tensor: gs.Tensor, shape: Callable[[str], Shape | None]) -> Shape | None:
+        """The shape of a tensor if it is followed, else what ``shape`` knows of it."""
+        own = self.elements.get(id(tensor))
+        return own.size if own is not None else shape(tensor.name)
+
+
+def _shape_value(node: gs.Node, shape: Shape) -> np.ndarray:
+    if node.op == "Size":
+        return np.array(math.prod(shape), np.int64)
+    return np.array(shape[node.attrs.get("start", 0) : node.attrs.get("end")], np.int64)
+
+
+def _common(operands: Sequence[_Elements], size: Shape = ()) -> tuple[np.ndarray, Shape]:
+    """The places of all operands, which must be the same but for constants, and the result's shape. Raises Blocked."""
+    size = np.broadcast_shapes(size, *(operand.size for operand in operands))
+    place, *others = (raised(o.place, len(size)) for o in operands if o.place is not None)
+    for other in others:
+        if np.array_equal(place, other):
+            continue
+        if np.any((place != other) & (place != NOWHERE) & (other != NOWHERE)):
+            raise Blocked("tensors that are laid out differently meet")
+        place = _narrow(np.maximum(place, other))
+    return place, size
+
+
+def _arithmetic(op: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The sum, difference, product or quotient of elements, and where it is a scale and a shift of one function."""
+    a, b = np.broadcast_arrays(a, b)
+    fixed_a, fixed_b = a["function"] == CONSTANT, b["function"] == CONSTANT
+    result = np.where(fixed_a, b, a)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if op in ("Add", "Sub"):
+            sign = 1 if op == "Add" else -1
+            same = (a["function"] == b["function"]) & (a["channel"] == b["channel"]) & (a["function"] != MIXED)
+            result["scale"] = a["scale"] + sign * b["scale"]
+            result["shift"] = a["shift"] + sign * b["shift"]
+            done = fixed_a | fixed_b | same
+        elif op == "Mul":
+            factor = np.where(fixed_a, a["shift"], b["shift"])
+            result["scale"], result["shift"] = result["scale"] * factor, result["shift"] * factor
+            done = fixed_a | fixed_b
+        else:
+            result["scale"], result["shift"] = a["scale"] / b["shift"], a["shift"] / b["shift"]
+            done = fixed_b
+    done = done & np.isfinite(result["scale"]) & np.isfinite(result["shift"])
+    _settle(result)
+    return result, done
+
+
+def _settle(what: np.ndarray) -> None:
+    """Calls constants what has a scale of 0."""
+    gone = what["scale"] == 0
+    what["function"][gone], what["channel"][gone] = CONSTANT, -1
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    """An array without the length of the axes along which nothing changes."""
+    for axis, size in enumerate(array.shape):
+        if size > 1:
+            first = array.take([0], axis=axis)
+            if (array == first).all():
+                array = first
+    return array

@@ -1,0 +1,150 @@
+"""Channel groups: which channels of which tensors have to be cut together, from the graph alone.
+
+Starting at every weight, ``trace`` finds regions: all tensors and constants that have the same channels, as labels
+1 .. n. Any set of labels that may go can be taken out of all of them, and the graph fits together again (``cut``).
+
+Within a region, labels that the same weights write form a ``Group``: one budget, one ranking. Worked example, a
+residual block of 24 channels with a depthwise convolution of 96 inside, after a stem and before a classifier fc::
+
+    y = Conv(x, A)  Relu  Conv(depthwise, D)  Relu  Conv(B)  Add(x)
+
+    group A     96 units  written by A        read by B      D and both biases lose them, too
+    group stem  24 units  written by stem, B  read by A, fc  the two sides of the Add lose the same channels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.channels.cut_regions import Part, Region, best_trace
+from channelfold.passes.channels.links import LinkTable
+from channelfold.passes.channels.maps import Shape
+from channelfold.passes.layers.linear import NotLinear, view
+from channelfold.passes.operators import RECURRENT
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Group:
+    """Labels of a region that the same weights write; ``name`` is the node that writes them first.
+
+    ``labels`` (units,): one unit is what goes at once; ``channels`` (units,): how many that node writes of it.
+    """
+
+    name: str
+    region: Region
+    labels: np.ndarray
+    channels: np.ndarray
+    writers: tuple[Part, ...]
+
+    @property
+    def units(self) -> int:
+        return len(self.labels)
+
+    @property
+    def free(self) -> np.ndarray:
+        """Which units may go, (units,) bool."""
+        return self.region.free[self.labels - 1]
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many units stay for which reason."""
+        found: dict[str, int] = {}
+        for label in self.labels:
+            if reason := self.region.fixed[label - 1]:
+                found[reason] = found.get(reason, 0) + 1
+        return found
+
+
+def find_groups(graph: gs.Graph, shapes: Mapping[str, Shape]) -> list[Group]:
+    """All channel groups of the weights of a graph, in the order in which they are written."""
+    table = LinkTable(graph, shapes)
+    seen: set[tuple[int, int]] = set()
+    groups: list[Group] = []
+    for tensor, axis in _written(graph, table):
+        if (id(tensor), axis) in seen:
+            continue
+        region = best_trace(table, tensor, axis)
+        if seen & set(region.axes):  # a Reshape splits what is cut as a whole, or as another part, already
+            region.fixed[:] = [reason or "its channels are cut in another way" for reason in region.fixed]
+        seen |= set(region.axes)
+        groups += _groups(region)
+    return groups
+
+
+def regions_of(groups: Sequence[Group]) -> list[Region]:
+    """Each once, in order."""
+    return list({id(group.region): group.region for group in groups}.values())
+
+
+class Copies:
+    """Copies of a graph as it is now, to lose channels. ``groups``: all that ``find_groups`` finds with ``shapes``."""
+
+    def __init__(self, graph: gs.Graph, groups: Sequence[Group], shapes: Mapping[str, Shape]):
+        self._state, self._regions, self._shapes = Snapshot.of(graph), regions_of(groups), shapes
+
+    def make(self, keeps: Mapping[int, tuple[Region, np.ndarray]]) -> tuple[gs.Graph, list[tuple[Region, np.ndarray]]]:
+        """A copy, and of its own regions those in ``keeps`` (by the id of the graph's), with the labels that stay."""
+        twin = gs.Graph()
+        self._state.restore(twin)
+        if not keeps:
+            return twin, []
+        pairs = zip(self._regions, regions_of(find_groups(twin, self._shapes)), strict=True)
+        return twin, [(other, keeps[id(region)][1]) for region, other in pairs if id(region) in keeps]
+
+
+def _written(graph: gs.Graph, table: LinkTable) -> Iterator[tuple[gs.Tensor, int]]:
+    """The tensors whose channels weights make, and the axis: of layers, recurrent cells, embeddings."""
+    for node in filter(edit.is_standard, graph.nodes):
+        tensor = next((t for t in node.outputs if not t.is_empty()), None)
+        shape = table.shape(tensor) if tensor is not None else None
+        if tensor is None or shape is None:
+            continue
+        axis = _written_axis(node, len(shape), table)
+        if axis is not None:
+            yield tensor, axis
+
+
+def _written_axis(node: gs.Node, rank: int, table: LinkTable) -> int | None:
+    if node.op in ("Conv", "ConvTranspose"):
+        source = table.shape(node.inputs[0])
+        depthwise = source is not None and 1 < int(node.attrs.get("group", 1)) == source[1]
+        return None if depthwise else 1
+    if node.op == "MatMul":
+        try:
+            return view(table.graph, node).out_axis % rank if rank > 1 else None
+        except NotLinear:
+            return None
+    embedding = node.op == "Gather" and isinstance(node.inputs[0], gs.Constant) and len(node.inputs[0].shape) == 2
+    return rank - 1 if node.op == "Gemm" or node.op in RECURRENT or embedding else None
+
+
+def _groups(region: Region) -> list[Group]:
+    """The labels of a region sorted by the weights that write them; labels without any are left out."""
+    writers = [part for part in region.parts if part.role == "out"]
+    if not writers:
+        return []
+    written = np.zeros((region.size, len(writers)), bool)
+    for column, part in enumerate(writers):
+        written[part.labels - 1, column] = True
+    groups = []
+    patterns, inverse = np.unique(written, axis=0, return_inverse=True)
+    for row in sorted(range(len(patterns)), key=lambda row: tuple(~patterns[row])):
+        if not patterns[row].any():
+            continue
+        labels = np.flatnonzero(inverse.reshape(-1) == row) + 1
+        mine = tuple(part for part, writes in zip(writers, patterns[row], strict=True) if writes)
+        groups.append(Group(mine[0].layer.name, region, labels, _channels(region, mine[0], labels), mine))
+    return groups
+
+
+def _channels(region: Region, writer: Part, labels: np.ndarray) -> np.ndarray:
+    """How often each label stands along the axis that a weight writes."""
+    results = [along for tensor, along in region.axes.values() if any(tensor is t for t in writer.layer.outputs)]
+    along = next((along for along in results if np.isin(along, labels).any()), writer.labels)
+    return np.bincount(along, minlength=region.size + 1)[labels]

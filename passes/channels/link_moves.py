@@ -1,0 +1,290 @@
+"""Links of the operators that move channels: what goes where, and which numbers in the graph say so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from channelfold.passes.base import Blocked
+from channelfold.passes.channels.maps import Shape
+from channelfold.passes.channels.ports import Link, Member, Ports
+from channelfold.passes.channels.sizes import Length, source_of_size
+from channelfold.passes.operators import RESHAPES
+from channelfold.runtime.io import edit
+
+
+def _transpose(p: Ports) -> None:
+    perm = p.node.attrs.get("perm") or range(len(p.shape(0)))[::-1]
+    for axis, source in enumerate(perm):
+        p.link((0, source), (-1, axis))
+
+
+def _concat(p: Ports) -> None:
+    rank = len(p.shape(-1))
+    along, start = p.attribute("axis", 1) % rank, 0
+    ports = range(len(p.node.inputs))
+    for port in ports:
+        size = p.shape(port)[along]
+        p.link((port, along), (-1, along, np.arange(start, start + size)))
+        start += size
+    for axis in range(rank):
+        if axis != along:
+            p.link((-1, axis), *((port, axis) for port in ports))
+
+
+def _split(p: Ports) -> None:
+    rank = len(p.shape(0))
+    along, start = p.attribute("axis", 0) % rank, 0
+    for port in range(-1, -1 - len(p.node.outputs), -1):
+        if not p.has(port):
+            raise Blocked("Split drops a part")
+        size = p.shape(port)[along]
+        p.link((port, along), (0, along, np.arange(start, start + size)))
+        start += size
+        for axis in range(rank):
+            if axis != along:
+                p.link((0, axis), (port, axis))
+    if p.computed(1):
+        p.block(along, "Split has sizes that are computed", *range(-len(p.node.outputs), 1))
+    p.edit("split", 1, 0, along)
+
+
+def _slice(p: Ports) -> None:
+    shape, result = p.shape(0), p.shape(-1)
+    starts, ends = p.argument(1, "starts"), p.argument(2, "ends")
+    axes, steps = p.argument(3, "axes"), p.argument(4, "steps")
+    if axes is None:
+        if p.computed(3):
+            raise Blocked("Slice cuts axes that are computed at run time")
+        axes = np.arange(len(shape) if starts is None else len(starts))
+    touched = {int(a) % len(shape): place for place, a in enumerate(axes)}
+    for axis in range(len(shape)):
+        place = touched.get(axis)
+        if place is None:
+            p.keep(axis)
+        elif starts is None or ends is None or p.computed(4):
+            p.block(axis, "Slice cuts it at places computed at run time")
+        elif steps is not None and steps[place] != 1:
+            p.block(axis, "Slice takes it in steps or turned round")
+        else:
+            taken = np.arange(shape[axis])[int(starts[place]) : int(ends[place])]
+            if len(taken) != result[axis]:
+                raise Blocked("the shapes of Slice do not agree")
+            p.link((0, axis, taken), (-1, axis))
+            p.edit("slice", place, 0, axis)
+
+
+def _gather(p: Ports) -> None:
+    rank, more = len(p.shape(0)), len(p.shape(1))
+    along, picked = p.attribute("axis", 0) % rank, edit.value(p.node.inputs[1])
+    for axis in range(rank):
+        if axis != along:
+            p.link((0, axis), (-1, axis if axis < along else axis - 1 + more))
+    if picked is None:
+        for axis in range(more):
+            p.link((1, axis), (-1, along + axis))
+        p.block(along, "Gather picks from it at run time", 0)
+        return
+    picked = picked % p.shape(0)[along]
+    if picked.ndim == 1:
+        p.link((0, along, picked), (-1, along))
+    else:
+        p.link((0, along))
+        p.found.pinned.append((Member(0, along, picked.reshape(-1)), "Gather picks it"))
+        for position in range(more):
+            p.block(along + position, "Gather makes several axes of it", -1)
+    p.edit("gather", 1, 0, along)
+
+
+def _reshape(p: Ports) -> None:
+    """Axes between two places where the volumes to the left agree: one axis on one side, some on the other.
+
+    Where there are several on both, as when (N, C, H, W) becomes (N, groups, C / groups * H * W), the first axes agree
+    in what they count in common, here the groups, and so do the last.
+    """
+    source, result = p.shape(0), p.shape(-1)
+    if math.prod(source) != math.prod(result) or not math.prod(source):
+        raise Blocked(f"{p.node.op} has shapes that do not agree")
+    if p.node.op == "Squeeze" and p.argument(1, "axes") is None:
+        raise Blocked("Squeeze without axes would drop an axis of which one channel is left")
+    same = set()
+    for before, after in _blocks(source, result):
+        if len(before) == 1 and len(after) == 1:
+            p.link((0, before[0]), (-1, after[0]))
+            same.add((before[0], after[0]))
+        elif len(before) == 1:
+            p.found.choices.append(_parts(0, before[0], -1, after, result))
+        elif len(after) == 1:
+            p.found.choices.append(_parts(-1, after[0], 0, before, source))
+        else:
+            _common(p, before, after)
+    if p.node.op == "Reshape":
+        _sizes(p, 1)
+        for axis in range(min(len(source), len(result))):
+            length = source_of_size(p.node, 1, axis, p.shape_of)
+            copied = isinstance(length, Length) and length.tensor is p.node.inputs[0] and length.axis == axis
+            if copied and source[axis] > 1 and (axis, axis) not in same:
+                p.block(axis, "Reshape copies its length")
+
+
+def _parts(whole: int, axis: int, parts: int, axes: Sequence[int], shape: Shape) -> list[Link]:
+    """The alternatives when one axis is split into several: a position of any one of them is what is cut."""
+    volume = math.prod(shape[a] for a in axes)
+    found, stride = [], volume
+    for a in axes:
+        stride //= shape[a]
+        at = np.arange(volume) // stride % shape[a]
+        found.append((Member(whole, axis), Member(parts, a, at)))
+    return found
+
+
+def _common(p: Ports, before: list[int], after: list[int]) -> None:
+    """Several axes that become several others."""
+    linked = set()
+    for place in (0, -1):
+        one, other = before[place], after[place]
+        a, b = p.shape(0)[one], p.shape(-1)[other]
+        if math.gcd(a, b) > 1 and p.is_static(0, one) and p.is_static(-1, other):
+            at = np.arange(math.lcm(a, b))
+            mine, theirs = (at * a // at.size, at * b // at.size) if place == 0 else (at % a, at % b)
+            p.link((0, one, mine), (-1, other, theirs))
+            linked |= {(0, one), (-1, other)}
+    for port, axes in ((0, before), (-1, after)):
+        for axis in axes:
+            if (port, axis) not in linked:
+                p.block(axis, f"{p.node.op} mixes it with other axes", port)
+
+
+def _blocks(source: Shape, result: Shape) -> list[tuple[list[int], list[int]]]:
+    """Axes, those of length 1 left out, grouped so that both sides of a group have the same volume."""
+    left = [a for a, n in enumerate(source) if n > 1]
+    right = [a for a, n in enumerate(result) if n > 1]
+    groups: list[tuple[list[int], list[int]]] = []
+    while left and right:
+        one, other = [left.pop(0)], [right.pop(0)]
+        a, b = source[one[0]], result[other[0]]
+        while a != b:
+            if a < b:
+                one.append(left.pop(0))
+                a *= source[one[-1]]
+            else:
+                other.append(right.pop(0))
+                b *= result[other[-1]]
+        groups.append((one, other))
+    return groups
+
+
+def _sizes(p: Ports, holder: int) -> None:
+    """A shape among the inputs or attributes names the length of every axis of the result."""
+    for axis, size in enumerate(p.shape(-1)):
+        if size > 1:
+            p.edit("size", holder, -1, axis)
+
+
+def _expand(p: Ports) -> None:
+    shape, rank = p.shape(0), len(p.shape(-1))
+    for axis in range(-rank, 0):
+        held = len(shape) >= -axis and shape[axis] > 1
+        p.link((-1, axis), *([(0, axis)] if held else []))
+    _sizes(p, 1)
+
+
+def _constant_of_shape(p: Ports) -> None:
+    for axis in range(len(p.shape(-1))):
+        p.link((-1, axis))
+    _sizes(p, 0)
+
+
+def _tile(p: Ports) -> None:
+    for axis, (size, new) in enumerate(zip(p.shape(0), p.shape(-1), strict=True)):
+        if size == new:
+            p.keep(axis)
+        elif size > 1:
+            p.link((0, axis, np.arange(new) % size), (-1, axis))
+
+
+def _pad(p: Ports) -> None:
+    pads = p.argument(1, "pads")
+    if edit.has_input(p.node, 3):
+        raise Blocked("Pad with axes is in between")
+    rank = len(p.shape(0))
+    for axis in range(rank):
+        grown = pads[axis] or pads[axis + rank] if pads is not None else p.shape(0)[axis] != p.shape(-1)[axis]
+        if grown or (pads is None and axis != 1):
+            p.block(axis, "Pad works along it")
+        else:
+            p.keep(axis)
+
+
+def _resize(p: Ports) -> None:
+    if p.node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        raise Blocked("Resize may fill in values of its own")
+    scales, axes = p.argument(2 if len(p.node.inputs) > 2 else 1, "scales"), p.node.attrs.get("axes")
+    for axis, (size, new) in enumerate(zip(p.shape(0), p.shape(-1), strict=True)):
+        unscaled = scales is not None and axes is None and len(scales) > axis and scales[axis] == 1
+        sized = axes is not None and axis in [int(a) % len(p.shape(0)) for a in axes]
+        if not sized and (unscaled or (size == new and axis < 2)):
+            p.keep(axis)
+        else:
+            p.block(axis, f"{p.node.op} works along it")
+    if p.has(3) and axes is None:
+        _sizes(p, 3)
+
+
+def _depth_to_space(p: Ports) -> None:
+    deep, flat = (0, -1) if p.node.op == "DepthToSpace" else (-1, 0)
+    channels, few = p.shape(deep)[1], p.shape(flat)[1]
+    of = np.arange(channels) % few
+    if p.node.op == "DepthToSpace" and p.node.attrs.get("mode", "DCR") == "CRD":
+        of = np.arange(channels) // (channels // few)
+    p.link((deep, 1), (flat, 1, of))
+    p.keep(0)
+
+
+def _sampled(p: Ports) -> None:
+    """What reads an image at places that do not depend on the channel."""
+    p.link((0, 1), (-1, 1))
+
+
+def _along_an_axis(p: Ports) -> None:
+    """CumSum, TopK, ArgMax: along one axis; every place of the others is worked on alone."""
+    rank, default = len(p.shape(0)), -1 if p.node.op == "TopK" else 0
+    along = p.argument(1, "axis") if p.node.op == "CumSum" else np.array([p.attribute("axis", default)])
+    if along is None:
+        raise Blocked(f"{p.node.op} along an axis computed at run time is in between")
+    over = int(along[0]) % rank
+    p.block(over, f"{p.node.op} works along it", 0)
+    dropped = len(p.shape(-1)) < rank
+    for axis in (a for a in range(rank) if a != over):
+        new = axis - (dropped and axis > over)
+        p.link((0, axis), (-1, new), (-2, new))
+
+
+def _shape(p: Ports) -> None:
+    """What is done with the sizes is looked at where they are used."""
+    for axis in range(len(p.shape(0))):
+        p.link((0, axis))
+        p.edit("shape", 0, 0, axis)
+
+
+RULES: dict[str, Callable[[Ports], None]] = (
+    dict.fromkeys(RESHAPES, _reshape)
+    | dict.fromkeys(("Resize", "Upsample"), _resize)
+    | dict.fromkeys(("DepthToSpace", "SpaceToDepth"), _depth_to_space)
+    | dict.fromkeys(("GridSample", "MaxRoiPool", "RoiAlign"), _sampled)
+    | dict.fromkeys(("ArgMax", "ArgMin", "CumSum", "TopK"), _along_an_axis)
+    | {
+        "Concat": _concat,
+        "ConstantOfShape": _constant_of_shape,
+        "Expand": _expand,
+        "Gather": _gather,
+        "Pad": _pad,
+        "Shape": _shape,
+        "Slice": _slice,
+        "Split": _split,
+        "Tile": _tile,
+        "Transpose": _transpose,
+    }
+)

@@ -1,0 +1,287 @@
+"""Which positions along which axes of a node's inputs and outputs have to be cut together.
+
+A link says of one operator what a user of it knows: removing output channel c of a convolution takes away row c of its
+weight, entry c of its bias and channel c of its result. It is a list of members (port, axis, at): a position i of the
+link is position ``at[i]`` along that axis of that port (``at`` None: i itself). Port k is input k, -1 - k output k.
+
+    Conv                       [(0, 1), (1, 1)]  [(-1, 1), (1, 0), (2, 0)]
+    Conv, depthwise, x 2       [(0, 1, 0 0 1 1 2 2 …), (-1, 1), (1, 0), (2, 0)]
+    MatMul                     [(0, -1), (1, -2)]  [(0, -2), (-1, -2)]  [(1, -1), (-1, -1)]
+    Concat of 3 and 2          [(0, 1), (-1, 1, 0 1 2)]  [(1, 1), (-1, 1, 3 4)]
+    Conv, 2 groups of 3        [(0, 1), (1, 1, 0 1 2 0 1 2)]  and the like for its outputs
+    Reshape, 12 to 4 x 3       [(0, 2), (-1, 2, 0 0 0 1 1 1 …)]  or  [(0, 2), (-1, 3, 0 1 2 0 1 2 …)]
+
+In the last two, positions that share an entry of the other member become one: the same channel of every group is cut,
+whole heads are, or the same channel of every head. What a Reshape cuts is a ``choice``: all its alternatives are
+listed, and whoever follows the links decides.
+
+Some axes cannot be cut: Softmax over them, a spatial axis of a pool. They are ``blocked`` with the reason, as is every
+axis that no link mentions. Some can, but the node gives another result when their channels are zero instead of gone
+(a mean, a norm): they are ``reduced``. What a node holds as numbers, not as data, is an ``edit``: sizes in the shape of
+a Reshape, the group count of a depthwise Conv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked
+from channelfold.passes.channels import link_moves
+from channelfold.passes.channels.maps import Shape
+from channelfold.passes.channels.ports import Links, Ports
+from channelfold.passes.operators import ELEMENTWISE, LAST_AXIS_NORMS, RECURRENT, VENDOR_ELEMENTWISE
+from channelfold.runtime.io import edit
+
+_POOLS = ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "LpPool", "MaxPool")
+_SOFTMAX = ("Softmax", "LogSoftmax", "Hardmax")
+_SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+_REDUCTIONS = (
+    "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare",
+    "ReduceLogSum", "ReduceLogSumExp",
+)  # fmt: skip
+_SUMS = ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")  # to which zeros add nothing
+
+
+def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape]) -> Links:
+    """The links of a node. Raises Blocked, with the reason, where nothing is known of the operator or a shape."""
+    ports = Ports(graph, node, shapes)
+    if edit.is_standard(node):
+        rule = _RULES.get(node.op)
+    else:
+        rule = _VENDOR_RULES.get(node.op) if node.domain == "com.microsoft" else None
+    if rule is None or any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+        raise Blocked(f"{node.op} reads or writes it")
+    rule(ports)
+    return ports.found
+
+
+class LinkTable:
+    """The links of every node of a graph, looked up once. ``shapes``: of all tensors for some input, by name."""
+
+    def __init__(self, graph: gs.Graph, shapes: Mapping[str, Shape]):
+        self.graph, self.shapes = graph, shapes
+        self._known: dict[int, Links | str] = {}
+
+    def of(self, node: gs.Node) -> Links:
+        """Raises Blocked, with the reason."""
+        if id(node) not in self._known:
+            try:
+                self._known[id(node)] = links_of(self.graph, node, self.shapes)
+            except Blocked as error:
+                self._known[id(node)] = str(error)
+        found = self._known[id(node)]
+        if isinstance(found, str):
+            raise Blocked(found)
+        return found
+
+    def shape(self, tensor: gs.Tensor) -> Shape | None:
+        return tuple(tensor.shape) if isinstance(tensor, gs.Constant) else self.shapes.get(tensor.name)
+
+
+# ---- operators that treat every channel alike ---------------------------------------------------------------------
+
+
+def _elementwise(p: Ports) -> None:
+    """Everything that broadcasts: an axis of the result is that of each operand which is not broadcast along it."""
+    if "broadcast" in p.node.attrs:
+        raise Blocked(f"{p.node.op} broadcasts as before opset 7")
+    rank = len(p.shape(-1))
+    for axis in range(-rank, 0):
+        ports = [k for k in range(len(p.node.inputs)) if p.has(k)]
+        held = [k for k in ports if len(p.shape(k)) >= -axis and p.shape(k)[axis] > 1]
+        outputs = [-1 - k for k in range(len(p.node.outputs)) if p.has(-1 - k)]
+        p.link(*((k, axis) for k in held), *((k, axis) for k in outputs))
+
+
+def _pool(p: Ports) -> None:
+    if p.has(-2):
+        raise Blocked(f"{p.node.op} counts places across channels")
+    p.keep(0, 1)
+    for axis in range(2, len(p.shape(0))):
+        p.block(axis, f"{p.node.op} works along it")
+
+
+def _softmax(p: Ports) -> None:
+    rank = len(p.shape(0))
+    axis = p.attribute("axis", -1 if p.graph.opset >= 13 else 1) % rank
+    over = {axis} if p.graph.opset >= 13 else set(range(axis, rank))
+    for a in range(rank):
+        if a in over:
+            p.block(a, f"{p.node.op} normalizes over it")
+        else:
+            p.keep(a)
+
+
+def _lrn(p: Ports) -> None:
+    p.block(1, "LRN mixes neighbouring channels")
+    p.keep(*(a for a in range(len(p.shape(0))) if a != 1))
+
+
+def _channel_norm(p: Ports) -> None:
+    """BatchNormalization, per place, and InstanceNormalization, over the places of a channel."""
+    if p.has(-2) or not p.attribute("spatial", 1):
+        raise Blocked(f"{p.node.op} in training, or with a scale by place, is in between")
+    p.link((0, 1), (-1, 1), *((k, 0) for k in range(1, len(p.node.inputs))))
+    for axis in (a for a in range(len(p.shape(0))) if a != 1):
+        p.keep(axis)
+        if p.node.op == "InstanceNormalization" and axis > 1:
+            p.reduce(axis, "InstanceNormalization normalizes over it")
+
+
+def _last_axis_norm(p: Ports) -> None:
+    """Output 3 of the norms with a skip is the sum that they normalize; the other ones are of what was normalized."""
+    rank, skip = len(p.shape(0)), p.node.op in _SKIP_NORMS
+    first = rank - 1 if skip else p.attribute("axis", -1) % rank
+    data, parameters = ((0, 1), (2, 3, 4)) if skip else ((0,), (1, 2))
+    wide, narrow = ((-1, -4), (-2, -3)) if skip else ((-1,), (-2, -3))
+    for axis in range(rank):
+        members = [(k, axis) for k in (*data, *wide, *(narrow if axis < first else ()))]
+        if axis >= first:
+            members += [(k, axis - rank) for k in parameters if p.has(k) and len(p.shape(k)) >= rank - axis]
+            p.reduce(axis, f"{p.node.op} normalizes over it", *data, *wide)
+        p.link(*members)
+
+
+def _group_norm(p: Ports) -> None:
+    """Whole groups are cut: what is left of the others would be another norm."""
+    groups, channels = p.attribute("num_groups", 1), p.shape(0)[1]
+    of = np.arange(channels) // (channels // groups)
+    per_group = p.graph.opset < 21 and p.shape(1)[0] == groups
+    p.link((0, 1), (-1, 1), *(((1, 0, of), (2, 0, of)) if per_group else ((1, 0), (2, 0))))
+    if groups < channels:
+        p.link((0, 1), (0, 1, of * (channels // groups)))
+    p.edit("groups", 0, 0, 1)
+    for axis in (a for a in range(len(p.shape(0))) if a != 1):
+        p.keep(axis)
+        if axis > 1:
+            p.reduce(axis, "GroupNormalization normalizes over it")
+
+
+def _lp_norm(p: Ports) -> None:
+    """Zeros add nothing to the norm and are zeros behind it."""
+    p.keep(*range(len(p.shape(0))))
+    p.link((0, p.attribute("axis", -1)), summed=True)
+
+
+def _reduction(p: Ports) -> None:
+    rank = len(p.shape(0))
+    axes = p.argument(1, "axes")
+    over = {int(a) % rank for a in axes} if axes is not None else set()
+    if p.computed(1) or (not over and p.attribute("noop_with_empty_axes", 0)):
+        raise Blocked(f"{p.node.op} names no constant axes")
+    over = over or set(range(rank))
+    kept = [a for a in range(rank) if a not in over]
+    for place, axis in enumerate(kept):
+        p.link((0, axis), (-1, axis if p.attribute("keepdims", 1) else place))
+    for axis in over:
+        if p.shape(0)[axis] > 1:
+            p.link((0, axis), summed=p.node.op in _SUMS)
+            if p.node.op not in _SUMS:
+                p.reduce(axis, f"{p.node.op} reduces it", 0)
+
+
+# ---- weights ------------------------------------------------------------------------------------------------------
+
+
+def _conv(p: Ports) -> None:
+    """W is (out, in / groups, *kernel), of ConvTranspose (in, out / groups, *kernel)."""
+    groups, ins, outs = p.attribute("group", 1), p.shape(0)[1], p.shape(-1)[1]
+    transposed = p.node.op == "ConvTranspose"
+    if groups == ins and groups > 1:
+        of = np.repeat(np.arange(ins), outs // ins)
+        weight = ((1, 0), (1, 1, np.arange(outs) % (outs // ins))) if transposed else ((1, 0),)
+        if transposed and outs == ins:
+            p.link((0, 1), (-1, 1), (1, 0), (2, 0))
+        elif transposed:
+            p.link((0, 1), (1, 0))
+            p.link((0, 1, of), (-1, 1), (2, 0))
+        else:
+            p.link((0, 1, of), (-1, 1), *weight, (2, 0))
+        p.edit("group", 0, 0, 1)
+    else:
+        inner, outer = np.arange(ins) % (ins // groups), np.arange(outs) % (outs // groups)
+        if transposed:
+            p.link((0, 1), (1, 0), summed=True)
+            p.link((-1, 1), (2, 0), *([(1, 1)] if groups == 1 else [(1, 1, outer)]))
+        else:
+            p.link((0, 1), *([(1, 1)] if groups == 1 else [(1, 1, inner)]), summed=True)
+            p.link((-1, 1), (1, 0), (2, 0))
+        if groups > 1:
+            p.link((0, 1), (0, 1, inner))
+            p.link((-1, 1), (-1, 1, outer))
+    p.keep(0)
+    for axis in range(2, len(p.shape(0))):
+        p.block(axis, f"{p.node.op} works along it")
+
+
+def _gemm(p: Ports) -> None:
+    left, right = p.attribute("transA", 0), p.attribute("transB", 0)
+    p.link((0, 0 if left else 1), (1, 1 if right else 0), summed=True)
+    bias = p.shape(2) if p.has(2) else ()
+    for axis, data in ((-2, (0, 1 if left else 0)), (-1, (1, 0 if right else 1))):
+        held = [(2, axis)] if len(bias) >= -axis and bias[axis] > 1 else []
+        p.link((-1, axis), data, *held)
+
+
+def _matmul(p: Ports) -> None:
+    left, right = p.shape(0), p.shape(1)
+    if min(len(left), len(right)) < 2:
+        raise Blocked("MatMul with a vector is in between")
+    p.link((0, -1), (1, -2), summed=True)
+    p.link((0, -2), (-1, -2))
+    p.link((1, -1), (-1, -1))
+    for axis in range(-len(p.shape(-1)), -2):
+        held = [(k, axis) for k, shape in enumerate((left, right)) if len(shape) >= -axis and shape[axis] > 1]
+        p.link((-1, axis), *held)
+
+
+def _recurrent(p: Ports) -> None:
+    """W (directions, gates H, in), R (directions, gates H, H), B (directions, 2 gates H), P, and states."""
+    gates, hidden = RECURRENT[p.node.op], p.attribute("hidden_size", 0) or p.shape(2)[2]
+    if p.attribute("layout", 0):
+        raise Blocked(f"{p.node.op} with layout 1 is in between")
+    p.link((0, 2), (1, 2), summed=True)
+    states = [(-1, 3), (-2, 2), (-3, 2), (5, 2), (6, 2)]
+    p.link((2, 2), *states)
+    p.link((2, 2), summed=True)
+    for port, axis in states:  # each, for constants do not lead on to others
+        for copies, *members in ((gates, (1, 1), (2, 1)), (2 * gates, (3, 1)), (3, (7, 1))):
+            p.link((port, axis, np.tile(np.arange(hidden), copies)), *members)
+    p.edit("hidden", 0, 2, 2)
+
+
+def _dequantize(p: Ports) -> None:
+    rank = len(p.shape(0))
+    along = p.attribute("axis", 1) % rank
+    if p.attribute("block_size", 0):
+        raise Blocked(f"{p.node.op} in blocks is in between")
+    for axis in range(rank):
+        vectors = [(k, 0) for k in (1, 2) if axis == along and p.has(k) and p.shape(k) not in ((), (1,))]
+        p.link((0, axis), (-1, axis), *vectors)
+
+
+_RULES: dict[str, Callable[[Ports], None]] = (
+    link_moves.RULES
+    | dict.fromkeys(ELEMENTWISE, _elementwise)
+    | dict.fromkeys(_POOLS, _pool)
+    | dict.fromkeys(_SOFTMAX, _softmax)
+    | dict.fromkeys(("BatchNormalization", "InstanceNormalization"), _channel_norm)
+    | dict.fromkeys(LAST_AXIS_NORMS, _last_axis_norm)
+    | dict.fromkeys(_REDUCTIONS, _reduction)
+    | dict.fromkeys(("Conv", "ConvTranspose"), _conv)
+    | dict.fromkeys(RECURRENT, _recurrent)
+    | dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), _dequantize)
+    | {
+        "Gemm": _gemm,
+        "GroupNormalization": _group_norm,
+        "LRN": _lrn,
+        "LpNormalization": _lp_norm,
+        "MatMul": _matmul,
+    }
+)
+_VENDOR_RULES: dict[str, Callable[[Ports], None]] = dict.fromkeys(VENDOR_ELEMENTWISE, _elementwise) | dict.fromkeys(
+    _SKIP_NORMS, _last_axis_norm
+)

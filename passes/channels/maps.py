@@ -1,0 +1,318 @@
+"""Index maps: numbers for the channels of a tensor, moved as operators move the data.
+
+An index map is an integer array of its tensor's rank; an axis is as long as the tensor's, or 1 where nothing changes
+along it. ``image`` does to the map of a node's data input what the node does to the data, ``preimage`` goes back. With
+channels along the last axis of x [2, 5, 4] and the map [[[1 2 3 4]]]:
+
+    Transpose, perm 0 2 1      [[[1] [2] [3] [4]]]
+    Reshape to [2, 5, 2, 2]    [[[[1 2] [3 4]]]]
+    Slice 2: of the last axis  [[[3 4]]]
+    Gather 0 of axis 1         [[1 2 3 4]]
+
+Numbers are signed: -c stands for the inverse of c (see ``channels``). ``Shape`` arguments are of real data, not
+symbolic. Everything here raises Blocked, with the reason, where an operator does to the channels what no map can say.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked
+from channelfold.passes.operators import ALONGSIDE, ATTENTIONS, POOLS, REDUCTIONS, RESHAPES
+from channelfold.runtime.io import edit
+
+Shape = tuple[int, ...]
+MOVES = ("Transpose", *RESHAPES, "Slice", "Gather", "Expand")
+
+
+def data_input(node: gs.Node) -> int | None:
+    """Which input of a node ``image`` can follow to its output; None where there is none."""
+    if node.op in ATTENTIONS and edit.is_standard(node) == (node.op == "Attention"):
+        return 2 if edit.has_input(node, 2) else None
+    return 0 if edit.is_standard(node) and node.op in (*MOVES, *REDUCTIONS, *ALONGSIDE) else None
+
+
+def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.ndarray:
+    """The map of a node's result, of shape ``result``, from that of its data input, of shape ``source``."""
+    if node.op == "Transpose":
+        return index.transpose(node.attrs.get("perm"))
+    if node.op in RESHAPES:
+        return reshaped(index, source, result, node.op)
+    if node.op == "Slice":
+        return index[_slices(node, index.shape, source)]
+    if node.op == "Gather":
+        return _gathered(node, index)
+    if node.op == "Expand":
+        return raised(index, len(result))
+    if node.op in ATTENTIONS:
+        return _attended(node, index, source)
+    if node.op in REDUCTIONS:
+        axes = _reduced_axes(node, len(source))
+        if any(index.shape[axis] > 1 for axis in axes):
+            raise Blocked(f"{node.op} reduces the channel axis")
+        return index if node.attrs.get("keepdims", 1) else np.squeeze(index, axes)
+    if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        raise Blocked("Resize may fill in values of its own")
+    return index
+
+
+def preimage(
+    node: gs.Node, index: np.ndarray, source: Shape, result: Shape, fresh: Callable[[Sequence[int]], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(map of a node's data input, map of its result that follows from it), from the map of the result.
+
+    The second equals ``index``, or its classes are to be merged with those of ``index``. ``fresh`` gives new classes,
+    by shape, to channels that the node drops or repeats.
+    """
+    if node.op == "Transpose":
+        return index.transpose(np.argsort(node.attrs.get("perm") or range(len(source))[::-1])), index
+    if node.op in RESHAPES:
+        return reshaped(index, result, source, node.op), index
+    if node.op in REDUCTIONS:
+        axes = _reduced_axes(node, len(source))
+        before = index if node.attrs.get("keepdims", 1) else np.expand_dims(index, axes)
+    elif node.op in ("Slice", "Gather", "Expand", *ATTENTIONS):
+        wide = _wide_before(node, index, source, result)
+        before = fresh([size if axis in wide else 1 for axis, size in enumerate(source)])
+    else:
+        before = index
+    return before, image(node, before, source, result)
+
+
+def mixed_axes(node: gs.Node, source: Shape, result: Shape) -> set[int]:
+    """The axes along which each value of a result comes from several of the source, which are to be of one class."""
+    if node.op in POOLS:
+        return set(range(2, len(source)))
+    if node.op != "Resize":
+        return set()
+    scales = edit.argument(node, 2 if len(node.inputs) > 2 else 1, "scales")
+    known = scales is not None and len(scales) == len(source)
+    return {i for i, n in enumerate(source) if n != result[i] or (known and scales is not None and scales[i] != 1)}
+
+
+def raised(index: np.ndarray, rank: int) -> np.ndarray:
+    """A map with leading axes, as broadcasting gives them."""
+    return index.reshape([1] * (rank - index.ndim) + list(index.shape))
+
+
+def collapsed(index: np.ndarray) -> np.ndarray:
+    """A map without the length of the axes along which nothing changes."""
+    for axis, size in enumerate(index.shape):
+        first = np.take(index, [0], axis=axis)
+        if size > 1 and (index == first).all():
+            index = first
+    return index
+
+
+def reshaped(index: np.ndarray, source: Shape, result: Shape, op: str) -> np.ndarray:
+    """The map of a reshaped tensor.
+
+    Both shapes are cut wherever the axes on the left have the same volume. Between two cuts one axis is split, or
+    several are merged; only where there are channels are they spread out.
+    """
+    before, after = np.cumprod((1, *source)), np.cumprod((1, *result))
+    if before[-1] != after[-1] or before[-1] == 0:
+        raise Blocked(f"{op} has shapes that do not agree")
+    cuts = sorted({*before.tolist()} & {*after.tolist()})
+    places = [bisect_right(cuts, volume) for volume in before[:-1]]
+    new_places = [bisect_right(cuts, volume) for volume in after[:-1]]
+    held = {place for place, size in zip(places, index.shape, strict=True) if size > 1}
+    for place in held:
+        if min(sum(p == place and n > 1 for p, n in zip(*side, strict=True))
+               for side in ((places, source), (new_places, result))) > 1:  # fmt: skip
+            raise Blocked(f"{op} mixes its channels with other axes")
+    wide = [size if place in held else 1 for place, size in zip(places, source, strict=True)]
+    new = [size if place in held else 1 for place, size in zip(new_places, result, strict=True)]
+    return np.broadcast_to(index, wide).reshape(new)
+
+
+@dataclass
+class Classes:
+    """The numbers in index maps: which of them are one, which are pinned to a scale of 1, which cannot be shifted."""
+
+    count: int = 0
+    merges: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    unshifted: list[tuple[np.ndarray, str]] = field(default_factory=list)
+
+    def fresh(self, shape: Sequence[int]) -> np.ndarray:
+        size = int(np.prod(shape))
+        self.count += size
+        return np.arange(self.count - size + 1, self.count + 1).reshape(shape)
+
+    def merge(self, one: np.ndarray, other: np.ndarray) -> None:
+        if one.shape != other.shape or not np.array_equal(one, other):
+            one, other = np.broadcast_arrays(one, other)
+            self.merges.append((one.reshape(-1), other.reshape(-1)))
+
+    def pin(self, index: np.ndarray, reason: str) -> None:
+        self.pins.append((index.reshape(-1), reason))
+
+    def forbid_shift(self, index: np.ndarray, reason: str) -> None:
+        self.unshifted.append((index.reshape(-1), reason))
+
+    def along(self, index: np.ndarray, axis: int, channels: int) -> np.ndarray:
+        """A map as a vector over the channels on one axis: all positions along the other axes become one class."""
+        columns = np.moveaxis(index, axis, 0).reshape(index.shape[axis], -1)
+        if columns.shape[1] > 1:
+            self.merge(columns[:, :1], columns)
+        return np.broadcast_to(columns[:, 0], (channels,))
+
+    def fitted(self, index: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """The map of an operand of this shape, from that of the result it is broadcast to."""
+        index = raised(index, max(index.ndim, len(shape)))
+        first = index
+        for axis in range(index.ndim):
+            place = axis - index.ndim + len(shape)
+            if first.shape[axis] > 1 and (place < 0 or shape[place] == 1):
+                first = np.take(first, [0], axis=axis)
+        if first.shape != index.shape:
+            self.merge(first, index)
+        return first.reshape(first.shape[first.ndim - len(shape) :])
+
+    def renumbered(self, used: list[np.ndarray]) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+        """A function from the maps in ``used`` to maps with classes 1 .. n, one for those that were merged, and n."""
+        number = _components(self.count, self.merges)
+        labels = np.unique(np.concatenate([np.abs(number[np.abs(index)]).reshape(-1) for index in used]))
+        final = np.zeros(self.count + 2, np.int64)
+        final[labels] = np.arange(1, labels.size + 1)
+        if labels[-1] == self.count + 1:
+            self.pin(np.flatnonzero(number == self.count + 1), "it is scaled against itself")
+
+        def renumber(index: np.ndarray) -> np.ndarray:
+            found = number[np.abs(index)]
+            return np.sign(index) * np.sign(found) * final[np.abs(found)]
+
+        return renumber, labels.size
+
+    @staticmethod
+    def reasons(
+        noted: list[tuple[np.ndarray, str]], renumber: Callable[[np.ndarray], np.ndarray], size: int
+    ) -> list[str]:
+        """The first reason noted for each class, "" where there is none."""
+        found = [""] * size
+        for index, reason in noted:
+            for c in np.unique(np.abs(renumber(index))):
+                found[c - 1] = found[c - 1] or reason
+        return found
+
+
+def _components(count: int, merges: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """For every class 0 .. ``count`` the signed class that stands for it, the lowest one of those it is merged with.
+
+    ``merges``: pairs of 1-d arrays whose entries are equal in turn. Where a class meets its own inverse it is
+    ``count + 1``.
+    """
+    if not merges:
+        return np.arange(count + 1)
+    one, other = (_vertex(np.concatenate(side)) for side in zip(*merges, strict=True))
+    label = np.arange(2 * count + 2)
+    edges = [(one, other), (one ^ 1, other ^ 1)]
+    while True:
+        new = label.copy()
+        for a, b in edges:
+            np.minimum.at(new, a, label[b])
+            np.minimum.at(new, b, label[a])
+        new = new[new]
+        if np.array_equal(new, label):
+            break
+        label = new
+    own = label[::2]
+    return np.where(own == label[1::2], count + 1, np.where(own & 1, -(own >> 1), own >> 1))
+
+
+def _vertex(index: np.ndarray) -> np.ndarray:
+    """The vertices of signed classes: c is 2 c, its inverse 2 c + 1."""
+    return 2 * np.abs(index) + (index < 0)
+
+
+def _slices(node: gs.Node, held: Sequence[int], shape: Shape) -> tuple[slice, ...]:
+    """What a Slice with constant bounds takes of a map: everything along axes the map does not vary on."""
+    starts, ends = edit.argument(node, 1, "starts"), edit.argument(node, 2, "ends")
+    axes, steps = edit.argument(node, 3, "axes"), edit.argument(node, 4, "steps")
+    taken = [slice(None)] * len(shape)
+    if axes is None and not edit.has_input(node, 3):
+        axes = range(len(shape) if starts is None else len(starts))
+    if axes is None:
+        raise Blocked("Slice cuts axes that are computed at run time")
+    for place, axis in enumerate(int(a) % len(shape) for a in axes):
+        if held[axis] == 1:
+            continue
+        if starts is None or ends is None or (steps is None and edit.has_input(node, 4)):
+            raise Blocked("Slice cuts its channels at places computed at run time")
+        step = 1 if steps is None else int(steps[place])
+        if step < 0:
+            raise Blocked("Slice turns its channels round")
+        start, stop, _ = slice(int(starts[place]), int(ends[place])).indices(shape[axis])
+        taken[axis] = slice(start, stop, step)
+    return tuple(taken)
+
+
+def _gathered(node: gs.Node, index: np.ndarray) -> np.ndarray:
+    axis = int(node.attrs.get("axis", 0)) % index.ndim
+    picked = edit.value(node.inputs[1])
+    if index.shape[axis] == 1:
+        size = edit.rank(node.inputs[1]) if picked is None else picked.ndim
+        if size is None:
+            raise Blocked("Gather takes indices of unknown rank")
+        return index.reshape([*index.shape[:axis], *[1] * size, *index.shape[axis + 1 :]])
+    if picked is None:
+        raise Blocked("Gather picks its channels at run time")
+    return np.take(index, picked, axis=axis)
+
+
+def _wide_before(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> set[int]:
+    """The axes along which the data input of a node may have channels, from the map of the result."""
+    wide = {axis for axis, size in enumerate(index.shape) if size > 1}
+    if node.op in ATTENTIONS:
+        return {1, 3} if len(source) == 4 else {2}
+    if node.op == "Slice":
+        single = {i for i, n in enumerate(result) if n == 1 < source[i] and isinstance(node.inputs[0].shape[i], int)}
+        return wide | single
+    if node.op == "Expand":
+        more = index.ndim - len(source)
+        return {axis - more for axis in wide}
+    axis = int(node.attrs.get("axis", 0)) % len(source)
+    more = index.ndim - len(source)  # axes that the indices add to the one they replace, -1 for a single index
+    own = {i if i < axis else i - more for i in wide if not axis <= i <= axis + more}
+    known = isinstance(node.inputs[1], gs.Constant) and isinstance(node.inputs[0].shape[axis], int)
+    return own | ({axis} if known else set())
+
+
+def _reduced_axes(node: gs.Node, rank: int) -> tuple[int, ...]:
+    axes = edit.argument(node, 1, "axes")
+    if axes is None or not axes.size:
+        raise Blocked(f"{node.op} names no constant axes")
+    return tuple(sorted({int(axis) % rank for axis in axes}))
+
+
+def _attended(node: gs.Node, index: np.ndarray, values: Shape) -> np.ndarray:
+    """The map of what an attention operator returns, from that of its values.
+
+    (batch, kv heads, sequence, channels), or the heads within the last axis; every kv head serves as many consecutive
+    query heads. A cache and a bias would have to be scaled, too.
+    """
+    standard = edit.is_standard(node)
+    beside = (4, 5) if standard else (3, 6, 7)
+    if any(edit.has_input(node, i) for i in beside) or any(not t.is_empty() for t in node.outputs[1:]):
+        raise Blocked(f"{node.op} has a cache or a bias")
+    if not standard and len(values) != 3:
+        raise Blocked(f"{node.op} has values that are not of rank 3")
+    if len(values) == 4:
+        kv_heads, heads = values[1], edit.rank(node.inputs[0]) == 4 and node.inputs[0].shape[1]
+    else:
+        heads = node.attrs.get("q_num_heads" if standard else "num_heads")
+        kv_heads = node.attrs.get("kv_num_heads") if standard else heads
+    if any(index.shape[axis] > 1 for axis in {4: (0, 2), 3: (0, 1)}[len(values)]):
+        raise Blocked(f"{node.op} does not keep its channels apart")
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or isinstance(heads, bool):
+        raise Blocked(f"{node.op} has an unknown number of heads")
+    if len(values) == 4:
+        return np.repeat(np.broadcast_to(index, (1, kv_heads, 1, index.shape[3])), heads // kv_heads, axis=1)
+    by_head = np.broadcast_to(index, (1, 1, values[2])).reshape(1, 1, kv_heads, -1)
+    return np.repeat(by_head, heads // kv_heads, axis=2).reshape(1, 1, -1)

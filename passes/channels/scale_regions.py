@@ -1,0 +1,459 @@
+"""Which channels of which tensors are one: index maps through a graph.
+
+Give every channel of a tensor a number of its own, its *class*, and follow the numbers through the graph by doing to
+them what the operators do to the data: Transpose, Reshape, Slice and Gather move them, Add makes those that meet one
+class, a linear node ends them. What comes out is a ``Region``: all tensors that must be scaled together, and the
+weights that can take the scale up. With a scale s > 0 and a shift z per class, every tensor of the region becomes
+
+    x' = (x - z) / s        writers (linears, norms, constant operands):  W' = diag(1/s) W,  b' = (b - z) / s
+                            readers (linears):                            W' = W diag(s),    b' = b + W z
+
+and nothing outside it changes. Index maps (``index_maps``) are arrays of the tensor's rank whose entries are class
+numbers from 1; a negative one stands for the inverse scale, 1 / s: in q k^T the classes of q are those of k, inverted,
+so that heads, grouped queries and rotary pairs need no rule of their own.
+
+Worked example, v -> o in attention with 2 heads of 2 channels. The map of what o reads is [1 2 3 4]; backwards through
+Reshape [[1 2] [3 4]], through Transpose and softmax(q k^T) v (linear in v) and another Transpose and Reshape to
+[1 2 3 4] at the output of v: region {writer v, reader o}. With one kv head for both query heads an Expand makes
+1 = 3 and 2 = 4.
+
+What a class cannot pass (an activation function, an output of the graph) *pins* it to s = 1, z = 0, with the reason; a
+region whose classes are all pinned has nothing to give. Traced with ``insert`` the region ends at its first tensor
+instead, and explicit Mul and Add nodes on the edges that block it (its ``cuts``) undo the scale there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked
+from channelfold.passes.channels.maps import (
+    MOVES,
+    Classes,
+    Shape,
+    collapsed,
+    data_input,
+    image,
+    mixed_axes,
+    preimage,
+    raised,
+)
+from channelfold.passes.channels.region import Cut, End, Region
+from channelfold.passes.layers.affine import Vector, passes
+from channelfold.passes.layers.linear import Linear, NotLinear, view
+from channelfold.passes.operators import _OVER_AXIS_1, ATTENTIONS, LINEAR_OPS, NORMS, SKIP_NORMS, UNBIASED_NORMS
+from channelfold.runtime.io import edit
+
+_ADDITIVE = ("Add", "Sub", "Min", "Max")  # as far as scales go
+_ARITHMETIC = ("Mul", "Div", *_ADDITIVE)
+_SHIFTED = (*MOVES, "Cast", "Resize", "ReduceMax")  # the rest is asked of ``affine.passes``, except for
+_UNSHIFTED = ("Neg", "Abs", "ReduceSum", *ATTENTIONS)
+
+Move = tuple[gs.Tensor, np.ndarray, bool]  # a tensor to follow, its map, whether a shift comes along
+
+
+def trace(graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: Mapping[str, Shape], insert: bool = False) -> Region:
+    """The region of a tensor whose channels lie along ``axis``. ``shapes``: of all tensors for some input, by name.
+
+    With ``insert`` nothing is followed beyond that tensor and the constants that are next to it. Raises Blocked where
+    the tensor's shape is unknown.
+    """
+    tracer = _Tracer(graph=graph, shapes=shapes, insert=insert)
+    first = tracer.follow(tensor, axis)
+    for node in tracer.choices:
+        if not first.why_fixed(first.places[id(tensor)][1]):
+            break
+        other = _Tracer(graph=graph, shapes=shapes, insert=insert, instead=node).follow(tensor, axis)
+        if not other.why_fixed(other.places[id(tensor)][1]):
+            return other
+    return first
+
+
+def reach(graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape], allow_insert: bool) -> Region:
+    """The region of what a linear reads, traced with ``insert`` where it has nothing to give otherwise and that may be.
+
+    Raises Blocked with the reason where no channel can be scaled.
+    """
+    reason = ""
+    for insert in (False, True) if allow_insert else (False,):
+        region = trace(graph, linear.data, linear.in_axis, shapes, insert)
+        reason = region.why_fixed(region.places[id(linear.data)][1])
+        if not reason:
+            return region
+    raise Blocked(reason)
+
+
+@dataclass
+class _Place:
+    tensor: gs.Tensor
+    index: np.ndarray
+    shifted: bool
+
+
+@dataclass(kw_only=True)
+class _Tracer(Classes):
+    """Follows maps from tensor to tensor, over every node once.
+
+    ``related``: by node, the tensors whose maps it ties together. ``choices``: the products of two activations where
+    either could take the scale; ``instead`` is one where it is the one that is not tried first.
+    """
+
+    graph: gs.Graph
+    shapes: Mapping[str, Shape]
+    insert: bool
+    instead: gs.Node | None = None
+    choices: list[gs.Node] = field(default_factory=list)
+    places: dict[int, _Place] = field(default_factory=dict)
+    pending: list[_Place] = field(default_factory=list)
+    ends: list[End] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
+    related: dict[int, list[gs.Tensor]] = field(default_factory=dict)
+    deferred: list[tuple[_Place, gs.Node | None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.dynamic = {d for t in self.graph.inputs for d in t.shape or () if isinstance(d, str)}
+
+    def follow(self, tensor: gs.Tensor, axis: int) -> Region:
+        shape = self.shape(tensor)
+        wide = [size if i == axis % len(shape) else 1 for i, size in enumerate(shape)]
+        self.visit(tensor, self.fresh(wide), shifted=True)
+        while self.pending or self.deferred:
+            if self.pending:
+                self.expand(self.pending.pop())
+            else:
+                self.attempt(*self.deferred.pop(), last=True)
+        return self.region()
+
+    def shape(self, tensor: gs.Tensor) -> Shape:
+        if isinstance(tensor, gs.Constant):
+            return tuple(tensor.shape)
+        if tensor.name not in self.shapes:
+            raise Blocked(f"the shape of {tensor.name!r} is unknown")
+        return self.shapes[tensor.name]
+
+    def visit(self, tensor: gs.Tensor, index: np.ndarray, shifted: bool) -> None:
+        index = collapsed(index)
+        old = self.places.get(id(tensor))
+        if old is not None:
+            self.merge(old.index, index)
+            if old.shifted != shifted:
+                self.forbid_shift(index, f"a shift reaches {tensor.name!r} on one way only")
+            return
+        self.places[id(tensor)] = place = _Place(tensor, index, shifted)
+        if isinstance(tensor, gs.Constant):
+            self.pin(index, "a constant feeds it")
+        elif not edit.is_float(tensor):
+            self.pin(index, "it is not floating point")
+        else:
+            self.pending.append(place)
+        for size, length in zip(index.shape, tensor.shape or (), strict=False):
+            if size > 1 and length in self.dynamic:  # the map would be another one for another input
+                self.pin(index, f"the length of its axis {length!r} may change")
+
+    def expand(self, place: _Place) -> None:
+        """Follows a tensor to the node that writes it and to all that read it."""
+        readers = [n for n in edit.consumers(place.tensor) if not (n.op in ("Shape", "Size") and edit.is_standard(n))]
+        for node in (None, *readers):
+            self.attempt(place, node)
+
+    def attempt(self, place: _Place, reader: gs.Node | None, last: bool = False) -> None:
+        """Follows a tensor across a reader, or (None) its writer.
+
+        What a product of two activations takes the scale from is asked ``last``, when one of them may be known.
+        """
+        try:
+            node = reader or self.writer(place.tensor)
+            if reader is None and not last and node.op in ("Mul", "Div") and _constant_operand(node) is None:
+                self.deferred.append((place, None))
+            else:
+                self.cross(node, place, forward=reader is not None)
+        except Blocked as error:
+            if self.insert:
+                self.cuts.append(Cut(place.tensor, reader, place.index, str(error), place.shifted))
+            else:
+                self.pin(place.index, str(error))
+
+    def writer(self, tensor: gs.Tensor) -> gs.Node:
+        if edit.is_output(self.graph, tensor):
+            raise Blocked("it is an output of the graph")
+        node = edit.producer(tensor)
+        if node is None:
+            raise Blocked("an input of the graph feeds it")
+        return node
+
+    def cross(self, node: gs.Node, place: _Place, forward: bool) -> None:
+        """Ends the region at a node or follows it to the other side. Raises Blocked, with nothing tied to anything."""
+        if not edit.in_graph(self.graph, node):
+            raise Blocked("a subgraph " + ("reads it" if forward else "writes it"))
+        if forward and sum(t is place.tensor for t in node.inputs) > 1:
+            raise Blocked(f"{node.op} reads it twice")
+        if self.reads(node, place) if forward else self.writes(node, place):
+            return
+        known = self.related.get(id(node), [])
+        if any(place.tensor is tensor for tensor in known):
+            return
+        if known:
+            raise Blocked(f"{node.op} combines it with another scaled activation")
+        if self.insert and not self.is_near(node, place, forward):
+            raise Blocked(f"{node.op} {'follows' if forward else 'precedes'} it")
+        moves = self.moves(node, place, forward)
+        self.related[id(node)] = [place.tensor, *(tensor for tensor, _, _ in moves)]
+        for move in moves:
+            self.visit(*move)
+
+    def is_near(self, node: gs.Node, place: _Place, forward: bool) -> bool:
+        """Whether the region passes a node although it ends at its first tensor: a constant operand takes its part."""
+        operand = _constant_operand(node)
+        if operand is None:
+            return False
+        source = node.inputs[1 - operand]
+        alone = edit.sole_consumer(self.graph, source) is node
+        index = raised(place.index, len(self.shape(node.outputs[0])))
+        return self.takes_scale(node, operand, index) or (alone and not forward)
+
+    # ---- where a region ends -----------------------------------------------------------------------------------------
+
+    def writes(self, node: gs.Node, place: _Place) -> bool:
+        """Whether a linear or a norm that writes a tensor ends the region."""
+        linear = self.written_by(node, place.tensor)
+        if linear is not None:
+            vector = self.along(place.index, linear.out_axis, linear.channels[0])
+            self.ends.append(End("out", linear.node, vector, place.shifted, linear))
+        elif node.op in NORMS:
+            self.norm(node, place)
+        return linear is not None or node.op in NORMS
+
+    def written_by(self, node: gs.Node, tensor: gs.Tensor) -> Linear | None:
+        """The linear whose result, bias included, a tensor is."""
+        sources = [node] if node.op in LINEAR_OPS else []
+        if node.op == "Add":
+            sources = [s for s in map(edit.producer, node.inputs) if s is not None and s.op == "MatMul"]
+        for source in sources:
+            try:
+                linear = view(self.graph, source)
+            except NotLinear as error:
+                if source is node and "two activations" not in str(error):
+                    raise Blocked(f"{node.op} precedes it, but {error}") from None
+                continue
+            if linear.output is tensor:
+                return linear
+        return None
+
+    def norm(self, node: gs.Node, place: _Place) -> None:
+        skip = node.op in SKIP_NORMS
+        first = 2 if skip else 1
+        if place.tensor is not node.outputs[0]:
+            raise Blocked(f"it is the unnormalized sum of {node.op}" if skip else f"it is a statistic of {node.op}")
+        if not skip and any(not t.is_empty() for t in node.outputs[1:]):
+            raise Blocked(f"{node.op} also returns its statistics")
+        axis = 1 if node.op in _OVER_AXIS_1 else len(self.shape(place.tensor)) - 1
+        channels = self.shape(place.tensor)[axis]
+        last = first + (1 if node.op in UNBIASED_NORMS else 2)
+        parameters = [t for t in node.inputs[first:last] if not t.is_empty()]
+        if any(not isinstance(t, gs.Constant) or tuple(t.shape) != (channels,) for t in parameters) or not parameters:
+            raise Blocked(f"the parameters of {node.op} are not constant vectors over the channels")
+        if place.shifted and node.op in UNBIASED_NORMS:
+            self.forbid_shift(place.index, f"{node.op} has no bias")
+        self.ends.append(End("norm", node, self.along(place.index, axis, channels), place.shifted))
+
+    def reads(self, node: gs.Node, place: _Place) -> bool:
+        """Whether a linear ends the region here; False for the product of two activations."""
+        if node.op not in LINEAR_OPS or not edit.is_standard(node):
+            return False
+        try:
+            linear = view(self.graph, node)
+        except NotLinear as error:
+            if "two activations" in str(error):
+                return False
+            raise Blocked(f"{node.op} reads it, but {error}") from None
+        if linear.data is not place.tensor:
+            raise Blocked(f"{node.op} reads it as its weight")
+        if place.shifted and linear.padded:
+            self.forbid_shift(place.index, f"a shift does not pass the zero padding of {node.op}")
+        vector = self.along(place.index, linear.in_axis, linear.channels[1])
+        self.ends.append(End("in", node, vector, place.shifted, linear))
+        return True
+
+    # ---- from one side of a node to the other ------------------------------------------------------------------------
+
+    def moves(self, node: gs.Node, place: _Place, forward: bool) -> list[Move]:
+        """The tensors that a node ties to one of its inputs (``forward``) or to its output."""
+        data = data_input(node)
+        if data is not None and not (forward and node.inputs[data] is not place.tensor):
+            return self.moved(node, node.inputs[data], place, forward)
+        if edit.is_standard(node):
+            if node.op in _ARITHMETIC:
+                return self.arithmetic(node, place, forward)
+            if node.op == "MatMul":
+                return self.product(node, place, forward)
+            if node.op in ("Concat", "Split"):
+                return self.pieces(node, place)
+        raise Blocked(f"{node.op} reads it" if forward else f"{node.op} is in between")
+
+    def moved(self, node: gs.Node, source: gs.Tensor, place: _Place, forward: bool) -> list[Move]:
+        """One input and one output, the channels of which are those of the input or some of them."""
+        result = node.outputs[0]
+        if place.tensor is not source and place.tensor is not result:
+            raise Blocked(f"it is a second output of {node.op}")
+        if node.op == "Cast" and not edit.is_float(result):
+            raise Blocked("Cast makes integers of it")
+        shapes = self.shape(source), self.shape(result)
+        mixed = mixed_axes(node, *shapes)
+        index = self.fitted(place.index, [1 if i in mixed else n for i, n in enumerate(place.index.shape)])
+        shifted = self.shift_passes(node, index, place.shifted)
+        if forward:
+            return [(result, image(node, index, *shapes), shifted)]
+        before, follows = preimage(node, index, *shapes, self.fresh)
+        self.merge(follows, index)
+        return [(source, before, shifted)]
+
+    def shift_passes(self, node: gs.Node, index: np.ndarray, shifted: bool) -> bool:
+        """Whether a shift comes along; notes why not. Raises Blocked where not even a positive scale passes."""
+        reason = f"a shift does not pass {node.op}" if node.op in _UNSHIFTED else ""
+        if node.op not in (*_SHIFTED, *_UNSHIFTED):
+            wide = [axis for axis, size in enumerate(index.shape) if size > 1]
+            for axis in wide or [None]:
+                reason = reason or passes(node, Vector(axis)).no_shift
+        if shifted and reason:
+            self.forbid_shift(index, reason)
+        return shifted and not reason
+
+    def arithmetic(self, node: gs.Node, place: _Place, forward: bool) -> list[Move]:
+        """Mul, Div, Add, Sub, Min and Max: what is tied together has one map, as far as each is not broadcast.
+
+        A constant factor by channel takes up the whole scale, and what is on the other side stays as it is; a constant
+        term takes up the shift (a bound does not), and the scale goes on; any other factor lets the scale pass.
+        """
+        result, operand = node.outputs[0], _constant_operand(node)
+        index = raised(place.index, len(self.shape(result)))
+        additive = node.op in _ADDITIVE
+        if operand is None:
+            tied = node.inputs if additive else [place.tensor if forward else self.carrier(node)]
+        else:
+            tied = [node.inputs[1 - operand]]
+        if node.op == "Div" and tied[0] is node.inputs[1]:
+            raise Blocked("a constant is divided by it" if operand == 0 else "Div divides by it")
+        shifted = place.shifted and operand is not None and node.op in ("Add", "Sub")
+        if place.shifted and not shifted:
+            self.forbid_shift(index, f"a shift does not pass {node.op}")
+        if operand is not None and self.takes_scale(node, operand, index):
+            self.ends.append(End("factor", node, -index if forward else index, False))
+            return []
+        moves = [(tensor, self.fitted(index, self.shape(tensor)), False) for tensor in (*tied, result)]
+        if additive and operand is not None:
+            self.ends.append(End("term", node, index, shifted, forward=forward))
+        return [move for move in moves if move[0] is not place.tensor]
+
+    def takes_scale(self, node: gs.Node, operand: int, index: np.ndarray | None = None) -> bool:
+        """Whether a constant operand is a factor that varies over the channels (over anything, without a map)."""
+        if node.op in _ADDITIVE or (node.op == "Div" and operand == 0):
+            return False
+        shape = tuple(node.inputs[operand].shape)
+        if index is None or index.size == 1:
+            return int(np.prod(shape)) > 1
+        wide = index.shape[index.ndim - len(shape) :]
+        return any(size > 1 and held > 1 for size, held in zip(shape, wide, strict=True))
+
+    def carrier(self, node: gs.Node) -> gs.Tensor:
+        """The operand of a product of two activations that takes the scale: one that comes from weights."""
+        sides = (0,) if node.op == "Div" else (1, 0)
+        carriers = [node.inputs[side] for side in sides if self.comes_from_weights(node.inputs[side])]
+        if not carriers:
+            raise Blocked(f"{node.op} of two activations is in between")
+        if len(carriers) > 1:
+            self.choices.append(node)
+        carriers.sort(key=lambda tensor: len(tensor.outputs))
+        return carriers[-1 if node is self.instead else 0]
+
+    def comes_from_weights(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor is made from one linear, norm or factor by operators that a scale passes."""
+        while (node := edit.producer(tensor)) is not None:
+            operand = _constant_operand(node)
+            if node.op in LINEAR_OPS or node.op in NORMS or (operand is not None and self.takes_scale(node, operand)):
+                return True
+            data = 0 if node.op in ("Concat", "Split") else data_input(node) if operand is None else 1 - operand
+            if data is None:
+                return False
+            tensor = node.inputs[data]
+        return False
+
+    def product(self, node: gs.Node, place: _Place, forward: bool) -> list[Move]:
+        """MatMul of two activations: rows follow the left operand, columns the right one.
+
+        Along the axis that is summed over, the other operand gets the inverse.
+        """
+        left, right = node.inputs
+        result, index = node.outputs[0], place.index
+        if min(len(self.shape(left)), len(self.shape(right))) < 2:
+            raise Blocked("MatMul sums over it" if forward else "MatMul with a vector is in between")
+        if index.shape[-1] > 1 and index.shape[-2] > 1:
+            raise Blocked("MatMul mixes its channels")
+        if not forward:
+            by_rows = index.shape[-2] > 1
+            passed = place.shifted and not by_rows and self.rows_sum_to_one(left)
+            tensor = left if by_rows else right
+            other = self.fitted(index, (*self.shape(tensor)[:-2], *(index.shape[-2:])))
+        elif index.shape[-1 if place.tensor is left else -2] > 1:
+            passed, tensor = False, right if place.tensor is left else left
+            other = self.fitted(-np.swapaxes(index, -1, -2), self.shape(tensor))
+        else:
+            passed = place.shifted and place.tensor is right and self.rows_sum_to_one(left)
+            tensor, other = result, raised(index, len(self.shape(result)))
+        if place.shifted and not passed:
+            self.forbid_shift(index, "a shift does not pass MatMul")
+        return [(tensor, other, passed)]
+
+    def rows_sum_to_one(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor is a Softmax along its last axis."""
+        node = edit.producer(tensor)
+        while node is not None and node.op in ("Identity", "Dropout", "Cast"):
+            node = edit.producer(node.inputs[0])
+        if node is None or node.op != "Softmax" or not edit.is_standard(node):
+            return False
+        axis = node.attrs.get("axis", -1 if self.graph.opset >= 13 else 1)
+        return axis == -1 or axis + 1 == len(self.shape(node.outputs[0]))
+
+    def pieces(self, node: gs.Node, place: _Place) -> list[Move]:
+        """Concat and Split: one whole tensor, and parts of it along an axis."""
+        whole, parts = node.outputs[0], list(node.inputs)
+        if node.op == "Split":
+            whole, parts = node.inputs[0], list(node.outputs)
+        if any(t.is_empty() for t in parts):
+            raise Blocked(f"{node.op} drops a part")
+        shapes = [self.shape(t) for t in parts]
+        axis = int(node.attrs.get("axis", 0)) % len(shapes[0])
+        full = place.index
+        if place.tensor is not whole and full.shape[axis] > 1:
+            sizes = [[n if i == axis or full.shape[i] > 1 else 1 for i, n in enumerate(shape)] for shape in shapes]
+            made = [full if t is place.tensor else self.fresh(size) for t, size in zip(parts, sizes, strict=True)]
+            full = np.concatenate([np.broadcast_to(m, size) for m, size in zip(made, sizes, strict=True)], axis=axis)
+        stops = np.cumsum([shape[axis] for shape in shapes])[:-1]
+        split = [full] * len(parts) if full.shape[axis] == 1 else np.split(full, stops, axis=axis)
+        return [(t, index, place.shifted) for t, index in zip((whole, *parts), (full, *split), strict=True)]
+
+    # ---- the result --------------------------------------------------------------------------------------------------
+
+    def region(self) -> Region:
+        """The region with its classes renumbered: merged ones are one, those that nothing refers to are gone."""
+        used = [*(e.index for e in self.ends), *(c.index for c in self.cuts), *(p.index for p in self.places.values())]
+        renumber, size = self.renumbered(used)
+        fixed = self.reasons(self.pins, renumber, size)
+        return Region(
+            [replace(e, index=renumber(e.index)) for e in self.ends],
+            [replace(c, index=renumber(c.index)) for c in self.cuts],
+            fixed,
+            [one or other for one, other in zip(fixed, self.reasons(self.unshifted, renumber, size), strict=True)],
+            {key: (place.tensor, renumber(place.index)) for key, place in self.places.items()},
+        )
+
+
+def _constant_operand(node: gs.Node) -> int | None:
+    """Which operand of an arithmetic node is the one that is constant; None where none or both are."""
+    if node.op not in _ARITHMETIC or not edit.is_standard(node) or len(node.inputs) != 2:
+        return None
+    constants = [i for i, tensor in enumerate(node.inputs) if isinstance(tensor, gs.Constant)]
+    return constants[0] if len(constants) == 1 else None

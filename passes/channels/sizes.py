@@ -1,0 +1,188 @@
+"""Where the numbers in a shape come from and where they go.
+
+Exporters write a shape as one constant, or put it together at run time: Concat of constants and of elements that Gather
+or Slice take from a Shape. Both ways are followed element by element through operators that only move elements, and
+through the Where that PyTorch puts in front of an Expand: Where(shape = -1, 1, shape).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.runtime.io import edit
+
+_MOVING = ("Unsqueeze", "Squeeze", "Identity", "Cast", "Reshape", "Flatten")
+_SHAPED = {"Reshape": 1, "Expand": 1, "Resize": 3, "ConstantOfShape": 0}  # the input that is a shape
+
+ShapeOf = Callable[[gs.Tensor], tuple[int, ...] | None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """An element of a constant: ``element`` of its values, in C order.
+
+    ``ports`` lead there: an input of the node asked for, an input of the node that writes it, and so on.
+    """
+
+    ports: tuple[int, ...]
+    element: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Length:
+    """The length of an axis of a tensor."""
+
+    tensor: gs.Tensor
+    axis: int
+
+
+@dataclass(frozen=True)
+class Implied:
+    """A size that nobody writes: -1 in a Reshape, or 1 in an Expand."""
+
+
+Source = Written | Length | Implied
+
+
+def source_of_size(node: gs.Node, holder: int, element: int, shape_of: ShapeOf) -> Source | None:
+    """Where a node has an element of its shape, input ``holder`` or an attribute, from; None where it is computed."""
+    if edit.has_input(node, holder):
+        found = _source(node, holder, element, shape_of)
+    else:
+        values = node.attrs.get("shape") or ()
+        found = Written((), element, int(values[element])) if element < len(values) else None
+    if not isinstance(found, Written):
+        return found
+    if found.value == 0 and node.op == "Reshape" and not node.attrs.get("allowzero", 0):
+        return Length(node.inputs[0], element)
+    # 1 in the shape of an Expand leaves the length that is there; where it makes one, it has length 1 and no channels
+    return Implied() if found.value < 0 or (found.value == 1 and node.op == "Expand") else found
+
+
+def _source(node: gs.Node, port: int, element: int, shape_of: ShapeOf) -> Source | None:
+    tensor = node.inputs[port]
+    values = edit.value(tensor)
+    if values is not None:
+        flat = values.reshape(-1)
+        return Written((port,), element, int(flat[element])) if element < flat.size else None
+    before = edit.producer(tensor)
+    if before is None or not edit.is_standard(before):
+        return None
+    if before.op == "Shape":
+        axes = _axes(before, shape_of)
+        return Length(before.inputs[0], axes[element]) if element < len(axes) else None
+    found = None
+    if before.op == "Where":
+        found = _chosen(before, element, shape_of)
+    elif (origin := _origin(before, element, shape_of)) is not None:
+        found = _source(before, *origin, shape_of)
+    return replace(found, ports=(port, *found.ports)) if isinstance(found, Written) else found
+
+
+def _origin(node: gs.Node, element: int, shape_of: ShapeOf) -> tuple[int, int] | None:
+    """The input of a node, and the element of it, that it moves to an element of its result."""
+    if node.op in _MOVING:
+        return 0, element
+    if node.op == "Concat":
+        for k, piece in enumerate(node.inputs):
+            size = _length(piece, shape_of)
+            if size is None or element < size:
+                return None if size is None else (k, element)
+            element -= size
+        return None
+    size = _length(node.inputs[0], shape_of)
+    if size is None:
+        return None
+    taken = _taken(node, size)
+    return None if taken is None or element >= taken.size else (0, int(taken[element]))
+
+
+def _taken(node: gs.Node, size: int) -> np.ndarray | None:
+    """Which elements of a vector of sizes a Gather or Slice takes."""
+    if node.op == "Gather":
+        picked = edit.value(node.inputs[1])
+        return None if picked is None else picked.reshape(-1) % size
+    if node.op != "Slice":
+        return None
+    starts, ends = edit.argument(node, 1, "starts"), edit.argument(node, 2, "ends")
+    steps = edit.argument(node, 4, "steps")
+    if starts is None or ends is None or starts.size != 1 or (steps is None and edit.has_input(node, 4)):
+        return None
+    return np.arange(size)[slice(int(starts[0]), int(ends[0]), 1 if steps is None else int(steps[0]))]
+
+
+def _chosen(where: gs.Node, element: int, shape_of: ShapeOf) -> Source | None:
+    """An element of Where(Equal(shape, -1), other, shape)."""
+    test = edit.producer(where.inputs[0])
+    if test is None or test.op != "Equal" or not any(t is where.inputs[2] for t in test.inputs):
+        return None
+    if not any(_is_negative(t) for t in test.inputs) or len({_length(t, shape_of) for t in where.inputs}) != 1:
+        return None
+    found = _source(where, 2, element, shape_of)
+    return _source(where, 1, element, shape_of) if isinstance(found, Written) and found.value < 0 else found
+
+
+def _is_negative(tensor: gs.Tensor) -> bool:
+    """Whether a constant holds no size that an axis can have, so that comparing with it says nothing of one."""
+    values = edit.value(tensor)
+    return values is not None and bool((values < 0).all())
+
+
+def readers_of_size(graph: gs.Graph, node: gs.Node, axis: int, shape_of: ShapeOf) -> list[tuple[gs.Node, int]] | None:
+    """The nodes whose shape has the length of an axis that a Shape node reads, with the element of their shape.
+
+    None where something is computed with it, or it ends elsewhere.
+    """
+    axes = _axes(node, shape_of)
+    found: list[tuple[gs.Node, int]] = []
+    pending = [(node.outputs[0], axes.index(axis))] if axis in axes else []
+    while pending:
+        tensor, element = pending.pop()
+        if edit.is_output(graph, tensor):
+            return None
+        for reader in edit.consumers(tensor):
+            for port in (k for k, other in enumerate(reader.inputs) if other is tensor):
+                if not edit.in_graph(graph, reader) or not edit.is_standard(reader):
+                    return None
+                if _SHAPED.get(reader.op) == port:
+                    found.append((reader, element))
+                    continue
+                moved = _moved(reader, port, element, shape_of)
+                if moved is None:
+                    return None
+                pending += [(reader.outputs[0], place) for place in moved]
+    return found
+
+
+def _axes(node: gs.Node, shape_of: ShapeOf) -> list[int]:
+    """The axes whose lengths a Shape node gives."""
+    rank = len(shape_of(node.inputs[0]) or ())
+    return list(range(rank)[slice(node.attrs.get("start", 0), node.attrs.get("end"))])
+
+
+def _moved(node: gs.Node, port: int, element: int, shape_of: ShapeOf) -> list[int] | None:
+    """Which elements of its result a node makes of one of an input; None where it does more than move it."""
+    if node.op == "Shape" or (node.op == "Equal" and _is_negative(node.inputs[1 - port])):
+        return []
+    if node.op in _MOVING and port == 0:
+        return [element]
+    sizes = [_length(tensor, shape_of) for tensor in node.inputs]
+    if node.op == "Where" and len(set(sizes)) == 1:
+        return [element]
+    if node.op == "Concat" and None not in sizes[:port]:
+        return [sum(size for size in sizes[:port] if size is not None) + element]
+    if node.op in ("Gather", "Slice") and port == 0 and sizes[0] is not None:
+        taken = _taken(node, sizes[0])
+        return None if taken is None else np.flatnonzero(taken == element).tolist()
+    return None
+
+
+def _length(tensor: gs.Tensor, shape_of: ShapeOf) -> int | None:
+    """The number of elements of a tensor of sizes."""
+    shape = shape_of(tensor)
+    return None if shape is None else int(np.prod(shape))

@@ -1,0 +1,235 @@
+"""Feed-forward networks in a graph, found by what they compute, and cut.
+
+    plain      y = W2 act(W1 x + b1) + b2
+    gated      y = W2 (act(W1 x + b1) * (W3 x + b3)) + b2
+
+W1, W2, W3 are MatMul, Gemm or Conv with a kernel of one point; act is anything that treats every channel alike, in
+however many nodes. Nobody else reads the hidden channels: ``widths`` finds the tensors that have them.
+
+    cut        y = W2' act(W1_K x + b1_K) + M x + b2'
+
+keeps the hidden channels K and gives y another W2 and b2, and with M a dense branch: a linear beside the FFN, whose
+result is added to y; or, where another linear already reads x and is added to y, a part of that one's weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked, Refusal
+from channelfold.passes.channels.scale_regions import Shape
+from channelfold.passes.channels.widths import Width, read_by
+from channelfold.passes.layers.linear import Linear, NotLinear, cast, check_growth, live_linears, view
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import constant, free_name
+
+
+@dataclass
+class Ffn:
+    """One FFN. ``down`` reads the hidden channels; ``positions``: how many there are in the sample that was measured.
+
+    ``parallel``: the linear beside it whose output is added to its own. ``no_branch``: why it can have no dense branch.
+    """
+
+    width: Width
+    down: Linear
+    positions: int
+    parallel: Linear | None = None
+    no_branch: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.down.name
+
+    @property
+    def ups(self) -> list[Linear]:
+        return self.width.writers
+
+    @property
+    def inputs(self) -> int:
+        return self.ups[0].channels[1]
+
+    @property
+    def hidden(self) -> int:
+        return self.width.channels
+
+    @property
+    def outputs(self) -> int:
+        return self.down.channels[0]
+
+    @property
+    def gated(self) -> bool:
+        return len(self.ups) > 1
+
+    def matrix(self) -> np.ndarray:
+        """W2, (outputs, hidden) float64."""
+        return self.down.weight().reshape(self.outputs, -1).astype(np.float64)
+
+    def macs(self, kept: int, dense: bool = False) -> int:
+        """Multiplications with so many hidden channels, and with a dense branch or without, for the sample measured."""
+        each = len(self.ups) * self.inputs + self.outputs
+        branch = self.inputs * self.outputs if dense and self.parallel is None else 0
+        return self.positions * (kept * each + branch)
+
+    def cut(
+        self,
+        kept: np.ndarray,
+        matrix: np.ndarray,
+        offset: np.ndarray,
+        dense: np.ndarray | None,
+        shapes: dict[str, Shape],
+    ) -> None:
+        """Keeps the hidden channels ``kept`` (k,), with W2' = ``matrix`` (outputs, k) and b2' = b2 + ``offset``.
+
+        ``dense``: M (outputs, inputs) or None. ``shapes`` are brought up to date. Raises Blocked, with nothing changed,
+        where a value does not fit its type.
+        """
+        down, graph = view(self.down.graph, self.down.node), self.down.graph
+        old = down.bias()
+        try:
+            bias = cast(offset if old is None else old + offset, down.dtype)
+            cast(matrix, down.dtype)
+            branch = None if dense is None else self._branch(down, dense)
+        except OverflowError as error:
+            raise Blocked(str(error)) from None
+        self.width = read_by(graph, down, shapes)  # an FFN that ends where this one begins may have a new bias by now
+        self.width.resize(lambda rows: rows[kept], lambda old: matrix.T.reshape(len(kept), *old.shape[1:]), shapes)
+        self.down = view(graph, self.down.node)
+        self.down.set_bias(bias)
+        shapes[self.down.node.outputs[0].name] = shapes[self.down.output.name]
+        if branch is not None and self.parallel is not None:
+            view(graph, self.parallel.node).set_weight(branch)
+        elif branch is not None:
+            self._add_branch(branch)
+
+    def _branch(self, down: Linear, dense: np.ndarray) -> np.ndarray:
+        """The weight of the dense branch, or of the linear that takes it up. Raises Blocked, OverflowError."""
+        if self.no_branch:
+            raise Blocked(self.no_branch)
+        if self.parallel is None:
+            shaped = dense.reshape(*dense.shape, *[1] * len(down.kernel))
+            return cast(shaped if down.node.op in ("Conv", "Gemm") else down.unorient(shaped), down.dtype)
+        parallel = view(self.parallel.graph, self.parallel.node)
+        check_growth(parallel)
+        weight = parallel.weight()
+        return cast(weight.astype(np.float64) + dense.reshape(weight.shape), parallel.dtype)
+
+    def _add_branch(self, weight: np.ndarray) -> None:
+        """A linear that reads x, of the same operator as ``down``, added to what that computes."""
+        graph, down, name = self.down.graph, self.down, f"{self.down.name}_dense"
+        inputs = [self.ups[0].data, constant(graph, f"{name}_weight", weight)]
+        attrs = {"transB": 1} if down.node.op == "Gemm" else {}
+        if down.node.op == "MatMul" and down.weight_input == 0:
+            inputs.reverse()
+        result = down.output
+        branch, own = (
+            gs.Variable(free_name(graph, f"{name}_{part}"), result.dtype, result.shape) for part in ("output", "ffn")
+        )
+        last = edit.producer(result)
+        assert last is not None
+        linear = gs.Node(down.node.op, branch.name, attrs, inputs, [branch])
+        edit.set_output(last, 0, own)
+        edit.insert_after(graph, last, linear)
+        edit.insert_after(graph, linear, gs.Node("Add", own.name, {}, [own, branch], [result]))
+
+
+def find_ffns(graph: gs.Graph, shapes: Mapping[str, Shape], refused: list[Refusal]) -> list[Ffn]:
+    """Every FFN of the graph, in order. ``refused`` takes up what follows an activation and yet is none, with why.
+
+    ``shapes``: of all tensors for some input, by name. In a chain of linears and activations every linear between two
+    activations ends one FFN and begins another.
+    """
+    found = []
+    for node in live_linears(graph):
+        try:
+            down = view(graph, node)
+        except NotLinear:
+            continue
+        if not _follows_activation(down) or any(size > 1 for size in down.kernel):
+            continue
+        try:
+            found.append(_ffn(graph, down, shapes))
+        except Blocked as error:
+            refused.append(Refusal(node.name, f"{node.op}: {error}", str(error)))
+    begin = {id(up.node) for ffn in found for up in ffn.ups}
+    end = {id(ffn.down.node) for ffn in found}
+    for ffn in found:  # a branch would have the hidden channels of the other one, which are cut, too
+        if id(ffn.down.node) in begin or any(id(up.node) in end for up in ffn.ups):
+            ffn.parallel, ffn.no_branch = None, "another FFN begins where it ends, or ends where it begins"
+    return found
+
+
+def _follows_activation(linear: Linear) -> bool:
+    """Whether what a linear reads comes from an operator that treats all channels alike and is not linear."""
+    source = edit.producer(linear.data)
+    return source is not None and source.op not in ("Add", "Sub") and (source.op in _ACTIVATIONS or source.op == "Mul")
+
+
+def _ffn(graph: gs.Graph, down: Linear, shapes: Mapping[str, Shape]) -> Ffn:
+    """The FFN that ends in ``down``. Raises Blocked with the reason where there is none."""
+    width = read_by(graph, down, shapes)
+    if width.gathers:
+        raise Blocked("a Gather of its channels is in between")
+    if len(width.readers) > 1:
+        raise Blocked(f"{len(width.readers)} linears read the hidden channels")
+    if len({id(up.node) for up in width.writers}) not in (1, 2):
+        raise Blocked(f"{len(width.writers)} linears write the hidden channels, expected one, or two with a gate")
+    if any(up.data is not width.writers[0].data or up.in_axis != width.writers[0].in_axis for up in width.writers):
+        raise Blocked("the linears that write the hidden channels read different tensors")
+    if any(up.node is down.node for up in width.writers):
+        raise Blocked("it writes the channels that it reads")
+    for linear in (*width.writers, down):
+        if any(size > 1 for size in linear.kernel) or any(s > 1 for s in linear.node.attrs.get("strides") or ()):
+            raise Blocked(f"{linear.node.op} {linear.name} sees more than one position, or leaves some out")
+        if linear.padded:
+            raise Blocked(f"{linear.node.op} {linear.name} pads its input")
+    ffn = Ffn(width, down, math.prod(shapes[down.data.name]) // width.channels)
+    ffn.no_branch = _why_no_branch(ffn, shapes)
+    if not ffn.no_branch:
+        ffn.parallel = _parallel(graph, ffn)
+    return ffn
+
+
+def _why_no_branch(ffn: Ffn, shapes: Mapping[str, Shape]) -> str:
+    up, down = ffn.ups[0], ffn.down
+    if up.node.op != down.node.op or up.weight_input != down.weight_input or up.in_axis != down.in_axis:
+        return f"{up.node.op} begins it and {down.node.op} ends it, with their channels on different axes or ends"
+    if any(node.op == "Transpose" for tensor, _ in ffn.width.axes.values() for node in tensor.inputs):
+        return "a Transpose is in between"
+    axis, hidden, data = up.in_axis, shapes[down.data.name], shapes[up.data.name]
+    if len(data) != len(hidden) or np.delete(data, axis).tolist() != np.delete(hidden, axis).tolist():
+        return "its input has other positions than its hidden channels"
+    return ""
+
+
+def _parallel(graph: gs.Graph, ffn: Ffn) -> Linear | None:
+    """The linear that reads what the FFN reads and whose output is added to the FFN's, where nobody else reads it."""
+    add = edit.sole_consumer(graph, ffn.down.output)
+    if add is None or add.op != "Add" or not edit.is_standard(add):
+        return None
+    for tensor in add.inputs:
+        for node in (edit.producer(tensor), *(edit.producer(t) for n in tensor.inputs for t in n.inputs)):
+            if node is None or node is ffn.down.node:
+                continue
+            try:
+                linear = view(graph, node)
+            except NotLinear:
+                continue
+            same = linear.data is ffn.ups[0].data and linear.in_axis == ffn.ups[0].in_axis
+            if linear.output is tensor and same and linear.groups == 1 and linear.channels[0] == ffn.outputs:
+                alone = edit.sole_consumer(graph, linear.output) is add and not any(size > 1 for size in linear.kernel)
+                if alone and not linear.padded:
+                    return linear
+    return None
+
+
+_ACTIVATIONS = (
+    "Relu", "LeakyRelu", "PRelu", "Elu", "Celu", "Selu", "Gelu", "QuickGelu", "Sigmoid", "HardSigmoid", "HardSwish",
+    "Swish", "Mish", "Softplus", "Softsign", "Tanh", "Erf", "Clip", "Max", "Min", "Pow", "Div", "ThresholdedRelu",
+    "Abs", "Exp", "Sqrt", "Cast", "Dropout", "Identity", "Transpose",
+)  # fmt: skip

@@ -1,0 +1,212 @@
+"""Constant folding: whatever depends on constants alone is computed once.
+
+    f(c1, c2, …)  =  c        for every deterministic f
+
+This is what materializes Weight Standardization chains (W - mean(W)) / std(W), pad and reshape arithmetic, masks, and
+weights behind Cast or Transpose. The values come from ONNX Runtime, node by node as the model would have computed them.
+The shape of a tensor that is known whatever the input counts as a constant.
+
+Left as they are: random operators, QuantizeLinear and DequantizeLinear (folding them would undo a quantization), nodes
+with subgraphs, nodes that write a graph output, and connected nodes whose result would make the file more than 1 MB
+larger (a tied embedding behind a Transpose, a weight that ConstantOfShape makes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.passes.layers.linear import GROWTH_LIMIT
+from channelfold.runtime.errors import ModelError
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import infer_shapes, session, stored
+
+_BATCH = 1 << 26  # bytes of values that are computed in one session
+
+_KEPT = {
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "RandomNormal", "RandomNormalLike", "RandomUniform",
+    "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Computes everything that depends on constants alone, once."""
+
+    name: ClassVar[str] = "fold-constants"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        infer_shapes(graph)
+        outcome = Outcome()
+        small = [group for group in map(_Group.of, _groups(graph)) if not _is_too_large(group, group.nbytes, outcome)]
+        try:
+            for batch in _batches(small):
+                for group, values in _computed(graph, batch):
+                    _replace(graph, group, values, outcome)
+        finally:
+            edit.sweep(graph)
+        return outcome
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Nodes that fold together, their tensors that others read, and the bytes of constants that go with them."""
+
+    nodes: list[gs.Node]
+    results: list[gs.Tensor]
+    freed: int
+
+    @classmethod
+    def of(cls, nodes: list[gs.Node]) -> _Group:
+        inside = {id(node) for node in nodes}
+        results = [t for node in nodes for t in node.outputs if any(id(reader) not in inside for reader in t.outputs)]
+        sources = {id(t): t for node in nodes for t in node.inputs if isinstance(t, gs.Constant)}
+        freed = [_nbytes(t) for t in sources.values() if all(id(reader) in inside for reader in t.outputs)]
+        return cls(nodes, results, sum(freed))
+
+    @property
+    def name(self) -> str:
+        return self.nodes[-1].name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its results, as far as their shapes are known."""
+        return sum(map(_nbytes, self.results))
+
+    def __str__(self) -> str:
+        last = self.nodes[-1].op
+        return last if len(self.nodes) == 1 else f"{len(self.nodes)} nodes up to {last}"
+
+
+def _groups(graph: gs.Graph) -> list[list[gs.Node]]:
+    """The nodes that depend on constants alone, those that are connected together, each group in order."""
+    foldable: dict[int, gs.Node] = {}
+    for node in graph.nodes:
+        if _is_foldable(graph, node) and all(id(source) in foldable for source in _sources(node)):
+            foldable[id(node)] = node
+    position = {key: place for place, key in enumerate(foldable)}
+    groups = []
+    while foldable:
+        group, pending = [], [foldable.popitem()[1]]
+        while pending:
+            node = pending.pop()
+            group.append(node)
+            for other in [*_sources(node), *(reader for t in node.outputs for reader in t.outputs)]:
+                if foldable.pop(id(other), None) is not None:
+                    pending.append(other)
+        groups.append(sorted(group, key=lambda node: position[id(node)]))
+    return sorted(groups, key=lambda group: position[id(group[0])])
+
+
+def _sources(node: gs.Node) -> list[gs.Node | None]:
+    """The nodes (None for an input of the graph) that a node's result depends on."""
+    if _known_shape(node) is not None:
+        return []
+    return [edit.producer(t) for t in node.inputs if not isinstance(t, gs.Constant) and not t.is_empty()]
+
+
+def _is_foldable(graph: gs.Graph, node: gs.Node) -> bool:
+    if node.op in _KEPT or not edit.is_standard(node) or not node.inputs:
+        return False
+    if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+        return False
+    return not any(edit.is_output(graph, t) for t in node.outputs)
+
+
+def _known_shape(node: gs.Node) -> np.ndarray | None:
+    """What a Shape or Size node returns, where that is known whatever the input."""
+    if node.op not in ("Shape", "Size") or node.inputs[0].shape is None:
+        return None
+    shape = node.inputs[0].shape
+    if not all(isinstance(d, int) and d >= 0 for d in shape):
+        return None
+    if node.op == "Size":
+        return np.array(math.prod(shape), np.int64)
+    return np.array(shape[node.attrs.get("start", 0) : node.attrs.get("end")], np.int64)
+
+
+def _nbytes(tensor: gs.Tensor) -> int:
+    """Bytes of a tensor's values, 0 where its shape is not known."""
+    if tensor.shape is None or not all(isinstance(d, int) for d in tensor.shape):
+        return 0
+    kind = edit.dtype(tensor)
+    return math.prod(tensor.shape) * (kind.itemsize if kind is not None else 4)
+
+
+def _is_too_large(group: _Group, nbytes: int, outcome: Outcome) -> bool:
+    """Refuses a group whose results, ``nbytes`` in all, would make the file much larger."""
+    grown = nbytes - group.freed
+    if grown > GROWTH_LIMIT:
+        outcome.refuse(group.name, f"{group}: its value would make the file {grown / 1e6:.1f} MB larger", "size")
+    return grown > GROWTH_LIMIT
+
+
+def _batches(groups: list[_Group]) -> Iterator[list[_Group]]:
+    """Groups that may be computed at once."""
+    batch, size = [], 0
+    for group in groups:
+        batch.append(group)
+        size += group.nbytes
+        if size > _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _computed(graph: gs.Graph, groups: list[_Group]) -> Iterator[tuple[_Group, list[np.ndarray] | ModelError]]:
+    """Every group with the values of its results, or with what ONNX Runtime says against it."""
+    try:
+        values = iter(_compute(graph, [n for g in groups for n in g.nodes], [t for g in groups for t in g.results]))
+    except ModelError as error:
+        if len(groups) == 1:
+            yield groups[0], error
+            return
+        middle = len(groups) // 2  # a session costs more than most nodes: the one that fails is searched for by halves
+        yield from _computed(graph, groups[:middle])
+        yield from _computed(graph, groups[middle:])
+    else:
+        for group in groups:
+            yield group, [next(values) for _ in group.results]
+
+
+def _compute(graph: gs.Graph, nodes: list[gs.Node], wanted: list[gs.Tensor]) -> list[np.ndarray]:
+    """The values of tensors that nodes make out of constants. Raises ModelError."""
+    known = {node.outputs[0].name: shape for node in nodes if (shape := _known_shape(node)) is not None}
+    nodes = [node for node in nodes if node.outputs[0].name not in known]
+    outputs = [t for t in wanted if t.name not in known]
+    if outputs:
+        inputs = list({t.name: t for node in nodes for t in node.inputs if t.name in known}.values())
+        part = gs.Graph(nodes, inputs, outputs, opset=graph.opset, import_domains=graph.import_domains)
+        known |= session(part, optimize=False).run({t.name: known[t.name] for t in inputs})
+    return [known[t.name] for t in wanted]
+
+
+def _replace(graph: gs.Graph, group: _Group, values: list[np.ndarray] | ModelError, outcome: Outcome) -> None:
+    """Puts constants in the place of a group, or refuses it."""
+    if isinstance(values, ModelError):
+        outcome.refuse(group.name, f"{group}: {values}", "ONNX Runtime cannot compute it")
+        return
+    if not all(isinstance(value, np.ndarray) for value in values):
+        outcome.refuse(group.name, f"{group}: its value is not a tensor", "not a tensor")
+        return
+    if _is_too_large(group, sum(value.nbytes for value in values), outcome):
+        return
+    constants = [_owned(stored(graph, value, t.name)) for value, t in zip(values, group.results, strict=True)]
+    for node in group.nodes:
+        edit.detach(node)
+    for tensor, value in zip(group.results, constants, strict=True):
+        tensor.to_constant(value)
+    outcome.change(group.name, f"{group} computed")
+
+
+def _owned(values: Any) -> Any:
+    """Values in memory of their own: arrays in ONNX Runtime's cannot be made writeable again once they were frozen."""
+    return values.copy() if isinstance(values, np.ndarray) and not values.flags.owndata else values

@@ -1,0 +1,113 @@
+"""Nodes that return what they are given, and nodes nobody reads.
+
+    Identity, Dropout at inference, Cast to the same type, Transpose in order, Reshape to the same shape, a whole Slice,
+    Pad by nothing, Concat / Sum / Max / Min / Mean of one tensor, x + 0, x - 0, x * 1, x / 1, x ** 1        =  x
+
+Where both ends carry names that callers use (an input that is passed to an output), the node stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import infer_shapes
+
+_NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1, "Pow": 1}
+_SIZE_LIMIT = 1 << 16  # elements of a constant that is looked through for anything but zeros or ones
+
+
+@dataclass(frozen=True)
+class RemoveIdentities(Pass):
+    """Removes nodes that return what they are given, and nodes nobody reads."""
+
+    name: ClassVar[str] = "remove-identities"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        infer_shapes(graph)
+        outcome = Outcome()
+        for node in edit.remove_dead(graph):
+            outcome.change(node.name, f"{node.op} was not read by anyone")
+        for node in graph.nodes:
+            data = _passed_on(node, graph)
+            if data is None or any(t.outputs or edit.is_output(graph, t) for t in node.outputs[1:]):
+                continue
+            if edit.bypass(graph, data, [node], node.outputs[0]):
+                outcome.change(node.name, f"{node.op} returns its input")
+            else:
+                reason = f"{node.op} passes an input, a constant or an output on to an output, and all keep their names"
+                outcome.refuse(node.name, reason, "names at both ends")
+        edit.sweep(graph)
+        return outcome
+
+
+def _passed_on(node: gs.Node, graph: gs.Graph) -> gs.Tensor | None:
+    """The input that a node returns unchanged, if it does."""
+    if not edit.is_standard(node) or not node.inputs or not node.outputs:
+        return None
+    x, op = node.inputs[0], node.op
+    if op == "Identity":
+        same = True
+    elif op == "Dropout":
+        same = _is_inference(node, graph)
+    elif op == "Cast":
+        kind = edit.dtype(x)
+        same = kind is not None and onnx.helper.np_dtype_to_tensor_dtype(kind) == node.attrs.get("to")
+    elif op == "Transpose":
+        perm = node.attrs.get("perm")
+        same = perm is not None and list(perm) == sorted(perm)
+    elif op in ("Concat", "Sum", "Max", "Min", "Mean"):
+        same = len(node.inputs) == 1
+    elif op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand"):
+        same = _static(x) is not None and _static(x) == _static(node.outputs[0])
+    elif op == "Slice":
+        same = _is_whole(node)
+    elif op == "Pad":
+        pads = edit.argument(node, 1, "pads")
+        same = pads is not None and not np.any(pads)
+    else:
+        return _beside_neutral(node)
+    return x if same else None
+
+
+def _static(tensor: gs.Tensor) -> tuple[int, ...] | None:
+    if tensor.shape is None or any(not isinstance(d, int) for d in tensor.shape):
+        return None
+    return tuple(tensor.shape)
+
+
+def _is_inference(node: gs.Node, graph: gs.Graph) -> bool:
+    if graph.opset < 7:
+        return bool(node.attrs.get("is_test", 0))
+    return not edit.has_input(node, 2) or edit.scalar(node.inputs[2]) == 0
+
+
+def _is_whole(node: gs.Node) -> bool:
+    """Whether a Slice starts at 0, ends past every possible end and takes every element."""
+    starts, ends = edit.argument(node, 1, "starts"), edit.argument(node, 2, "ends")
+    if starts is None or ends is None or np.any(starts) or np.any(ends < np.iinfo(np.int32).max):
+        return False
+    steps = edit.argument(node, 4, "") if edit.has_input(node, 4) else np.ones(1)
+    return steps is not None and bool(np.all(steps == 1))
+
+
+def _beside_neutral(node: gs.Node) -> gs.Tensor | None:
+    """x of x + 0, 0 + x, x - 0, x * 1, 1 * x, x / 1 and x ** 1, where the constant does not broaden x."""
+    if node.op not in _NEUTRAL or node.attrs:
+        return None
+    for index in (1, 0) if node.op in ("Add", "Mul") else (1,):
+        constant, x = node.inputs[index], node.inputs[1 - index]
+        if not isinstance(constant, gs.Constant) or isinstance(x, gs.Constant):
+            continue
+        shape, size = tuple(constant.shape), edit.rank(x)
+        narrow = not shape or (size is not None and len(shape) <= size and all(d == 1 for d in shape))
+        if (narrow or shape == _static(x)) and 0 < np.prod(shape) <= _SIZE_LIMIT:
+            return x if np.all(edit.value(constant) == _NEUTRAL[node.op]) else None
+    return None

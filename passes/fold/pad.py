@@ -1,0 +1,95 @@
+"""Zero padding folded into the convolutions behind it.
+
+    Conv(pads=p)(Pad(q)(x))  =  Conv(pads=p + q)(x)        for q >= 0 on the spatial axes, filled with zeros
+
+Every reader of the Pad must be such a Conv; each gets the padding. Like the Pad, a padded Conv lets scales through and
+stops shifts, so it does not matter whether ``fold-affine`` runs before or after. Pads that are computed from constants
+need ``fold-constants`` first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import infer_shapes
+
+
+class _Refused(ValueError):
+    """Why a Pad stays."""
+
+
+@dataclass(frozen=True)
+class FoldPad(Pass):
+    """Adds the zeros of a Pad to the padding of the Conv nodes that read it."""
+
+    name: ClassVar[str] = "fold-pad"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        outcome = Outcome()
+        found = [node for node in graph.nodes if node.op == "Pad" and edit.is_standard(node)]
+        if found:
+            infer_shapes(graph)
+        for node in reversed(found):  # of two Pads in a row, the second makes way for the first
+            try:
+                convs = _convs(graph, node)
+                pads = _spatial_pads(node)
+            except _Refused as error:
+                outcome.refuse(node.name, f"Pad: {error}", str(error))
+                continue
+            for conv in convs:
+                own = conv.attrs.get("pads") or [0] * len(pads)
+                if conv.attrs.pop("auto_pad", "NOTSET") == "VALID":
+                    own = [0] * len(pads)
+                conv.attrs["pads"] = [a + b for a, b in zip(own, pads, strict=True)]
+            edit.bypass(graph, node.inputs[0], [node], node.outputs[0])
+            outcome.change(node.name, f"Pad: {pads} into {', '.join(conv.name for conv in convs)}")
+        edit.sweep(graph)
+        return outcome
+
+
+def _convs(graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
+    """The Conv nodes that are all that reads a Pad. Raises _Refused."""
+    padded = node.outputs[0]
+    readers = edit.consumers(padded)
+    if edit.is_output(graph, padded) or not readers:
+        raise _Refused("its result is an output of the graph")
+    for reader in readers:
+        if not edit.in_graph(graph, reader):
+            raise _Refused("a subgraph reads it")
+        if reader.op != "Conv" or not edit.is_standard(reader) or reader.inputs[0] is not padded:
+            raise _Refused(f"{reader.op} reads it, and only Conv can take the zeros over")
+        if sum(t is padded for t in reader.inputs) != 1:
+            raise _Refused("Conv reads it as a weight")
+        if (mode := reader.attrs.get("auto_pad", "NOTSET")) not in ("NOTSET", "VALID"):
+            raise _Refused(f"the Conv behind it pads by itself ({mode})")
+    return readers
+
+
+def _spatial_pads(node: gs.Node) -> list[int]:
+    """The zeros a Pad adds, as a Conv wants them: starts of all spatial axes, then ends. Raises _Refused."""
+    if (mode := node.attrs.get("mode", "constant")) != "constant":
+        raise _Refused(f"it pads by mode {mode}, not with zeros")
+    if (edit.scalar(node.inputs[2]) if edit.has_input(node, 2) else node.attrs.get("value", 0.0)) != 0:
+        raise _Refused("it pads with a value other than zero, or one that is computed at run time")
+    pads = edit.argument(node, 1, "pads")
+    if pads is None:
+        raise _Refused("its pads are computed at run time")
+    if edit.has_input(node, 3):
+        axes, size = edit.argument(node, 3, ""), edit.rank(node.inputs[0])
+        if axes is None or size is None:
+            raise _Refused("its axes are computed at run time, or the rank of its input is unknown")
+        given, pads = pads.reshape(2, -1), np.zeros((2, size), np.int64)
+        pads[:, axes] = given
+    pads = pads.reshape(2, -1)
+    if np.any(pads < 0):
+        raise _Refused("it cuts off (negative pads)")
+    if np.any(pads[:, :2]):
+        raise _Refused("it pads the batch or the channels")
+    return [int(p) for p in pads[:, 2:].reshape(-1)]

@@ -1,0 +1,1 @@
+"""Linear layers and affine maps: what they are in a graph."""

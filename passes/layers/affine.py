@@ -1,0 +1,297 @@
+"""Channel-wise affine maps in a graph, and the operators they can move through.
+
+    y[.., c, ..] = scale[c] * x[.., c, ..] + shift[c]
+
+BatchNormalization at inference, and Mul, Div, Add, Sub and Neg with a constant that varies along one axis at most, are
+all this map; a run of them is one map. ``Affine`` is that run. ``before`` and ``after`` say what becomes of the map on
+the other side of an operator that commutes with it:
+
+    any scale and shift    Identity, Dropout, Transpose, Reshape, Flatten, Squeeze, Unsqueeze; pooling by averages;
+                           Slice and ReduceMean along other axes; Pad that repeats what is there
+    any scale              Pad with zeros; AveragePool that counts its zero padding
+    scale >= 0, any shift  MaxPool, GlobalMaxPool
+    scale >= 0             Relu, LeakyRelu and PRelu of any slope
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked
+from channelfold.runtime.io import edit
+
+_ARITHMETIC = ("Mul", "Div", "Add", "Sub", "Neg")
+_MOVES_DATA = ("Identity", "Dropout", "Transpose", "Squeeze", "Unsqueeze", "Reshape", "Flatten")
+_AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
+_MAXIMA = ("MaxPool", "GlobalMaxPool")
+_RECTIFIERS = ("Relu", "LeakyRelu", "PRelu")
+_POOLS = ("AveragePool", "GlobalAveragePool", *_MAXIMA)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A run of nodes that together map ``input`` to ``output`` by ``scale`` and ``shift``, float64.
+
+    They are vectors over ``axis`` (counted from the front), or 0-d when ``axis`` is None.
+    """
+
+    nodes: tuple[gs.Node, ...]
+    axis: int | None
+    scale: np.ndarray
+    shift: np.ndarray
+    input: gs.Tensor
+    output: gs.Tensor
+
+    def then(self, other: Affine) -> Affine | None:
+        """This map followed by another, when both go along one axis."""
+        if self.axis is not None and other.axis is not None and self.axis != other.axis:
+            return None
+        axis = self.axis if self.axis is not None else other.axis
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite any more is refused when it is written
+            scale, shift = other.scale * self.scale, other.scale * self.shift + other.shift
+        return Affine(self.nodes + other.nodes, axis, scale, shift, self.input, other.output)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """How a map looks at another tensor: along ``axis``, each channel ``repeat`` times, all that ``tile`` times.
+
+    ``no_negative``: what on the way stops scales below zero. ``no_shift``: why a shift cannot come along.
+    """
+
+    axis: int | None
+    repeat: int = 1
+    tile: int = 1
+    no_negative: str = ""
+    no_shift: str = ""
+
+    def expand(self, values: np.ndarray) -> np.ndarray:
+        return values if values.ndim == 0 else np.tile(np.repeat(values, self.repeat), self.tile)
+
+
+def as_affine(node: gs.Node) -> Affine | None:
+    """The map one node computes, or None."""
+    try:
+        return find_affine(node)
+    except Blocked:
+        return None
+
+
+def find_affine(node: gs.Node) -> Affine | None:
+    """The map one node computes, or None.
+
+    Raises Blocked where a node looks like one and is none: a BatchNormalization in training, a channel-wise constant in
+    front of a tensor of unknown shape.
+    """
+    if not edit.is_standard(node):
+        return None
+    if node.op == "BatchNormalization":
+        return _batchnorm(node)
+    if node.op not in _ARITHMETIC or node.attrs:
+        return None
+    if node.op == "Neg":
+        x = node.inputs[0]
+        return Affine((node,), None, np.array(-1.0), np.array(0.0), x, node.outputs[0]) if edit.is_float(x) else None
+    constants = [i for i, t in enumerate(node.inputs) if isinstance(t, gs.Constant)]
+    if len(constants) != 1 or (node.op == "Div" and constants == [0]):
+        return None
+    constant, x = node.inputs[constants[0]], node.inputs[1 - constants[0]]
+    found = _vector(constant, x) if edit.is_float(constant) else None
+    if found is None:
+        return None
+    axis, values = found
+    one, zero = np.ones_like(values), np.zeros_like(values)
+    with np.errstate(divide="ignore", over="ignore"):
+        scale, shift = {
+            "Mul": lambda: (values, zero),
+            "Div": lambda: (one / values, zero),
+            "Add": lambda: (one, values),
+            "Sub": lambda: (-one, values) if constants == [0] else (one, -values),
+        }[node.op]()
+    if not np.isfinite(scale).all() or not np.isfinite(shift).all():
+        return None
+    return Affine((node,), axis, scale, shift, x, node.outputs[0])
+
+
+def _batchnorm(node: gs.Node) -> Affine:
+    if node.attrs.get("training_mode", 0) or not node.attrs.get("spatial", 1):
+        raise Blocked("it is in training mode" if node.attrs.get("training_mode") else "it is not per channel")
+    if any(not t.is_empty() for t in node.outputs[1:]):
+        raise Blocked("it returns running statistics, as in training")
+    parameters = [edit.value(t) for t in node.inputs[1:5]]
+    if any(p is None for p in parameters):
+        raise Blocked("its parameters are computed at run time")
+    gamma, beta, mean, var = (np.asarray(p, np.float64) for p in parameters)
+    if any(p.ndim != 1 for p in (gamma, beta, mean, var)):
+        raise Blocked("its parameters are not vectors")
+    if edit.rank(node.inputs[0]) in (0, 1):
+        raise Blocked("its input has no channel axis")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = gamma / np.sqrt(var + float(np.float32(node.attrs.get("epsilon", 1e-5))))
+        shift = beta - mean * scale
+    if not np.isfinite(scale).all() or not np.isfinite(shift).all():
+        raise Blocked("its parameters give a scale or shift that is infinite or not a number")
+    return Affine((node,), 1, scale, shift, node.inputs[0], node.outputs[0])
+
+
+def _vector(constant: gs.Constant, x: gs.Tensor) -> tuple[int | None, np.ndarray] | None:
+    """(axis, values) of a constant that varies along at most one axis of ``x`` and does not broaden ``x``.
+
+    Raises Blocked when the shape of ``x`` does not tell.
+    """
+    shape, size = tuple(constant.shape), edit.rank(x)
+    wide = [i for i, d in enumerate(shape) if d != 1]
+    if len(wide) > 1 or (size is not None and len(shape) > size):
+        return None
+    if shape and size is None:
+        raise Blocked("the shape of its input is unknown")
+    if not wide:
+        return None, np.asarray(edit.value(constant), np.float64).reshape(())
+    axis = wide[0] + (size or 0) - len(shape)
+    if not isinstance(x.shape[axis], int):
+        raise Blocked(f"the length of axis {axis} of its input is unknown")
+    if x.shape[axis] != shape[wide[0]]:
+        return None
+    return axis, np.asarray(edit.value(constant), np.float64).reshape(-1)
+
+
+def before(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
+    """The map on the output of a node, moved to its first input. Raises Blocked."""
+    axis = v.axis
+    if axis is not None and node.op in _RESHAPES:
+        axis = _axis_before(node, axis)
+    return node.inputs[0], passes(node, replace(v, axis=axis))
+
+
+def after(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
+    """The map on the first input of a node, moved to its output. Raises Blocked."""
+    passed = passes(node, v)
+    if v.axis is not None and node.op in _RESHAPES:
+        axis, repeat, tile = _axis_after(node, v.axis)
+        passed = replace(passed, axis=axis, repeat=v.repeat * repeat, tile=v.tile * tile)
+    return node.outputs[0], passed
+
+
+def passes(node: gs.Node, v: Vector) -> Vector:
+    """What a node asks of a map on its first input, so that the map may be on its output instead. Raises Blocked."""
+    op = node.op
+    if not edit.is_standard(node) or any(not t.is_empty() for t in node.outputs[1:]):
+        raise Blocked(f"{op} is in between")
+    if op in _POOLS and v.axis is not None and v.axis > 1:
+        raise Blocked(f"{op} pools the axis it scales")
+    if op in _MOVES_DATA or op in _AVERAGES or op in _MAXIMA:
+        if op == "Dropout" and edit.has_input(node, 2):
+            raise Blocked("Dropout with a training switch is in between")
+        if op == "AveragePool" and _counts_padding(node):
+            return replace(v, no_shift=v.no_shift or "a shift does not pass the zero padding of AveragePool")
+        return replace(v, no_negative=v.no_negative or op) if op in _MAXIMA else v
+    if op in _RECTIFIERS:
+        return replace(v, no_negative=v.no_negative or op, no_shift=v.no_shift or f"a shift does not pass {op}")
+    if op == "Slice" and not _touches(node, v.axis, edit.argument(node, 3, "axes")):
+        return v
+    if op == "Pad" and not _pads(node, v.axis):
+        if node.attrs.get("mode", "constant") != "constant":
+            return v
+        if _pads_zero(node):
+            return replace(v, no_shift=v.no_shift or "a shift does not pass zero padding (Pad)")
+        raise Blocked("Pad with a value other than zero is in between")
+    raise Blocked(f"{op} is in between" + (" and may cut or pad the channels" if op in ("Slice", "Pad") else ""))
+
+
+def _touches(node: gs.Node, axis: int | None, axes: np.ndarray | None) -> bool:
+    """Whether a node that works along ``axes`` of its input works along ``axis``, as far as is known."""
+    size = edit.rank(node.inputs[0])
+    return axis is not None and (axes is None or size is None or axis in {int(a) % size for a in axes})
+
+
+def _pads(node: gs.Node, axis: int | None) -> bool:
+    """Whether a Pad changes the length of ``axis``, as far as is known."""
+    pads = edit.argument(node, 1, "pads")
+    if axis is None:
+        return False
+    if edit.has_input(node, 3):
+        return _touches(node, axis, edit.argument(node, 3, ""))
+    return pads is None or bool(pads[axis] or pads[axis + len(pads) // 2])
+
+
+def _pads_zero(node: gs.Node) -> bool:
+    return edit.scalar(node.inputs[2]) == 0 if edit.has_input(node, 2) else node.attrs.get("value", 0.0) == 0
+
+
+def _counts_padding(node: gs.Node) -> bool:
+    attrs = node.attrs
+    padded = any(attrs.get("pads") or ()) or attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    return bool(attrs.get("count_include_pad", 0) and (padded or attrs.get("ceil_mode", 0)))
+
+
+_RESHAPES = ("Transpose", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "ReduceMean")
+
+
+def _axis_before(node: gs.Node, axis: int) -> int:
+    """The input axis that is output axis ``axis``; Blocked when the node splits or merges it."""
+    size = edit.rank(node.inputs[0])
+    if size is None:
+        raise Blocked(f"the shape in front of {node.op} is unknown")
+    for candidate in range(size):
+        try:
+            if _axis_after(node, candidate) == (axis, 1, 1):
+                return candidate
+        except Blocked:
+            continue
+    raise Blocked(f"{node.op} does not keep the channels on one axis")
+
+
+def _axis_after(node: gs.Node, axis: int) -> tuple[int, int, int]:
+    """(output axis, repeat, tile) of input axis ``axis``."""
+    shape, out = node.inputs[0].shape, node.outputs[0].shape
+    if shape is None:
+        raise Blocked(f"the shape in front of {node.op} is unknown")
+    if node.op == "Transpose":
+        return list(node.attrs.get("perm") or reversed(range(len(shape)))).index(axis), 1, 1
+    if node.op in ("Squeeze", "Unsqueeze", "ReduceMean"):
+        return _axis_after_removal(node, axis, len(shape)), 1, 1
+    if out is None:
+        raise Blocked(f"the shape behind {node.op} is unknown")
+    for position in range(len(out)):
+        start = _aligned(shape, range(axis, -1, -1), out, position)
+        stop = _aligned(shape, range(axis + 1, len(shape) + 1), out, position + 1)
+        if start is None or stop is None:
+            continue
+        (tile, unknown), (repeat, more) = _volume(shape[start:axis]), _volume(shape[axis + 1 : stop])
+        if not unknown and not more:
+            return position, repeat, tile
+    raise Blocked(f"{node.op} mixes the channels with axes of unknown size")
+
+
+def _aligned(shape, places: Iterable[int], out, position: int) -> int | None:
+    """The first of ``places`` that cuts ``shape`` where ``position`` cuts ``out``, both being of one volume."""
+    head, tail = _volume(out[:position]), _volume(out[position:])
+    return next((i for i in places if _volume(shape[:i]) == head or _volume(shape[i:]) == tail), None)
+
+
+def _axis_after_removal(node: gs.Node, axis: int, size: int) -> int:
+    given = edit.argument(node, 1, "axes")
+    if given is None:
+        raise Blocked(f"{node.op} names no constant axes")
+    if node.op == "Unsqueeze":
+        total = size + len(given)
+        new = {int(a) % total for a in given}
+        return [i for i in range(total) if i not in new][axis]
+    gone = {int(a) % size for a in given}
+    if axis in gone:
+        raise Blocked(f"{node.op} removes the channel axis")
+    if node.op == "ReduceMean" and node.attrs.get("keepdims", 1):
+        return axis
+    return [i for i in range(size) if i not in gone].index(axis)
+
+
+def _volume(shape) -> tuple[int, Counter]:
+    """(product of the known sizes, the unknown ones), comparable between shapes."""
+    unknown = Counter(d if isinstance(d, str) else object() for d in shape if not isinstance(d, int) or d < 0)
+    return math.prod(d for d in shape if isinstance(d, int) and d >= 0), unknown

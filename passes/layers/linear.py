@@ -1,0 +1,441 @@
+"""One view over every linear node: y = W x + b, with W as (out, in / groups, *kernel).
+
+    Conv            W[o, i, *k] as stored
+    ConvTranspose   stored [i, o / groups, *k]
+    Gemm            stored [i, o], or [o, i] with transB; alpha belongs to W, beta to b
+    MatMul          X W: stored [i, o]; W X: stored [o, i]; b is the constant Add that follows
+
+The weight may lie behind Transpose, Cast, Identity, Reshape, Squeeze and Unsqueeze nodes. Reading applies them; writing
+puts a new constant at the node itself whenever someone else also uses the old one (copy on write) or a chain is in
+between, so a shared weight is never changed under another reader.
+
+Worked example: ``Transpose(E) -> MatMul(x, ·)`` with the embedding E [vocabulary, width] also read by a Gather. The
+view's weight is E itself, (out=vocabulary, in=width); ``set_weight`` gives the MatMul a constant of its own, and the
+Gather keeps E.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked
+from channelfold.passes.operators import LINEAR_OPS, SKIP_NORMS, UNBIASED_NORMS
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import constant, free_name, read
+
+_SEEN_THROUGH = ("Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+
+
+class NotLinear(ValueError):
+    """Why a node has no view; the text is the reason of a refusal."""
+
+
+@dataclass
+class Linear:
+    """A linear node with a constant weight.
+
+    ``data`` is the activation it reads, ``in_axis`` the axis of its channels; ``output`` is the tensor after the bias
+    and ``out_axis`` the axis of its channels (negative axes count from the end).
+    """
+
+    graph: gs.Graph
+    node: gs.Node
+    weight_input: int
+    source: gs.Constant
+    chain: list[gs.Node]
+    groups: int = 1
+    in_axis: int = 1
+    out_axis: int = 1
+    bias_node: gs.Node | None = None
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @property
+    def data(self) -> gs.Variable:
+        return self.node.inputs[1 - self.weight_input]
+
+    @property
+    def output(self) -> gs.Tensor:
+        return (self.bias_node or self.node).outputs[0]
+
+    @property
+    def is_conv(self) -> bool:
+        return self.node.op in ("Conv", "ConvTranspose")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type the node computes in."""
+        for node in reversed(self.chain):
+            if node.op == "Cast":
+                return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+        return np.dtype(self.source.dtype)
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """(output channels, input channels)."""
+        shape = self._oriented_shape()
+        return shape[0], shape[1] * self.groups
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return self._oriented_shape()[2:]
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups > 1 and self.groups == self.channels[1]
+
+    @property
+    def padded(self) -> bool:
+        """Whether some outputs see fewer inputs than others, so that a constant shift changes the border."""
+        attrs = self.node.attrs
+        if self.node.op == "ConvTranspose":
+            return True
+        if self.node.op != "Conv":
+            return False
+        return any(attrs.get("pads") or ()) or attrs.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
+
+    @property
+    def growth(self) -> int:
+        """Bytes that ``set_weight`` adds to the model: someone else may keep the old weight, or hold it in less."""
+        tensors = [self.source, *(node.outputs[0] for node in self.chain)]
+        alone = all(len(t.outputs) == 1 and not edit.is_output(self.graph, t) for t in tensors)
+        freed = np.dtype(self.source.dtype).itemsize if alone else 0
+        return math.prod(self.source.shape) * (self.dtype.itemsize - freed)
+
+    def weight(self) -> np.ndarray:
+        """The effective weight (alpha included), (out, in / groups, *kernel), in the node's type; not to be written."""
+        weight, alpha = self._orient(self.stored_weight()), self._factor("alpha")
+        return weight if alpha == 1 else (weight.astype(np.float64) * alpha).astype(weight.dtype)
+
+    def stored_weight(self) -> np.ndarray:
+        """The weight as the node's input sees it: after the chain, before alpha."""
+        values = read(self.source)
+        for node in self.chain:
+            values = _apply(node, values)
+        return values
+
+    def set_weight(self, weight: np.ndarray) -> None:
+        """Replaces the effective weight by an array (out, in / groups, *kernel), cast once to the node's type.
+
+        Raises OverflowError, with nothing changed, when a value is not finite in that type.
+        """
+        values = np.ascontiguousarray(cast(self.unorient(weight), self.dtype))
+        name = f"{self.source.name}_folded"
+        self.source = edit.set_constant(self.graph, self.node, self.weight_input, values, name)
+        unread = [n for n in reversed(self.chain) if _drop_unread(self.graph, n)]
+        self.chain = []
+        if unread:
+            edit.sweep(self.graph)
+        if "alpha" in self.node.attrs:
+            self.node.attrs["alpha"] = 1.0
+
+    def bias(self) -> np.ndarray | None:
+        """The effective bias (beta included), (out,) in float64; None when there is none."""
+        tensor = self._bias_tensor()
+        if tensor is None:
+            return None
+        values = np.asarray(read(tensor), np.float64) * self._factor("beta")
+        return np.broadcast_to(values.reshape(-1), (self.channels[0],)).copy()
+
+    def set_bias(self, bias: np.ndarray) -> None:
+        """Replaces the effective bias by a vector (out,), adding one where there was none. Raises OverflowError."""
+        values = cast(np.asarray(bias), self.dtype)
+        name = f"{self.name}_bias"
+        if self.node.op != "MatMul":
+            edit.set_constant(self.graph, self.node, 2, values, name)
+            if "beta" in self.node.attrs:
+                self.node.attrs["beta"] = 1.0
+            return
+        if self.out_axis == -2:
+            values = values[:, None]
+        if self.bias_node is not None:
+            edit.set_constant(self.graph, self.bias_node, _constant_index(self.bias_node), values, name)
+            return
+        old = self.node.outputs[0]
+        fresh = gs.Variable(free_name(self.graph, f"{old.name}_unbiased"), old.dtype, old.shape)
+        edit.set_output(self.node, 0, fresh)
+        inputs = [fresh, constant(self.graph, name, values)]
+        self.bias_node = gs.Node("Add", name, inputs=inputs, outputs=[old])
+        edit.insert_after(self.graph, self.node, self.bias_node)
+
+    def rescaled(
+        self,
+        *,
+        out_scale: np.ndarray | float = 1.0,
+        out_shift: np.ndarray | float = 0.0,
+        in_scale: np.ndarray | float = 1.0,
+        in_shift: np.ndarray | float = 0.0,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Weight and bias of out_scale * (W (in_scale * x + in_shift) + b) + out_shift, for ``install``.
+
+        W' = diag(out_scale) W diag(in_scale);  b' = out_scale * (b + W in_shift) + out_shift, computed in float64 and
+        cast once. Scales and shifts are vectors over the channels or scalars. The bias is None where there was none and
+        none is needed. Raises NotLinear for an ``in_shift`` on a node that is ``padded``, OverflowError when a value is
+        not finite in the node's type, or when the whole weight is too small for it.
+        """
+        outs, ins = self.channels
+        alpha, weight = self._factor("alpha"), self._orient(self.stored_weight())
+        a = np.broadcast_to(np.asarray(out_scale, np.float64), (outs,))
+        d = np.broadcast_to(np.asarray(in_shift, np.float64), (ins,))
+        old = self.bias()
+        bias = np.zeros(outs) if old is None else old
+        if np.any(d) and self.padded:
+            raise NotLinear(f"a shift does not pass the zero padding of {self.node.op}")
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
+            if np.any(d):
+                bias = bias + alpha * self.respond(weight.astype(np.float64), d)
+            bias = cast(a * bias + out_shift, self.dtype)
+            weight = weight * self._spread_inputs(np.broadcast_to(np.asarray(in_scale, np.float64), (ins,)))
+            weight *= (alpha * a).reshape(-1, *[1] * (weight.ndim - 1))
+        peak = max(weight.max(initial=0), -weight.min(initial=0))
+        if 0 < peak < float(ml_dtypes.finfo(self.dtype).smallest_normal):
+            raise OverflowError(f"the folded weight, {peak:.3g} at most, is too small for {self.dtype}")
+        return cast(weight, self.dtype), bias if old is not None or np.any(bias) else None
+
+    def respond(self, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """What ``weight`` (out, in / groups, *kernel) makes of an input that is x (in,) everywhere: (out,) float64."""
+        summed = weight.reshape(*weight.shape[:2], -1).sum(axis=-1, dtype=np.float64)
+        return (summed * self._spread_inputs(x).reshape(weight.shape[0], -1)).sum(axis=1)
+
+    def install(self, weight: np.ndarray, bias: np.ndarray | None) -> None:
+        """Writes what ``rescaled`` computed."""
+        self.set_weight(weight)
+        if bias is not None:
+            self.set_bias(bias)
+        elif "beta" in self.node.attrs:
+            self.node.attrs["beta"] = 1.0
+
+    def _spread_inputs(self, vector: np.ndarray) -> np.ndarray:
+        """A vector over all input channels as an array that broadcasts against (out, in / groups, *kernel)."""
+        outs, ins = self.channels
+        per_out = np.repeat(vector.reshape(self.groups, ins // self.groups), outs // self.groups, axis=0)
+        return per_out.reshape(outs, ins // self.groups, *[1] * len(self.kernel))
+
+    def _factor(self, name: str) -> float:
+        return self.node.attrs.get(name, 1.0) if self.node.op == "Gemm" else 1.0
+
+    def _bias_tensor(self) -> gs.Tensor | None:
+        if self.bias_node is not None:
+            return self.bias_node.inputs[_constant_index(self.bias_node)]
+        return self.node.inputs[2] if self.node.op != "MatMul" and edit.has_input(self.node, 2) else None
+
+    def _stored_shape(self) -> tuple[int, ...]:
+        shape = tuple(self.source.shape)
+        for node in self.chain:
+            if node.op != "Cast":
+                shape = _apply(node, np.empty(shape, np.int8)).shape
+        return shape
+
+    def _oriented_shape(self) -> tuple[int, ...]:
+        shape = self._stored_shape()
+        if self.node.op == "ConvTranspose":
+            return (shape[1] * self.groups, shape[0] // self.groups, *shape[2:])
+        return shape if self._stored_as_out_in() else tuple(reversed(shape))
+
+    def _stored_as_out_in(self) -> bool:
+        if self.node.op == "MatMul":
+            return self.weight_input == 0
+        return self.node.op == "Conv" or bool(self.node.attrs.get("transB", 0))
+
+    def _orient(self, values: np.ndarray) -> np.ndarray:
+        """An array as the node's input has it, as (out, in / groups, *kernel)."""
+        if self.node.op == "ConvTranspose":
+            return self._swapped(values)
+        return values if self._stored_as_out_in() else values.T
+
+    def unorient(self, values: np.ndarray) -> np.ndarray:
+        """An array (out, in / groups, *kernel) as the node's input wants it."""
+        if self.node.op == "ConvTranspose":
+            return self._swapped(values)
+        return values if self._stored_as_out_in() else values.T
+
+    def _swapped(self, values: np.ndarray) -> np.ndarray:
+        """(groups * a, b, *kernel) as (groups * b, a, *kernel)."""
+        rows, columns, *kernel = values.shape
+        grouped = values.reshape(self.groups, rows // self.groups, columns, *kernel)
+        return grouped.swapaxes(1, 2).reshape(self.groups * columns, rows // self.groups, *kernel)
+
+
+def view(graph: gs.Graph, node: gs.Node) -> Linear:
+    """The view of a linear node of ``graph``. Raises NotLinear with the reason when it has none."""
+    if node.op not in LINEAR_OPS or not edit.is_standard(node):
+        raise NotLinear(f"{node.op} is not a linear operator")
+    index = 1
+    if node.op == "MatMul" and _resolve(node.inputs[0]) and not _resolve(node.inputs[1]):
+        index = 0
+    resolved = _resolve(node.inputs[index])
+    if resolved is None:
+        raise NotLinear(_why_not_constant(node, node.inputs[index]))
+    linear = Linear(graph, node, index, *resolved)
+    if not edit.is_float_type(linear.dtype):
+        raise NotLinear(f"its weight is {linear.dtype}, not floating point")
+    axes = len(linear._stored_shape())
+    if linear.is_conv:
+        if axes < 3:
+            raise NotLinear(f"its weight has {axes} axes, expected at least 3")
+        linear.groups = int(node.attrs.get("group", 1))
+    elif axes != 2:
+        raise NotLinear(f"its weight has {axes} axes, expected 2")
+    elif node.op == "Gemm":
+        linear.in_axis, linear.out_axis = -2 if node.attrs.get("transA", 0) else -1, -1
+    else:
+        _complete_matmul(linear)
+    if node.op != "MatMul" and edit.has_input(node, 2):
+        bias = node.inputs[2]
+        if not isinstance(bias, gs.Constant) or not _is_row(bias.shape, linear.channels[0]):
+            raise NotLinear("its bias is not a constant vector over the output channels")
+    return linear
+
+
+def linears(graph: gs.Graph) -> list[Linear]:
+    """Every linear node of the graph that has a view, in order."""
+    found = []
+    for node in graph.nodes:
+        try:
+            found.append(view(graph, node))
+        except NotLinear:
+            continue
+    return found
+
+
+def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """``values`` in ``dtype``. Raises OverflowError when a result is infinite or not a number."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = values.astype(dtype, copy=False)
+    if not np.isfinite(out).all():
+        finite = values[np.isfinite(values)]
+        if finite.size < values.size:
+            raise OverflowError("a folded value is infinite or not a number")
+        raise OverflowError(f"a folded value of {np.abs(finite).max():.3g} does not fit {dtype}")
+    return out
+
+
+def _complete_matmul(linear: Linear) -> None:
+    size = edit.rank(linear.data)
+    if linear.weight_input == 0 and size is None:
+        raise NotLinear("the rank of its input is unknown")
+    linear.in_axis = linear.out_axis = -2 if linear.weight_input == 0 and size != 1 else -1
+    add = edit.sole_consumer(linear.graph, linear.node.outputs[0])
+    if add is not None and add.op == "Add" and edit.is_standard(add) and _is_bias(linear, add):
+        linear.bias_node = add
+
+
+def _is_bias(linear: Linear, add: gs.Node) -> bool:
+    """Whether an Add adds a constant vector over the output channels and nothing larger."""
+    if add.attrs or not any(isinstance(t, gs.Constant) for t in add.inputs):
+        return False
+    shape = tuple(add.inputs[_constant_index(add)].shape)
+    size, channels = edit.rank(linear.data), linear.channels[0]
+    if len(shape) > (1 if size is None else size):
+        return False
+    if linear.out_axis == -2:
+        return shape[-2:] == (channels, 1) and _is_row(shape[:-1], channels)
+    return shape[-1:] == (channels,) and _is_row(shape, channels)
+
+
+def _is_row(shape, channels: int) -> bool:
+    """Whether an array holds one value, or one for each channel along its last axis."""
+    return all(d == 1 for d in shape[:-1]) and (not shape or shape[-1] in (1, channels))
+
+
+def _constant_index(node: gs.Node) -> int:
+    return next(i for i, t in enumerate(node.inputs) if isinstance(t, gs.Constant))
+
+
+def _resolve(tensor: gs.Tensor) -> tuple[gs.Constant, list[gs.Node]] | None:
+    """The constant a tensor is made from, and the nodes from it to the tensor; None when it is not constant."""
+    chain: list[gs.Node] = []
+    while not isinstance(tensor, gs.Constant):
+        node = edit.producer(tensor)
+        if node is None or node.op not in _SEEN_THROUGH or not edit.is_standard(node):
+            return None
+        if not all(isinstance(t, gs.Constant) for t in node.inputs[1:]):
+            return None
+        chain.append(node)
+        tensor = node.inputs[0]
+    return tensor, chain[::-1]
+
+
+def _why_not_constant(node: gs.Node, tensor: gs.Tensor) -> str:
+    source = edit.producer(tensor)
+    if source is not None and source.op == "DequantizeLinear":
+        return "its weight is quantized already"
+    if source is not None and source.inputs and all(isinstance(t, gs.Constant) for t in source.inputs):
+        return f"its weight is made at run time by {source.op}, from constants"
+    return "it multiplies two activations" if node.op == "MatMul" else "its weight is computed at run time"
+
+
+def _apply(node: gs.Node, values: np.ndarray) -> np.ndarray:
+    if node.op == "Transpose":
+        return values.transpose(node.attrs.get("perm"))
+    if node.op == "Cast":
+        return values.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+    if node.op == "Identity":
+        return values
+    given = edit.argument(node, 1, "shape" if node.op == "Reshape" else "axes")
+    if node.op == "Squeeze":
+        return values.squeeze(None if given is None else tuple(map(int, given)))
+    assert given is not None
+    if node.op == "Reshape":
+        kept = not node.attrs.get("allowzero", 0)
+        return values.reshape([values.shape[i] if d == 0 and kept else int(d) for i, d in enumerate(given)])
+    return np.expand_dims(values, tuple(map(int, given)))
+
+
+def _drop_unread(graph: gs.Graph, node: gs.Node) -> bool:
+    """Detaches a node that nobody reads any more."""
+    if node.outputs[0].outputs or edit.is_output(graph, node.outputs[0]):
+        return False
+    edit.detach(node)
+    return True
+
+
+def live_linears(graph: gs.Graph) -> list[gs.Node]:
+    """The linear nodes whose results are needed, in order."""
+    dead: set[int] = set()
+    for node in reversed(graph.nodes):
+        readers = [reader for tensor in node.outputs for reader in tensor.outputs]
+        if all(id(reader) in dead for reader in readers) and not any(edit.is_output(graph, t) for t in node.outputs):
+            dead.add(id(node))
+    return [node for node in graph.nodes if node.op in LINEAR_OPS and id(node) not in dead]
+
+
+def blocks(linear: Linear) -> list[tuple[slice, slice]]:
+    """Of each group of a linear: its outputs and its inputs."""
+    outs, ins = linear.channels
+    a, b = outs // linear.groups, ins // linear.groups
+    return [(slice(g * a, g * a + a), slice(g * b, g * b + b)) for g in range(linear.groups)]
+
+
+GROWTH_LIMIT = 1 << 20  # bytes
+
+
+def check_growth(linear: Linear) -> None:
+    """Raises Blocked where writing a weight would leave its old copy in the file, too."""
+    if linear.growth > GROWTH_LIMIT:
+        size, cause = f"{linear.growth / 1e6:.1f} MB", "the old one has other readers or takes fewer bytes"
+        raise Blocked(f"a new weight for {linear.name} would make the file {size} larger ({cause})")
+
+
+def norm_parameters(node: gs.Node, scale: np.ndarray, shift: np.ndarray) -> list[tuple[int, np.ndarray, str]]:
+    """The gamma and beta of a norm behind a scale and a shift, (channels,): (input index, values, name for a new one).
+
+    A beta is added where a shift needs one. Raises OverflowError.
+    """
+    first = 2 if node.op in SKIP_NORMS else 1
+    gamma = np.asarray(edit.value(node.inputs[first]))
+    changed = [(first, gamma.astype(np.float64) * scale)]
+    if node.op not in UNBIASED_NORMS:  # what follows gamma there is a bias in front of the norm
+        beta = edit.value(node.inputs[first + 1]) if edit.has_input(node, first + 1) else None
+        if beta is not None or np.any(shift):
+            changed.append((first + 1, (0.0 if beta is None else beta.astype(np.float64)) * scale + shift))
+    names = [node.inputs[i].name if edit.has_input(node, i) else f"{node.name}_beta" for i, _ in changed]
+    return [(i, cast(values, gamma.dtype), f"{name}_folded") for (i, values), name in zip(changed, names, strict=True)]

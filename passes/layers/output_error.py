@@ -1,0 +1,111 @@
+"""How much an error in the middle of a network becomes at its outputs.
+
+    error = mean over outputs of  sum |y' - y|^2 / sum |y|^2        over some feeds
+
+A small error of a layer reaches the outputs multiplied by a factor that hardly depends on its size (within 5 % between
+12 and 50 % of the channels of an FFN of a BERT removed) but very much on the layer, from 0.5 to 9 there, and the errors
+of several layers add up: predicted 14.7 and 9.8 dB, measured 14.4 and 9.4. Neither the energy of a layer's output nor
+that of the residual stream tells that factor: it has to be measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.layers.linear import Linear, cast
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import free_name, session
+from channelfold.runtime.io.session import Feed
+
+FEEDS = 16  # evenly spaced ones that outputs are compared on, fewer where the outputs are large
+_CONSTANT = 1e-12  # of its energy: an output that varies less does so by rounding
+_BYTES = 1 << 28  # of outputs that are kept
+
+
+class Outputs:
+    """What a graph computes for some feeds of ``data``, kept to compare with: its float outputs. Raises ModelError.
+
+    ``energies`` and ``variances``: of each output the sums of squares, as they are and around the mean; 0 where nothing
+    was kept. What is not finite does not count.
+    """
+
+    def __init__(self, graph: gs.Graph, data: Data):
+        self.names = [t.name for t in graph.outputs if edit.is_float(t)]
+        self.kept: list[tuple[Feed, dict[str, np.ndarray]]] = []
+        if self.names:
+            self._keep(graph, data)
+        self.energies = {name: self._squares(name) for name in self.names}
+        self.variances = {name: self._squares(name, self._mean(name)) for name in self.names}
+        for name, energy in self.energies.items():
+            if self.variances[name] < _CONSTANT * energy:
+                self.variances[name] = 0.0
+
+    def _finite(self, name: str) -> Iterator[np.ndarray]:
+        for _, outputs in self.kept:
+            yield outputs[name][np.isfinite(outputs[name])].astype(np.float64)
+
+    def _mean(self, name: str) -> float:
+        count = sum(values.size for values in self._finite(name))
+        return sum(float(values.sum()) for values in self._finite(name)) / max(count, 1)
+
+    def _squares(self, name: str, around: float = 0.0) -> float:
+        return sum(float(np.square(values - around).sum()) for values in self._finite(name))
+
+    def _keep(self, graph: gs.Graph, data: Data) -> None:
+        runner, size = session(graph), 0
+        inputs = {spec.name for spec in runner.inputs}
+        chosen = set(np.linspace(0, len(data) - 1, FEEDS).astype(int).tolist())
+        for feed in (feed for index, feed in enumerate(data) if index in chosen):
+            feed = {name: values for name, values in feed.items() if name in inputs}
+            found = runner.run(feed, self.names)
+            self.kept.append((feed, found))
+            size += sum(values.nbytes for values in found.values())
+            if size > _BYTES:
+                break
+
+    def lost(self, graph: gs.Graph) -> dict[str, float]:
+        """The squared error of each output of a changed graph, summed; infinite where it is no number any more."""
+        lost = dict.fromkeys(self.names, 0.0)
+        runner = session(graph) if self.kept else None
+        for feed, expected in self.kept:
+            assert runner is not None
+            found = runner.run(feed, self.names)
+            for name, old in expected.items():
+                usable = np.isfinite(old)
+                error = float(np.square(found[name][usable].astype(np.float64) - old[usable]).sum())
+                lost[name] += error if np.isfinite(error) else np.inf
+        return lost
+
+    def error(self, graph: gs.Graph) -> float:
+        """The squared error of the outputs of a changed graph, relative to their energies. Raises ModelError."""
+        lost = self.lost(graph)
+        found = [lost[name] / energy if energy > 0 else 0.0 for name, energy in self.energies.items()]
+        return float(np.mean(found)) if found else 0.0
+
+
+@contextlib.contextmanager
+def replaced(linear: Linear, weight: np.ndarray, bias: np.ndarray | None) -> Iterator[None]:
+    """Gives a linear another effective weight (out, in, *kernel), and bias (out,) where it has one, for a while."""
+    node = linear.node
+    alpha, beta = (node.attrs.get(k, 1.0) if node.op == "Gemm" else 1.0 for k in ("alpha", "beta"))
+    places = [(node, linear.weight_input, linear.unorient(weight / alpha))]
+    if bias is not None and linear.bias_node is not None:
+        add = linear.bias_node
+        place = next(i for i, t in enumerate(add.inputs) if isinstance(t, gs.Constant))
+        places.append((add, place, bias[:, None] if linear.out_axis == -2 else bias))
+    elif bias is not None and linear.bias() is not None:
+        places.append((node, 2, bias / beta))
+    before = [(holder, place, holder.inputs[place]) for holder, place, _ in places]
+    for holder, place, values in places:
+        values = np.ascontiguousarray(cast(values, linear.dtype))
+        edit.set_input(holder, place, gs.Constant(free_name(linear.graph, f"{linear.name}_trial"), values))
+    try:
+        yield
+    finally:
+        for holder, place, tensor in before:
+            edit.set_input(holder, place, tensor)

@@ -1,0 +1,126 @@
+"""What quantization costs the outputs of linear layers that read one tensor, measured on a sample of its rows.
+
+    x' = (x - z) / s,  W' = W diag(s),  for each row x:
+    e(s, z)  =  16 || (Q(W') - W') x' ||^2  +  || W' (Q(x') - x') ||^2
+    error    =  half of  sum e / sum ||W x||^2,  half of the mean of  e / ||W x||^2
+
+The first half keeps what is large, such as the few tokens with huge activations that attention leans on; the second
+keeps all the others, which the first would give up for them (in Llama-like networks one token can hold all energy).
+The error of a weight is the same for every token and adds up through the layers; the rounding of activations is not,
+and averages out. So the former counts 16-fold: with 1 for 16, scales chosen by this error cost a decoder of 135 M
+parameters 0.131 nats a token in int8, with 4 0.094, with 16 0.062; the outputs of a BERT and a ViT hardly differ.
+
+Q of the activation is symmetric, per tensor, and holds all values; Q of the weight symmetric per output channel, or
+asymmetric in groups of inputs. Layers of more than 512 output channels are measured on 512 of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from channelfold.passes.layers.linear import Linear
+
+ROWS = 256  # of the sample that errors are measured on
+_OUTPUTS = 512
+_QUIET = 0.1  # of the median row: what quieter rows count as
+SYSTEMATIC = 16.0  # measured: see the docstring
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The types of a quantized layer: bits of activations (0: float) and of weights, ``group`` inputs to a scale."""
+
+    activation: int = 8
+    weight: int = 8
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """``rows`` (n, channels) float32, each standing for ``weights``; ``matrix`` (out, channels) float32."""
+
+    rows: np.ndarray
+    weights: np.ndarray
+    matrix: np.ndarray
+    bits: Bits = Bits()
+
+    @classmethod
+    def of(cls, linears: Sequence[Linear], sample: tuple[np.ndarray, np.ndarray], bits: Bits) -> LayerError:
+        """Of linears without a kernel that read the tensor sampled."""
+        return cls(*sample, np.concatenate([_some(matrix(linear)) for linear in linears]), bits)
+
+    @cached_property
+    def outputs(self) -> np.ndarray:
+        return self.rows @ self.matrix.T
+
+    @cached_property
+    def _row_weights(self) -> np.ndarray:
+        """What the squared error of each row counts: half by the energy of all rows, half by its own."""
+        energy = _energy(self.outputs)
+        total = float(self.weights @ energy)
+        own = energy + _QUIET * np.median(energy)
+        share = self.weights / self.weights.sum()
+        return (self.weights / total if total else 0.0) + np.divide(share, own, out=np.zeros_like(own), where=own > 0)
+
+    def error(self, scale: np.ndarray | float = 1.0, shift: np.ndarray | float = 0.0) -> float:
+        """The error of the outputs, a share of them, when channels are scaled and shifted by (channels,) vectors."""
+        scale = np.asarray(scale, np.float32)
+        moved = (self.rows - np.asarray(shift, np.float32)) / scale
+        weight = self.matrix * scale
+        error = _energy(moved @ (quantized_matrix(weight, self.bits) - weight).T) * SYSTEMATIC
+        if self.bits.activation:
+            error += _energy((quantized_activation(moved, self.bits.activation) - moved) @ weight.T)
+        return float(self._row_weights @ error) / 2
+
+
+def matrix(linear: Linear) -> np.ndarray:
+    """The weight of a linear whose kernel is a point, (out, in) float32, with zeros between its groups."""
+    weight = linear.weight()
+    weight = weight.reshape(weight.shape[:2]).astype(np.float32)
+    if linear.groups == 1:
+        return weight
+    outs, ins = linear.channels
+    full = np.zeros((outs, ins), np.float32)
+    step_out, step_in = outs // linear.groups, ins // linear.groups
+    for group in range(linear.groups):
+        rows = slice(group * step_out, (group + 1) * step_out)
+        full[rows, group * step_in : (group + 1) * step_in] = weight[rows]
+    return full
+
+
+def quantized_activation(values: np.ndarray, bits: int) -> np.ndarray:
+    """Symmetric, per tensor, with a range that holds all values."""
+    levels = 2 ** (bits - 1) - 1
+    step = np.float32(max(float(np.abs(values).max(initial=0.0)) / levels, 1e-30))
+    return np.rint(values / step) * step
+
+
+def quantized_matrix(matrix: np.ndarray, bits: Bits) -> np.ndarray:
+    """Symmetric per output channel, or asymmetric round-to-nearest in groups of ``bits.group`` inputs."""
+    if not bits.group:
+        levels = 2 ** (bits.weight - 1) - 1
+        step = np.maximum(np.abs(matrix).max(axis=1, keepdims=True) / levels, np.float32(1e-30))
+        return np.rint(matrix / step) * step
+    outs, ins = matrix.shape
+    groups = -(-ins // bits.group)
+    padded = np.zeros((outs, groups * bits.group), np.float32)
+    padded[:, :ins] = matrix
+    parts = padded.reshape(outs, groups, bits.group)
+    low, high = np.minimum(parts.min(axis=2), 0)[..., None], np.maximum(parts.max(axis=2), 0)[..., None]
+    levels = 2**bits.weight - 1
+    step = np.maximum((high - low) / levels, np.float32(1e-30))
+    zero = np.rint(-low / step)
+    rounded = (np.clip(np.rint(parts / step) + zero, 0, levels) - zero) * step
+    return rounded.reshape(outs, -1)[:, :ins]
+
+
+def _some(matrix: np.ndarray) -> np.ndarray:
+    return matrix if len(matrix) <= _OUTPUTS else matrix[:: -(-len(matrix) // _OUTPUTS)]
+
+
+def _energy(rows: np.ndarray) -> np.ndarray:
+    return np.einsum("rc,rc->r", rows, rows, dtype=np.float64)

@@ -1,0 +1,241 @@
+"""How much each unit of a channel group matters, and what the best k of them are worth together.
+
+    l1, l2           sum |w|, sum w^2 over everything that writes a unit and reads it
+    bn               sum |gamma| of the BatchNormalizations it passes through (network slimming, Liu et al., 2017)
+    activation       E (x - E[x])^2 * ||column||^2 at every reader: what removing it alone adds to their outputs
+    reconstruction   the least added error of removing one after another, the others refitted (``least_squares.order``)
+
+The first two are divided by the mean of the group, so that layers of any scale can be ranked together. The last two are
+shares of the energy of the readers' outputs, and comparable as they are: E ||W (x - E[x])||^2 = tr(W C W^T).
+
+Covariances C come from calibration data. Without data, reconstruction takes those that the writer's weights imply for
+inputs that are white: C = W W^T + bias bias^T, and behind a rectifier what it makes of normal variables with them (the
+arc-cosine kernel: Cho and Saul, Kernel Methods for Deep Learning, NeurIPS 2009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.channels.groups import Group, Part, Region
+from channelfold.passes.layers.linear import Linear, NotLinear, blocks, view
+from channelfold.passes.numeric import least_squares
+from channelfold.passes.operators import LINEAR_OPS
+from channelfold.runtime.io import edit
+
+_RECTIFIERS = {
+    "Relu", "LeakyRelu", "PRelu", "Clip", "Gelu", "Erf", "Sigmoid", "HardSwish", "HardSigmoid", "Softplus", "Elu",
+    "Celu", "Selu", "Mish", "Swish", "ThresholdedRelu", "QuickGelu", "FastGelu",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """``order``: units, what goes first first. ``values`` (units + 1,): what the last k of them are worth."""
+
+    order: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class ReadAxis:
+    """An activation of a region, the axis (from the end) that linears sum over, and those linears."""
+
+    tensor: gs.Tensor
+    axis: int
+    region: Region
+    labels: np.ndarray
+    linears: tuple[Linear, ...]
+
+    @property
+    def size(self) -> int:
+        return self.labels.size
+
+    def gram(self) -> np.ndarray:
+        """W^T W over all readers and places of their kernels, (n, n); zero between the groups of a grouped Conv."""
+        n = self.labels.size
+        total = np.zeros((n, n))
+        for linear in self.linears:
+            for rows, columns in blocks(linear):
+                weight = np.moveaxis(_weight(linear)[rows], 1, -1).reshape(-1, columns.stop - columns.start)
+                total[columns, columns] += weight.T @ weight
+        return total
+
+    def norms(self) -> np.ndarray:
+        """The squares of the columns, (n,): the diagonal of ``gram``."""
+        total = np.zeros(self.labels.size)
+        for linear in self.linears:
+            for rows, columns in blocks(linear):
+                total[columns] += np.square(np.moveaxis(_weight(linear)[rows], 1, 0)).sum(
+                    axis=tuple(range(1, 2 + len(linear.kernel)))
+                )
+        return total
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean (n,) and covariance (n, n) of the channels of an activation; a covariance (n,) is a diagonal."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @property
+    def variance(self) -> np.ndarray:
+        return self.covariance if self.covariance.ndim == 1 else np.diagonal(self.covariance)
+
+
+def _weight(linear: Linear) -> np.ndarray:
+    """The weight in a type that holds sums of its squares."""
+    weight = linear.weight()
+    return weight if weight.dtype == np.float64 else weight.astype(np.float32, copy=False)
+
+
+def read_axes(graph: gs.Graph, regions: Iterable[Region]) -> list[ReadAxis]:
+    """Every activation that linears with constant weights sum over, in order."""
+    found: dict[tuple[int, int], tuple[Region, gs.Tensor, np.ndarray, list[Linear]]] = {}
+    for region in regions:
+        for read in region.reads:
+            if read.reduced:
+                continue
+            try:
+                linear = view(graph, read.node)
+            except NotLinear:
+                continue
+            tensor = read.node.inputs[read.port]
+            if linear.data is not tensor:
+                continue
+            entry = found.setdefault((id(tensor), read.axis), (region, tensor, read.labels, []))
+            entry[3].append(linear)
+    return [
+        ReadAxis(tensor, axis, region, labels, tuple(linears))
+        for (_, axis), (region, tensor, labels, linears) in found.items()
+    ]
+
+
+def magnitudes(group: Group, power: int) -> np.ndarray:
+    """l1 (``power`` 1) or l2 (2) of each unit, (units,), divided by their mean."""
+    total = np.zeros(group.region.size + 1)
+    for part in group.region.parts:
+        if part.role and np.isin(part.labels, group.labels).any():
+            total += _sums(part, power, total.size)
+    return _normalized(total[group.labels])
+
+
+def gammas(group: Group) -> np.ndarray | None:
+    """The sum of |gamma| of each unit, (units,), divided by their mean; None where no BatchNormalization has it."""
+    parts = [p for p in group.region.parts if p.node.op == "BatchNormalization" and p.input == 1]
+    parts = [p for p in parts if np.isin(p.labels, group.labels).any()]
+    if not parts:
+        return None
+    total = np.sum([_sums(part, 1, group.region.size + 1) for part in parts], axis=0)
+    return _normalized(total[group.labels])
+
+
+def _sums(part: Part, power: int, size: int) -> np.ndarray:
+    """The sum of |w|^power over all entries of a constant with each label, (size,)."""
+    values = edit.value(part.node.inputs[part.input])
+    assert values is not None
+    others = tuple(axis for axis in range(values.ndim) if axis != part.axis)
+    return np.bincount(part.labels, (np.abs(values.astype(np.float64)) ** power).sum(axis=others), minlength=size)
+
+
+def _normalized(scores: np.ndarray) -> np.ndarray:
+    mean = scores.mean()
+    return scores / mean if mean > 0 else scores
+
+
+def ranked(group: Group, scores: np.ndarray) -> Ranking:
+    """Units by their score, (units,); those that must stay last."""
+    order = np.lexsort((scores, ~group.free))
+    kept_last = scores[order][::-1]
+    return Ranking(order, np.concatenate([[0.0], np.cumsum(kept_last)]))
+
+
+def energies(group: Group, read: ReadAxis, spread: Spread) -> np.ndarray:
+    """``activation`` of each unit at one reader, (units,)."""
+    added = spread.variance * read.norms()
+    whole = added.sum() if spread.covariance.ndim == 1 else float(np.vdot(spread.covariance, read.gram()))
+    if whole <= 0:
+        return np.zeros(group.units)
+    return np.bincount(read.labels, added / whole, minlength=group.region.size + 1)[group.labels]
+
+
+def reconstruction(group: Group, read: ReadAxis, spread: Spread, ridge: float) -> Ranking:
+    """The order of least added error at one reader; the share of error that keeping k units leaves, negative."""
+    gram = read.gram()
+    whole = float(np.vdot(spread.covariance, gram))
+    units = group.labels[group.free]
+    places = [np.flatnonzero(read.labels == label) for label in units]
+    if whole <= 0 or len({p.size for p in places}) != 1 or not places[0].size:
+        return ranked(group, energies(group, read, spread))
+    removal = least_squares.order(spread.covariance, gram / whole, np.array(places), ridge)
+    numbers = np.flatnonzero(group.free)[removal.order]
+    order = np.concatenate([numbers, np.flatnonzero(~group.free)])
+    values = np.full(group.units + 1, -removal.errors[-1])
+    values[group.units - np.arange(removal.errors.size)] = -removal.errors
+    return Ranking(order, values)
+
+
+def implied(graph: gs.Graph, read: ReadAxis) -> Spread | None:
+    """The spread that the weights of the writers imply for white inputs; None where a channel has no such writer."""
+    size = read.labels.size
+    covariance, seen = np.zeros((size, size)), np.zeros(size, bool)
+    for part in read.region.parts:
+        if part.role != "out" or part.node.op not in LINEAR_OPS:
+            continue
+        rows, places = _matched(part.labels, read.labels)
+        if seen[places].any():
+            return None
+        linear = view(graph, part.node)
+        weight = _weight(linear).reshape(linear.channels[0], -1)[rows]
+        bias = linear.bias()
+        if bias is not None:
+            weight = np.concatenate([weight, bias[rows, None]], axis=1)
+        covariance[np.ix_(places, places)] = weight @ weight.T
+        seen[places] = True
+    if not seen.all():
+        return None
+    through = {node.op for tensor, _ in read.region.axes.values() for node in tensor.inputs}
+    return rectified(covariance) if through & _RECTIFIERS else Spread(np.zeros(size), covariance)
+
+
+def _matched(rows: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a writer and places at a reader that are the same channels, from the labels of both."""
+    shared = np.intersect1d(rows, places)
+    found = [np.argsort(labels, kind="stable") for labels in (rows, places)]
+    found = [order[np.isin(labels[order], shared)] for order, labels in zip(found, (rows, places), strict=True)]
+    return (found[0], found[1]) if len(found[0]) == len(found[1]) else (np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+def shrunk(covariance: np.ndarray, count: int) -> np.ndarray:
+    """A covariance from ``count`` positions, its correlations made smaller by what so few may have made up.
+
+    Where there are fewer positions than channels any channel is a combination of the others, on these positions. The
+    share that goes is that of the oracle approximating shrinkage (Chen et al., IEEE Trans. Signal Process. 58, 2010)
+    of the correlation matrix towards the identity.
+    """
+    n, deviation = len(covariance), np.sqrt(np.maximum(np.diagonal(covariance), 0.0))
+    if n < 2:
+        return covariance
+    inverse = np.divide(1.0, deviation, out=np.zeros(n), where=deviation > 0)
+    squares = float(np.square(covariance * inverse[:, None] * inverse).sum())
+    whole = float((deviation > 0).sum())
+    excess = (count + 1 - 2 / n) * (squares - whole * whole / n)
+    share = min(1.0, ((1 - 2 / n) * squares + whole * whole) / excess) if excess > 0 else 1.0
+    found = covariance * (1 - share)
+    found[np.diag_indices(n)] = np.diagonal(covariance)
+    return found
+
+
+def rectified(covariance: np.ndarray) -> Spread:
+    """Mean and covariance of max(z, 0) for z normal with mean 0."""
+    deviation = np.sqrt(np.maximum(np.diagonal(covariance), 1e-30))
+    scale = np.outer(deviation, deviation)
+    angle = np.arccos(np.clip(covariance / scale, -1.0, 1.0))
+    second = scale / (2 * np.pi) * (np.sin(angle) + (np.pi - angle) * np.cos(angle))
+    mean = deviation / np.sqrt(2 * np.pi)
+    return Spread(mean, second - np.outer(mean, mean))

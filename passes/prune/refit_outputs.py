@@ -1,0 +1,157 @@
+"""What a cut leaves of an error, made up for by the linears behind it, one after another.
+
+    W' = W + C_ex (C_xx + r)^-1,      b' = b + E[e] - (W' - W) E[x],      r = ridge * diag C_xx
+
+x is what a linear reads after the cut, e what its result lacks against the uncut model on the same sample. Where a
+shortcut is added to the result, e is what the sum lacks: each layer also takes up what those before it left. So every
+linear is corrected on what the ones in front of it, corrected, now make of the data: two partial runs for each.
+
+The ridge is towards the weights there are, and chosen for each linear: fitted to one half of the samples it has to
+lessen the error on the other. Where none does, nothing is changed, so that few samples do no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.layers.linear import Linear, cast, view
+from channelfold.passes.prune.refit import MAX_FEATURES
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.stats.statistics import Observed
+
+RIDGES = (1e-1, 1.0, 10.0, 100.0)
+_POSITIONS = 256  # of one entry along the first axis that are taken
+
+Stays = Mapping[str, Sequence[tuple[int, np.ndarray]]]  # by the name of a tensor: axes that are cut, and what stays
+
+
+def correct(
+    graph: gs.Graph,
+    whole: gs.Graph,
+    nodes: Sequence[gs.Node],
+    stays: Stays,
+    data: Data,
+    progress: Callable[[str, int, int], None],
+) -> list[str]:
+    """Corrects ``nodes`` of the cut ``graph``, given in its order, towards ``whole``, uncut; returns whose error fell.
+
+    Left as they are: convolutions with a kernel, groups or strides, and anything when there is one sample only.
+    """
+    infer_shapes(graph)
+    linears = [linear for node in nodes if _fits(linear := view(graph, node))] if len(data) > 1 else []
+    changed = []
+    for done, linear in enumerate(linears):
+        progress("Correcting outputs", done, len(linears))
+        halves = (_Errors(), _Errors())
+        for number, (x, e) in enumerate(_errors(graph, whole, linear, stays, data)):
+            halves[number % 2].add(x, e)
+        found = _best(*halves)
+        if found is not None and _changed(linear, *found):
+            changed.append(linear.name)
+    return changed
+
+
+def _fits(linear: Linear) -> bool:
+    flat = all(k == 1 for k in linear.kernel) and all(s == 1 for s in linear.node.attrs.get("strides") or ())
+    return flat and not linear.padded and linear.groups == 1 and max(linear.channels) <= MAX_FEATURES
+
+
+def _target(linear: Linear) -> gs.Tensor:
+    """The result of a linear, or its sum with another activation of the same shape."""
+    result = linear.output
+    add = edit.sole_consumer(linear.graph, result)
+    if add is None or add.op != "Add" or any(isinstance(t, gs.Constant) for t in add.inputs):
+        return result
+    shapes = [tensor.shape for tensor in (result, *add.inputs, add.outputs[0])]
+    return add.outputs[0] if shapes[0] is not None and all(s == shapes[0] for s in shapes) else result
+
+
+def _errors(
+    graph: gs.Graph, whole: gs.Graph, linear: Linear, stays: Stays, data: Data
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each sample x (positions, in) and e (positions, out)."""
+    target, source = _target(linear).name, linear.data.name
+    before, after = Observed(whole, [target]), Observed(graph, list(dict.fromkeys([source, target])))
+    for feed in data:
+        ((_, aim),) = before.run(feed)
+        found = dict(after.run(feed))
+        for axis, kept in stays.get(target, ()):
+            aim = np.compress(kept, aim, axis=axis)
+        x, e = _rows(found[source], linear.in_axis), _rows(aim - found[target], linear.out_axis)
+        if len(x) == len(e):
+            yield x, e
+
+
+def _rows(values: np.ndarray, axis: int) -> np.ndarray:
+    """The positions of a tensor as rows (n, channels) float64; the same ones of tensors with as many."""
+    moved = np.moveaxis(values, axis, -1)
+    entries = moved.reshape(len(moved), -1, moved.shape[-1])
+    if entries.shape[1] > _POSITIONS:
+        chosen = np.random.default_rng(entries.shape[1]).choice(entries.shape[1], _POSITIONS, replace=False)
+        entries = entries[:, chosen]
+    return entries.reshape(-1, entries.shape[-1]).astype(np.float64)
+
+
+@dataclass
+class _Errors:
+    """Sums over positions of z = [x, 1] and of e: z z^T, e z^T and e e."""
+
+    zz: np.ndarray | float = 0.0
+    ez: np.ndarray | float = 0.0
+    ee: float = 0.0
+
+    def add(self, x: np.ndarray, e: np.ndarray) -> None:
+        z = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+        self.zz, self.ez, self.ee = self.zz + z.T @ z, self.ez + e.T @ z, self.ee + float(np.vdot(e, e))
+
+    def __add__(self, other: _Errors) -> _Errors:
+        return _Errors(self.zz + other.zz, self.ez + other.ez, self.ee + other.ee)
+
+    def fit(self, ridge: float) -> np.ndarray:
+        """[W' - W, b' - b], (out, in + 1); of an infinite ridge only the bias."""
+        zz, ez = np.asarray(self.zz), np.asarray(self.ez)
+        count = zz[-1, -1]
+        mean, shift = zz[:-1, -1] / count, ez[:, -1] / count
+        covariance = zz[:-1, :-1] / count - np.outer(mean, mean)
+        matrix = np.zeros((len(ez), len(mean)))
+        if np.isfinite(ridge):
+            variance = np.diagonal(covariance)
+            inner = covariance + np.diag(ridge * variance + (1e-9 * variance.mean() or 1.0))
+            matrix = np.linalg.solve(inner, (ez[:, :-1] / count - np.outer(shift, mean)).T).T
+        return np.concatenate([matrix, (shift - matrix @ mean)[:, None]], axis=1)
+
+    def left(self, change: np.ndarray) -> float:
+        """The squared error that is left with this change, summed."""
+        return self.ee - 2 * float(np.vdot(change, self.ez)) + float(np.vdot(change @ self.zz, change))
+
+
+def _best(a: _Errors, b: _Errors) -> tuple[np.ndarray, np.ndarray] | None:
+    """What to add to weight (out, in) and bias (out,); None where nothing helps on data it was not fitted to."""
+    if not (isinstance(a.zz, np.ndarray) and isinstance(b.zz, np.ndarray)):
+        return None
+    errors = {ridge: a.left(b.fit(ridge)) + b.left(a.fit(ridge)) for ridge in (*RIDGES, np.inf)}
+    ridge = min(errors, key=errors.__getitem__)
+    if not errors[ridge] < a.ee + b.ee:
+        return None
+    change = (a + b).fit(ridge)
+    return change[:, :-1], change[:, -1]
+
+
+def _changed(linear: Linear, weight: np.ndarray, bias: np.ndarray) -> bool:
+    """Adds to weight and bias, unless the sum does not fit the type."""
+    old, before = linear.weight().astype(np.float64), linear.bias()
+    new, after = old + weight.reshape(old.shape), bias if before is None else before + bias
+    try:
+        for values in (new, after):
+            cast(values, linear.dtype)
+    except OverflowError:
+        return False
+    linear.set_weight(new)
+    linear.set_bias(after)
+    return True

@@ -1,0 +1,225 @@
+"""QuantizeLinear / DequantizeLinear nodes as each target wants them.
+
+    activation   DQ(Q(x))       per tensor: q = clip(round(x / s) + z), s and z scalars, round half to even
+    weight       DQ(W_q)        per output channel: W_q int8 stored, s a vector, z = 0, |q| <= 127
+    bias         DQ(b_q)        onnxruntime only: b_q int32, s = s_x * s_W
+
+tensorrt      int8, z = 0; a pair of nodes in front of the quantized operators only, which all share it; the bias stays
+              float.
+onnxruntime   uint8, z free; *every* reader of a quantized tensor reads it through its pair, and the results of Conv and
+              of the operators between convolutions are quantized too: that is what its integer kernels fuse. With int8
+              it fuses nothing around a tensor that has two readers.
+
+A Q or DQ without a zero point would be uint8 by the ONNX specification, which TensorRT clamps to half its range, so the
+zero point is always written. A scale is never zero: a dead channel gets a small number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.layers.linear import Linear, linears, live_linears
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import constant, free_name
+
+_CHUNK = 1 << 22  # weight values quantized at once
+_SMALLEST = {  # scale of each type; 2^-17 is not normal in float16, but 127 s is still off by s / 2 at most
+    np.dtype(np.float16): 2.0**-17,
+    np.dtype(np.float32): 2.0**-126,
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """What 8 bits cover of a tensor, in its units; zero is always inside."""
+
+    low: float
+    high: float
+
+    def parameters(self, symmetric: bool, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """(scale in ``dtype``, zero point), scalars: int8 and 0 where ``symmetric``, else uint8."""
+        if symmetric:
+            return positive_scale(max(-self.low, self.high), 127, dtype), np.array(0, np.int8)
+        scale = positive_scale(self.high - self.low, 255, dtype)
+        return scale, np.array(np.clip(np.rint(-self.low / float(scale)), 0, 255), np.uint8)
+
+
+def positive_scale(limit: np.ndarray | float, levels: int, dtype: np.dtype) -> np.ndarray:
+    """limit / levels in ``dtype``, which is float32 or float16; never zero."""
+    return np.maximum(np.asarray(limit, np.float64) / levels, _SMALLEST[np.dtype(dtype)]).astype(dtype)
+
+
+def quantize_weight(
+    weight: np.ndarray, dtype: np.dtype, floor: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric int8 per output channel of a weight (out, ...): (values int8, scales (out,) in ``dtype``).
+
+    No scale is below ``floor``, (out,) or a scalar.
+    """
+    limits = np.broadcast_to(np.asarray(floor, np.float64) * 127, weight.shape[:1])
+    outs = weight.shape[0]
+    rows = max(1, _CHUNK // max(1, weight[0].size if outs else 1))
+    values = np.empty(weight.shape, np.int8)
+    scales = np.empty(outs, dtype)
+    for start in range(0, outs, rows):
+        part = np.asarray(weight[start : start + rows], np.float32)
+        peak = np.abs(part.reshape(part.shape[0], -1)).max(axis=1, initial=0.0)
+        scale = positive_scale(np.maximum(peak, limits[start : start + rows]), 127, dtype)
+        scales[start : start + rows] = scale
+        steps = np.asarray(scale, np.float32).reshape(-1, *[1] * (part.ndim - 1))
+        values[start : start + rows] = np.clip(np.rint(part / steps), -127, 127)
+    return values, scales
+
+
+def opset_of_scales(graph: gs.Graph) -> int:
+    """The opset at which a DequantizeLinear by channel can have the types of this graph's weights as scales."""
+    return 19 if any(linear.dtype == np.float16 for linear in linears(graph)) else 13
+
+
+def why_not_int8(linear: Linear) -> str:
+    """Why a weight cannot be int8 by channel, whatever the target; empty when it can."""
+    if linear.dtype not in _SMALLEST:
+        return f"it computes in {linear.dtype}, expected float32 or float16"
+    bias = linear.bias()
+    if not np.isfinite(linear.weight()).all() or (bias is not None and not np.isfinite(bias).all()):
+        return "its weight or bias holds infinities or NaN"
+    return ""
+
+
+def weight_axis(linear: Linear) -> int:
+    """The axis of the output channels in the weight as the node stores it."""
+    if linear.node.op == "Gemm":
+        return 0 if linear.node.attrs.get("transB", 0) else 1
+    if linear.node.op == "MatMul":
+        return 0 if linear.weight_input == 0 else 1
+    return 0 if linear.node.op == "Conv" else 1
+
+
+def summary(graph: gs.Graph, kept: list[Linear]) -> dict[str, Any]:
+    """The counts a report wants of a quantization: how many linear nodes there are, and which now read int8."""
+    quantized = {id(site.node) for site in kept}
+    nodes = live_linears(graph)
+    by_op = {
+        op: {
+            "quantized": sum(node.op == op and id(node) in quantized for node in nodes),
+            "total": sum(node.op == op for node in nodes),
+        }
+        for op in dict.fromkeys(node.op for node in nodes)
+    }
+    return {
+        "linears": len(nodes),
+        "quantized": len(kept),
+        "by_op": by_op,
+        "quantized_nodes": [site.name for site in kept],
+    }
+
+
+class Inserter:
+    """Makes QDQ nodes and remembers them, so that readers of one tensor, or of one weight, share them."""
+
+    def __init__(self, graph: gs.Graph, symmetric: bool = True):
+        self.graph = graph
+        self.symmetric = symmetric
+        self._before: dict[int, list[gs.Node]] = {}
+        self._after: dict[int, list[gs.Node]] = {}
+        self._pairs: dict[int, gs.Variable] = {}
+        self._weights: dict[tuple, gs.Variable] = {}
+
+    def activation(self, tensor: gs.Variable, seen: Range, readers: Sequence[gs.Node]) -> None:
+        """Lets ``readers`` read a tensor through a Q and a DQ node."""
+        if id(tensor) not in self._pairs:
+            dtype = edit.dtype(tensor) or np.dtype(np.float32)
+            scale, zero_point = seen.parameters(self.symmetric, dtype)
+            s = constant(self.graph, f"{tensor.name}_scale", scale)
+            z = constant(self.graph, f"{tensor.name}_zero_point", zero_point)
+            quantized = gs.Variable(free_name(self.graph, f"{tensor.name}_quantized"), zero_point.dtype, tensor.shape)
+            restored = gs.Variable(free_name(self.graph, f"{tensor.name}_dequantized"), dtype, tensor.shape)
+            pair = [
+                gs.Node(op, f"{tensor.name}_{op}", inputs=[data, s, z], outputs=[result])
+                for op, data, result in (
+                    ("QuantizeLinear", tensor, quantized),
+                    ("DequantizeLinear", quantized, restored),
+                )
+            ]
+            source = edit.producer(tensor)
+            place = self._before.setdefault(-1, []) if source is None else self._after.setdefault(id(source), [])
+            place += pair
+            self._pairs[id(tensor)] = restored
+        for node in readers:
+            for index, read in enumerate(node.inputs):
+                if read is tensor:
+                    edit.set_input(node, index, self._pairs[id(tensor)])
+
+    def weight(self, linear: Linear, seen: Range | None = None, mean: np.ndarray | None = None) -> np.ndarray:
+        """Puts the int8 weight behind DequantizeLinear at a linear node; returns its scales, (out,).
+
+        With the range ``seen`` of its activation no scale is so small that the bias would leave int32 in steps of
+        s_x * s_W: runtimes that compute in integers store it so, and a nearly dead channel with a bias would overflow.
+        With the ``mean`` of each input channel the bias takes back what rounding the weight does on average,
+        b' = b - (W_q - W) E[x], wherever the node has a bias or a place for one.
+        """
+        axis = weight_axis(linear)
+        alpha = linear.node.attrs.get("alpha", 1.0) if linear.node.op == "Gemm" else 1.0
+        floor = self._smallest_scale(linear, seen)
+        weight = linear.weight()
+        values, scales = quantize_weight(weight, linear.dtype, floor)
+        if mean is not None and (linear.node.op != "MatMul" or linear.bias_node is not None):
+            steps = np.asarray(scales, np.float32).reshape(-1, *[1] * (weight.ndim - 1))
+            old = linear.bias()
+            with contextlib.suppress(OverflowError):  # a float16 bias at the end of its type stays as it is
+                linear.set_bias((0.0 if old is None else old) - linear.respond(values * steps - weight, mean))
+        chain = tuple(id(node) for node in linear.chain)
+        key = (id(linear.source), chain, axis, linear.groups, alpha, scales.tobytes())
+        if key not in self._weights:
+            stored = np.ascontiguousarray(linear.unorient(values))
+            self._weights[key] = self._dequantized(linear.source.name, stored, scales, axis, linear.node)
+        edit.set_input(linear.node, linear.weight_input, self._weights[key])
+        if "alpha" in linear.node.attrs:
+            linear.node.attrs["alpha"] = 1.0
+        return scales
+
+    def _smallest_scale(self, linear: Linear, seen: Range | None) -> np.ndarray | float:
+        bias = linear.bias()
+        if seen is None or bias is None:
+            return 0.0
+        return np.abs(bias) / (2.0**30 * float(seen.parameters(self.symmetric, np.dtype(np.float32))[0]))
+
+    def bias(self, linear: Linear, scales: np.ndarray, seen: Range) -> None:
+        """Puts an int32 bias behind DequantizeLinear at a float32 Conv or Gemm that has one.
+
+        In float16 it stays as it is: s_x * s_W is too small for that type.
+        """
+        bias = linear.bias()
+        if bias is None or linear.node.op == "MatMul" or linear.dtype != np.float32:
+            return
+        step = float(seen.parameters(self.symmetric, scales.dtype)[0])
+        combined = np.maximum(scales.astype(np.float64) * step, 1e-30)
+        stored = np.rint(bias / combined).astype(np.int32)  # fits: see _smallest_scale
+        restored = self._dequantized(f"{linear.name}_bias", stored, combined.astype(scales.dtype), 0, linear.node)
+        edit.set_input(linear.node, 2, restored)
+        if "beta" in linear.node.attrs:
+            linear.node.attrs["beta"] = 1.0
+
+    def finish(self) -> None:
+        """Puts the new nodes into the node list, each where its inputs are known."""
+        nodes = list(self._before.get(-1, ()))
+        for node in self.graph.nodes:
+            nodes += [*self._before.get(id(node), ()), node, *self._after.get(id(node), ())]
+        self.graph.nodes[:] = nodes
+
+    def _dequantized(
+        self, name: str, stored: np.ndarray, scales: np.ndarray, axis: int, reader: gs.Node
+    ) -> gs.Variable:
+        q = constant(self.graph, f"{name}_quantized", stored)
+        s = constant(self.graph, f"{name}_scale", scales)
+        z = constant(self.graph, f"{name}_zero_point", np.zeros(scales.shape, stored.dtype))
+        restored = gs.Variable(free_name(self.graph, f"{name}_dequantized"), scales.dtype, list(stored.shape))
+        node = gs.Node("DequantizeLinear", f"{name}_DequantizeLinear", {"axis": axis}, [q, s, z], [restored])
+        self._before.setdefault(id(reader), []).append(node)
+        return restored

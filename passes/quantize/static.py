@@ -1,0 +1,307 @@
+"""INT8 quantization with explicit, per-channel QDQ nodes.
+
+    y = W x + b   becomes   y = DQ(W_q) DQ(Q(x)) + b',     b' = b - (W_q - W) E[x]
+    W_q per output channel, symmetric int8;  x per tensor with a calibrated range;  b' float (bias correction, DFQ)
+
+Every Conv, Gemm and MatMul with a constant weight is a site. What is left in float is refused with the reason: what
+TensorRT would run in float anyway (ConvTranspose, fewer than 16 channels), what was excluded, what was always zero in
+calibration, and what 8 bits cannot represent: an activation whose range is so wide against its values that rounding
+would leave a signal-to-noise ratio below ``min_activation_snr`` dB, over the whole tensor or for its median row.
+
+Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, section 4.2, with E[x] measured.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.passes.layers.linear import Linear, NotLinear, linears, live_linears, view
+from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
+from channelfold.passes.quantize import calibrators
+from channelfold.passes.quantize.calibrators import Calibrator
+from channelfold.passes.quantize.qdq import Inserter, Range, opset_of_scales, summary, why_not_int8
+from channelfold.runtime.errors import DataError, UsageError
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.stats.statistics import ChannelStatistics, TensorStatistics, observe
+
+MIN_CHANNELS = 16  # TensorRT runs narrower operators in float, or slower than float
+
+# What onnxruntime computes in int8 between convolutions when what it reads and writes is quantized.
+_BETWEEN = (
+    "Add",
+    "Mul",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Concat",
+    "Relu",
+    "Clip",
+    "LeakyRelu",
+    "Sigmoid",
+)
+_FUSED_ACTIVATIONS = ("Relu", "Clip")
+# What onnxruntime carries out on int8 as it is, where the scale before and behind is the same.
+_MOVING = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Inserts per-channel INT8 QDQ nodes around Conv, Gemm and MatMul, with calibrated activation ranges.
+
+    ``exclude``: patterns of node names (``*`` and ``?``) that stay float; ``exclude_ops``: operator types that do.
+    ``percentile``: of the calibrator of that name. ``min_activation_snr``: in dB; 0 quantizes whatever it costs.
+    ``float_share``: of all linear nodes, how many may stay float because int8 changes their outputs most.
+    Raises UsageError for a percentile outside (0, 100], a share outside [0, 1].
+    """
+
+    name: ClassVar[str] = "quantize"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "calibrated"
+    needs_opset: ClassVar[int] = 13
+
+    calibrator: Calibrator = "mse"
+    target: Literal["tensorrt", "onnxruntime"] = "tensorrt"
+    exclude: tuple[str, ...] = ()
+    exclude_ops: tuple[str, ...] = ()
+    min_activation_snr: float = 15.0
+    percentile: float = 99.999
+    correct_bias: bool = True
+    float_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percentile <= 100:
+            raise UsageError(f"'percentile' is {self.percentile:g}", "Expected more than 0 and at most 100")
+        if not 0 <= self.float_share <= 1:
+            raise UsageError(f"'float_share' is {self.float_share:g}", "Expected 0 to 1")
+
+    def opset_for(self, graph: gs.Graph) -> int:
+        return opset_of_scales(graph)
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        if ctx.calibration is None:
+            raise DataError("Quantization needs calibration data", "Give some with --calibration")
+        outcome = Outcome()
+        infer_shapes(graph)
+        sites = list(self._sites(graph, outcome))
+        integers = self.target == "onnxruntime"
+        axes: dict[str, int | None] = {tensor.name: None for tensor in _between(graph, sites)} if integers else {}
+        axes |= {site.data.name: site.in_axis for site in sites}
+        statistics = {name: TensorStatistics(axis) for name, axis in axes.items()}
+        rows = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites if self.float_share}
+        observe(
+            graph,
+            {name: _Both(seen, rows.get(name)) for name, seen in statistics.items()},
+            ctx.calibration,
+            ctx.progress,
+        )
+        ranges = {name: self._range(seen) for name, seen in statistics.items()}
+        ranges = _unified(graph, ranges) if integers else ranges
+        facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
+        reasons = {name: self._why_not_representable(statistics[name], _lower_snr(facts[name])) for name in axes}
+        worst = self._worst(graph, [site for site in sites if not reasons[site.data.name]], rows)
+        kept = []
+        for site in sites:
+            name = site.data.name
+            if id(site.node) in worst:
+                reason = "int8 changes its outputs most"
+                outcome.refuse(
+                    site.name, f"{site.node.op} stays float: {reason} ({worst[id(site.node)]:.1f} dB)", reason
+                )
+                continue
+            if reason := reasons[name]:
+                snr = _lower_snr(facts[name])
+                detail = name if snr is None else f"{name}: {snr} dB, {self.min_activation_snr:g} wanted"
+                outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({detail})", reason)
+                continue
+            limit = max(-ranges[name].low, ranges[name].high)
+            outcome.change(site.name, f"{site.node.op}: int8, activation {name} up to {limit:.4g}")
+            kept.append(site)
+        poor = {name for name, reason in reasons.items() if reason or statistics[name].masked}
+        between = _between(graph, kept, poor) if integers else []
+        means = (
+            {(name, axis): statistics[name].channel_mean for name, axis in axes.items()} if self.correct_bias else {}
+        )
+        if kept:
+            _insert(graph, kept, between, ranges, means, self.target)
+        outcome.facts = summary(graph, kept) | {"activations": facts}
+        return outcome
+
+    def _sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Linear]:
+        for node in live_linears(graph):
+            try:
+                linear = view(graph, node)
+            except NotLinear as error:
+                reason = str(error)
+            else:
+                reason = self._why_float(linear)
+                if not reason:
+                    yield linear
+                    continue
+            outcome.refuse(node.name, f"{node.op} stays float: {reason}", reason)
+
+    def _why_float(self, linear: Linear) -> str:
+        """Why a site is left in float by the rules; empty when it is not."""
+        node = linear.node
+        outs, ins = linear.channels
+        for pattern in self.exclude:
+            if fnmatch.fnmatchcase(node.name, pattern):
+                return f"excluded by pattern {pattern!r}"
+        if node.op in self.exclude_ops:
+            return f"excluded by operator type {node.op}"
+        if node.op == "ConvTranspose":
+            return "ConvTranspose runs in float anyway"
+        if linear.weight_input == 0:
+            return "its weight is the left operand"
+        if min(outs, ins) < MIN_CHANNELS:
+            return f"fewer than {MIN_CHANNELS} channels"
+        return why_not_int8(linear)
+
+    def _worst(self, graph: gs.Graph, sites: list[Linear], rows: Mapping[str, ChannelStatistics]) -> dict[int, float]:
+        """The nodes that ``float_share`` leaves in float, with the error of their outputs in dB.
+
+        First those that write an output of the graph, where nothing averages an error out, then by their error. Counted
+        are the linear nodes with a constant weight; one with a kernel cannot be measured and is quantized.
+        """
+        if not self.float_share:
+            return {}
+        errors = {}
+        for site in sites:
+            seen = rows[site.data.name]
+            if seen.positions and seen.axis == site.in_axis and all(size == 1 for size in site.kernel):
+                errors[id(site.node)] = LayerError.of([site], seen.sample(), Bits()).error()
+        live = {id(node) for node in live_linears(graph)}
+        total = sum(id(linear.node) in live for linear in linears(graph))
+        count = int(self.float_share * total) - (total - len(sites))
+        last = {id(site.node) for site in sites if edit.is_output(graph, site.output)}
+        chosen = sorted(errors, key=lambda key: (key in last, errors[key]), reverse=True)[: max(0, count)]
+        return {key: -10 * float(np.log10(errors[key])) for key in chosen if errors[key] > 0}
+
+    def _range(self, seen: TensorStatistics) -> Range:
+        low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+        if seen.total == 0:
+            return Range(0.0, 0.0)
+        levels = self._levels(Range(low, high))
+        limit = calibrators.threshold(seen, self.calibrator, percentile=self.percentile, levels=levels)
+        return Range(max(low, -limit), min(high, limit))
+
+    def _levels(self, seen: Range) -> int:
+        """The steps between zero and the end of a range that is farther from it."""
+        if self.target == "tensorrt" or seen.high == seen.low:
+            return 127
+        return max(127, round(255 * max(-seen.low, seen.high) / (seen.high - seen.low)))
+
+    def _facts(self, statistics: TensorStatistics, seen: Range) -> dict[str, Any]:
+        """What a report says of an activation: its range, what is covered, and what rounding leaves of it."""
+        empty = statistics.total == 0
+        limit, levels = max(-seen.low, seen.high), self._levels(seen)
+        snr = np.inf if empty else calibrators.snr(statistics, limit, levels)
+        row_snr = np.inf if empty else calibrators.row_snr(statistics, limit, levels)
+        return {
+            "minimum": None if empty else statistics.minimum,
+            "maximum": None if empty else statistics.maximum,
+            "low": seen.low,
+            "high": seen.high,
+            "snr_db": round(snr, 2) if np.isfinite(snr) else None,
+            "row_snr_db": round(row_snr, 2) if np.isfinite(row_snr) else None,
+            "masked": statistics.masked,
+        }
+
+    def _why_not_representable(self, seen: TensorStatistics, snr: float | None) -> str:
+        if seen.total == 0:
+            return "no calibration sample reached its activation"
+        if seen.amax == 0:
+            return "its activation is zero in every calibration sample"
+        if snr is not None and self.min_activation_snr > 0 and snr < self.min_activation_snr:
+            return "8 bits cannot represent its activation"
+        return ""
+
+
+@dataclass(frozen=True)
+class _Both:
+    """Shows a tensor to two observers."""
+
+    first: TensorStatistics
+    second: ChannelStatistics | None
+
+    def add(self, values: np.ndarray) -> None:
+        self.first.add(values)
+        if self.second is not None:
+            self.second.add(values)
+
+
+def _lower_snr(facts: Mapping[str, Any]) -> float | None:
+    """The signal-to-noise ratio of a tensor or of its median row, whichever is lower; None where there is no noise."""
+    known = [facts[key] for key in ("snr_db", "row_snr_db") if facts[key] is not None]
+    return min(known, default=None)
+
+
+def _between(graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset()) -> list[gs.Variable]:
+    """What onnxruntime wants quantized besides what sites read: results of Conv and Gemm, and what carries them on.
+
+    Tensors named in ``poor`` stay float.
+    """
+    known = {id(site.data) for site in sites}
+    found: list[gs.Variable] = []
+    conv = {id(site.node) for site in sites if site.node.op in ("Conv", "Gemm")}
+    for node in graph.nodes:
+        result = node.outputs[0] if node.outputs else None
+        if result is None or edit.is_output(graph, result) or edit.dtype(result) not in (np.float32, np.float16):
+            continue
+        inputs = [t for t in node.inputs if not isinstance(t, gs.Constant) and not t.is_empty()]
+        carried = node.op in _BETWEEN and bool(inputs) and all(id(t) in known for t in inputs)
+        if id(node) not in conv and (not carried or (node.op in ("Add", "Mul") and len(inputs) < 2)):
+            continue
+        if id(node) in conv or node.op == "Add":
+            reader = edit.sole_consumer(graph, result)
+            if reader is not None and reader.op in _FUSED_ACTIVATIONS:
+                result = reader.outputs[0]
+                if edit.is_output(graph, result):
+                    continue
+        if id(result) not in known and result.name not in poor:
+            known.add(id(result))
+            found.append(result)
+    return found
+
+
+def _insert(
+    graph: gs.Graph,
+    sites: list[Linear],
+    between: list[gs.Variable],
+    ranges: dict[str, Range],
+    means: Mapping[tuple[str, int | None], np.ndarray | None],
+    target: str,
+) -> None:
+    """Puts the QDQ nodes around every site.
+
+    ``means`` by tensor and axis: where a Conv and a MatMul read one tensor their channels are not the same.
+    """
+    inserter = Inserter(graph, symmetric=target == "tensorrt")
+    tensors = {id(tensor): tensor for tensor in [*between, *(site.data for site in sites)]}
+    readers: dict[int, list[gs.Node]] = {key: [] for key in tensors}
+    for site in sites:
+        readers[id(site.data)].append(site.node)
+        site.data.dtype = site.dtype  # where shape inference could not tell
+        scales = inserter.weight(site, ranges[site.data.name], means.get((site.data.name, site.in_axis)))
+        if target == "onnxruntime":
+            inserter.bias(site, scales, ranges[site.data.name])
+    for key, tensor in tensors.items():
+        everyone = target == "onnxruntime"
+        inserter.activation(tensor, ranges[tensor.name], edit.consumers(tensor) if everyone else readers[key])
+    inserter.finish()
+    edit.remove_dead(graph)
+
+
+def _unified(graph: gs.Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The ranges, with that of its input for the result of an operator that only moves values."""
+    unified = dict(ranges)
+    for node in graph.nodes:
+        if node.op in _MOVING and node.inputs[0].name in unified and node.outputs[0].name in unified:
+            unified[node.outputs[0].name] = unified[node.inputs[0].name]
+    return unified

@@ -1,0 +1,73 @@
+"""INT8 weights alone: activations and arithmetic stay as they are.
+
+    W x   becomes   DQ(W_q) x,    W_q per output channel, symmetric int8
+
+No data are needed, the file shrinks to a quarter of float32 (half of float16), and the runtime expands the weights when
+it uses them, so this saves memory and memory traffic, not arithmetic.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.passes.layers.linear import Linear, NotLinear, live_linears, view
+from channelfold.passes.quantize.qdq import Inserter, opset_of_scales, summary, why_not_int8
+from channelfold.runtime.io import edit
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Stores the weights of Conv, ConvTranspose, Gemm and MatMul as int8 per output channel, activations untouched.
+
+    ``exclude``: patterns of node names (``*`` and ``?``) that stay float; ``exclude_ops``: operator types that do.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "lossy"
+
+    needs_opset: ClassVar[int] = 13
+
+    exclude: tuple[str, ...] = ()
+    exclude_ops: tuple[str, ...] = ()
+
+    def opset_for(self, graph: gs.Graph) -> int:
+        return opset_of_scales(graph)
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        outcome = Outcome()
+        inserter = Inserter(graph)
+        kept = []
+        linears = live_linears(graph)
+        for done, node in enumerate(linears):
+            ctx.progress("Quantizing weights", done, len(linears))
+            try:
+                linear = view(graph, node)
+                reason = self._why_float(linear)
+            except NotLinear as error:
+                reason = str(error)
+            if reason:
+                outcome.refuse(node.name, f"{node.op} stays float: {reason}", reason)
+                continue
+            inserter.weight(linear)
+            outcome.change(node.name, f"{node.op}: int8 weight")
+            kept.append(linear)
+        if kept:
+            inserter.finish()
+            edit.remove_dead(graph)
+        outcome.facts = summary(graph, kept)
+        return outcome
+
+    def _why_float(self, linear: Linear) -> str:
+        for pattern in self.exclude:
+            if fnmatch.fnmatchcase(linear.name, pattern):
+                return f"excluded by pattern {pattern!r}"
+        if linear.node.op in self.exclude_ops:
+            return f"excluded by operator type {linear.node.op}"
+        if linear.node.op == "ConvTranspose" and linear.groups > 1:
+            return "the output channels of a grouped ConvTranspose are not on one axis of its weight"
+        return why_not_int8(linear)

@@ -1,0 +1,197 @@
+"""High biases absorbed by the next layer: what a channel never falls below is taken out of its activation.
+
+    y = W2 relu(W1 x + b1) + b2    becomes    y = W2 relu(W1 x + b1 - c) + b2 + W2 c
+
+which is the same wherever W1 x + b1 >= c, because relu(u) = relu(u - c) + c for u >= c >= 0. c is what calibration
+supports from both sides: the lowest value seen, and the mean less some standard deviations,
+
+    c = max(0, min(minimum, mean - sigmas * deviation))
+
+so that a channel of which few values were seen is not cut off where new ones fall. The activation then starts at zero
+and takes fewer of the steps of a range that it shares with other channels. ``equalize`` makes such channels: it scales
+a bias up with the row it belongs to.
+
+Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.1.3,
+where mean and deviation are beta and gamma of a BatchNormalization; here they are measured, because it has been folded.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.layers.affine import Vector, after
+from channelfold.passes.layers.linear import Linear, NotLinear, cast, linears, view
+from channelfold.passes.operators import LINEAR_OPS
+from channelfold.runtime.errors import DataError, UsageError
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.stats.statistics import observe
+
+
+@dataclass(frozen=True)
+class AbsorbBias(Pass):
+    """Moves what a channel in front of a Relu never falls below into the biases of the layers behind it.
+
+    ``sigmas``: standard deviations that stay between the mean and what is absorbed. ``exclude``: patterns of names of
+    the nodes (``*`` and ``?``) in front of the Relu. Raises UsageError for ``sigmas`` below 0.
+    """
+
+    name: ClassVar[str] = "absorb-bias"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "calibrated"
+
+    sigmas: float = 3.0
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sigmas >= 0:
+            raise UsageError(f"'sigmas' is {self.sigmas:g}", "Expected at least 0")
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        if ctx.calibration is None:
+            raise DataError("Absorbing biases needs calibration data", "Give some with --calibration")
+        infer_shapes(graph)
+        outcome = Outcome()
+        sites = list(self._sites(graph, outcome))
+        seen = {site.activation.name: _Seen(site.axis) for site in sites}
+        if sites:
+            observe(graph, seen, ctx.calibration, ctx.progress)
+        for site in sites:
+            node = site.writer.node
+            try:
+                what = _absorb(graph, site, seen[site.activation.name], self.sigmas)
+            except (Blocked, OverflowError) as error:
+                outcome.refuse(node.name, f"{node.op} keeps its bias: {error}", str(error))
+            else:
+                outcome.change(node.name, f"{node.op}: {what}")
+        return outcome
+
+    def _sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[_Site]:
+        """Every linear in front of a Relu; refuses those where something else than unpadded linears reads that."""
+        for linear in linears(graph):
+            relu = edit.sole_consumer(graph, linear.output)
+            if relu is None or relu.op != "Relu" or not edit.is_standard(relu):
+                continue
+            try:
+                for pattern in self.exclude:
+                    if fnmatch.fnmatchcase(linear.name, pattern):
+                        raise Blocked(f"excluded by pattern {pattern!r}")
+                activation = relu.outputs[0]
+                axis = _axis(activation, linear.out_axis)
+                yield _Site(linear, activation, axis, _readers(graph, activation, axis))
+            except Blocked as error:
+                reason = str(error).replace("is in between", "follows it")
+                outcome.refuse(linear.name, f"{linear.node.op} keeps its bias: {reason}", reason)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A linear, the activation behind its Relu with the axis of the channels, and the linears that read it."""
+
+    writer: Linear
+    activation: gs.Tensor
+    axis: int
+    readers: list[tuple[Linear, Vector]]
+
+
+@dataclass
+class _Seen:
+    """What calibration saw of the channels of a tensor along ``axis``; vectors (channels,) float64."""
+
+    axis: int
+    minimum: np.ndarray | float = np.inf
+    maximum: np.ndarray | float = -np.inf
+    total: np.ndarray | float = 0.0
+    squares: np.ndarray | float = 0.0
+    positions: int = 0
+
+    def add(self, values: np.ndarray) -> None:
+        if values.size == 0:
+            return
+        flat = np.moveaxis(values, self.axis, -1).reshape(-1, values.shape[self.axis]).astype(np.float64)
+        if not np.isfinite(flat).all():
+            raise DataError("it holds NaN or infinities")
+        self.minimum = np.minimum(self.minimum, flat.min(axis=0))
+        self.maximum = np.maximum(self.maximum, flat.max(axis=0))
+        self.total = self.total + flat.sum(axis=0)
+        self.squares = self.squares + (flat**2).sum(axis=0)
+        self.positions += len(flat)
+
+    def lower_bound(self, sigmas: float) -> np.ndarray:
+        """c of each channel, rounded towards zero where float32 has no such number."""
+        mean = self.total / self.positions
+        deviation = np.sqrt(np.maximum(self.squares / self.positions - mean**2, 0))
+        bound = np.maximum(0, np.minimum(self.minimum, mean - sigmas * deviation))
+        return np.nextafter(bound.astype(np.float32), np.float32(0)).astype(np.float64)
+
+
+def _readers(graph: gs.Graph, tensor: gs.Tensor, axis: int) -> list[tuple[Linear, Vector]]:
+    """All linears that read the channels of a tensor, if a shift reaches every one of them. Raises Blocked."""
+    found, pending = [], [(tensor, Vector(axis))]
+    while pending:
+        tensor, v = pending.pop()
+        if edit.is_output(graph, tensor):
+            raise Blocked("an output of the graph follows it")
+        for node in edit.consumers(tensor):
+            if node.op in ("Shape", "Size") and edit.is_standard(node):
+                continue
+            if not edit.in_graph(graph, node):
+                raise Blocked("a subgraph reads it")
+            if node.op in LINEAR_OPS:
+                found.append((_reader(graph, node, tensor, v), v))
+                continue
+            if [i for i, read in enumerate(node.inputs) if read is tensor] != [0]:
+                raise Blocked(f"{node.op} reads it")
+            follower, moved = after(node, v)
+            if moved.no_shift:
+                raise Blocked(moved.no_shift)
+            pending.append((follower, moved))
+    if not found:
+        raise Blocked("nothing reads it")
+    return found
+
+
+def _reader(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor, v: Vector) -> Linear:
+    try:
+        linear = view(graph, node)
+    except NotLinear as error:
+        raise Blocked(f"{node.op} reads it, but {error}") from None
+    if linear.data is not tensor or _axis(tensor, linear.in_axis) != v.axis:
+        raise Blocked(f"{node.op} reads it, and not as its input channels")
+    if linear.padded:
+        raise Blocked(f"a shift does not pass the zero padding of {node.op}")
+    return linear
+
+
+def _axis(tensor: gs.Tensor, axis: int) -> int:
+    size = edit.rank(tensor)
+    if axis < 0 and size is None:
+        raise Blocked(f"the rank of {tensor.name!r} is unknown")
+    return axis if axis >= 0 else axis + (size or 0)
+
+
+def _absorb(graph: gs.Graph, site: _Site, seen: _Seen, sigmas: float) -> str:
+    """Moves c from the bias of the writer to those of the readers. Raises Blocked or OverflowError, nothing changed."""
+    if not seen.positions:
+        raise Blocked("no calibration sample reached it")
+    bound = seen.lower_bound(sigmas)
+    if not bound.any():
+        raise Blocked(f"no channel stays above zero by {sigmas:g} standard deviations and in every sample")
+    shifts = [(site.writer, -bound)]
+    for reader, v in site.readers:
+        shifts.append((reader, reader.respond(reader.weight().astype(np.float64), v.expand(bound))))
+    biases = []
+    for linear, shift in shifts:
+        linear = view(graph, linear.node)  # as it is now: a linear can be reader and writer
+        old = linear.bias()
+        biases.append((linear, cast(shift if old is None else old + shift, linear.dtype)))
+    for linear, bias in biases:
+        linear.set_bias(bias)
+    before, left = np.max(seen.maximum), np.max(seen.maximum - bound)
+    return f"up to {bound.max():.3g} out of {np.count_nonzero(bound)} channels; largest {before:.4g} -> {left:.4g}"

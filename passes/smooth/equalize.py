@@ -1,0 +1,315 @@
+"""Cross-layer equalization: weight ranges made equal on both sides of every channel.
+
+    y = W2 relu(W1 x + b)   becomes   y = (W2 diag(s)) relu(diag(1/s) (W1 x + b))
+    r1[c] = max |W1[c, :]|,   r2[c] = max |W2[:, c]|,   s = sqrt(r1 / r2),   so that   r1 / s = s r2 = sqrt(r1 r2)
+
+and so over all layers again and again, until nothing changes: a weight takes part on either side. What is between two
+layers is a region of ``channels``: any number of writers and readers (r1 and r2 are then the largest of them), residual
+Adds, reshapes, attention. In q k^T the weights of k stand in the place of the reader's.
+
+It evens out the ranges of channels within one weight, which is what quantization with one scale per tensor suffers
+from. A scale per output channel makes up for the writer's half by itself; with such scales equalizing gains little and
+may cost accuracy, because activations take the ranges of the weights, not their own. Biases are scaled along with the
+rows, and a small row with a large bias makes an activation with a wide range: ``absorb-bias`` is for that.
+
+Exact through Relu, LeakyRelu and PRelu, pooling and whatever else a positive scale commutes with, and not through GELU
+or SiLU: those regions are refused. So are those that a norm writes or a constant factor ends, whose range is that of
+their data: ``smooth`` is for them. ReLU6 passes where its bound may differ by channel, which takes a node more:
+
+    Clip(x, 0, 6)   becomes   Min(Relu(x / s), 6 / s)
+
+Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.1.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.channels.region import End, Region
+from channelfold.passes.channels.rescale import at, clamped, rescale
+from channelfold.passes.channels.scale_regions import trace
+from channelfold.passes.layers.linear import Linear, linears
+from channelfold.runtime.data.probes import shapes_of
+from channelfold.runtime.errors import UsageError
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import constant, free_name, infer_shapes
+from channelfold.runtime.io.shapes import Shape
+
+SETTLED = 1e-4  # of log s: where one more round changes less, the ranges are equal
+WORTHWHILE = 1e-2  # of log s: a region in which no channel is off by more stays as it is
+DEAD = 1e-6  # of the largest range on its side: a channel below it does nothing, and scaled up its bias would
+
+
+@dataclass(frozen=True)
+class Equalize(Pass):
+    """Equalizes the weight ranges of neighbouring layers channel by channel; needs no data.
+
+    ``iterations``: at most so many rounds over the whole model. ``allow_insert``: a Clip from 0 may become a Relu and a
+    Min with a bound by channel, which runtimes do not fuse into what precedes it. ``exclude``: patterns of node names
+    (``*`` and ``?``) whose weights stay as they are. Raises UsageError for less than one round.
+    """
+
+    name: ClassVar[str] = "equalize"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
+
+    iterations: int = 100
+    allow_insert: bool = False
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise UsageError(f"'iterations' is {self.iterations}", "Expected at least 1")
+
+    def opset_for(self, graph: gs.Graph) -> int:
+        return 13 if self.allow_insert and any(_is_relu_n(node) for node in graph.nodes) else 0
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        infer_shapes(graph)
+        outcome = Outcome()
+        shapes = shapes_of(graph, ctx)
+        clips = _opened(graph, shapes) if self.allow_insert else []
+        weights: dict[int, _Weight] = {}
+        sites = list(self._sites(graph, shapes, weights, outcome))
+        rounds, step = 0, 0.0
+        for site in sites:
+            site.take_in_live(weights)
+        while sites and rounds < self.iterations:
+            step = max(site.equalize(weights) for site in sites)
+            rounds += 1
+            ctx.progress("Equalizing ranges", rounds, self.iterations)
+            if step < SETTLED and not sum(site.take_in_live(weights) for site in sites):
+                break
+        weights.clear()
+        written = [_write(graph, site, outcome) for site in sites]
+        _close(graph, clips, outcome)
+        outcome.facts = {"regions": len(sites), "scaled": sum(written), "iterations": rounds, "last_step": step}
+        return outcome
+
+    def _sites(
+        self, graph: gs.Graph, shapes: Mapping[str, Shape], weights: dict[int, _Weight], outcome: Outcome
+    ) -> Iterator[_Site]:
+        """The regions behind all linears, each once; refuses those without anything to equalize."""
+        seen: set[int] = set()
+        for linear in linears(graph):
+            if id(linear.output) in seen:
+                continue
+            try:
+                region = trace(graph, linear.output, linear.out_axis, shapes)
+                seen.update(region.places)
+                site = _Site(linear, region, self._usable(linear, region))
+            except Blocked as error:
+                outcome.refuse(linear.name, f"{linear.node.op} is not equalized with what follows: {error}", str(error))
+                continue
+            for end, found in site.linears():
+                if id(end.node) not in weights:
+                    weights[id(end.node)] = _Weight.of(found)
+            yield site
+
+    def _usable(self, linear: Linear, region: Region) -> np.ndarray:
+        """Which classes have weights on both sides and nothing else, (classes,) bool. Raises Blocked for none."""
+        for end in region.ends:
+            for pattern in self.exclude:
+                if fnmatch.fnmatchcase(end.node.name, pattern):
+                    raise Blocked(f"{end.node.name} is excluded by pattern {pattern!r}")
+        index = region.places[id(linear.output)][1]
+        if reason := region.why_fixed(index):
+            raise Blocked(reason)
+        usable = region.free
+        sides = np.zeros((2, region.size), bool)
+        other = ""
+        for end in region.ends:
+            if end.linear is not None:
+                writes = _writes(end)
+                sides[0, np.abs(end.index[writes]) - 1] = True
+                sides[1, np.abs(end.index[~writes]) - 1] = True
+            elif end.role != "term":
+                usable[np.abs(end.index).reshape(-1) - 1] = False
+                other = other or f"{end.node.op} {'ends it' if end.role == 'factor' else 'writes it, too'}"
+        usable &= sides.all(axis=0)
+        if not usable.any():
+            raise Blocked(other or "no weights read it")
+        return usable
+
+
+@dataclass
+class _Weight:
+    """The magnitudes of a weight, largest over the kernel, (groups, out / groups, in / groups), and its scales so far.
+
+    ``rows`` (out,) and ``columns`` (in,) float64.
+    """
+
+    magnitudes: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+
+    @classmethod
+    def of(cls, linear: Linear) -> _Weight:
+        outs, ins = linear.channels
+        weight = linear.weight()
+        weight = np.abs(weight.reshape(*weight.shape[:2], -1)).max(axis=-1)
+        wide = np.float64 if weight.dtype == np.float64 else np.float32
+        magnitudes = weight.astype(wide, copy=False).reshape(linear.groups, -1, weight.shape[1])
+        return cls(magnitudes, np.ones(outs), np.ones(ins))
+
+    def row_ranges(self) -> np.ndarray:
+        groups, _, ins = self.magnitudes.shape
+        columns = self.columns.reshape(groups, 1, ins).astype(self.magnitudes.dtype)
+        return (self.magnitudes * columns).max(axis=2).reshape(-1) * self.rows
+
+    def column_ranges(self) -> np.ndarray:
+        groups, outs, _ = self.magnitudes.shape
+        rows = self.rows.reshape(groups, outs, 1).astype(self.magnitudes.dtype)
+        return (self.magnitudes * rows).max(axis=1).reshape(-1) * self.columns
+
+
+@dataclass
+class _Site:
+    """A region, the first linear that writes it, its classes that can be equalized, those that are, and their scale.
+
+    A dead class is left out. What is dead is judged beside the largest range: as that shrinks, classes may come in.
+    """
+
+    first: Linear
+    region: Region
+    usable: np.ndarray
+    live: np.ndarray = field(init=False)
+    scale: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.live = np.zeros(self.region.size, bool)
+        self.scale = np.ones(self.region.size)
+
+    def linears(self) -> Iterator[tuple[End, Linear]]:
+        for end in self.region.ends:
+            if end.linear is not None:
+                yield end, end.linear
+
+    def ranges(self, weights: Mapping[int, _Weight]) -> np.ndarray:
+        """r1 and r2 by class, (2, classes)."""
+        ranges = np.zeros((2, self.region.size))
+        for end, _ in self.linears():
+            weight, writes, index = weights[id(end.node)], _writes(end), np.abs(end.index) - 1
+            found = weight.row_ranges() if end.role == "out" else weight.column_ranges()
+            np.maximum.at(ranges[0], index[writes], found[writes])
+            np.maximum.at(ranges[1], index[~writes], found[~writes])
+        return ranges
+
+    def take_in_live(self, weights: Mapping[int, _Weight]) -> bool:
+        """Returns whether there are more than before."""
+        ranges, before = self.ranges(weights), self.live.sum()
+        self.live |= self.usable & (ranges > DEAD * ranges.max(axis=1, keepdims=True)).all(axis=0)
+        return bool(self.live.sum() > before)
+
+    def equalize(self, weights: Mapping[int, _Weight]) -> float:
+        """One step for all channels at once; returns the largest change of log s."""
+        above, below = self.ranges(weights)
+        ratio = np.divide(above, below, out=np.ones_like(above), where=self.live)
+        new = clamped(self.scale * ratio**self._power, self.live)
+        step = new / self.scale
+        self.scale = new
+        for end, _ in self.linears():
+            weight, factor = weights[id(end.node)], at(step, end.index)
+            if end.role == "out":
+                weight.rows /= factor
+            else:
+                weight.columns *= factor
+        return float(np.abs(np.log(step)).max())
+
+    @property
+    def _power(self) -> float:
+        """1/2, or 1/4 where a linear is on both sides: there the whole step can overshoot, back and forth for ever."""
+        nodes = {role: {id(end.node) for end, _ in self.linears() if end.role == role} for role in ("out", "in")}
+        return 0.25 if nodes["out"] & nodes["in"] else 0.5
+
+
+def _writes(end: End) -> np.ndarray:
+    """Whether each channel of a linear is divided by its scale: what writes it is, and what reads its inverse."""
+    return (end.index > 0) == (end.role == "out")
+
+
+def _write(graph: gs.Graph, site: _Site, outcome: Outcome) -> bool:
+    """Writes the scale of a region; returns whether it did."""
+    if np.abs(np.log(site.scale)).max() < WORTHWHILE:
+        return False
+    node, nodes = site.first.node, {id(end.node) for end, _ in site.linears()}
+    try:
+        rescale(graph, site.region, site.scale)
+    except Blocked as error:
+        outcome.refuse(node.name, f"{node.op} is not equalized with what follows: {error}", str(error))
+        return False
+    scales = f"scales {site.scale.min():.3g} to {site.scale.max():.3g}"
+    outcome.change(node.name, f"{node.op}: {int(site.live.sum())} channels of {len(nodes)} weights, {scales}")
+    return True
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """A Clip that has been taken out of the graph, with its inputs, and what stands in its place."""
+
+    node: gs.Node
+    inputs: list[gs.Tensor]
+    highest: np.ndarray
+    relu: gs.Node
+    bound: gs.Node
+
+
+def _is_relu_n(node: gs.Node) -> bool:
+    if node.op != "Clip" or not edit.is_standard(node) or not edit.is_float(node.inputs[0]):
+        return False
+    low, high = _bounds(node)
+    return low == 0 and 0 < high < np.inf
+
+
+def _bounds(node: gs.Node) -> tuple[float, float]:
+    """The constant bounds of a Clip; NaN where there is none."""
+    found = [edit.argument(node, i, name) for i, name in ((1, "min"), (2, "max"))]
+    low, high = (float(b[0]) if b is not None and b.size == 1 else np.nan for b in found)
+    return low, high
+
+
+def _opened(graph: gs.Graph, shapes: dict[str, Shape]) -> list[_Clip]:
+    """Puts a Relu and a Min in the place of every Clip from 0, for a while, and their shapes into ``shapes``."""
+    clips, nodes = [], []
+    for node in graph.nodes:
+        if not _is_relu_n(node):
+            nodes.append(node)
+            continue
+        inputs, result = list(node.inputs), node.outputs[0]
+        between = gs.Variable(free_name(graph, f"{node.name}_relu"), result.dtype, result.shape)
+        kind = edit.dtype(inputs[0]) or np.dtype(np.float32)
+        highest = np.array(_bounds(node)[1], kind)
+        edit.detach(node)
+        relu = gs.Node("Relu", node.name, inputs=[inputs[0]], outputs=[between])
+        operands = [between, constant(graph, f"{node.name}_max", highest)]
+        bound = gs.Node("Min", f"{node.name}_bound", inputs=operands, outputs=[result])
+        if result.name in shapes:
+            shapes[between.name] = shapes[result.name]
+        clips.append(_Clip(node, inputs, highest, relu, bound))
+        nodes += [relu, bound]
+    graph.nodes[:] = nodes
+    return clips
+
+
+def _close(graph: gs.Graph, clips: list[_Clip], outcome: Outcome) -> None:
+    """Puts back every Clip whose bound is as it was."""
+    closed = {}
+    for clip in clips:
+        bound = edit.value(clip.bound.inputs[1])
+        if bound is None or not np.array_equal(bound, clip.highest):
+            outcome.change(clip.node.name, "Clip: a Relu and a Min by channel in its place")
+            continue
+        result = clip.bound.outputs[0]
+        edit.detach(clip.relu)
+        edit.detach(clip.bound)
+        clip.node.inputs.extend(clip.inputs)
+        clip.node.outputs.append(result)
+        closed[id(clip.relu)] = clip.node
+    graph.nodes[:] = [closed.get(id(node), node) for node in graph.nodes]
+    edit.sweep(graph)

@@ -1,0 +1,202 @@
+"""Similar channels merged in pairs, so that a tensor gets back to a width that hardware likes.
+
+    linear -> linear       x_new = (x_i + x_j) / 2,  w_new = w_i + w_j
+                           change = |x_i - x_j|^2 |w_i - w_j|^2 / 4
+    with f in between      x_new = x_i,  w_new = w_i + c w_j,  c = <x_i, x_j> / <x_i, x_i>
+                           change = |x_j - c x_i|^2 |w_j|^2
+
+where w_i is the column that reads channel i, and the change of the outputs is measured on a sample of rows. A mean of
+rows of a weight is the mean of the channels only if nothing but sums stands between the linears; behind an activation,
+a gate or a Gather one of the two channels stays for both, with the factor c that comes closest.
+
+Every even channel can be paired with every odd one, each with one at most, the least change first. Copies that
+``split-channels`` made, known by equal rows and equal columns, are never merged: that would undo the split. They also
+tell how wide the tensor was, so that the pass is for once behind a split: a second run would take as many again.
+
+Source: Liu et al., QLLM, ICLR 2024, section 4.1 (channel assembly), which merges activations by their mean at run time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.channels.scale_regions import Shape
+from channelfold.passes.channels.widths import Width, read_by
+from channelfold.passes.layers.linear import Linear, NotLinear, live_linears, view
+from channelfold.passes.layers.quantization_error import ROWS
+from channelfold.runtime.errors import DataError, UsageError
+from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.io.shapes import measured_shapes
+from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+
+
+@dataclass(frozen=True)
+class MergeChannels(Pass):
+    """Merges pairs of similar channels, where channels were split or the width is no multiple of ``align``.
+
+    ``align``: every width that is no multiple of it goes down to the next one; 0 brings what ``split-channels`` made
+    wider back to the width before. ``max_change``: of the outputs of the linears behind, squared, relative; a site past
+    it stays. Raises UsageError for an option out of its range.
+    """
+
+    name: ClassVar[str] = "merge-channels"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "calibrated"
+
+    align: int = 0
+    max_change: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.align < 0:
+            raise UsageError(f"'align' is {self.align}", "Expected 0 or more")
+        if not self.max_change >= 0:
+            raise UsageError(f"'max_change' is {self.max_change:g}", "Expected 0 or more")
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        feed = next(iter(ctx.calibration or ()), None)
+        if ctx.calibration is None or feed is None:
+            raise DataError("Merging channels needs calibration data", "Give some with --calibration")
+        outcome = Outcome()
+        infer_shapes(graph)
+        shapes = measured_shapes(graph, feed)
+        sites = list(self._sites(graph, shapes, outcome))
+        observers = {linear.data.name: ChannelStatistics(linear.in_axis, ROWS) for linear in sites}
+        observe(graph, observers, ctx.calibration, ctx.progress)
+        facts = []
+        for number, linear in enumerate(sites):
+            ctx.progress("Merging channels", number, len(sites))
+            try:
+                facts.append(self._merge(graph, linear, shapes, observers[linear.data.name], outcome))
+            except Blocked as error:
+                outcome.refuse(linear.name, f"{linear.data.name} stays as it is: {error}", str(error))
+        outcome.facts = {"sites": facts}
+        return outcome
+
+    def _sites(self, graph: gs.Graph, shapes: dict[str, Shape], outcome: Outcome) -> list[Linear]:
+        """The first reader of each tensor that is too wide; refuses those that cannot change."""
+        found, tried = [], set()
+        for node in live_linears(graph):
+            try:
+                linear = view(graph, node)
+                if id(linear.data) in tried or (self.align and linear.channels[1] % self.align == 0):
+                    continue
+                tried.add(id(linear.data))
+                width = read_by(graph, linear, shapes)
+            except (NotLinear, Blocked) as error:
+                if self.align:
+                    outcome.refuse(node.name, f"{node.op}: {error}", str(error))
+                continue
+            if self._surplus(width):
+                found.append(linear)
+        return found
+
+    def _surplus(self, width: Width) -> int:
+        """How many channels a group has too many."""
+        if self.align:
+            return width.channels % self.align if width.channels > self.align else 0
+        return round(float((1 - 1 / _copies(width)).sum()))
+
+    def _merge(
+        self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape], seen: ChannelStatistics, outcome: Outcome
+    ) -> dict[str, Any]:
+        """Merges channels of what a linear reads. Raises Blocked, with nothing changed."""
+        if not seen.positions:
+            raise Blocked("no calibration sample reached it")
+        width = read_by(graph, linear, shapes)
+        rows, weights = seen.sample()
+        before, columns, single = width.channels, width.columns(), _copies(width) == 1
+        merger = _paired(rows * np.sqrt(weights)[:, None], columns, single, self._surplus(width), width.linear)
+        change = merger.change(rows, weights, columns)
+        if change > self.max_change:
+            raise Blocked(f"merging {len(merger.kept)} pairs changes its outputs by {change:.2g} (max_change)")
+        width.resize(merger.rows, merger.columns, shapes)
+        how = "by their mean" if width.linear else "one for both"
+        what = f"{before} -> {width.channels} channels, {len(merger.kept)} pairs merged {how}, outputs {change:.2g} off"
+        outcome.change(linear.name, f"{linear.data.name}: {what}")
+        return {
+            "node": linear.name,
+            "tensor": linear.data.name,
+            "width": [before, width.channels],
+            "relative_change": change,
+            "mean": width.linear,
+        }
+
+
+@dataclass(frozen=True)
+class _Merger:
+    """Pairs of channels: ``kept`` stay, ``gone`` go, (pairs,). ``factors`` are c, or None for the mean."""
+
+    kept: np.ndarray
+    gone: np.ndarray
+    factors: np.ndarray | None
+
+    def rows(self, old: np.ndarray) -> np.ndarray:
+        """What writes the channels, (channels, …)."""
+        if self.factors is None:
+            old = old.astype(np.float64)
+            old[self.kept] = (old[self.kept] + old[self.gone]) / 2
+        return np.delete(old, self.gone, axis=0)
+
+    def columns(self, old: np.ndarray) -> np.ndarray:
+        """What reads the channels, (channels, …)."""
+        new = old.astype(np.float64)
+        factors = np.ones(len(self.kept)) if self.factors is None else self.factors
+        new[self.kept] += new[self.gone] * factors.reshape(-1, *[1] * (new.ndim - 1))
+        return np.delete(new, self.gone, axis=0)
+
+    def change(self, rows: np.ndarray, weights: np.ndarray, matrix: np.ndarray) -> float:
+        """The squared change of the outputs, ``matrix`` (out, channels) times ``rows``, relative to their squares."""
+        old = rows @ matrix.T
+        new = self.rows(rows.T).T @ self.columns(matrix.T)
+        signal = float(weights @ (old**2).sum(axis=1, dtype=np.float64))
+        return float(weights @ ((new - old) ** 2).sum(axis=1)) / signal if signal > 0 else 0.0
+
+
+def _paired(rows: np.ndarray, matrix: np.ndarray, single: np.ndarray, wanted: int, linear: bool) -> _Merger:
+    """The pairs of least change among the ``single`` channels. Raises Blocked where there are not enough.
+
+    ``rows``, (n, channels), are already multiplied by the square roots of their weights.
+    """
+    even, odd = (np.flatnonzero(single & (np.arange(len(single)) % 2 == side)) for side in (0, 1))
+    if min(len(even), len(odd)) < wanted:
+        raise Blocked(f"{wanted} pairs are to be merged, but only {min(len(even), len(odd))} can be")
+    x, w = ((rows**2).sum(axis=0), (matrix**2).sum(axis=0))
+    cross = rows[:, even].T @ rows[:, odd]
+    if linear:
+        distance = x[even, None] + x[odd] - 2 * cross
+        cost = distance * (w[even, None] + w[odd] - 2 * matrix[:, even].T @ matrix[:, odd]) / 4
+        keeps_even = np.ones(cost.shape, bool)
+    else:
+        lost_odd = (x[odd] - cross**2 / np.maximum(x[even, None], 1e-30)) * w[odd]
+        lost_even = (x[even, None] - cross**2 / np.maximum(x[odd], 1e-30)) * w[even, None]
+        cost, keeps_even = np.minimum(lost_odd, lost_even), lost_odd <= lost_even
+    pairs, used = [], (np.zeros(len(even), bool), np.zeros(len(odd), bool))
+    for place in np.argsort(cost, axis=None, kind="stable"):
+        i, j = divmod(int(place), len(odd))
+        if len(pairs) == wanted:
+            break
+        if not used[0][i] and not used[1][j]:
+            used[0][i] = used[1][j] = True
+            pairs.append((i, j))
+    i, j = np.array(pairs).T
+    first, second = even[i], odd[j]
+    kept, gone = np.where(keeps_even[i, j], (first, second), (second, first))
+    return _Merger(kept, gone, None if linear else cross[i, j] / np.maximum(x[kept], 1e-30))
+
+
+def _copies(width: Width) -> np.ndarray:
+    """How many channels equal each one, itself included, (channels,); 1 for those that nothing reads."""
+    columns = width.columns().T
+    channels = [hashlib.blake2b() for _ in range(width.channels)]
+    for part in (*width.rows(), columns):
+        for channel, values in zip(channels, part, strict=True):
+            channel.update(values.tobytes())
+    digests = [channel.digest() for channel in channels]
+    counts = Counter(digests)
+    return np.where(columns.any(axis=1), [counts[digest] for digest in digests], 1)

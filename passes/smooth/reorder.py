@@ -1,0 +1,274 @@
+"""Channels of keys and values put in the order of their magnitude, so that blocks of neighbours are of one size.
+
+    q' = P q,  k' = P k       q . k = q' . k'           rows of W_q, b_q and of W_k, b_k, within each head
+    v' = P v,  o reads P v    W_o P^T P v = W_o v       rows of W_v, b_v and columns of W_o, within each head
+
+P sorts the channels of a head by the norm of their rows in W_k (or W_v), largest first. With grouped queries there is
+one order for each head of keys, shared by the queries that use it. Exact, needs no data; number formats whose blocks
+share an exponent then waste fewer bits, because small channels do not share theirs with large ones.
+
+Which channels of which tensors are one is followed with ``channels.trace``. An order within heads can be given to a
+region of tensors where each of its index maps consists of whole heads, channel by channel in one sequence: then all
+that moves data, moves whole heads. Rotary embeddings multiply by tables that all heads share and are refused, as is a
+norm within heads, and a cache of keys that is an output of the graph.
+
+Source: K-sort, for block floating point caches of keys; the order of values is an extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.channels.scale_regions import End, Region, Shape, trace
+from channelfold.passes.layers.linear import Linear, NotLinear, check_growth, linears, view
+from channelfold.runtime.data.sources import random_data
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.facts import required_inputs
+from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.io.shapes import measured_shapes
+
+BLOCK, MANTISSA = 16, 4  # of the block floating point that the error is reported for
+
+
+def block_floating_point(values: np.ndarray, block: int = BLOCK, mantissa: int = MANTISSA) -> np.ndarray:
+    """``values`` (…, n) float64 with one exponent for each ``block`` neighbours along the last axis.
+
+    e = floor(log2 max|v|) over a block;  v^ = clip(round(v 2^(m-1-e)), -(2^m - 1), 2^m - 1) 2^(e-m+1), with m bits of
+    mantissa beside the sign. A block at the end may be shorter.
+    """
+    count = values.shape[-1]
+    padded = np.concatenate([values, np.zeros((*values.shape[:-1], -count % block))], axis=-1)
+    blocks = padded.reshape(*values.shape[:-1], -1, block)
+    peak = np.abs(blocks).max(axis=-1, keepdims=True)
+    step = np.exp2(np.floor(np.log2(np.where(peak > 0, peak, 1.0))) - mantissa + 1)
+    limit = 2**mantissa - 1
+    return (np.clip(np.rint(blocks / step), -limit, limit) * step).reshape(padded.shape)[..., :count]
+
+
+@dataclass(frozen=True)
+class ReorderChannels(Pass):
+    """Sorts the channels of keys and values by magnitude inside each attention head."""
+
+    name: ClassVar[str] = "reorder-channels"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        infer_shapes(graph)
+        outcome = Outcome()
+        data = ctx.calibration if ctx.calibration is not None else random_data(required_inputs(graph), 1)
+        shapes = measured_shapes(graph, next(iter(data)))
+        products = {id(node): node for node in graph.nodes if _multiplies_activations(node)}
+        facts, done = [], set()
+        for linear in linears(graph) if products else ():
+            if id(linear.node) in done:
+                continue
+            region = trace(graph, linear.output, linear.out_axis, shapes)
+            done.update(id(end.node) for end in region.ends if end.role == "out")
+            for product in [node for node in products.values() if id(node.inputs[1]) in region.places]:
+                del products[id(product)]
+                try:
+                    facts.append(_sort(graph, region, product, shapes, outcome))
+                except (NotLinear, Blocked, OverflowError) as error:
+                    outcome.refuse(product.name, f"MatMul: {error}", str(error))
+        for product in products.values():
+            reason = _why_unreached(graph, product, shapes)
+            outcome.refuse(product.name, f"MatMul: {reason}", reason)
+        outcome.facts = {"block": BLOCK, "mantissa": MANTISSA, "sites": facts}
+        return outcome
+
+
+def _multiplies_activations(node: gs.Node) -> bool:
+    return node.op == "MatMul" and edit.is_standard(node) and not any(isinstance(t, gs.Constant) for t in node.inputs)
+
+
+def _why_unreached(graph: gs.Graph, product: gs.Node, shapes: dict[str, Shape]) -> str:
+    """Why no linear writes the second operand of a product."""
+    for axis in (-2, -1):
+        try:
+            region = trace(graph, product.inputs[1], axis, shapes)
+        except Blocked as error:
+            return str(error)
+        norms = [end.node.op for end in region.ends if end.role == "norm"]
+        if norms:
+            return f"{norms[0]} works within its heads"
+        if reason := next(filter(None, region.fixed), ""):
+            return reason
+    return "no linear writes what it multiplies"
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Classes of a region that form heads. ``rows``: (heads, channels), in the order that they have in every tensor.
+
+    ``place``: by class, the position in ``rows`` flattened; -1 where a class is in no head.
+    """
+
+    rows: np.ndarray
+    place: np.ndarray
+
+    @classmethod
+    def of(cls, region: Region, index: np.ndarray) -> _Heads:
+        """The heads of the second operand of a product, from its index map."""
+        if index.ndim < 2 or (index.shape[-1] > 1) == (index.shape[-2] > 1):
+            raise Blocked("its channels lie along no single axis")
+        moved = index.swapaxes(-1, -2) if index.shape[-2] > 1 else index
+        rows = np.unique(np.abs(moved).reshape(-1, moved.shape[-1]), axis=0)
+        place = np.full(region.size + 1, -1)
+        place[rows.reshape(-1)] = np.arange(rows.size)
+        return cls(rows, place)
+
+    def touch(self, index: np.ndarray) -> bool:
+        return bool((self.place[np.abs(index)] >= 0).any())
+
+    def check(self, index: np.ndarray, name: str) -> None:
+        """Raises Blocked unless an index map consists of whole heads, and perhaps other channels beside them."""
+        found = self.place[np.abs(index)].reshape(-1)
+        size = self.rows.shape[1]
+        if found.size % size:
+            raise Blocked(f"{name!r} has parts of its heads")
+        blocks = found.reshape(-1, size)
+        whole = (blocks == blocks[:, :1] + np.arange(size)).all(axis=1) & (blocks[:, 0] % size == 0)
+        if not (whole | (blocks < 0).all(axis=1)).all():
+            raise Blocked(f"{name!r} does not keep its heads together")
+
+    def positions(self, index: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """Which position of a vector of whole heads comes to each position. ``order``: (heads, channels)."""
+        size = self.rows.shape[1]
+        positions = np.arange(index.size).reshape(-1, size)
+        first = self.place[np.abs(index)].reshape(-1, size)[:, 0]
+        heads = first[first >= 0] // size
+        positions[first >= 0] = np.take_along_axis(positions[first >= 0], order[heads], axis=1)
+        return positions.reshape(-1)
+
+
+def _sort(
+    graph: gs.Graph, region: Region, product: gs.Node, shapes: dict[str, Shape], outcome: Outcome
+) -> dict[str, Any]:
+    """Sorts the heads of one product. Raises Blocked, with nothing changed."""
+    index = region.places[id(product.inputs[1])][1]
+    heads = _Heads.of(region, index)
+    for reason in filter(None, (region.fixed[c - 1] for c in heads.rows.reshape(-1))):
+        raise Blocked(reason)
+    _check_operands(graph, region, heads, shapes)
+    if np.unique(heads.rows).size < heads.rows.size:
+        raise Blocked("its heads have channels in common")
+    for tensor, held in region.places.values():
+        if heads.touch(held):
+            heads.check(held, tensor.name)
+    signed = np.zeros(region.size + 1, np.int64)
+    signed[np.abs(index)] = np.sign(index)
+    weights = _weights(graph, region, heads, signed)
+    order = np.argsort(-(weights**2).sum(axis=2), axis=1, kind="stable")
+    kind = "keys" if index.shape[-2] > 1 else "values"
+    after = np.take_along_axis(weights, order[:, :, None], axis=1)
+    errors = [_relative_error(weights), _relative_error(after)]
+    writes = _planned(graph, region, heads, order)
+    if (order != np.arange(order.shape[1])).any():
+        for write in writes:
+            write()
+        what = f"{kind}, {order.shape[0]} heads of {order.shape[1]} channels sorted"
+        outcome.change(product.name, f"{what}; block floating point error {errors[0]:.3g} -> {errors[1]:.3g}")
+    norms = np.sqrt((after**2).sum(axis=2))
+    return {
+        "node": product.name,
+        "kind": kind,
+        "heads": list(order.shape),
+        "norms": [[float(row[0]), float(np.median(row)), float(row[-1])] for row in norms],
+        "bfp_error": errors,
+    }
+
+
+def _check_operands(graph: gs.Graph, region: Region, heads: _Heads, shapes: dict[str, Shape]) -> None:
+    """Raises Blocked where a node mixes the channels of heads with something that has an order of its own."""
+    for end in region.ends:
+        if end.role in ("norm", "factor") and heads.touch(end.index):
+            raise Blocked(f"{end.node.op} scales the channels of its heads")
+    biases = {id(end.linear.bias_node) for end in region.ends if end.linear is not None}
+    for tensor, index in region.places.values():
+        if not heads.touch(index):
+            continue
+        varied = [axis - index.ndim for axis, size in enumerate(index.shape) if size > 1]
+        for node in [*tensor.inputs, *edit.consumers(tensor)]:
+            if node.op == "Gather" and _picks_channels(node, region):
+                raise Blocked("Gather picks its channels one by one")
+            if node.op not in ("Mul", "Div", "Add", "Sub") or id(node) in biases:
+                continue
+            for other in [t for t in node.inputs if not isinstance(t, gs.Constant) and id(t) not in region.places]:
+                shape = shapes[other.name]
+                if any(len(shape) >= -axis and shape[axis] > 1 for axis in varied):
+                    raise Blocked(f"{node.op} combines its channels with {other.name!r}, as rotary embeddings do")
+
+
+def _picks_channels(node: gs.Node, region: Region) -> bool:
+    """Whether a Gather takes several channels along the axis that has those of one head."""
+    indices, source = edit.argument(node, 1, "indices"), region.places.get(id(node.inputs[0]))
+    if indices is None or indices.size == 1 or source is None:
+        return False
+    index = source[1]
+    last = max((axis for axis, size in enumerate(index.shape) if size > 1), default=-1)
+    return int(node.attrs.get("axis", 0)) % index.ndim == last
+
+
+def _weights(graph: gs.Graph, region: Region, heads: _Heads, signed: np.ndarray) -> np.ndarray:
+    """The rows that write the second operand, (heads, channels, in) float64. ``signed``: by class, its sign there."""
+    for end in region.ends:
+        if end.role != "out" or not heads.touch(end.index):
+            continue
+        place = heads.place[np.abs(end.index)]
+        own = (place >= 0) & (np.sign(end.index) == signed[np.abs(end.index)])
+        if own.sum() < heads.rows.size:
+            continue
+        found = view(graph, end.node).weight()
+        rows = np.zeros((heads.rows.size, found[0].size))
+        rows[place[own]] = found[own].reshape(int(own.sum()), -1)
+        return rows.reshape(*heads.rows.shape, -1)
+    raise Blocked("no single linear writes all of its heads")
+
+
+def _planned(graph: gs.Graph, region: Region, heads: _Heads, order: np.ndarray) -> list[Callable[[], object]]:
+    """The writes that sort heads. Raises Blocked where a weight cannot be written."""
+    writes, ends = [], [end for end in region.ends if heads.touch(end.index)]
+    for end in ends:
+        if end.linear is None:
+            writes.append(_planned_term(graph, end, heads, order))
+            continue
+        if end.linear.groups > 1:
+            raise Blocked(f"{end.node.op} works in groups")
+        check_growth(end.linear)
+        writes.append(lambda end=end: _permute(view(graph, end.node), end, heads.positions(end.index, order)))
+    return writes
+
+
+def _permute(linear: Linear, end: End, positions: np.ndarray) -> None:
+    if end.role == "in":
+        linear.set_weight(linear.weight()[:, positions])
+        return
+    bias = linear.bias()
+    linear.set_weight(linear.weight()[positions])
+    if bias is not None:
+        linear.set_bias(bias[positions])
+
+
+def _planned_term(graph: gs.Graph, end: End, heads: _Heads, order: np.ndarray) -> Callable[[], object]:
+    """The write of a constant that is added to the channels."""
+    place = next(i for i, t in enumerate(end.node.inputs) if isinstance(t, gs.Constant))
+    old = np.asarray(edit.value(end.node.inputs[place]))
+    if old.size == 1:
+        return lambda: None
+    if old.size != end.index.size:
+        raise Blocked(f"{end.node.op} adds a constant that is not one value for each of its channels")
+    new = old.reshape(-1)[heads.positions(end.index, order)].reshape(old.shape)
+    return lambda: edit.set_constant(graph, end.node, place, new, f"{end.node.inputs[place].name}_sorted")
+
+
+def _relative_error(weights: np.ndarray) -> float:
+    """Squared error of (heads, channels, in) in block floating point along the channels, relative."""
+    values = weights.swapaxes(1, 2)
+    total = float((values**2).sum())
+    return float(((block_floating_point(values) - values) ** 2).sum()) / total if total > 0 else 0.0

@@ -1,0 +1,334 @@
+"""Channel-wise scaling of activations, folded into the weights around them, so that quantization loses less.
+
+    y = W x + b  =  (W diag(s)) ((x - z) / s)  +  (b + W z)
+
+The left-hand factor goes into the linears that read x, the right-hand one into the norm or the linears that write it
+(``channels``, ``rescale``): the function stays what it was, and no node is added. How s and z are chosen is the method
+(``scales``): in closed form from the ranges of the channels, or by searching the scale whose quantized layers come
+closest to the float ones on a sample of rows (``layer_error``). ``auto`` tries those of smoothquant and os-plus
+at every site and takes the best, which may be none.
+
+A shift is used only where it adds no node: where every linear has a bias to take it up, or a place for one. With
+``allow_insert``, sites that have no weight to take the scale up (what follows GELU), or readers that cannot (the
+shortcut of a post-LN transformer), get an explicit Mul, and Add for the shift, on that edge.
+
+Sources: see ``scales``. The order of shift, scale, split and reorder passes does not matter to the function, but each
+sees the ranges that the ones before it have left.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.channels.rescale import clamped, rescale
+from channelfold.passes.channels.scale_regions import Region, Shape, reach
+from channelfold.passes.layers.linear import Linear, NotLinear, live_linears, view
+from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
+from channelfold.passes.smooth import scales
+from channelfold.passes.smooth.scales import Aim, Seen
+from channelfold.runtime.errors import DataError, UsageError
+from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.io.shapes import measured_shapes
+from channelfold.runtime.stats.statistics import ChannelStatistics, observe, outlier_ratio
+
+Method = Literal["auto", "smoothquant", "os-plus", "awq", "repq", "outliertune", "fp4-shift"]
+Candidate = tuple[str, np.ndarray, np.ndarray]  # what it is, scale and shift by class
+
+_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_RATIOS = tuple(np.arange(0.05, 1.0, 0.1))
+_LIMITS = 16  # steps of os-plus from the largest channel down to the first decile
+_WORTH_NODES = 0.5  # of the error: what explicit nodes must save for ``auto`` to insert them
+
+
+@dataclass(frozen=True)
+class Smooth(Pass):
+    """Moves channel-wise scales and shifts of activations into the weights around them.
+
+    ``alpha``: of smoothquant, 0 (all to the weights' favor) to 1; ``search_alpha`` looks for the best one at each site.
+    ``aim``: the common step of repq. ``shift``: whether methods that shift may. ``include``, ``exclude``: patterns of
+    the names of linear nodes. ``activation_bits``, ``weight_bits``, ``group_size``: the quantizer that searched methods
+    expect; awq leaves activations in float. Raises UsageError for an option out of its range.
+    """
+
+    name: ClassVar[str] = "smooth"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
+
+    method: Method = "auto"
+    alpha: float = 0.5
+    search_alpha: bool = False
+    aim: Aim = "mean"
+    shift: bool = True
+    allow_insert: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    activation_bits: int = 8
+    weight_bits: int = 8
+    group_size: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise UsageError(f"'alpha' is {self.alpha:g}", "Expected 0 to 1")
+        for name, low, high in (("activation_bits", 2, 16), ("weight_bits", 2, 16), ("group_size", 0, 1 << 20)):
+            if not low <= getattr(self, name) <= high:
+                raise UsageError(f"{name!r} is {getattr(self, name)}", f"Expected {low} to {high}")
+
+    @property
+    def searches(self) -> bool:
+        return self.method in ("auto", "os-plus", "awq") or (self.method == "smoothquant" and self.search_alpha)
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        feed = next(iter(ctx.calibration or ()), None)
+        if ctx.calibration is None or feed is None:
+            raise DataError("Smoothing needs calibration data", "Give some with --calibration")
+        outcome = Outcome()
+        infer_shapes(graph)
+        sites = list(self._sites(graph, measured_shapes(graph, feed), outcome))
+        observers = {
+            reader.tensor.name: ChannelStatistics(reader.axis, ROWS if self.searches else 0)
+            for site in sites
+            for reader in site.readers
+        }
+        observe(graph, observers, ctx.calibration, ctx.progress)
+        facts = []
+        for number, site in enumerate(sites):
+            ctx.progress("Smoothing", number, len(sites))
+            try:
+                facts.append(self._smooth(graph, site, observers, outcome))
+            except Blocked as error:
+                outcome.refuse(site.name, f"{site.readers[0].tensor.name} stays as it is: {error}", str(error))
+        outcome.facts = {"sites": facts}
+        return outcome
+
+    def _sites(self, graph: gs.Graph, shapes: Mapping[str, Shape], outcome: Outcome) -> Iterator[_Site]:
+        """One site for each region that has something to scale; refuses the others."""
+        seen: set[int] = set()
+        scaled: set[int] = set()
+        for node in live_linears(graph):
+            try:
+                linear = view(graph, node)
+            except NotLinear as error:
+                if "two activations" not in str(error):
+                    outcome.refuse(node.name, f"{node.op}: {error}", str(error))
+                continue
+            if id(linear.data) in seen:
+                continue
+            try:
+                if reason := self._why_not(linear):
+                    raise Blocked(reason)
+                seen.add(id(linear.data))
+                site = _Site.of(self._region(graph, linear, shapes))
+                if pattern := next(filter(None, (self._excluding(reader.linear) for reader in site.readers)), None):
+                    raise Blocked(f"a linear that shares its scale is excluded by pattern {pattern!r}")
+                if any(id(reader.tensor) in scaled for reader in site.readers):  # with nodes inserted there, perhaps
+                    raise Blocked("it is tied to what another site scales")
+            except Blocked as error:
+                outcome.refuse(node.name, f"{node.op}: {error}", str(error))
+                continue
+            scaled.update(id(reader.tensor) for reader in site.readers)
+            seen |= scaled
+            yield site
+
+    def _why_not(self, linear: Linear) -> str:
+        if self.include and not any(fnmatch.fnmatchcase(linear.name, p) for p in self.include):
+            return "not included by any pattern"
+        pattern = self._excluding(linear)
+        return f"excluded by pattern {pattern!r}" if pattern is not None else ""
+
+    def _excluding(self, linear: Linear) -> str | None:
+        return next((p for p in self.exclude if fnmatch.fnmatchcase(linear.name, p)), None)
+
+    def _region(self, graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape]) -> Region:
+        try:
+            return reach(graph, linear, shapes, self.allow_insert)
+        except Blocked as error:
+            if self.allow_insert:
+                raise
+            raise Blocked(f"{error} (allow_insert puts an explicit Mul there)") from None
+
+    def _smooth(
+        self, graph: gs.Graph, site: _Site, observers: Mapping[str, ChannelStatistics], outcome: Outcome
+    ) -> dict[str, Any]:
+        seen = site.seen(observers)
+        shifted = self.shift and (self.allow_insert or site.takes_a_shift)
+        if self.searches:
+            label, scale, shift, decibels = self._best(site, seen, observers, shifted)
+        else:
+            label, scale, shift = self._closed_form(seen, shifted)
+            decibels = None
+        scale = clamped(scale, site.region.free)
+        nodes, tensor = {id(node) for node in graph.nodes}, site.readers[0].tensor.name
+        ratio = [outlier_ratio(seen.amax()), outlier_ratio(seen.amax(shift) / scale)]
+        if np.ptp(scale) == 0 and not np.any(shift):
+            raise Blocked("its channels are alike already")
+        rescale(graph, site.region, scale, shift)
+        added = sum(id(node) not in nodes for node in graph.nodes)
+        what = label if None in ratio else f"{label}; outlier ratio {ratio[0]:.3g} -> {ratio[1]:.3g}"
+        if decibels:
+            what += f", output {decibels[0]:.1f} -> {decibels[1]:.1f} dB"
+        outcome.change(site.name, f"{site}: {what}{f'; nodes inserted: {added}' if added else ''}")
+        return {
+            "node": site.name,
+            "tensor": tensor,
+            "readers": [reader.linear.name for reader in site.readers],
+            "method": label,
+            "outlier_ratio": ratio,
+            "output_snr_db": decibels,
+            "scale": [float(scale.min()), float(scale.max())],
+            "inserted": added,
+        }
+
+    def _closed_form(self, seen: Seen, shifted: bool) -> Candidate:
+        zero = np.zeros_like(seen.minimum)
+        if self.method == "smoothquant":
+            return f"smoothquant, alpha {self.alpha:g}", scales.smoothquant(seen, self.alpha), zero
+        if self.method == "repq":
+            return f"repq, {self.aim}", *scales.repq(seen, self.aim, shifted)
+        if self.method == "outliertune":
+            shift = np.where(seen.shiftable & shifted, seen.middle, 0.0)
+            return "outliertune", scales.outliertune(seen, shift), shift
+        return "fp4-shift", scales.fp4_shift(seen), zero
+
+    def _best(
+        self, site: _Site, seen: Seen, observers: Mapping[str, ChannelStatistics], shifted: bool
+    ) -> tuple[str, np.ndarray, np.ndarray, list[float]]:
+        """The candidate of least error, with the error before and after in dB. Raises Blocked where none is better."""
+        bits = Bits(0 if self.method == "awq" else self.activation_bits, self.weight_bits, self.group_size)
+        errors = [
+            (classes, LayerError.of(linears, observers[name].sample(), bits))
+            for name, classes, linears in site.layers()
+        ]
+
+        def cost(scale: np.ndarray, shift: np.ndarray) -> float:
+            scale = clamped(scale, site.region.free)
+            return sum(error.error(scale[classes], shift[classes]) for classes, error in errors) / len(errors)
+
+        zero = np.zeros_like(seen.minimum)
+        before = cost(np.ones_like(zero), zero)
+        best, after = None, before
+        for candidate in self._candidates(seen, shifted):
+            if (error := cost(*candidate[1:])) < after:
+                best, after = candidate, error
+        if best is None or (site.region.cuts and self.method == "auto" and after > _WORTH_NODES * before):
+            raise Blocked("no scale makes its quantized outputs better" + (" by enough" if best is not None else ""))
+        return *best, [_decibels(before), _decibels(after)]
+
+    def _candidates(self, seen: Seen, shifted: bool) -> Iterator[Candidate]:
+        zero = np.zeros_like(seen.minimum)
+        if self.method in ("auto", "smoothquant"):
+            for alpha in _ALPHAS:
+                yield f"smoothquant, alpha {alpha:g}", scales.smoothquant(seen, alpha), zero
+        if self.method in ("auto", "os-plus"):
+            shift = np.where(seen.shiftable & shifted, seen.center, 0.0)
+            amax = seen.amax(shift)[seen.free]
+            floor = max(float(np.percentile(amax, 10)), 1e-3 * float(amax.max(initial=0.0)))
+            for limit in np.geomspace(amax.max(), floor, _LIMITS) if floor > 0 else ():
+                words = f"os-plus, limit {limit:.3g}{', shifted' if np.any(shift) else ''}"
+                yield words, scales.os_plus(seen, limit, shift), shift
+        if self.method == "awq":
+            for ratio in _RATIOS:
+                yield f"awq, ratio {ratio:.2f}", scales.awq(seen, ratio), zero
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A linear of a region: ``classes`` are the rows of a scale that its input channels belong to."""
+
+    linear: Linear
+    classes: np.ndarray
+
+    @property
+    def tensor(self) -> gs.Variable:
+        return self.linear.data
+
+    @property
+    def axis(self) -> int:
+        return self.linear.in_axis
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A region with its readers."""
+
+    region: Region
+    readers: tuple[_Reader, ...]
+
+    @classmethod
+    def of(cls, region: Region) -> _Site:
+        free = (
+            region.free
+        )  # a reader all of whose channels are pinned may belong to another site, with nodes of its own
+        ends = [end for end in region.readers() if free[np.abs(end.index) - 1].any()]
+        found = [(end, end.linear) for end in ends if end.linear is not None]
+        if any(np.any(end.index < 0) for end, _ in found):
+            raise Blocked("it is scaled against another tensor that linears read")
+        axes = {(id(linear.data), linear.in_axis % region.places[id(linear.data)][1].ndim) for _, linear in found}
+        if len(axes) > len({tensor for tensor, _ in axes}):
+            raise Blocked("linears read it along two axes")
+        return cls(region, tuple(_Reader(linear, end.index - 1) for end, linear in found))
+
+    @property
+    def name(self) -> str:
+        return self.readers[0].linear.name
+
+    def __str__(self) -> str:
+        writers = [end.node for end in self.region.ends if end.role in ("out", "norm", "factor")]
+        into = f"{writers[0].op} {writers[0].name}" if writers else "an explicit Mul"
+        more = f" and {len(writers) - 1} more" if len(writers) > 1 else ""
+        return f"{into}{more} -> {len(self.readers)} linear{'s' if len(self.readers) > 1 else ''}"
+
+    @property
+    def takes_a_shift(self) -> bool:
+        """Whether a shift adds no node: every linear it reaches has a bias, or room for one."""
+        linears = [end.linear for end in self.region.ends if end.shifted and end.linear is not None]
+        return all(linear.node.op != "MatMul" or linear.bias_node is not None for linear in linears)
+
+    def seen(self, observers: Mapping[str, ChannelStatistics]) -> Seen:
+        """The statistics by class. Raises Blocked when no sample reached a tensor."""
+        size = self.region.size
+        low, high, columns = np.full(size, np.inf), np.full(size, -np.inf), np.zeros(size)
+        mean, middle, count = np.zeros(size), np.zeros(size), np.zeros(size)
+        for reader in self.readers:
+            found, index = observers[reader.tensor.name], reader.classes
+            if not found.positions:
+                raise Blocked("no calibration sample reached it")
+            np.minimum.at(low, index, found.minimum)
+            np.maximum.at(high, index, found.maximum)
+            np.maximum.at(columns, index, _column_maxima(reader.linear))
+            np.add.at(mean, index, found.absolute_mean)
+            np.add.at(middle, index, found.middle)
+            np.add.at(count, index, 1)
+        unread = count == 0  # channels that only other operators of the region see
+        low[unread] = high[unread] = 0.0
+        count[unread] = 1
+        free = self.region.free & ~unread
+        return Seen(low, high, mean / count, middle / count, columns, free, free & self.region.shiftable)
+
+    def layers(self) -> Iterator[tuple[str, np.ndarray, list[Linear]]]:
+        """(tensor, classes of its channels, linears that read it). Raises Blocked where an error cannot be measured."""
+        by_tensor: dict[tuple[str, int], list[_Reader]] = {}
+        for reader in self.readers:
+            if any(size > 1 for size in reader.linear.kernel):
+                raise Blocked("a search needs layers without a kernel; smoothquant, repq or equalize do not search")
+            by_tensor.setdefault((reader.tensor.name, reader.axis), []).append(reader)
+        for (name, _), readers in by_tensor.items():
+            yield name, readers[0].classes, [reader.linear for reader in readers]
+
+
+def _column_maxima(linear: Linear) -> np.ndarray:
+    """max |W| over everything that reads an input channel, (in,) float64."""
+    weight = np.abs(linear.weight())
+    flat = weight.reshape(*weight.shape[:2], -1).max(axis=2)
+    grouped = flat.reshape(linear.groups, -1, flat.shape[1]).max(axis=1)
+    return grouped.reshape(-1).astype(np.float64)
+
+
+def _decibels(error: float) -> float:
+    """A share that is lost as a signal-to-noise ratio."""
+    return float(-10 * np.log10(error)) if error > 0 else float("inf")

@@ -1,0 +1,242 @@
+"""Outlier channels split into several smaller ones, so that a per-tensor activation range fits all channels better.
+
+    T_j = max(1, ceil(max|x_j| / theta))     channel j becomes T_j channels x_j / T_j, each read by the same weights w_j
+    y   = sum over j of w_j x_j  =  sum over j of T_j (w_j (x_j / T_j))
+
+Exact, and the function of every other channel is untouched; what it costs is width. With 1 / T_j moved into what writes
+the channels (``rescale``), the copies are made where they cost nothing:
+
+    linear -> linear    the writer's rows are repeated; with a gate in between (SwiGLU) only the scaled branch is
+                        divided, and the rows of both are repeated. No node is added, the hidden width grows
+    anything else       a norm, attention: what writes the channels cannot get wider. With ``allow_insert`` one Gather
+                        in front of the readers repeats them, and where 1 / T_j has nowhere to go, one Mul divides them
+
+theta goes in 100 steps from the largest channel down, until more than ``max_extra`` of the channels would be added; the
+one whose quantized outputs (int8, activation per tensor, weights per output channel) are closest to the float ones on a
+sample of rows is taken, and none where no split helps. Afterwards many channels reach the edge of the range, where one
+did: what calibration has not seen is clipped in all of them, so that it should see enough.
+
+Source: Liu et al., QLLM, ICLR 2024, section 4.1 (channel disassembly); the number of steps there depends on the unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.channels.rescale import rescale
+from channelfold.passes.channels.scale_regions import End, Region, Shape, reach
+from channelfold.passes.channels.widths import columns_of, gathered, read_by
+from channelfold.passes.layers.linear import Linear, NotLinear, live_linears, view
+from channelfold.passes.layers.quantization_error import ROWS, Bits, quantized_activation, quantized_matrix
+from channelfold.runtime.errors import DataError, UsageError
+from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.io.shapes import measured_shapes
+from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+
+_STEPS = 100  # of the threshold
+_OUTPUTS = 1024  # at most, that the error is measured on
+_WORTH_NODES = 3.0  # dB
+
+
+@dataclass(frozen=True)
+class SplitChannels(Pass):
+    """Splits outlier channels of activations into equal parts, which int8 represents better.
+
+    ``max_extra``: channels that may be added, as a share of those there are. ``min_gain``: what a split must gain in
+    the signal-to-noise ratio of the quantized outputs, in dB (3 at least where nodes are inserted). ``align``: the new
+    width is a multiple of it, by further splits. ``allow_insert``: where the writer cannot get wider, a Gather may
+    repeat the channels. Raises UsageError for an option out of its range.
+    """
+
+    name: ClassVar[str] = "split-channels"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
+
+    max_extra: float = 0.2
+    min_gain: float = 1.0
+    align: int = 16
+    allow_insert: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.max_extra > 0:
+            raise UsageError(f"'max_extra' is {self.max_extra:g}", "Expected more than 0; 0.2 adds a fifth at most")
+        if not self.min_gain >= 0:
+            raise UsageError(f"'min_gain' is {self.min_gain:g}", "Expected 0 dB or more")
+        if self.align < 1:
+            raise UsageError(f"'align' is {self.align}", "Expected at least 1")
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        feed = next(iter(ctx.calibration or ()), None)
+        if ctx.calibration is None or feed is None:
+            raise DataError("Splitting channels needs calibration data", "Give some with --calibration")
+        outcome = Outcome()
+        infer_shapes(graph)
+        shapes = measured_shapes(graph, feed)
+        sites = list(self._sites(graph, shapes, outcome))
+        observers = {linear.data.name: ChannelStatistics(linear.in_axis, ROWS) for linear in sites}
+        observe(graph, observers, ctx.calibration, ctx.progress)
+        facts = []
+        for number, linear in enumerate(sites):
+            ctx.progress("Splitting channels", number, len(sites))
+            try:
+                seen = observers[linear.data.name]
+                facts.append(self._split(graph, view(graph, linear.node), shapes, seen, outcome))
+            except Blocked as error:
+                outcome.refuse(linear.name, f"{linear.data.name} stays as it is: {error}", str(error))
+        outcome.facts = {"sites": facts}
+        return outcome
+
+    def _sites(self, graph: gs.Graph, shapes: dict[str, Shape], outcome: Outcome) -> Iterator[Linear]:
+        """The first reader of each tensor whose channels can be split; refuses the others."""
+        tried: set[int] = set()
+        for node in live_linears(graph):
+            try:
+                linear = view(graph, node)
+                if id(linear.data) in tried:
+                    continue
+                tried.add(id(linear.data))
+                self._region(graph, linear, shapes)
+            except (NotLinear, Blocked) as error:
+                outcome.refuse(node.name, f"{node.op}: {error}", str(error))
+            else:
+                yield linear
+
+    def _region(self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape]) -> tuple[Region, list[End], bool]:
+        """(region of what a linear reads, its readers there, whether nodes are needed). Raises Blocked."""
+        region = reach(graph, linear, shapes, self.allow_insert)
+        ends = region.readers()
+        readers = [end for end in ends if end.linear is not None and end.linear.data is linear.data]
+        if len(readers) < len(ends):
+            raise Blocked("linears read its channels from several tensors")
+        if any(end.linear is not None and end.linear.groups > 1 for end in readers):
+            raise Blocked(f"{linear.node.op} reads it in groups")
+        try:
+            read_by(graph, linear, shapes)
+        except Blocked as error:
+            if not self.allow_insert:
+                raise Blocked(f"its width cannot grow: {error} (a Gather could repeat it: allow_insert)") from None
+            return region, readers, True
+        return region, readers, bool(region.cuts)
+
+    def _split(
+        self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape], seen: ChannelStatistics, outcome: Outcome
+    ) -> dict[str, Any]:
+        """Splits what a linear reads. Raises Blocked, with nothing changed."""
+        if not seen.positions:
+            raise Blocked("no calibration sample reached it")
+        region, ends, inserts = self._region(graph, linear, shapes)
+        tensor, index = linear.data, ends[0].index
+        readers = [end.linear for end in ends if end.linear is not None]
+        classes = np.abs(index) - 1
+        free = region.free[classes]
+        amax = np.zeros(region.size)
+        np.maximum.at(amax, classes, seen.amax)
+        matrix = np.concatenate([columns_of(reader) for reader in readers])
+        matrix = matrix[:: -(-len(matrix) // _OUTPUTS)]
+        search = _Search(amax[classes], classes, free, *seen.sample(), matrix.astype(np.float32))
+        parts, snr = search.best(self.max_extra, self.align)
+        needed = max(self.min_gain, _WORTH_NODES) if inserts else self.min_gain
+        if not (parts > 1).any() or snr[1] - snr[0] < needed:
+            raise Blocked(f"no split gains {needed:g} dB")
+        scale = np.ones(region.size)
+        scale[classes] = np.where(index > 0, parts, 1 / parts)
+        nodes, width, theta = set(map(id, graph.nodes)), len(parts), float((amax[classes] / parts).max())
+        rescale(graph, region, scale)
+        _complete(graph, shapes)
+        _repeat(graph, readers, parts, shapes)
+        extra, added = int(parts.sum()) - width, sum(id(node) not in nodes for node in graph.nodes)
+        what = (
+            f"{tensor.name}: {int((parts > 1).sum())} of {width} channels split, {extra} added; range "
+            f"{amax.max():.3g} -> {theta:.3g}, output {snr[0]:.1f} -> {snr[1]:.1f} dB"
+        )
+        outcome.change(linear.name, what + (f"; {added} node(s) inserted" if added else ""))
+        return {
+            "node": linear.name,
+            "tensor": tensor.name,
+            "width": [width, width + extra],
+            "largest": [float(amax.max()), theta],
+            "parts": int(parts.max()),
+            "output_snr_db": list(snr),
+            "inserted": added,
+        }
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The choice of theta for one tensor, on ``rows`` (n, channels) of it that stand for ``weights``.
+
+    ``amax``, (channels,), is equal for channels of one of the ``classes``; only ``free`` ones can be split. ``matrix``,
+    (out, channels), is what reads them.
+    """
+
+    amax: np.ndarray
+    classes: np.ndarray
+    free: np.ndarray
+    rows: np.ndarray
+    weights: np.ndarray
+    matrix: np.ndarray
+
+    def best(self, max_extra: float, align: int) -> tuple[np.ndarray, tuple[float, float]]:
+        """(T by channel, signal-to-noise ratio of the outputs before and after, in dB); T = 1 where no split helps."""
+        outputs, rounded = self.rows @ self.matrix.T, quantized_matrix(self.matrix, Bits())
+        tried = parts = np.ones(len(self.amax))
+        best = before = self.error(parts, outputs, rounded)
+        top = float(self.amax.max(initial=0.0, where=self.free))
+        for theta in np.linspace(top, 0, _STEPS, endpoint=False)[1:] if top > 0 else ():
+            candidate = self.aligned(np.where(self.free, np.maximum(1, np.ceil(self.amax / theta)), 1), align)
+            if candidate.sum() - len(candidate) > max_extra * len(candidate):
+                break
+            if np.array_equal(candidate, tried):
+                continue
+            tried = candidate
+            if (error := self.error(candidate, outputs, rounded)) < best:
+                best, parts = error, candidate
+        signal = float(self.weights @ (outputs**2).sum(axis=1, dtype=np.float64))
+        return parts, (_decibels(signal, before), _decibels(signal, best))
+
+    def aligned(self, parts: np.ndarray, align: int) -> np.ndarray:
+        """``parts`` with the channels that are largest by now split once more, until their sum is a multiple."""
+        parts, counts = parts.copy(), np.bincount(self.classes)[self.classes]
+        while missing := -int(parts.sum()) % align:
+            load = np.where(self.free & (counts <= missing), self.amax / parts, 0.0)
+            if not load.any():
+                break
+            parts[self.classes == self.classes[load.argmax()]] += 1
+        return parts
+
+    def error(self, parts: np.ndarray, outputs: np.ndarray, rounded: np.ndarray) -> float:
+        """Squared error of the quantized outputs. Copies are rounded alike, so that one stands for all of them."""
+        scale = parts.astype(np.float32)
+        values = quantized_activation(self.rows / scale, Bits().activation) * scale
+        return float(self.weights @ ((values @ rounded.T - outputs) ** 2).sum(axis=1, dtype=np.float64))
+
+
+def _complete(graph: gs.Graph, shapes: dict[str, Shape]) -> None:
+    """Adds the results of the Mul nodes that ``rescale`` has inserted."""
+    for node in graph.nodes:
+        if node.op == "Mul" and node.outputs[0].name not in shapes:
+            shapes[node.outputs[0].name] = shapes[node.inputs[0].name]
+
+
+def _repeat(graph: gs.Graph, readers: list[Linear], parts: np.ndarray, shapes: dict[str, Shape]) -> None:
+    """Lets each channel of what ``readers`` read stand ``parts`` times."""
+    readers = [view(graph, linear.node) for linear in readers]
+    try:
+        width = read_by(graph, readers[0], shapes)
+    except Blocked:
+        width = gathered(graph, readers, shapes)
+    index = np.repeat(np.arange(len(parts)), parts.astype(int))
+    width.resize(
+        lambda rows: rows[index],
+        lambda columns: (columns / parts.reshape(-1, *[1] * (columns.ndim - 1)))[index],
+        shapes,
+    )
+
+
+def _decibels(signal: float, noise: float) -> float:
+    return float(10 * np.log10(signal / noise)) if noise > 0 and signal > 0 else 300.0

@@ -1,0 +1,97 @@
+"""The methods of the command ``smooth``: the pass that does each of them, and which options it heeds.
+
+    auto, smoothquant, os-plus, awq, repq, outliertune, fp4-shift     pass smooth, whose option ``method`` they are
+    equalize                                                          pass equalize; then absorb-bias, if asked for
+    split-merge                                                       pass split-channels; then merge-channels, if
+                                                                      asked for
+    reorder                                                           pass reorder-channels
+
+The passes that are added when asked for change the function a little; all others are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from channelfold.passes.base import Pass
+from channelfold.passes.recipe import make
+from channelfold.runtime.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Method:
+    """``step``: a pass, with the ``options`` that matter to it.
+
+    ``switched``: options that matter where the option ``switch`` is set: to the pass ``then``, which it adds, or to
+    ``step`` where it adds none.
+    """
+
+    step: str
+    options: tuple[str, ...] = ()
+    switch: str = ""
+    switched: tuple[str, ...] = ()
+    then: str = ""
+
+    def __contains__(self, option: str) -> bool:
+        return option in (*self.options, *self.switched) or (option == self.switch != "")
+
+
+_WHERE = ("allow_insert", "include", "exclude")
+_SEARCH = ("activation_bits", "weight_bits", "group_size")
+METHODS = {
+    "auto": Method("smooth", ("shift", *_SEARCH, *_WHERE)),
+    "smoothquant": Method("smooth", ("alpha", *_WHERE), "search_alpha", _SEARCH),
+    "os-plus": Method("smooth", ("shift", *_SEARCH, *_WHERE)),
+    "awq": Method("smooth", ("weight_bits", "group_size", *_WHERE)),
+    "repq": Method("smooth", ("aim", "shift", *_WHERE)),
+    "outliertune": Method("smooth", ("shift", *_WHERE)),
+    "fp4-shift": Method("smooth", _WHERE),
+    "equalize": Method(
+        "equalize", ("iterations", "allow_insert", "exclude"), "absorb_bias", ("sigmas", "exclude"), "absorb-bias"
+    ),
+    "split-merge": Method(
+        "split-channels",
+        ("max_extra", "min_gain", "align", "allow_insert"),
+        "restore_width",
+        ("max_change",),
+        "merge-channels",
+    ),
+    "reorder": Method("reorder-channels"),
+}
+
+
+def passes_of(name: str, options: Mapping[str, Any]) -> tuple[Pass, ...]:
+    """The passes of a method. ``options``: those of its passes by name, and the switches absorb_bias and restore_width.
+
+    Raises UsageError for an unknown method, and for an option that it does not heed.
+    """
+    if name not in METHODS:
+        raise UsageError(f"There is no method {name!r}", nearest(name, METHODS))
+    method = METHODS[name]
+    on = bool(options.get(method.switch))
+    for option in options:
+        if option not in method:
+            raise UsageError(f"Method {name!r} has no option {option!r}", _who_has(option, method))
+        if option in method.switched and option not in method.options and not on:
+            flag = f"--{method.switch.replace('_', '-')}"
+            raise UsageError(f"Option {option!r} of method {name!r} counts only with {method.switch!r}", f"Add {flag}")
+    if method.step == "smooth":
+        return (make("smooth", {"method": name, **options}),)
+    steps = [make(method.step, _only(options, method.options))]
+    if on:
+        steps.append(make(method.then, _only(options, method.switched)))
+    return tuple(steps)
+
+
+def _who_has(option: str, method: Method) -> str:
+    """What to do about an option that a method does not have."""
+    if others := [name for name, other in METHODS.items() if option in other]:
+        return f"It is for: {', '.join(others)}"
+    known = [*method.options, *method.switched, *([method.switch] if method.switch else [])]
+    return nearest(option, set(known)) if known else "It has no options"
+
+
+def _only(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in names}

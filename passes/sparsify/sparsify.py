@@ -1,0 +1,286 @@
+"""Weights set to zero in a pattern, with the shape of the graph as it was.
+
+    W' = M * W        M of zeros and ones,  by the scores  s = |w_ij|  or  |w_ij| rms(x_j)   (sparse_layers)
+    b' = b + (W - W') E[x]                  with data, without a kernel: the outputs keep their mean
+
+    N:M            the best N of every M consecutive *input* channels, for each output channel and place of the kernel:
+                   2:4 along the sum is what sparse tensor cores read
+    block          the best tiles of block x block, as many of each layer as a common slope of the error asks for
+    unstructured   the best weights of each output channel, as many of each layer as ``ratios`` says   (layer_ratios)
+
+What it buys is said without flattery. ONNX Runtime multiplies by the zeros: no pattern saves time there. TensorRT has
+kernels for 2:4 on the tensor cores of SM 80 and later, for Conv and MatMul in float16 and int8, takes them only when
+told to (``build --sparse-weights``), and then only where they are faster than the dense ones; TensorRT-RTX (1.7) takes
+the flag and builds the same plan, byte for byte, on SM 80, 86, 89 and 120. Blocks and unstructured zeros need a runtime
+made for them. The file keeps its size until it is compressed.
+
+Quantization may follow, since zero is exact in int8, and so may passes that scale channels.
+
+Sources: Sun et al., Wanda, ICLR 2024; Mishra et al., Accelerating Sparse Deep Neural Networks, 2021; Xu et al., LPViT,
+ECCV 2024; Sung et al., ECoFLaP, ICLR 2024.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.layers.linear import Linear, NotLinear, live_linears, view
+from channelfold.passes.sparsify import ratios as layer_ratios
+from channelfold.passes.sparsify.layers import Layer, observers, shared, weights_of
+from channelfold.passes.sparsify.masks import Tiles, by_row, n_of_m
+from channelfold.runtime.errors import DataError, UsageError, nearest
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.stats.statistics import observe
+
+_WORDS = ("block", "unstructured")
+_SPARSITY = 0.5  # where none is given
+_LIMIT = 64  # of M
+
+
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Sets weights of Conv, ConvTranspose, Gemm and MatMul to zero: N of M inputs, blocks, or anywhere.
+
+    ``pattern``: "2:4" or another N:M, "block" or "unstructured". ``sparsity``: the share of all weights (tiles) that
+    goes, by default 0.5; N:M has its own. ``block``: the side of a tile. ``scores``: by default "wanda" where there are
+    calibration data. ``ratios`` of the layers: "equal-slope" (block alone, its default), "uniform", "ecoflap" (needs
+    data); the first and last bind a layer to ``max_layer_sparsity``. ``exclude``: patterns of node names (``*`` and
+    ``?``). ``correct_bias``: with data. Raises UsageError for options that are out of range or do not go together.
+    """
+
+    name: ClassVar[str] = "sparsify"
+    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "lossy"
+
+    pattern: str = "2:4"
+    sparsity: float | None = None
+    block: int = 32
+    scores: Literal["magnitude", "wanda"] | None = None
+    ratios: Literal["uniform", "equal-slope", "ecoflap"] | None = None
+    max_layer_sparsity: float = 0.8
+    exclude: tuple[str, ...] = ()
+    correct_bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pattern not in _WORDS:
+            self._check_group()
+        for name in ("sparsity", "max_layer_sparsity"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise UsageError(f"{name!r} is {value:g}", "Expected more than 0 and less than 1")
+        if not 2 <= self.block <= 4096:
+            raise UsageError(f"'block' is {self.block}", "Expected 2 to 4096")
+        if self.ratios == "equal-slope" and self.pattern != "block":
+            raise UsageError(
+                f"Equal slopes are for blocks, and 'pattern' is {self.pattern!r}", "Use uniform or ecoflap"
+            )
+        if self._ratios != "uniform" and self._sparsity > self.max_layer_sparsity:
+            raise UsageError(
+                f"'sparsity' is {self._sparsity:g}, and no layer may pass {self.max_layer_sparsity:g}",
+                "Raise 'max_layer_sparsity', or use uniform ratios",
+            )
+
+    def _check_group(self) -> None:
+        """Raises UsageError where the pattern is no N:M, or other options contradict it."""
+        found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", self.pattern)
+        if found is None:
+            raise UsageError(
+                f"'pattern' is {self.pattern!r}, expected N:M such as 2:4, 'block' or 'unstructured'",
+                nearest(self.pattern, _WORDS) if self.pattern.isalpha() else "Write 2:4",
+            )
+        n, m = map(int, found.groups())
+        if not 1 <= n < m <= _LIMIT:
+            raise UsageError(f"'pattern' is {self.pattern!r}", f"Expected N:M with 1 <= N < M <= {_LIMIT}")
+        if self.sparsity is not None and not math.isclose(self.sparsity, 1 - n / m):
+            raise UsageError(
+                f"'sparsity' is {self.sparsity:g}, and {self.pattern} has one of {1 - n / m:g}", "Leave it out"
+            )
+        if self.ratios not in (None, "uniform"):
+            raise UsageError(f"{self.pattern} is the same in every layer", "Leave 'ratios' out")
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(N, M); None for the other patterns."""
+        if self.pattern in _WORDS:
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+    @property
+    def _sparsity(self) -> float:
+        return _SPARSITY if self.sparsity is None else self.sparsity
+
+    @property
+    def _ratios(self) -> str:
+        return self.ratios or ("equal-slope" if self.pattern == "block" else "uniform")
+
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        for what in (self.scores, self._ratios):
+            if ctx.calibration is None and what in ("wanda", "ecoflap"):
+                raise DataError(f"The option {what!r} needs calibration data", "Give some with --calibration")
+        outcome = Outcome()
+        infer_shapes(graph)
+        layers = list(self._layers(graph, outcome))
+        with_data = ctx.calibration is not None
+        wanda = with_data and self.scores != "magnitude"
+        if ctx.calibration is not None and (wanda or self.correct_bias):
+            observe(graph, observers(layers), ctx.calibration, ctx.progress)
+            for layer in layers:
+                if not layer.observed:
+                    _refuse(layer, "no calibration sample reached it", outcome)
+            layers = [layer for layer in layers if layer.observed]
+        counts = self._counts(graph, layers, wanda, ctx) if self.group is None and layers else [0] * len(layers)
+        facts, untouched = [], 0
+        for number, (layer, count) in enumerate(zip(layers, counts, strict=True)):
+            ctx.progress("Setting weights to zero", number, len(layers))
+            scores = layer.scores(wanda)
+            mask = self._mask(layer, scores, count)
+            if np.any(scores, where=~mask):
+                facts.append(_sparsified(layer, scores, mask, self.correct_bias and with_data, outcome))
+            else:
+                untouched += layer.size
+                _refuse(layer, "nothing has to go, or is zero already", outcome)
+        if facts:
+            edit.remove_dead(graph)
+        outcome.facts = _summary(facts, untouched) | {"scores": "wanda" if wanda else "magnitude", "sites": facts}
+        return outcome
+
+    def _layers(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Layer]:
+        usable = []
+        for node in live_linears(graph):
+            try:
+                linear = view(graph, node)
+                reason = self._why_not(linear)
+            except NotLinear as error:
+                reason = str(error)
+            if reason:
+                outcome.refuse(node.name, f"{node.op} stays dense: {reason}", reason)
+            else:
+                usable.append(linear)
+        for layer in shared(usable):
+            try:
+                layer.check_growth()
+            except Blocked as error:
+                for linear in layer.linears:
+                    outcome.refuse(
+                        linear.name, f"{linear.node.op} stays dense: {error}", "its weight has other readers"
+                    )
+            else:
+                yield layer
+
+    def _why_not(self, linear: Linear) -> str:
+        pattern = next((p for p in self.exclude if fnmatch.fnmatchcase(linear.name, p)), None)
+        if pattern is not None:
+            return f"excluded by pattern {pattern!r}"
+        if linear.depthwise:
+            return "it is depthwise, so that an output has one input channel"
+        if not edit.is_float_type(np.dtype(linear.source.dtype)):
+            return f"its weight is stored as {linear.source.dtype}"
+        if self.pattern == "block" and linear.groups > 1:
+            return "it has groups"
+        if self.group is not None:
+            if linear.node.op == "ConvTranspose":
+                return "no runtime has a sparse ConvTranspose"
+            inputs = linear.channels[1] // linear.groups
+            if inputs % self.group[1]:
+                return f"{self.group[1]} does not divide its {inputs} input channels"
+        if not np.isfinite(linear.weight()).all():
+            return "its weight holds infinities or NaN"
+        return "" if linear.weight().size else "its weight is empty"
+
+    def _counts(self, graph: gs.Graph, layers: Sequence[Layer], wanda: bool, ctx: Context) -> list[int]:
+        """How many weights, or tiles, each layer keeps."""
+        block = self.pattern == "block"
+        sizes = [Tiles(layer.shape, self.block).count if block else layer.size for layer in layers]
+        dropped = round(self._sparsity * sum(sizes))
+        most = 1.0 if self._ratios == "uniform" else self.max_layer_sparsity
+        least = [max(1, size - math.floor(most * size)) for size in sizes]
+        dropped = min(dropped, sum(sizes) - sum(least))  # a layer of one tile keeps it
+        if self._ratios == "equal-slope":
+            costs = [_tile_costs(layer, self.block, layer.scores(wanda)) for layer in layers]
+            return layer_ratios.equal_slope(dropped, costs, least)
+        weights = [float(size) for size in sizes]
+        if self._ratios == "ecoflap":
+            assert ctx.calibration is not None
+            found = layer_ratios.sensitivities(graph, weights_of(layers), ctx.calibration, ctx.seed, ctx.progress)
+            weights = [size * float(s) for size, s in zip(sizes, found, strict=True)]
+        return layer_ratios.proportional(sum(sizes) - dropped, sizes, weights, least)
+
+    def _mask(self, layer: Layer, scores: np.ndarray, count: int) -> np.ndarray:
+        if self.group is not None:
+            return n_of_m(scores, *self.group)
+        if self.pattern == "block":
+            return Tiles(layer.shape, self.block).best(np.square(scores), count)
+        return by_row(scores, count)
+
+
+def _tile_costs(layer: Layer, block: int, scores: np.ndarray) -> np.ndarray:
+    """The share of a layer's energy that each tile has, for each of its weights, (tiles,)."""
+    tiles = Tiles(layer.shape, block)
+    energies = tiles.sums(np.square(scores))
+    total = float(energies.sum())
+    return (energies / tiles.sizes()).reshape(-1) / (total if total > 0 else 1.0)
+
+
+def _refuse(layer: Layer, reason: str, outcome: Outcome) -> None:
+    for linear in layer.linears:
+        outcome.refuse(linear.name, f"{linear.node.op} stays as it is: {reason}", reason)
+
+
+def _sparsified(
+    layer: Layer, scores: np.ndarray, mask: np.ndarray, correct_bias: bool, outcome: Outcome
+) -> dict[str, Any]:
+    """Drops what the mask does not keep, and says so. ``energy_kept``: of the sum of the squared scores."""
+    energy = np.square(scores, dtype=np.float64)
+    total = float(energy.sum())
+    kept = float(energy.sum(where=mask)) / total if total > 0 else 1.0
+    dense = layer.deflated()
+    layer.keep(mask, correct_bias)
+    zeros = layer.size - int(np.count_nonzero(layer.linears[0].weight()))
+    for linear in layer.linears:
+        outcome.change(linear.name, f"{linear.node.op}: {zeros / layer.size:.1%} zeros, {kept:.2%} of the energy kept")
+    return {
+        "node": layer.name,
+        "shape": list(layer.shape),
+        "size": layer.size,
+        "zeros": zeros,
+        "sparsity": zeros / layer.size,
+        "energy_kept": kept,
+        "deflated_bytes": [round(dense), round(layer.deflated())],
+    }
+
+
+def _summary(facts: Sequence[dict[str, Any]], untouched: int) -> dict[str, Any]:
+    """Sums over the layers, with the number of weights in those left untouched.
+
+    ``deflated_bytes``: what the weights of the others take in a compressed archive, before and after.
+    """
+    weights, zeros = untouched + sum(fact["size"] for fact in facts), sum(fact["zeros"] for fact in facts)
+    return {
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / weights if weights else 0.0,
+        "deflated_bytes": [sum(fact["deflated_bytes"][i] for fact in facts) for i in (0, 1)],
+    }
+
+
+def worth(facts: Mapping[str, Any], pattern: str) -> list[str]:
+    """What the zeros are good for, in sentences for the end of a report; ``facts`` of an Outcome."""
+    if not facts["zeros"]:
+        return ["No weight was set to zero: the result computes with the weights that the model had"]
+    before, after = (bytes_ / 1e6 for bytes_ in facts["deflated_bytes"])
+    size = f"the file keeps its size, but compresses better: these weights to about {after:.1f} MB from {before:.1f} MB"
+    if pattern == "2:4":
+        faster = "TensorRT can use them from SM 80 on, in float16 and int8: channelfold build --sparse-weights"
+    else:
+        faster = f"TensorRT has no kernels for {pattern}"
+    return [f"Zeros save no time in ONNX Runtime. {faster}; {size}"]

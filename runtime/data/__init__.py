@@ -1,0 +1,1 @@
+"""Samples that models are run on."""

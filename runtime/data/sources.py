@@ -1,0 +1,325 @@
+"""Calibration and evaluation data: where feeds come from, and the promise that every feed fits the model.
+
+Feeds are cut to single samples wherever the model allows it: see feeds.py for the rules.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import itertools
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from channelfold.runtime.data.feeds import Batch, Feeds, batch_size, describe
+from channelfold.runtime.data.npz import Spill, read_headers
+from channelfold.runtime.errors import ChannelfoldError, DataError, UsageError, nearest
+from channelfold.runtime.io.session import Feed, TensorSpec
+
+
+class Data:
+    """Feeds for a model; can be iterated any number of times, always with the same values.
+
+    ``inputs``: the model inputs the feeds fit. ``description``: for reports, such as "64 samples from calib.npz".
+    ``notes``: what was done to the data on the way (casts, ignored keys, dropped samples), one sentence each.
+    ``synthetic``: True for random data, which proves nothing about accuracy.
+
+    Iterating raises DataError when a file is damaged or a value is not finite or does not fit its input's dtype.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[TensorSpec],
+        count: int,
+        feeds: Callable[[], Iterator[Feed]],
+        description: str,
+        *,
+        notes: Sequence[str] = (),
+        synthetic: bool = False,
+    ):
+        self.inputs = tuple(inputs)
+        self.description = description
+        self.notes = tuple(notes)
+        self.synthetic = synthetic
+        self._count = count
+        self._feeds = feeds
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Feed]:
+        return self._feeds()
+
+    def first(self, n: int) -> Data:
+        """The first ``n`` feeds; this object itself when it has no more."""
+        if n >= len(self):
+            return self
+        description = f"the first {n} of {self.description}"
+        return Data(
+            self.inputs,
+            n,
+            lambda: itertools.islice(self._feeds(), n),
+            description,
+            notes=self.notes,
+            synthetic=self.synthetic,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes of all feeds; does not depend on how they were stored."""
+        digest = hashlib.sha256()
+        for feed in self:
+            for name, array in sorted(feed.items()):
+                digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+                digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
+        return digest.hexdigest()
+
+
+def open_data(source: Any, inputs: Sequence[TensorSpec]) -> Data:
+    """Opens calibration or evaluation data for a model with these inputs.
+
+    ``source`` is the path of a ``.npz`` (keys are input names, axis 0 counts samples), of a ``.npy`` (models with one
+    input), or of a folder of either, one batch a file, in natural order; or a Python object: a mapping of names to
+    arrays, an iterable of such mappings, or a reader with ONNX Runtime's ``get_next()``. What may be readable only once
+    is read into a temporary file. Arrays may all carry one axis more than the model's inputs: a stack of feeds.
+
+    Raises DataError, naming file, key, what was expected and what was found.
+    """
+    _check_inputs(inputs)
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        batches, notes = _file_batches(path, inputs)
+        return _assemble(inputs, batches, path.name or str(path), notes)
+    batches, origin = _object_batches(source, inputs)
+    return _assemble(inputs, batches, origin, [])
+
+
+def load_script(path: str | Path, inputs: Sequence[TensorSpec]) -> Data:
+    """Data from a script in Polygraphy's form, whose ``load_data()`` returns or yields feeds. Runs the script's code.
+
+    Raises DataError when there is no such function or when it fails, with the line of the script.
+    """
+    _check_inputs(inputs)
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"There is no {path}", _nearest_path(path))
+    batches, _ = _object_batches(_run_script(path), inputs)
+    return _assemble(inputs, batches, f"load_data() in {path.name}", [])
+
+
+def random_data(
+    inputs: Sequence[TensorSpec], n: int, *, seed: int = 0, dims: Mapping[str, int] | None = None, size: int = 32
+) -> Data:
+    """``n`` random feeds: floats from the standard normal distribution, integers 0 or 1 (safe as indices).
+
+    A symbolic dimension has the size given in ``dims``, else 1 where it leads a shape, else ``size``; a name has one
+    size wherever it appears. Raises UsageError for n < 1 or an unknown dimension, DataError for inputs of strings.
+    """
+    _check_inputs(inputs)
+    if n < 1:
+        raise UsageError(f"{n} random samples were asked for", "Ask for at least 1")
+    dims = dict(dims or {})
+    symbols = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
+    for name in sorted(dims.keys() - symbols):
+        known = nearest(name, symbols) if symbols else "All its dimensions are fixed"
+        raise UsageError(f"The model has no dimension {name!r}", known)
+    for spec in inputs:
+        if spec.dtype == np.dtype(object):
+            raise DataError(f"Input {spec.name!r} takes strings, which cannot be random", "Give real data")
+    dims = {spec.shape[0]: 1 for spec in inputs if spec.shape and isinstance(spec.shape[0], str)} | dims
+    shapes = {spec.name: _random_shape(spec, dims, size) for spec in inputs}
+
+    def feeds() -> Iterator[Feed]:
+        for index in range(n):
+            rng = np.random.default_rng([seed, index])
+            yield {spec.name: _random_array(spec, shapes[spec.name], rng) for spec in inputs}
+
+    description = f"{describe(n, batch_size(inputs), 'random sample')} (seed {seed})"
+    notes = ["The inputs are random: neither ranges nor accuracy say anything about real data"]
+    return Data(inputs, n, feeds, description, notes=notes, synthetic=True)
+
+
+def _random_shape(spec: TensorSpec, dims: Mapping[str, int], size: int) -> tuple[int, ...]:
+    def resolve(axis: int, dim: int | str | None) -> int:
+        if isinstance(dim, int):
+            return dim
+        return dims.get(dim, size) if dim is not None else (size if axis else 1)
+
+    return tuple(resolve(axis, dim) for axis, dim in enumerate(spec.shape))
+
+
+def _random_array(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    dtype = np.dtype(spec.dtype)
+    if dtype.kind == "f":
+        return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+    return rng.integers(0, 2, shape).astype(dtype)
+
+
+def _assemble(inputs: Sequence[TensorSpec], batches: Sequence[Batch], origin: str, notes: Sequence[str]) -> Data:
+    feeds = Feeds(batches, inputs, origin)
+    description = f"{feeds.description} from {origin}"
+    return Data(inputs, len(feeds), feeds.__iter__, description, notes=[*notes, *feeds.notes])
+
+
+def _check_inputs(inputs: Sequence[TensorSpec]) -> None:
+    for spec in inputs:
+        if spec.dtype is None:
+            raise DataError(
+                f"Input {spec.name!r} has a type that numpy has no arrays for (a sequence, an optional, bfloat16 …)",
+                "Export the model with plain tensors as inputs",
+            )
+    if not inputs:
+        raise DataError("The model has no inputs, so there is nothing to feed", "Check the exported model")
+
+
+def _file_batches(path: Path, inputs: Sequence[TensorSpec]) -> tuple[list[Batch], list[str]]:
+    files, notes = _files(path)
+    batches, ignored = [], {}
+    for file in files:
+        stored = read_headers(file)
+        if file.suffix == ".npy":
+            if len(inputs) > 1:
+                raise DataError(
+                    f"{file} holds one array, and the model has {len(inputs)} inputs: {_names(inputs)}",
+                    "Store them in one .npz, with the input names as keys",
+                )
+            stored = {inputs[0].name: stored[""]}
+        batches.append(Batch(str(file), _pick(stored, inputs, str(file))))
+        ignored |= dict.fromkeys(stored.keys() - {spec.name for spec in inputs})
+    if ignored:
+        notes.append(f"Not inputs of the model, ignored: {', '.join(sorted(ignored))}")
+    return batches, notes
+
+
+def _files(path: Path) -> tuple[list[Path], list[str]]:
+    if not path.exists():
+        raise DataError(f"There is no {path}", _nearest_path(path))
+    if path.suffix == ".py":
+        raise DataError(f"{path} is a Python script, which is run only on request", "Pass it to load_script()")
+    if path.is_file():
+        if path.suffix not in (".npz", ".npy"):
+            raise DataError(f"{path} is neither .npz nor .npy", "Write the samples with numpy.savez")
+        return [path], []
+    everything = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
+    found = {suffix: [file for file in everything if file.suffix == suffix] for suffix in (".npz", ".npy")}
+    if found[".npz"] and found[".npy"]:
+        raise DataError(
+            f"The folder {path} holds both .npz and .npy files, and only one kind can be meant", "Move one kind away"
+        )
+    files = sorted(found[".npz"] or found[".npy"], key=_natural)
+    if not files:
+        raise DataError(f"The folder {path} holds no .npz and no .npy files", "Write one such file for each batch")
+    others = len(everything) - len(files)
+    return files, [f"{others} other file{'s' * (others != 1)} in {path.name} ignored"] if others else []
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
+
+
+def _nearest_path(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"There is no folder {path.parent} either"
+    close = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1)
+    return f"Did you mean {str(path.parent / close[0])!r}?" if close else f"Check the name and the folder {path.parent}"
+
+
+def _object_batches(source: Any, inputs: Sequence[TensorSpec]) -> tuple[list[Batch], str]:
+    if isinstance(source, Mapping):
+        return [Batch("the data", _arrays(source, "the data", inputs))], "arrays in memory"
+    if isinstance(source, Sequence):
+        held = [(f"feed {index}", item) for index, item in enumerate(source)]
+        return [Batch(label, _arrays(item, label, inputs)) for label, item in held], "arrays in memory"
+    if callable(getattr(source, "get_next", None)):
+        items, origin = _read_all(source), f"a data reader ({type(source).__name__})"
+    elif isinstance(source, Iterable):
+        items, origin = source, f"a Python {type(source).__name__}"
+    else:
+        raise DataError(
+            f"Data cannot be read from {type(source).__name__!r}",
+            "Give a path, a list of feeds (input name to array), or an object with get_next()",
+        )
+    spill = Spill()
+    batches = []
+    for index, item in enumerate(items):
+        label = f"feed {index}"
+        batches.append(Batch(label, spill.add(_arrays(item, label, inputs)), spill))
+    spill.close()
+    return batches, origin
+
+
+def _read_all(reader: Any) -> Iterator[Any]:
+    if callable(rewind := getattr(reader, "rewind", None)):
+        rewind()
+    while (item := reader.get_next()) is not None:
+        yield item
+
+
+def _run_script(path: Path) -> Iterator[Any]:
+    spec = importlib.util.spec_from_file_location(f"_channelfold_data_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise DataError(f"{path} is not a Python script", "Give a .py file that defines load_data()")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "load_data"):
+            raise DataError(f"{path} defines no load_data()", "Write one that yields feeds: {input name: array}")
+        yield from module.load_data()
+    except ChannelfoldError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise DataError(f"{where}: {type(error).__name__}: {error}", "Mend the script") from None
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+        sys.modules.pop(spec.name, None)
+
+
+def _arrays(item: Any, label: str, inputs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
+    if not isinstance(item, Mapping):
+        raise DataError(
+            f"{label} is of type {type(item).__name__!r}, not a dict of input names and arrays",
+            f"Give feeds such as {{{inputs[0].name!r}: array}}",
+        )
+    return {name: _as_array(value, f"{label}: {name!r}") for name, value in _pick(item, inputs, label).items()}
+
+
+def _as_array(value: Any, where: str) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise DataError(
+            f"{where} is not an array (its rows differ in length)", "Give one feed for each shape"
+        ) from None
+    if array.dtype.kind == "O":
+        if not all(isinstance(text, str) for text in array.flat):
+            raise DataError(f"{where} is an array of Python objects", "Give numbers, all rows of one length")
+        return array.astype(np.str_)
+    return array
+
+
+def _pick(arrays: Mapping[str, Any], inputs: Sequence[TensorSpec], label: str) -> dict[str, Any]:
+    missing = [spec.name for spec in inputs if spec.name not in arrays]
+    if missing:
+        raise DataError(
+            f"{label} lacks {', '.join(map(repr, missing))}. The model's inputs: {_names(inputs)}; "
+            f"found: {', '.join(sorted(map(str, arrays))) or 'nothing'}",
+            nearest(missing[0], map(str, arrays)) if arrays else "Use the input names as keys",
+        )
+    return {spec.name: arrays[spec.name] for spec in inputs}
+
+
+def _names(inputs: Sequence[TensorSpec]) -> str:
+    return ", ".join(spec.name for spec in inputs)

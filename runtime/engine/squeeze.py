@@ -1,0 +1,44 @@
+"""Squeeze nodes without axes, which TensorRT refuses where shapes vary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import constant
+from channelfold.runtime.io.shapes import Shape, shapes_on
+
+
+def squeezes_without_axes(graph: gs.Graph) -> list[gs.Node]:
+    """The Squeeze nodes that leave it to run time which axes they remove, which TensorRT refuses where it can vary."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "Squeeze" and not node.attrs.get("axes") and not edit.has_input(node, 1)
+    ]
+
+
+def name_squeezed_axes(graph: gs.Graph, low: Mapping[str, Shape], high: Mapping[str, Shape]) -> list[str]:
+    """Gives every Squeeze its axes where they are the same for all input shapes from ``low`` to ``high``.
+
+    Returns a sentence for each node that was given axes; one whose axes vary stays as it is.
+    """
+    nodes = squeezes_without_axes(graph)
+    smallest, largest = shapes_on(graph, low), shapes_on(graph, high)
+    done = []
+    for node in nodes:
+        first, last = smallest.get(node.inputs[0].name), largest.get(node.inputs[0].name)
+        if first is None or last is None or len(first) != len(last):
+            continue
+        if any((a == 1) != (b == 1) for a, b in zip(first, last, strict=True)):
+            continue
+        axes = [axis for axis, size in enumerate(first) if size == 1]
+        if graph.opset < 13:
+            node.attrs["axes"] = axes
+        else:
+            edit.set_input(node, 1, constant(graph, f"{node.name}_axes", np.array(axes, np.int64)))
+        done.append(f"{node.name} was given axes {axes}, which it removes for every shape of the engine")
+    return done

@@ -1,0 +1,71 @@
+"""What a command can end with.
+
+Exceptions, all of which end a command with one clear line and an exit code::
+
+    ChannelfoldError            1   something failed; the message ends with the next step
+    ├── UsageError              2   an option, a recipe or a name is wrong
+    ├── ModelError              1   a model file cannot be read, or is not what it should be
+    ├── DataError               1   calibration or evaluation data do not fit the model
+    ├── OutputError             1   a result cannot be written
+    ├── DependencyError         1   an optional package (ONNX Runtime, TensorRT) is missing or broken
+    ├── VerificationError       1   an exact pass changed the function; it was rolled back
+    ├── BuildError              1   TensorRT refused the network
+    └── GateError               3   an accuracy gate was missed
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ChannelfoldError(Exception):
+    """An error the user can act on: what happened, then (``hint``) what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(f"{message.rstrip('.')}. {hint}".strip() if hint else message)
+
+
+class UsageError(ChannelfoldError):
+    exit_code = 2
+
+
+class ModelError(ChannelfoldError):
+    pass
+
+
+class DataError(ChannelfoldError):
+    pass
+
+
+class OutputError(ChannelfoldError):
+    pass
+
+
+class DependencyError(ChannelfoldError):
+    pass
+
+
+class VerificationError(ChannelfoldError):
+    pass
+
+
+class BuildError(ChannelfoldError):
+    pass
+
+
+class GateError(ChannelfoldError):
+    exit_code = 3
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``did you mean 'x'?`` for a misspelt name, else the list of known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}"
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """The silent progress callback."""

@@ -1,0 +1,1 @@
+"""The graph, its file and its weights."""

@@ -1,0 +1,211 @@
+"""Small questions to a graph, and the edits that keep it whole.
+
+GraphSurgeon compares tensors and nodes by name and contents; here everything goes by identity. ``graph`` is always the
+outermost graph: its nodes are in topological order, and its subgraphs (bodies of If, Loop, Scan) may read its tensors.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from channelfold.runtime.io.files import constant, read, stored
+
+_STANDARD = (None, "", "ai.onnx")
+
+
+def is_standard(node: gs.Node) -> bool:
+    """Whether a node's operator is one of ONNX itself, not of a vendor's domain or a model's own functions."""
+    return node.domain in _STANDARD
+
+
+def is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    return any(tensor is output for output in graph.outputs)
+
+
+def in_graph(graph: gs.Graph, node: gs.Node) -> bool:
+    """Whether a node stands in the node list of ``graph`` itself, not in that of a subgraph."""
+    if vars(node).get("_graph") is not graph:
+        for member in graph.nodes:  # marked once, because looking through the list for every node takes quadratic time
+            member._graph = graph
+    return vars(node).get("_graph") is graph
+
+
+def producer(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that computes a tensor; None for inputs and constants."""
+    return tensor.inputs[0] if len(tensor.inputs) == 1 else None
+
+
+def consumers(tensor: gs.Tensor) -> list[gs.Node]:
+    """The nodes that read a tensor (nodes of subgraphs too), each once, in order."""
+    return list({id(node): node for node in tensor.outputs}.values())
+
+
+def sole_consumer(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
+    """The one node of this graph that reads a tensor once and is all that reads it; None when there are others."""
+    if len(tensor.outputs) != 1 or is_output(graph, tensor) or not in_graph(graph, tensor.outputs[0]):
+        return None
+    return tensor.outputs[0]
+
+
+def rank(tensor: gs.Tensor) -> int | None:
+    return len(tensor.shape) if tensor.shape is not None else None
+
+
+def dtype(tensor: gs.Tensor) -> np.dtype | None:
+    """The numpy (or ml_dtypes) type of a tensor, None where it is unknown."""
+    if isinstance(tensor.dtype, int):
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.dtype)) if tensor.dtype else None
+    return np.dtype(tensor.dtype) if tensor.dtype is not None else None
+
+
+def is_float(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is of a type that weights are folded in; an unknown type counts as one."""
+    kind = dtype(tensor)
+    return kind is None or is_float_type(kind)
+
+
+def is_float_type(kind: np.dtype) -> bool:
+    """Whether a type is float16, bfloat16, float32 or float64. The 8-bit and smaller floats only store."""
+    return kind.kind == "f" or kind == ml_dtypes.bfloat16
+
+
+def value(tensor: gs.Tensor) -> np.ndarray | None:
+    """The values of a constant, None for anything else. They are not kept."""
+    return read(tensor) if isinstance(tensor, gs.Constant) else None
+
+
+def scalar(tensor: gs.Tensor) -> float | None:
+    """The value of a constant with one element, None for anything else."""
+    if not isinstance(tensor, gs.Constant) or int(np.prod(tensor.shape)) != 1:
+        return None
+    return float(read(tensor).reshape(()))
+
+
+def argument(node: gs.Node, index: int, attribute: str) -> np.ndarray | None:
+    """A parameter that is an input or, in older opsets, an attribute, as a 1-d array.
+
+    None where it is missing or not constant.
+    """
+    found = value(node.inputs[index]) if len(node.inputs) > index else node.attrs.get(attribute)
+    return None if found is None else np.asarray(found).reshape(-1)
+
+
+def has_input(node: gs.Node, index: int) -> bool:
+    return len(node.inputs) > index and not node.inputs[index].is_empty()
+
+
+def set_input(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+    """Makes ``tensor`` the input of a node at ``index``, padding with empty inputs where there were none."""
+    while len(node.inputs) <= index:
+        node.inputs.append(gs.Variable.empty())
+    _unlink(node.inputs[index].outputs, node)
+    list.__setitem__(node.inputs, index, tensor)
+    list.append(tensor.outputs, node)
+
+
+def set_constant(graph: gs.Graph, node: gs.Node, index: int, values: np.ndarray, name: str) -> gs.Constant:
+    """Makes ``values`` the constant input of a node at ``index``.
+
+    They take the place of the old ones where this node alone reads them. Otherwise the node gets a constant of its own,
+    called ``name``, and the other readers keep what they had. Raises OutputError when the disk is full.
+    """
+    old = node.inputs[index] if len(node.inputs) > index else None
+    if old is not None and isinstance(old, gs.Constant) and len(old.outputs) == 1 and not is_output(graph, old):
+        old.values = stored(graph, values, old.name)
+        return old
+    new = constant(graph, name, values)
+    set_input(node, index, new)
+    return new
+
+
+def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
+    """Lets every reader of ``old`` in the graph and its subgraphs read ``new``. ``old`` must not be a graph output."""
+    assert not is_output(graph, old)
+    for node in consumers(old):
+        for index, tensor in enumerate(node.inputs):
+            if tensor is old:
+                set_input(node, index, new)
+
+
+def set_output(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+    """Makes ``tensor`` the output of a node at ``index``; nothing else may produce it."""
+    _unlink(node.outputs[index].inputs, node)
+    list.__setitem__(node.outputs, index, tensor)
+    list.append(tensor.inputs, node)
+
+
+def rewrite(node: gs.Node, op: str, inputs: list[gs.Tensor]) -> None:
+    """Turns a node into another one without attributes that writes the same first output, and that alone."""
+    output = node.outputs[0]
+    detach(node)
+    node.op, node.domain, node.attrs = op, None, {}
+    node.inputs.extend(inputs)
+    node.outputs.append(output)
+
+
+def detach(node: gs.Node) -> None:
+    """Takes away the edges of a node and of its subgraphs, so that it is dead; ``sweep`` takes it out of the graph."""
+    for attribute in node.attrs.values():
+        if isinstance(attribute, gs.Graph):
+            for inner in attribute.nodes:
+                detach(inner)
+    for tensors, field in ((node.inputs, "outputs"), (node.outputs, "inputs")):
+        for tensor in tensors:
+            _unlink(getattr(tensor, field), node)
+        list.clear(tensors)
+
+
+def sweep(graph: gs.Graph) -> None:
+    """Takes detached nodes out of the graph."""
+    graph.nodes[:] = [node for node in graph.nodes if node.outputs]
+
+
+def bypass(graph: gs.Graph, first: gs.Tensor, nodes: list[gs.Node], last: gs.Tensor) -> bool:
+    """Detaches a chain of nodes that leads from ``first`` to ``last``: readers of ``last`` read ``first``.
+
+    Names of graph outputs stay: when ``last`` is one, the producer of ``first`` gets to write it, if it can.
+    Returns False, with nothing changed, where the names forbid it (an input, a constant or another output would have to
+    be renamed). ``sweep`` afterwards.
+    """
+    source = producer(first)
+    renamed = is_output(graph, last)
+    if renamed and (source is None or is_output(graph, first)):
+        return False
+    for node in nodes:
+        detach(node)
+    if not renamed:
+        replace_uses(graph, last, first)
+        return True
+    assert source is not None
+    replace_uses(graph, first, last)
+    set_output(source, next(i for i, t in enumerate(source.outputs) if t is first), last)
+    return True
+
+
+def remove_dead(graph: gs.Graph) -> list[gs.Node]:
+    """Removes the nodes whose results nobody reads; returns them, without their edges."""
+    outputs = {id(tensor) for tensor in graph.outputs}
+    dead = []
+    for node in reversed(graph.nodes):
+        if not any(t.outputs or id(t) in outputs for t in node.outputs if not t.is_empty()):
+            dead.append(node)
+            detach(node)
+    sweep(graph)
+    return dead
+
+
+def insert_after(graph: gs.Graph, node: gs.Node, new: gs.Node) -> None:
+    """Puts ``new`` into the node list right behind ``node``."""
+    position = next(i for i, other in enumerate(graph.nodes) if other is node)
+    graph.nodes.insert(position + 1, new)
+    new._graph = graph
+
+
+def _unlink(nodes: list[gs.Node], node: gs.Node) -> None:
+    for index, other in enumerate(nodes):
+        if other is node:
+            list.__delitem__(nodes, index)
+            return

@@ -1,0 +1,47 @@
+"""What a model file says of itself: inputs, outputs, opsets, sizes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from channelfold.runtime.io import wire
+from channelfold.runtime.io.files import all_graphs
+from channelfold.runtime.io.session import TensorSpec
+from channelfold.runtime.io.weights import MappedFile
+
+
+def required_inputs(graph: gs.Graph) -> tuple[TensorSpec, ...]:
+    """The inputs that a feed must have, as ONNX Runtime would describe them, without opening a session."""
+    carried = vars(graph).get("carried")
+    defaults = {tensor.name for tensor in carried.graph.initializer} if carried else set()
+    return tuple(spec for spec in map(_spec, graph.inputs) if spec.name not in defaults)
+
+
+def model_facts(path: Path, graph: gs.Graph) -> dict[str, Any]:
+    """The ``model`` entry of a report record; ``bytes`` counts the file and its external data."""
+    counts = Counter(node.op for part in all_graphs(graph) for node in part.nodes)
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size + sum(file.stat().st_size for file in external_files(path)),
+        "nodes": sum(counts.values()),
+        "ops": dict(counts.most_common()),
+        "opset": graph.opset,
+    }
+
+
+def external_files(path: Path) -> list[Path]:
+    """The files beside a (readable) model that hold its weights."""
+    graph = onnx.ModelProto.FromString(wire.skeleton(MappedFile(path).data, path.name)).graph
+    names = {e.value for tensor in graph.initializer for e in tensor.external_data if e.key == "location"}
+    return [path.parent / name for name in sorted(names - {path.name})]
+
+
+def _spec(tensor: Any) -> TensorSpec:
+    dtype = tensor.dtype if isinstance(tensor.dtype, np.dtype) and tensor.dtype.kind != "V" else None
+    return TensorSpec(tensor.name, dtype, tuple(tensor.shape or ()))

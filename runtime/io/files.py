@@ -1,0 +1,299 @@
+"""Load and save: weights memory-mapped in, streamed out, the file replaced in one step.
+
+``load`` reads the ONNX file as a skeleton (see ``wire``): every large weight stays in its file as a place there and is
+mapped when a pass looks at it (see ``weights``). What GraphSurgeon cannot represent is carried beside the graph
+(see ``convert``).
+
+``save`` streams the weights from wherever they lie. The result is written beside the target and renamed, so a killed
+process leaves the old file or the new one, never a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import itertools
+import mmap
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from channelfold.runtime.errors import ModelError, OutputError, VerificationError
+from channelfold.runtime.io import weights as _weights
+from channelfold.runtime.io import wire
+from channelfold.runtime.io.convert import (
+    Carried,
+    all_graphs,
+    carried,
+    export,
+    export_skeleton,
+    import_model,
+    tensor_type,
+)
+from channelfold.runtime.io.opset import raise_opset
+from channelfold.runtime.io.session import Session
+from channelfold.runtime.io.weights import SPILL_LIMIT, MappedFile, MappedValues, Scratch, packed, read
+
+__all__ = [
+    "Carried", "MappedValues", "all_graphs", "check", "constant", "export", "free_name", "import_model", "infer_shapes",
+    "load", "open_model", "packed", "raise_opset", "read", "save", "session", "stored", "weightless", "writing",
+]  # fmt: skip
+
+EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data
+PROTOBUF_LIMIT = 2_000_000_000  # bytes; protobuf ends at 2 GiB
+_PAGE = mmap.ALLOCATIONGRANULARITY
+
+
+def load(path: str | os.PathLike[str]) -> gs.Graph:
+    """The graph of an ONNX file of any size; its large weights stay on disk.
+
+    Raises ModelError for a file that is missing, truncated or not ONNX, and for external data that are missing, too
+    short, or lie outside the model's folder.
+    """
+    path = Path(path)
+    model, file = _read(path)
+    return import_model(model, path, file)
+
+
+def _read(path: Path) -> tuple[onnx.ModelProto, MappedFile]:
+    try:
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path} is not a file", "Give the path of an .onnx file.")
+        file = MappedFile(path)
+        if not file.data:
+            raise ModelError(f"{path} is empty", "Export the model again.")
+        if file.data[:24] == b"version https://git-lfs.":
+            raise ModelError(f"{path} is a Git LFS pointer, not the model", "Run: git lfs pull")
+        return onnx.ModelProto.FromString(wire.skeleton(file.data, _weights.OWN_FILE)), file
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist", "Check the path of the model.") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise ModelError(f"{path} cannot be read ({reason})", "Give the path of an .onnx file.") from None
+    except ModelError:
+        raise
+    except Exception as error:  # protobuf's DecodeError has no public base of its own
+        raise ModelError(
+            f"{path} is truncated or not an ONNX file ({error})", "Export or download it again and compare its size."
+        ) from None
+
+
+def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
+    """Writes ``graph`` to ``path``; its weights go beside it (``NAME.data``) when they pass 1.8 GB or are asked to.
+
+    Raises OutputError when the file cannot be written; what was there before is then still there, and nothing else.
+    """
+    path = Path(path)
+    model, large = export_skeleton(graph)
+    size = sum(_weights.packed_nbytes(proto) for proto, _ in large)
+    size += model.ByteSize()
+    if external is None:
+        external = size > EXTERNAL_LIMIT
+    if not external and size > PROTOBUF_LIMIT:
+        raise OutputError(f"Cannot write {path}: {size} bytes are too many for one file", "Let it have external data.")
+    streamed = ((proto, packed(c._values)) for proto, c in large)
+    with contextlib.ExitStack() as undo:
+        with writing(path) as file:
+            if external:
+                _write_data(model, streamed, path, undo)
+                file.write(model.SerializeToString())
+            else:
+                wire.write_inline(model, streamed, file)
+            stale = _old_data(path)
+        undo.pop_all()
+    for old in stale:
+        old.unlink(missing_ok=True)
+
+
+def _write_data(
+    model: onnx.ModelProto,
+    weights: Iterator[tuple[onnx.TensorProto, np.ndarray]],
+    path: Path,
+    undo: contextlib.ExitStack,
+) -> None:
+    """Writes the weights to a new file beside ``path`` and lets the model refer to it; ``undo`` removes it again."""
+    numbers = (f".{n}" if n else "" for n in itertools.count())
+    name = next(n for n in (f"{path.name}{number}.data" for number in numbers) if not path.with_name(n).exists())
+    if not _is_text(name):
+        raise OutputError(f"Cannot write {path}: ONNX cannot refer to {name!r}", "Give another output path.")
+    with path.with_name(name).open("xb") as file:
+        undo.callback(path.with_name(name).unlink, missing_ok=True)
+        for proto, values in weights:
+            if values.nbytes >= SPILL_LIMIT:  # on a page of its own, a weight can be mapped where it lies
+                file.write(b"\0" * (-file.tell() % _PAGE))
+            _refer(proto, name, file.tell(), values.nbytes)
+            wire.write_array(values, file)
+            model.graph.initializer.append(proto)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _refer(proto: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    proto.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        proto.external_data.add(key=key, value=value)
+
+
+def _old_data(path: Path) -> list[Path]:
+    """The data files that the model now at ``path`` refers to and that carry a name ``save`` gives."""
+    ours = re.compile(re.escape(path.name) + r"(\.\d+)?\.data")
+    files = {file.name: file for file in path.parent.iterdir() if ours.fullmatch(file.name)}
+    if not files:
+        return []
+    try:
+        model, _ = _read(path)
+    except ModelError:
+        return []
+    names = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+    return [files[name] for name in names & set(files)]
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to write beside ``path`` that takes its place at the end, or vanishes on an error.
+
+    Raises OutputError for anything the file system refuses.
+    """
+    path = Path(path)
+    temporary = path.parent / f".channelfold-{secrets.token_hex(4)}.tmp"
+    try:
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "not a regular file"
+            raise OutputError(f"Cannot write {path}: it is {what}", "Give the path of a file.")
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        hint = "Give another output path."
+        if error.errno == errno.ENOSPC:
+            hint = "Free some space, or give a path on another disk."
+        elif not path.parent.is_dir():
+            hint = f"Create the folder {path.parent} first."
+        raise OutputError(f"Cannot write {path} ({error.strerror or error})", hint) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def constant(graph: gs.Graph, name: str, values: np.ndarray) -> gs.Constant:
+    """A new constant under a free name made from ``name``. Large values go to a scratch file, not to memory."""
+    return gs.Constant(free_name(graph, name), stored(graph, values, name))
+
+
+def stored(graph: gs.Graph, values: np.ndarray, name: str = "") -> np.ndarray | MappedValues:
+    """``values`` in the form a constant should hold them: on disk when they are large.
+
+    Raises OutputError when the disk is full.
+    """
+    values = np.asarray(values)
+    own = carried(graph)
+    if own is None or values.nbytes < SPILL_LIMIT or values.dtype == object:
+        return values
+    own.scratch = own.scratch or Scratch()
+    return _weights.stored(own.scratch, values, name)
+
+
+def free_name(graph: gs.Graph, name: str) -> str:
+    """``name``, or ``name_1``, ``name_2`` … when a tensor of the graph or its subgraphs has it already."""
+    taken: set[str] | None = vars(graph).get("_names")
+    if taken is None:
+        taken = {t for g in all_graphs(graph) for t in g.tensors()}
+        vars(graph)["_names"] = taken
+    free, number = name, 0
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    taken.add(free)
+    return free
+
+
+def weightless(graph: gs.Graph) -> onnx.ModelProto:
+    """The model with its large weights turned into inputs of the same type and shape."""
+    model, large = export_skeleton(graph)
+    for proto, _ in large:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(proto.name, proto.data_type, list(proto.dims)))
+    return model
+
+
+def check(graph: gs.Graph) -> None:
+    """Runs the ONNX checker; raises VerificationError with its message. Large weights take part by type and shape."""
+    try:
+        onnx.checker.check_model(weightless(graph))
+    except onnx.checker.ValidationError as error:
+        reason = " ".join(str(error).split())[:400]
+        raise VerificationError(f"The graph is no longer valid ONNX: {reason}") from None
+
+
+def infer_shapes(graph: gs.Graph) -> None:
+    """Fills in the shapes and dtypes of variables as far as ONNX shape inference knows them.
+
+    What the graph declares for its outputs stays. Sizes that inference only has an invented name for are None: the next
+    inference may give that name to another size.
+    """
+    try:
+        inferred = onnx.shape_inference.infer_shapes(weightless(graph), data_prop=True)
+    except Exception:  # an operator that inference chokes on leaves shapes unknown, which every pass copes with
+        return
+    known = {value.name: value.type for value in (*inferred.graph.value_info, *inferred.graph.output)}
+    declared = {id(tensor) for tensor in graph.outputs if tensor.shape is not None}
+    for name, tensor in graph.tensors().items():
+        if name in known and isinstance(tensor, gs.Variable) and known[name].HasField("tensor_type"):
+            dtype, shape = tensor_type(known[name].tensor_type)
+            tensor.dtype = dtype if tensor.dtype is None else tensor.dtype
+            if shape is not None and id(tensor) not in declared:
+                tensor.shape = [None if isinstance(d, str) and d.startswith("unk__") else d for d in shape]
+
+
+def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -> Session:
+    """An ONNX Runtime session on a graph; ``outputs`` names any tensors of it. Weights in files stay there."""
+    model, weights = export(graph)
+    if outputs is not None:
+        types = {value.name: value for value in model.graph.output}
+        del model.graph.output[:]
+        model.graph.output.extend(types.get(name) or onnx.ValueInfoProto(name=name) for name in outputs)
+    return open_model(model, weights, **options)
+
+
+def open_model(model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.ndarray]], **options: Any) -> Session:
+    """A session on what ``export`` gave, possibly with nodes added.
+
+    Large weights that are in memory alone, or whose file has been replaced, are written to disk for it.
+    """
+    root = Path(tempfile.gettempdir()).anchor
+    scratch, inline = Scratch(), []
+    for proto, values in weights:
+        file, offset = getattr(values, "place", None) or (None, 0)
+        if file is None or not _is_reachable(file, root):
+            if values.nbytes < SPILL_LIMIT:
+                inline.append((proto, values))
+                continue
+            file, offset = scratch, _weights.spill(scratch, values)
+        _refer(proto, file.path.relative_to(root).as_posix(), offset, values.nbytes)
+        model.graph.initializer.append(proto)
+    skeleton = io.BytesIO()
+    wire.write_inline(model, inline, skeleton)
+    return Session(skeleton.getvalue(), folder=root, **options)
+
+
+def _is_reachable(file: MappedFile | Scratch, root: str) -> bool:
+    """Whether ONNX Runtime finds the bytes of a file by its path below ``root``."""
+    return file.path.anchor == root and _is_text(str(file.path)) and file.is_at_its_path()
+
+
+def _is_text(name: str) -> bool:
+    """Whether ONNX can refer to a file of this name."""
+    return name.encode(errors="ignore").decode() == name

@@ -1,0 +1,126 @@
+"""ONNX Runtime: one session class that opens paths, and the check that its installation is sound."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from channelfold.runtime.errors import DependencyError, ModelError
+
+_FOLDER = "session.model_external_initializers_file_folder_path"  # heeded with a model in memory, from 1.22 on
+
+Feed = dict[str, np.ndarray]
+
+_NUMPY_TYPES = {
+    "float": "float32", "double": "float64", "float16": "float16", "int8": "int8", "int16": "int16", "int32": "int32",
+    "int64": "int64", "uint8": "uint8", "uint16": "uint16", "uint32": "uint32", "uint64": "uint64", "bool": "bool",
+    "string": "object",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, numpy dtype and shape of a model input or output; a symbolic dimension is a string, an unknown one None.
+
+    ``dtype`` is None for what numpy has no type for (sequences, optionals, bfloat16 …).
+    """
+
+    name: str
+    dtype: np.dtype | None
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        dims = ", ".join("?" if d is None else str(d) for d in self.shape)
+        return f"{self.name}: {self.dtype if self.dtype is not None else 'unknown'}[{dims}]"
+
+
+def onnxruntime() -> Any:
+    """The onnxruntime module.
+
+    Raises DependencyError when it is missing, or when ``onnxruntime`` and ``onnxruntime-gpu`` are both installed: they
+    write the same folder, so whichever came last has overwritten the other.
+    """
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    if len(installed) == 2:
+        raise DependencyError(
+            "onnxruntime and onnxruntime-gpu are both installed, and they overwrite each other's files",
+            "Run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime (or onnxruntime-gpu)",
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DependencyError(
+            f"ONNX Runtime cannot be imported ({error})", "Run: pip install 'channelfold[cpu]' (or [gpu])"
+        ) from None
+    onnxruntime.set_default_logger_severity(4)
+    return onnxruntime
+
+
+@functools.cache  # it reads files, and a session is opened many times
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+class Session:
+    """An ONNX Runtime session on a model.
+
+    ``model`` is the path of its file; or, for a graph that is in no file, the serialized model without its large
+    weights, whose external data lie in files below ``folder``. ONNX Runtime maps external data, it does not copy them.
+    ``optimize=False`` switches graph optimization off. ``providers`` defaults to the CPU.
+
+    Raises ModelError when ONNX Runtime refuses the model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | bytes,
+        *,
+        folder: str | Path | None = None,
+        optimize: bool = True,
+        threads: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ):
+        ort = onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if threads:
+            options.intra_op_num_threads = threads
+        if folder is not None:
+            options.add_session_config_entry(_FOLDER, str(folder))
+        source, name = (model, "the model") if isinstance(model, bytes) else (str(model), Path(model).name)
+        try:
+            self._session = ort.InferenceSession(source, options, providers=list(providers))
+        except Exception as error:
+            raise ModelError(f"ONNX Runtime cannot open {name}: {_first_line(error)}") from None
+        self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
+        self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+
+    def run(self, feed: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
+        """Runs one feed; returns the named outputs (all of them by default) by name. Raises ModelError."""
+        names = list(outputs) if outputs is not None else [spec.name for spec in self.outputs]
+        try:
+            return dict(zip(names, self._session.run(names, dict(feed)), strict=True))
+        except Exception as error:
+            raise ModelError(f"ONNX Runtime failed while running the model: {_first_line(error)}") from None
+
+
+def _spec(value: Any) -> TensorSpec:
+    kind = value.type.removeprefix("tensor(").removesuffix(")")
+    dtype = np.dtype(_NUMPY_TYPES[kind]) if kind in _NUMPY_TYPES else None
+    return TensorSpec(value.name, dtype, tuple(d or None if isinstance(d, str) else d for d in value.shape or ()))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:400] if str(error).strip() else type(error).__name__

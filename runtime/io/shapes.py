@@ -1,0 +1,81 @@
+"""The shapes of all tensors when the inputs have given shapes, and the repair that needs them for TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from channelfold.runtime.errors import ModelError
+from channelfold.runtime.io.files import export, open_model, weightless
+from channelfold.runtime.io.session import Feed
+
+Shape = tuple[int, ...]
+
+
+def shapes_on(graph: gs.Graph, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shape of every tensor that ONNX shape inference can tell when the named inputs have these shapes."""
+    model = weightless(graph)
+    del model.graph.value_info[:]
+    for value in model.graph.input:
+        if value.name in inputs:
+            dims = [onnx.TensorShapeProto.Dimension(dim_value=size) for size in inputs[value.name]]
+            value.type.tensor_type.shape.CopyFrom(onnx.TensorShapeProto(dim=dims))
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # inference that fails only means that shapes stay unknown
+        return {}
+    known = {}
+    for value in [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]:
+        shape = value.type.tensor_type.shape
+        if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in shape.dim):
+            known[value.name] = tuple(dim.dim_value for dim in shape.dim)
+    return known
+
+
+def measured_shapes(graph: gs.Graph, feed: Feed) -> dict[str, Shape]:
+    """The shape of every tensor of the graph (bodies of subgraphs left out) when the model runs on ``feed``.
+
+    What ONNX shape inference cannot tell is measured in ONNX Runtime. Raises ModelError when the model does not run.
+    """
+    known = shapes_on(graph, {name: values.shape for name, values in feed.items()})
+    names = [t.name for node in graph.nodes for t in node.outputs if not t.is_empty() and t.name not in known]
+    if not names:
+        return known
+    model, weights = export(graph)
+    del model.graph.output[:]
+    for name in names:
+        model.graph.node.append(onnx.helper.make_node("Shape", [name], [f"{name}__shape"]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}__shape", onnx.TensorProto.INT64, None))
+    session = open_model(model, weights, optimize=False)
+    inputs = {spec.name for spec in session.inputs}
+    found = session.run({name: values for name, values in feed.items() if name in inputs})
+    return known | {name: tuple(map(int, found[f"{name}__shape"])) for name in names}
+
+
+class LazyShapes:
+    """The shapes of all tensors when the model runs on ``feed``, found out when they are asked for."""
+
+    def __init__(self, graph: gs.Graph, feed: Feed):
+        self.graph, self.feed = graph, feed
+        self._inferred: dict[str, Shape] | None = None
+        self._measured: dict[str, Shape] | None = None
+
+    def inferred(self, name: str) -> Shape | None:
+        """The shape of a tensor as far as ONNX shape inference knows it."""
+        if self._inferred is None:
+            self._inferred = shapes_on(self.graph, {name: values.shape for name, values in self.feed.items()})
+        return self._inferred.get(name)
+
+    def measured(self, name: str) -> Shape | None:
+        """The same, from a run of the model where inference does not know it; None when that fails."""
+        found = self.inferred(name)
+        if found is None and self._measured is None:
+            try:
+                self._measured = measured_shapes(self.graph, self.feed)
+            except ModelError:
+                self._measured = {}
+        return found or (self._measured or {}).get(name)

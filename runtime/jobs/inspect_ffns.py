@@ -1,0 +1,179 @@
+"""The FFNs of a graph: channels that bypass the activation, or might as well, and what folding them would save.
+
+*Idle* channels are affine in the channel before the activation whatever the data (``passes.idle_channels``): the pass
+``reparameterize-ffn`` folds them exactly. *Dead* ones are constant, or nobody uses them. *Linear* ones behave affinely
+on the data: of the variance of act(h_j), less than 1 % is left by the best fit p h_j + r,
+
+    p = cov(h, act(h)) / var(h)        left_j = var(act(h_j)) - p cov(h_j, act(h_j))
+
+and were they idle, the output would be off by about sum_j left_j |w2_j|^2 in all, as if what is left of them were
+uncorrelated. (RePaViT for networks that were not trained for it; `reparam --approximate` does better than these fits.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Blocked, Context
+from channelfold.passes.ffn.pairs import Pair, Pairs
+from channelfold.passes.fold.constants import FoldConstants
+from channelfold.passes.layers.linear import Linear
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.errors import no_progress
+from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.io.shapes import shapes_on
+from channelfold.runtime.stats.compare import json_number
+from channelfold.runtime.stats.statistics import GROUP_BYTES, observe
+
+SHARES = (0.25, 0.5, 0.75)  # of the hidden channels that a fold is proposed for
+LINEAR = 0.01  # of the variance that may be left
+
+
+@dataclass
+class _Fits:
+    """The fit of every channel that ``outer`` reads by the channels of the inner linears it is of, and their outputs.
+
+    ``products``: for each channel the sums of [1, h, …, act] [1, h, …, act]^T, (hidden, 2 + inner, 2 + inner) float64.
+    """
+
+    pair: Pair
+    products: np.ndarray | float = 0.0
+    outputs: np.ndarray | float = 0.0
+    pending: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The tensors that are observed, with the axis of their channels."""
+        pair = self.pair
+        inner = {root.name: linear.out_axis for root, linear in zip(pair.cone.roots, pair.inner, strict=True)}
+        return {**inner, pair.outer.data.name: pair.outer.in_axis, pair.outer.output.name: pair.outer.out_axis}
+
+    def take(self, name: str, values: np.ndarray) -> None:
+        axis = self.axes[name]
+        self.pending[name] = np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis]).astype(np.float64)
+        if len(self.pending) < len(self.axes):
+            return
+        *inner, read, out = (self.pending.pop(name) for name in self.axes)
+        channels = self.pair.channels["channel"]
+        rows = [np.ones_like(read), *(h[:, channels] for h in inner), read]
+        products = [[np.einsum("nc,nc->c", one, other) for other in rows] for one in rows]
+        self.products = self.products + np.moveaxis(np.array(products), -1, 0)
+        self.outputs = self.outputs + np.stack([np.ones(out.shape[1]) * len(out), out.sum(0), np.square(out).sum(0)])
+
+    def left(self) -> tuple[np.ndarray, np.ndarray]:
+        """(the share of each channel's variance that its fit leaves, that times the square of its outgoing weights)."""
+        products = np.asarray(self.products)
+        moments = products / products[:, :1, :1]
+        covariance = moments[:, 1:, 1:] - moments[:, 1:, :1] * moments[:, :1, 1:]
+        own, cross, total = covariance[:, :-1, :-1], covariance[:, :-1, -1], covariance[:, -1, -1]
+        fitted = np.einsum("ci,cij,cj->c", cross, np.linalg.pinv(own, hermitian=True), cross)
+        rest = np.clip(total - fitted, 0, None)
+        weight = self.pair.outer.weight().reshape(self.pair.outer.channels[0], -1).astype(np.float64)
+        share = np.divide(rest, total, out=np.zeros_like(rest), where=total > 0)
+        return share, rest * np.square(weight).sum(axis=0)
+
+    def power(self) -> float:
+        """The variance of the output, summed over its channels."""
+        count, total, squares = np.asarray(self.outputs)
+        return float(np.sum(squares / count - np.square(total / count)))
+
+
+@dataclass
+class _Part:
+    fits: list[_Fits]
+    name: str
+
+    def add(self, values: np.ndarray) -> None:
+        for fit in self.fits:
+            fit.take(self.name, values)
+
+
+def idle(
+    graph: gs.Graph, data: Data | None = None, progress: Callable[[str, int, int], None] = no_progress
+) -> list[dict[str, Any]]:
+    """One entry an FFN: ``node`` (its second linear), ``inner``, ``hidden``, the counts ``idle``, ``dead`` and (with
+    data) ``linear``, ``weights`` as it is and ``folded`` without the idle channels; a weight takes one multiply-
+    accumulate per position. With data ``shares``: for each of ``SHARES`` of the channels, the cheapest ones idle, the
+    ``weights`` that are left and the ``snr`` of the output in dB, about.
+
+    Folds the constants of ``graph``.
+    """
+    FoldConstants().apply(graph, Context())
+    infer_shapes(graph)
+    pairs = Pairs(graph, data)
+    found = [pair for node in graph.nodes if (pair := _at(pairs, node)) is not None and pair.activated]
+    fits = [_Fits(pair) for pair in found]
+    if data is not None:
+        _observe(graph, fits, data, progress)
+    return [_entry(fit, data is not None) for fit in fits]
+
+
+def _at(pairs: Pairs, node: gs.Node) -> Pair | None:
+    try:
+        return pairs.at(node, plain=True)
+    except Blocked:  # the pass says why
+        return None
+
+
+def _entry(fit: _Fits, measured: bool) -> dict[str, Any]:
+    pair = fit.pair
+    dead, idle = _dead(pair), pair.idle
+    entry = {
+        "node": pair.outer.name,
+        "inner": [linear.name for linear in pair.inner],
+        "hidden": idle.size,
+        "idle": int(np.sum(idle & ~dead)),
+        "dead": int(dead.sum()),
+        "weights": pair.macs,
+        "folded": pair.folded_macs if idle.any() else pair.macs,
+    }
+    if not measured:
+        return entry
+    share, cost = fit.left()
+    active = pair.active & ~dead
+    order = np.argsort(np.where(active, cost, -1.0), kind="stable")
+    shares = []
+    for part in SHARES:
+        count = math.ceil(part * idle.size)
+        error = float(np.sum(cost[order[:count]], where=active[order[:count]]))
+        kept = int(active[order[count:]].sum())
+        snr = 10 * math.log10(fit.power() / error) if error > 0 else math.inf
+        shares.append({"share": part, "weights": pair.macs_with(kept), "snr": json_number(snr)})
+    return entry | {"linear": int(np.sum(active & (share < LINEAR))), "shares": shares}
+
+
+def _dead(pair: Pair) -> np.ndarray:
+    """Which channels are constant, or read by nobody."""
+    dead = pair.dead | (np.abs(_matrix(pair.outer)).max(axis=0, initial=0) == 0)
+    for linear in pair.inner:
+        unfed = np.abs(_matrix(linear)).max(axis=1, initial=0) == 0
+        dead |= unfed[pair.channels["channel"]]
+    return dead
+
+
+def _matrix(linear: Linear) -> np.ndarray:
+    return linear.weight().reshape(linear.channels)
+
+
+def _observe(graph: gs.Graph, fits: Sequence[_Fits], data: Data, progress: Callable[[str, int, int], None]) -> None:
+    """Fills the fits, as many in one run as one sample's activations allow."""
+    feed = next(iter(data), None)
+    shapes = shapes_on(graph, {name: values.shape for name, values in feed.items()}) if feed is not None else {}
+    group, used = [], 0
+    for fit in (*fits, None):
+        size = sum(4 * math.prod(shapes.get(name, ())) for name in fit.axes) if fit is not None else GROUP_BYTES
+        if group and used + size > GROUP_BYTES:
+            readers: dict[str, list[_Fits]] = {}
+            for one in group:
+                for name in one.axes:
+                    readers.setdefault(name, []).append(one)
+            observe(graph, {name: _Part(parts, name) for name, parts in readers.items()}, data, progress)
+            group, used = [], 0
+        if fit is not None:
+            group, used = [*group, fit], used + size

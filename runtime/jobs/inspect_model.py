@@ -1,0 +1,167 @@
+"""What is in a graph: its linear nodes with their shapes and costs, its norms, its parameters, what cannot be int8."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Outcome
+from channelfold.passes.layers.linear import Linear, NotLinear, linears, view
+from channelfold.passes.operators import LINEAR_OPS
+from channelfold.passes.quantize.static import Quantize
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.errors import no_progress
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.facts import _spec, external_files
+from channelfold.runtime.io.files import all_graphs, infer_shapes
+from channelfold.runtime.stats.statistics import ChannelStatistics, observe, outlier_ratio
+
+
+def int8_nodes(graph: gs.Graph) -> list[str]:
+    """The linear nodes that a file asks to be run as int8: both operands come through an int8 DequantizeLinear."""
+    return [
+        node.name
+        for part in all_graphs(graph)
+        for node in part.nodes
+        if node.op in LINEAR_OPS and all(_is_dequantized(tensor) for tensor in node.inputs[:2])
+    ]
+
+
+def _is_dequantized(tensor: gs.Tensor) -> bool:
+    node = edit.producer(tensor)
+    zero_point = node.inputs[2] if node is not None and len(node.inputs) > 2 else None
+    return node is not None and node.op == "DequantizeLinear" and zero_point is not None and zero_point.dtype == np.int8
+
+
+def inspect(
+    path: Path,
+    graph: gs.Graph,
+    data: Data | None = None,
+    progress: Callable[[str, int, int], None] = no_progress,
+) -> dict[str, Any]:
+    """The ``inspection`` entry of a report record.
+
+    ``linears``: one entry a Conv, ConvTranspose, Gemm or MatMul, with ``shape`` (out, in / groups, *kernel), ``macs``
+    for one sample (a symbolic first dimension counts as 1; None when a shape is unknown), and ``reason`` when the pass
+    ``quantize`` would leave it in float. With ``data`` they have ``outlier_ratio``, of the channels of their input: the
+    largest magnitude against the median one; None for a product of two activations. ``parameters`` counts the elements
+    of constants that are not int32, int64, bool or strings. Fills in the shapes of ``graph``.
+    """
+    infer_shapes(graph)
+    refused = Outcome()
+    quantizable = {id(site.node) for site in Quantize()._sites(graph, refused)}
+    reasons = {refusal.node: refusal.code or refusal.reason for refusal in refused.refused}
+    entries: list[dict[str, Any]] = [
+        {**_linear(graph, node), "quantizable": id(node) in quantizable, "reason": reasons.get(node.name, "")}
+        for node in graph.nodes
+        if node.op in LINEAR_OPS
+    ]
+    if data is not None:
+        ratios = _outlier_ratios(graph, data, progress)
+        entries = [entry | {"outlier_ratio": ratios.get(entry["node"])} for entry in entries]
+    norms = Counter(n.op for part in all_graphs(graph) for n in part.nodes if n.op.endswith("Normalization"))
+    return {
+        "inputs": [str(_spec(tensor)) for tensor in graph.inputs],
+        "outputs": [str(_spec(tensor)) for tensor in graph.outputs],
+        **costs(graph),
+        "norms": dict(norms),
+        "external_data": [{"path": str(f), "bytes": f.stat().st_size} for f in external_files(path)],
+        "linears": entries,
+    }
+
+
+def costs(graph: gs.Graph) -> dict[str, int | None]:
+    """``parameters`` and ``macs`` of a graph, as ``inspect`` counts them. Fills in its shapes."""
+    infer_shapes(graph)
+    macs = [_linear(graph, node)["macs"] for node in graph.nodes if node.op in LINEAR_OPS]
+    return {
+        "parameters": sum(_elements(c.shape) or 0 for c in _constants(graph) if _is_parameter(c)),
+        "macs": sum(macs) if None not in macs else None,
+    }
+
+
+def _outlier_ratios(graph: gs.Graph, data: Data, progress: Callable[[str, int, int], None]) -> dict[str, float | None]:
+    """``outlier_ratio`` of what each linear node reads, by the node's name."""
+    found = [linear for linear in linears(graph) if isinstance(linear.data, gs.Variable)]
+    seen: dict[str, _ByAxis] = {}
+    for linear in found:
+        seen.setdefault(linear.data.name, _ByAxis()).axes[linear.in_axis] = ChannelStatistics(linear.in_axis)
+    observe(graph, seen, data, progress)
+    reached = [(linear.name, seen[linear.data.name].axes[linear.in_axis]) for linear in found]
+    return {name: outlier_ratio(statistics.amax) for name, statistics in reached if statistics.positions}
+
+
+@dataclass(frozen=True)
+class _ByAxis:
+    """Shows a tensor to statistics of each axis that some linear node reads it along."""
+
+    axes: dict[int, ChannelStatistics] = field(default_factory=dict)
+
+    def add(self, values: np.ndarray) -> None:
+        for statistics in self.axes.values():
+            statistics.add(values)
+
+
+def _linear(graph: gs.Graph, node: gs.Node) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "node": node.name,
+        "op": node.op,
+        "shape": None,
+        "groups": 1,
+        "parameters": 0,
+        "macs": None,
+    }
+    try:
+        linear = view(graph, node)
+    except NotLinear:
+        return entry | {"macs": _product_macs(node)}
+    outs, ins = linear.channels
+    shape = [outs, ins // linear.groups, *linear.kernel]
+    bias = 0 if linear.bias() is None else outs
+    return entry | {
+        "shape": shape,
+        "groups": linear.groups,
+        "parameters": math.prod(shape) + bias,
+        "macs": _macs(linear, math.prod(shape)),
+    }
+
+
+def _macs(linear: Linear, weights: int) -> int | None:
+    """Every weight is used once for each position: of the output, or of the input for a ConvTranspose."""
+    tensor, channels = linear.node.outputs[0], linear.channels[0]
+    if linear.node.op == "ConvTranspose":
+        tensor, channels = linear.data, linear.channels[1]
+    positions = _elements(tensor.shape)
+    return None if positions is None else positions // channels * weights
+
+
+def _product_macs(node: gs.Node) -> int | None:
+    """Of a MatMul of two activations: the elements of its output, each a sum over the left operand's last axis."""
+    outputs, left = _elements(node.outputs[0].shape), node.inputs[0].shape
+    if node.op != "MatMul" or outputs is None or not left or not isinstance(left[-1], int):
+        return None
+    return outputs * left[-1]
+
+
+def _elements(shape: Any) -> int | None:
+    """How many elements a shape has, a symbolic first dimension counted as 1; None when it is not known."""
+    if shape is None:
+        return None
+    dims = [1 if axis == 0 and not isinstance(dim, int | np.integer) else dim for axis, dim in enumerate(shape)]
+    return math.prod(int(d) for d in dims) if all(isinstance(d, int | np.integer) for d in dims) else None
+
+
+def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
+    found = {id(t): t for part in all_graphs(graph) for t in part.tensors().values() if isinstance(t, gs.Constant)}
+    yield from found.values()
+
+
+def _is_parameter(constant: gs.Constant) -> bool:
+    return str(constant.dtype) not in ("int32", "int64", "bool", "object")

@@ -1,0 +1,280 @@
+"""What the commands have in common: a record in the making, the data, the transform, the proof, the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+import channelfold
+from channelfold.passes import pipeline, verify
+from channelfold.passes.base import Context, Pass
+from channelfold.runtime.data.sources import Data, load_script, open_data, random_data
+from channelfold.runtime.engine import build as tensorrt
+from channelfold.runtime.engine.build import ShapeRange
+from channelfold.runtime.engine.run import EngineSession
+from channelfold.runtime.engine.squeeze import name_squeezed_axes, squeezes_without_axes
+from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
+from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io.facts import model_facts, required_inputs
+from channelfold.runtime.io.session import Session
+from channelfold.runtime.jobs import inspect_model as inspection
+from channelfold.runtime.stats import compare
+from channelfold.runtime.stats.compare import Gates
+
+Record = dict[str, Any]
+Progress = Callable[[str, int, int], None]
+
+SEEN = 16  # samples compared when there are only those of the calibration, which flatter a result anyway
+PROBES = 4  # random samples an exact rewrite is checked on when there is no data
+
+
+class GateMissed(GateError):
+    """A gate was missed. All files are written; ``record`` is the report."""
+
+    def __init__(self, error: GateError, record: Record):
+        super().__init__(str(error))
+        self.record = record
+
+
+class Job:
+    """A record in the making, and what fills it."""
+
+    def __init__(self, command: str, model: Path, progress: Progress, seed: int = 0, allow_script: bool = False):
+        self.model, self.progress, self.seed, self.allow_script = model, progress, seed, allow_script
+        progress("load", 0, 0)
+        self.graph: gs.Graph = graph_io.load(model)
+        self.inputs = required_inputs(self.graph)
+        self.calibration: Data | None = None
+        self.evaluation: Data | None = None
+        self.comparison: compare.Comparison | None = None
+        self.record: Record = {
+            "schema": 1,
+            "tool": f"channelfold {channelfold.__version__}",
+            "command": command,
+            "model": model_facts(model, self.graph),
+            "output": None,
+            "data": {},
+            "steps": [],
+            "accuracy": None,
+            "engines": [],
+            "latency": [],
+            "warnings": [],
+        }
+
+    def open(self, role: str, source: Any, random: int | None = None) -> Data | None:
+        """The data for a role, from a source or ``random`` samples; None when there is neither."""
+        if random and source is not None:
+            raise UsageError(f"Both {role} data and --random were given", "Give one of them")
+        data = random_data(self.inputs, random, seed=self.seed) if random else self._opened(source)
+        if data is not None:
+            self.record["data"][role] = data.description
+            self.warn(*(f"{role} data: {note}" for note in data.notes))
+        return data
+
+    def open_evaluation(self, source: Any) -> Data | None:
+        """The evaluation data, read once: what is wrong with a sample has to be known before the work, not after it."""
+        data = self.open("evaluation", source)
+        for _ in data or ():
+            pass
+        return data
+
+    def open_both(self, calibration: Any, evaluation: Any, random: int | None = None) -> None:
+        """The calibration data, of which ``random`` samples may take the place, and the evaluation data."""
+        self.calibration = self.open("calibration", calibration, random)
+        self.evaluation = self.open_evaluation(evaluation)
+
+    def transform(
+        self,
+        passes: Sequence[Pass],
+        out: Path,
+        checkpoint: Path | None = None,
+        gated: bool = False,
+        counted: bool = False,
+    ) -> None:
+        """Runs the passes, writes the model, opens it again and compares it with the original.
+
+        ``counted``: the record says of both how many parameters and multiply-accumulates they have.
+        Exact steps have been verified one by one: for them the calibration data are run again only if a gate needs it.
+        """
+        check_output(out, self.model)
+        if counted:
+            self.record["model"] |= inspection.costs(self.graph)
+        context = Context(self.calibration, self.progress, self.seed)
+        graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
+        self.record["steps"] = steps
+        if resumed := sum(step.get("resumed", False) for step in steps):
+            self.warn(f"{resumed} of {len(steps)} steps were done by an earlier, interrupted call")
+        self.warn(*pipeline.warnings(steps))
+        self.progress("save", 0, 0)
+        graph_io.save(graph, out)
+        del graph, self.graph
+        gc.collect()  # nodes and tensors refer to each other, and their mapped weights count as memory while they live
+        written = graph_io.load(out)
+        self.record["output"] = model_facts(out, written) | (inspection.costs(written) if counted else {})
+        del written
+        exact = all(step["kind"] == "exact" for step in steps)
+        if self.evaluation or not exact or (gated and self.calibration):
+            self.prove(out)
+
+    def prove(self, candidate: Path) -> None:
+        """Compares the original's outputs with the candidate's."""
+        data = self.evaluation or self.calibration
+        if data is None:
+            data = self._probes()
+            if data is None:
+                return
+        elif data is self.calibration and not data.synthetic:
+            data = data.first(SEEN)
+            self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
+        self.record["data"]["evaluation"] = data.description
+        self.comparison = compare.compare(Session(self.model), Session(candidate), data, self.progress)
+        self.record["accuracy"] = self.comparison.to_json()
+        level, reasons = compare.verdict(self.comparison)
+        if level != "ok":
+            self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+
+    def build(
+        self,
+        model: Path,
+        engine: Path,
+        sm: int | None,
+        shapes: Mapping[str, ShapeRange],
+        sparse_weights: bool = False,
+    ) -> None:
+        """Builds an engine and reads its plan."""
+        check_output(engine, model)
+        unknown = sorted(shapes.keys() - {spec.name for spec in self.inputs})
+        if unknown:
+            raise UsageError(
+                f"--shape names {unknown[0]!r}, which is no input",
+                nearest(unknown[0], {spec.name for spec in self.inputs}),
+            )
+        open_inputs = [spec for spec in self.inputs if spec.name not in shapes]
+        ranges = {**tensorrt.default_shapes(open_inputs, self.calibration), **shapes}
+        with self._repaired(model, ranges) as source:
+            built = tensorrt.build(
+                source, engine, sm=sm, shapes=ranges, sparse_weights=sparse_weights, progress=self.progress
+            )
+        entry = _engine_entry(built, inspection.int8_nodes(graph_io.load(model)))
+        entry["accuracy"] = self._proved_engine(built)
+        self.record["engines"].append(entry)
+        self.warn(*(f"{engine.name}: {text}" for text in built.warnings))
+
+    def _proved_engine(self, built: tensorrt.Engine) -> Record | None:
+        """The engine's outputs against the original's; None without data or without a GPU of its kind."""
+        data = self.evaluation or self.calibration
+        if data is None or tensorrt.local_gpu()[0] is None or built.sm not in (None, tensorrt.local_gpu()[0]):
+            return None
+        with EngineSession(built.path, built.backend) as engine:
+            found = compare.compare(Session(self.model), engine, data, self.progress)
+        level, reasons = compare.verdict(found)
+        if level != "ok":
+            self.warn(f"THE ENGINE'S OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+        return found.to_json()
+
+    @contextlib.contextmanager
+    def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:
+        """The model as TensorRT can take it: itself, or a temporary copy in which every Squeeze names its axes."""
+        graph = graph_io.load(model)
+        sentences: list[str] = []
+        if squeezes_without_axes(graph):
+            fixed = {
+                s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in self.inputs if s.name not in ranges
+            }
+            low = fixed | {name: tuple(seen.min) for name, seen in ranges.items()}
+            high = fixed | {name: tuple(seen.max) for name, seen in ranges.items()}
+            sentences = name_squeezed_axes(graph, low, high)
+        if not sentences:
+            yield model
+            return
+        self.warn(*(f"engine: {sentence}" for sentence in sentences))
+        with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
+            copy = Path(folder, model.name)
+            graph_io.save(graph, copy)
+            yield copy
+
+    def check(self, gates: Gates | None) -> None:
+        """Raises GateMissed when the comparison is worse than the gates allow."""
+        if gates is None or gates == Gates():
+            return
+        if self.comparison is None:
+            raise GateMissed(
+                GateError("The outputs were not compared, so no gate holds", "Give --evaluation"), self.record
+            )
+        try:
+            compare.check_gates(self.comparison, gates)
+        except GateError as error:
+            raise GateMissed(error, self.record) from None
+
+    def _opened(self, source: Any) -> Data | None:
+        if source is None or isinstance(source, Data):
+            return source
+        if isinstance(source, str | Path) and Path(source).suffix == ".py":
+            if not self.allow_script:
+                raise UsageError(f"{source} is a Python script, and reading data from it runs it", "Add --allow-script")
+            return load_script(source, self.inputs)
+        return open_data(source, self.inputs)
+
+    def _probes(self) -> Data | None:
+        """Random samples to compare on when there is no data; None, with a warning, when the original refuses them."""
+        hint = "Give --calibration or --evaluation to have them compared"
+        if self.record["model"]["bytes"] > verify.LARGE:
+            self.warn(f"The outputs were not compared, for there are no data and the model is large. {hint}")
+            return None
+        try:
+            probes = random_data(self.inputs, PROBES, seed=self.seed)
+            Session(self.model).run(next(iter(probes)))
+        except (DataError, ModelError) as error:
+            self.warn(f"The outputs were not compared, for the model does not run on random inputs: {error} {hint}")
+            return None
+        self.warn(f"The outputs were compared on {probes.description} only, which says nothing about accuracy. {hint}")
+        return probes
+
+    def warn(self, *texts: str) -> None:
+        self.record["warnings"] += [text for text in texts if text not in self.record["warnings"]]
+
+
+def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
+    """``total`` counts the nodes that the file asks to be run as int8."""
+    runs = {node: engine.plan.nodes[node].arithmetic for node in int8 if node in engine.plan.nodes}
+    others = [{"node": node, "runs_as": runs_as} for node, runs_as in runs.items() if runs_as != "int8"]
+    plan = {
+        "readable": engine.plan.readable,
+        "reason": engine.plan.reason,
+        "int8": len(runs) - len(others),
+        "total": len(runs),
+        "not_int8": others,
+    }
+    return {
+        "sm": engine.sm,
+        "path": engine.path,
+        "bytes": engine.size,
+        "seconds": engine.seconds,
+        "backend": f"{engine.backend} {engine.version}",
+        "plan": plan,
+    }
+
+
+def check_output(out: Path, model: Path) -> None:
+    """Raises before hours of work what would make writing the result fail at their end."""
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder", "Give the name of a file")
+    if out.exists() and model.exists() and out.samefile(model):
+        raise UsageError(f"{out} is the model itself, and is needed to compare with", "Give another output")
+    check_folder(out.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Makes the folder if need be, and writes a file in it. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"Nothing can be written in {folder} ({error.strerror})", "Give another output") from None

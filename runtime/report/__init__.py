@@ -1,0 +1,1 @@
+"""Records shown in a terminal."""

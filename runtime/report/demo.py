@@ -1,0 +1,77 @@
+"""The demo's record as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from channelfold import models
+
+
+def render(record: Mapping[str, Any], console: Console) -> None:
+    """Prints the figures of the networks side by side, and where the files are."""
+    demo, model = record["demo"], models.MODELS[record["demo"]["model"]]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("", *(stage["name"] for stage in demo["stages"])):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    table.add_column("", style="dim")
+    for row in _rows(record):
+        table.add_row(*row)
+    console.print(Text.assemble((f"{model.name}: ", "bold"), model.description), highlight=False)
+    console.print()
+    console.print(table, highlight=False)
+    console.print()
+    if demo["no_engines"]:
+        console.print(Text(f"No engines were built. {demo['no_engines']}", "yellow"), highlight=False)
+    for warning in record["warnings"]:
+        console.print(Text(f"! {warning}", "yellow"), highlight=False)
+    console.print(Text(f"Models, engines and report.json are in {demo['folder']}"), highlight=False, soft_wrap=True)
+    console.print(Text("Next: channelfold compress MODEL.onnx -o DIR --calibration SAMPLES.npz"), highlight=False)
+
+
+def _rows(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    demo, stages = record["demo"], record["demo"]["stages"]
+    first, *changed = stages
+    folded, last = len(changed) > 1, stages[-1]
+    output, names = record["accuracy"]["outputs"][0]["name"], [stage["name"] for stage in changed]
+    yield (
+        "top-1 accuracy",
+        *(f"{stage['accuracy']:.1%}" for stage in stages),
+        f"{demo['samples']} samples unseen by calibration",
+    )
+    yield "same class as float", "", *(f"{stage['agreement']:.1%}" for stage in changed), ""
+    yield (
+        "signal to noise",
+        "",
+        *(f"{stage['snr']:.1f} dB" for stage in changed),
+        f"{output}, {' and '.join(names)} against float",
+    )
+    yield "file", *map(_kilobytes, stages), f"{first['bytes'] / last['bytes']:.2f}x smaller"
+    yield "nodes", *(str(stage["nodes"]) for stage in stages), _what_was_done(record, folded)
+    if folded:
+        yield "parameters", *(f"{stage['parameters'] / 1e3:.1f} k" for stage in stages), "int8: with its scales"
+        yield "MACs", *(f"{stage['macs'] / 1e6:.2f} M" for stage in stages), "a sample"
+    yield (
+        "ONNX Runtime latency",
+        *(f"{entry['ms']:.3f} ms" for entry in record["latency"]),
+        "CPU, batch 1; int8 is made for TensorRT",
+    )
+    for engine in record["engines"]:
+        plan = engine["plan"]
+        runs = f"{plan['int8']} of {plan['total']} nodes run as int8" if plan["readable"] else plan["reason"]
+        blank = [""] * (len(stages) - 1)
+        yield f"engine for SM {engine['sm']}", *blank, _kilobytes(engine), f"{runs}, {engine['seconds']:.1f} s"
+
+
+def _what_was_done(record: Mapping[str, Any], folded: bool) -> str:
+    norms = "BatchNormalization" in record["model"]["ops"]
+    gone = [name for name, present in (("BatchNorm", norms), ("idle channels", folded)) if present]
+    return ", ".join([f"{' and '.join(gone)} folded"] * bool(gone) + ["QDQ added"])
+
+
+def _kilobytes(file: Mapping[str, Any]) -> str:
+    return f"{file['bytes'] / 1e3:.0f} kB"

@@ -1,0 +1,65 @@
+"""Latency of models side by side, so that a change of the machine's speed meets all of them alike.
+
+One round runs every model once; every other round goes in the opposite order, so nobody always runs on a cache that its
+neighbour has warmed. The figure is the median over the rounds: a median is not moved by the few rounds in which the
+operating system did something else.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from channelfold.runtime.errors import UsageError, no_progress
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The time of one run of ``name`` in milliseconds: ``ms`` the median, ``low`` and ``high`` the middle half."""
+
+    name: str
+    ms: float
+    low: float
+    high: float
+    runs: int
+
+
+def latencies(
+    runs: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 50,
+    warmup: int = 2,
+    seconds: float = 10.0,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[str, int, int], None] = no_progress,
+) -> list[Latency]:
+    """Times the given calls in alternating rounds, after ``warmup`` rounds that do not count.
+
+    Stops after ``rounds`` rounds, or after ``seconds`` once there are at least 3. Raises UsageError for rounds < 1.
+    """
+    if rounds < 1:
+        raise UsageError(f"{rounds} rounds were asked for", "Ask for at least 1")
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order, started = list(runs), clock()
+    for index in range(rounds):
+        progress("measure latency", index, rounds)
+        for name in order:
+            before = clock()
+            runs[name]()
+            times[name].append((clock() - before) * 1e3)
+        order.reverse()
+        if index >= 2 and clock() - started > seconds:
+            break
+    progress("measure latency", rounds, rounds)
+    return [_latency(name, values) for name, values in times.items()]
+
+
+def _latency(name: str, values: list[float]) -> Latency:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return Latency(name, median, low, high, len(values))

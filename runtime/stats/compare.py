@@ -1,0 +1,351 @@
+"""How far a compressed model's outputs are from the original's, in one streaming pass over evaluation data.
+
+The figures (SNR, cosine, relative L2, max and mean error) are defined in metrics.py.
+
+Argmax agreement is the share of positions whose largest element along the last axis has the same index. It is given for
+floating outputs of rank 2 and 3 with two or more elements on that axis: class scores and token logits. From rank 4 on
+the last axis is a row of pixels or a head's channels, where an argmax means nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.errors import GateError, UsageError, no_progress
+from channelfold.runtime.io.session import Feed
+from channelfold.runtime.stats.metrics import ErrorSums, is_float
+
+COLLAPSED_SNR, DEGRADED_SNR = 10.0, 20.0  # dB
+COLLAPSED_AGREEMENT, DEGRADED_AGREEMENT = 0.5, 0.95
+
+
+class Runner(Protocol):
+    """Anything that maps a feed to outputs by name: a Session, an engine."""
+
+    def run(self, feed: Feed, /) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """Figures of one output, or of one element of an output that is a sequence or a map.
+
+    ``snr`` (dB) to ``agreement`` are for floating outputs, ``equal`` (the share of equal elements) for all others; None
+    where they do not apply.
+    ``mismatches`` counts feeds that could not be compared because shape or type differ (``mismatch`` describes the
+    first). ``worst_sample`` is the index of the feed with the lowest SNR, and ``worst_snr`` that SNR in dB; None
+    when all feeds are equal.
+    """
+
+    name: str
+    feeds: int
+    elements: int
+    snr: float | None = None
+    cosine: float | None = None
+    relative_l2: float | None = None
+    max_error: float | None = None
+    mean_error: float | None = None
+    max_reference: float | None = None
+    agreement: float | None = None
+    equal: float | None = None
+    worst_sample: int | None = None
+    worst_snr: float | None = None
+    reference_nan: int = 0
+    reference_inf: int = 0
+    candidate_nan: int = 0
+    candidate_inf: int = 0
+    mismatches: int = 0
+    mismatch: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``compare`` found. ``missing`` outputs are only in the reference, ``extra`` ones only in the candidate."""
+
+    outputs: tuple[OutputComparison, ...]
+    feeds: int
+    data: str
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict, valid as JSON (infinities are the strings "inf" and "-inf"), with the verdict in it."""
+        outputs = [{k: json_number(v) for k, v in dataclasses.asdict(output).items()} for output in self.outputs]
+        found = verdict(self)
+        return {
+            "data": self.data,
+            "feeds": self.feeds,
+            "outputs": outputs,
+            "missing": list(self.missing),
+            "extra": list(self.extra),
+            "verdict": {"level": found.level, "reasons": list(found.reasons)},
+        }
+
+
+def json_number(value: Any) -> Any:
+    """Maps floats that JSON has no form for: infinities to "inf" and "-inf", NaN to None."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
+
+
+def compare(
+    reference: Runner, candidate: Runner, data: Data, progress: Callable[[str, int, int], None] = no_progress
+) -> Comparison:
+    """Runs both models on every feed and compares all outputs. Memory holds one feed's outputs at a time."""
+    trackers: dict[str, _Tracker] = {}
+    missing: dict[str, None] = {}
+    extra: dict[str, None] = {}
+    for index, feed in enumerate(data):
+        progress("compare", index, len(data))
+        expected, found = _leaves(reference.run(feed)), _leaves(candidate.run(feed))
+        missing |= dict.fromkeys(name for name in expected if name not in found)
+        extra |= dict.fromkeys(name for name in found if name not in expected)
+        for name in expected:
+            if name in found:
+                trackers.setdefault(name, _Tracker()).add(index, expected[name], found[name])
+    progress("compare", len(data), len(data))
+    outputs = tuple(tracker.result(name) for name, tracker in trackers.items())
+    return Comparison(outputs, len(data), data.description, tuple(missing), tuple(extra))
+
+
+class _Tracker:
+    """The running comparison of one output."""
+
+    def __init__(self) -> None:
+        self.feeds = self.mismatches = 0
+        self.mismatch = ""
+        self.sums: ErrorSums | None = None
+        self.worst: tuple[float, int | None] = math.inf, None
+        self.positions = self.agreed = 0
+        self.elements = self.equal = 0
+
+    def add(self, index: int, reference: np.ndarray, candidate: np.ndarray) -> None:
+        self.feeds += 1
+        if mismatch := _mismatch(reference, candidate):
+            self.mismatches += 1
+            self.mismatch = self.mismatch or f"{mismatch} (feed {index})"
+        elif is_float(reference):
+            self._add_float(index, reference, candidate)
+        else:
+            self.elements += reference.size
+            self.equal += int(np.count_nonzero(reference == candidate))
+
+    def _add_float(self, index: int, reference: np.ndarray, candidate: np.ndarray) -> None:
+        sums = ErrorSums.of(reference, candidate)
+        if sums.snr < self.worst[0]:
+            self.worst = sums.snr, index
+        self.sums = self.sums or ErrorSums()
+        self.sums.add(sums)
+        if reference.ndim in (2, 3) and reference.shape[-1] >= 2:
+            agreed = reference.argmax(axis=-1) == candidate.argmax(axis=-1)
+            self.positions += agreed.size
+            self.agreed += int(np.count_nonzero(agreed))
+
+    def result(self, name: str) -> OutputComparison:
+        common = {"mismatches": self.mismatches, "mismatch": self.mismatch}
+        if self.sums is None:
+            equal = self.equal / self.elements if self.elements else float(not self.mismatches)
+            return OutputComparison(name, self.feeds, self.elements, equal=equal, **common)
+        sums = self.sums
+        worst_snr, worst_sample = self.worst
+        return OutputComparison(
+            name,
+            self.feeds,
+            sums.elements,
+            snr=sums.snr,
+            cosine=sums.cosine,
+            relative_l2=sums.relative_l2,
+            max_error=sums.max_error,
+            mean_error=sums.error1 / sums.elements if sums.elements else 0.0,
+            max_reference=sums.max_reference,
+            agreement=self.agreed / self.positions if self.positions else None,
+            worst_sample=worst_sample,
+            worst_snr=worst_snr if worst_sample is not None else None,
+            reference_nan=sums.reference_nan,
+            reference_inf=sums.reference_inf,
+            candidate_nan=sums.candidate_nan,
+            candidate_inf=sums.candidate_inf,
+            **common,
+        )
+
+
+def _leaves(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """All values as arrays by name: element 2 of the sequence ``boxes`` is ``boxes[2]``. None stays, as an object."""
+    leaves = {}
+    for name, value in outputs.items():
+        if isinstance(value, list | tuple):
+            leaves |= _leaves({f"{name}[{index}]": item for index, item in enumerate(value)})
+        elif isinstance(value, Mapping):
+            leaves |= _leaves({f"{name}[{key}]": item for key, item in value.items()})
+        else:
+            leaves[name] = np.asarray(value, dtype=object if isinstance(value, str) else None)
+    return leaves
+
+
+def _mismatch(reference: np.ndarray, candidate: np.ndarray) -> str:
+    """Why two arrays cannot be compared element by element. Floats of different width can."""
+    if reference.shape != candidate.shape:
+        return f"shape {reference.shape} became {candidate.shape}"
+    if reference.dtype != candidate.dtype and not (is_float(reference) and is_float(candidate)):
+        return f"{reference.dtype} became {candidate.dtype}"
+    return ""
+
+
+class Verdict(NamedTuple):
+    level: Literal["ok", "degraded", "collapsed"]
+    reasons: tuple[str, ...]
+
+
+def verdict(comparison: Comparison) -> Verdict:
+    """Whether the candidate can still stand for the reference.
+
+    ``collapsed``: an output is missing, has NaN or Inf that the reference has not, or another shape in every feed; its
+    SNR is below 10 dB; or fewer than half of its argmaxes (below 20 dB), or of its integers, agree. ``degraded``:
+    below 20 dB, or 95 % of argmaxes or integers; another shape in some feeds. Else ``ok``.
+
+    The argmax of a flat output flips while hardly anything changed, so above 20 dB it degrades and does not collapse.
+    """
+    collapsed = [f"{name}: the output is missing" for name in comparison.missing]
+    degraded: list[str] = []
+    for output in comparison.outputs:
+        for is_collapse, reason in _findings(output):
+            (collapsed if is_collapse else degraded).append(f"{output.name}: {reason}")
+    level = "collapsed" if collapsed else "degraded" if degraded else "ok"
+    return Verdict(level, (*collapsed, *degraded))
+
+
+def _findings(output: OutputComparison) -> Iterator[tuple[bool, str]]:
+    if output.mismatches:
+        share = f"in {output.mismatches} of {output.feeds} feeds"
+        yield output.mismatches == output.feeds, f"{output.mismatch}, {share}"
+    if output.snr is not None and output.max_error == math.inf:
+        here, there = (output.candidate_nan, output.candidate_inf), (output.reference_nan, output.reference_inf)
+        yield True, "{} NaN and {} Inf, where the reference has {} and {}".format(*here, *there)
+    elif output.snr is not None and output.snr < DEGRADED_SNR:
+        yield output.snr < COLLAPSED_SNR, f"SNR {output.snr:.1f} dB"
+    if output.agreement is not None and output.agreement < DEGRADED_AGREEMENT:
+        flat = output.snr is not None and output.snr >= DEGRADED_SNR
+        yield output.agreement < COLLAPSED_AGREEMENT and not flat, f"argmax agreement {output.agreement:.1%}"
+    if output.equal is not None and output.elements and output.equal < DEGRADED_AGREEMENT:
+        yield output.equal < COLLAPSED_AGREEMENT, f"{output.equal:.1%} equal"
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Bounds on every output; None is no bound. SNR in dB, the others between 0 and 1 (agreement 0.99 is 99 %).
+
+    ``min_agreement`` holds for argmax agreement and, in outputs that are not floating, for the share of equal elements.
+    ``max_rel`` bounds relative L2. Raises UsageError for a bound that nothing could meet.
+    """
+
+    min_snr: float | None = None
+    min_cosine: float | None = None
+    min_agreement: float | None = None
+    max_rel: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("min_cosine", "min_agreement"):
+            value = getattr(self, name)
+            if value is not None and value > 1:
+                raise UsageError(f"{name} is {value:g}, and can be 1 at most", f"For a percentage give {value / 100:g}")
+        if self.max_rel is not None and self.max_rel < 0:
+            raise UsageError(f"max_rel is {self.max_rel:g}, and cannot be negative", "Give a bound such as 0.05")
+
+
+def check_gates(comparison: Comparison, gates: Gates) -> None:
+    """Raises GateError with every missed gate. A gate that no output can be measured against is missed as well."""
+    if gates == Gates():
+        return
+    missed = [
+        *(f"{name} is missing" for name in comparison.missing),
+        *(f"{output.name} has {output.mismatch}" for output in comparison.outputs if output.mismatches),
+        *_missed(comparison, "SNR", lambda o: o.snr, "{:.2f} dB", at_least=gates.min_snr),
+        *_missed(comparison, "cosine", lambda o: o.cosine, "{:.6f}", at_least=gates.min_cosine),
+        *_missed(comparison, "agreement", _agreement, "{:.2%}", at_least=gates.min_agreement),
+        *_missed(comparison, "relative L2", lambda o: o.relative_l2, "{:.3g}", at_most=gates.max_rel),
+    ]
+    if missed:
+        raise GateError(
+            f"The accuracy gate was missed: {'; '.join(missed)}", "Keep more of the model in float, or lower the gate"
+        )
+
+
+def _agreement(output: OutputComparison) -> float | None:
+    return output.equal if output.agreement is None else output.agreement
+
+
+def _missed(
+    comparison: Comparison,
+    what: str,
+    figure: Callable[[OutputComparison], float | None],
+    form: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Iterator[str]:
+    if at_least is None and at_most is None:
+        return
+    low, high = -math.inf if at_least is None else at_least, math.inf if at_most is None else at_most
+    bound = f"at least {form.format(low)}" if at_most is None else f"at most {form.format(high)}"
+    measured = [(output.name, value) for output in comparison.outputs if (value := figure(output)) is not None]
+    if not measured:
+        yield f"no output has a figure for {what}"
+    for name, value in measured:
+        if not low <= value <= high:
+            yield f"{name} has {what} {form.format(value)}, wanted {bound}"
+
+
+class Difference(NamedTuple):
+    """The largest relative error over all outputs (inf where they cannot be compared), and where it is in words."""
+
+    error: float
+    where: str
+
+
+def difference(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> Difference:
+    """How far the outputs of one run are from another's: max |r - c| / max |r| of the worst output.
+
+    Dtypes, shapes, and the positions of NaN and Inf must be the same, and integers, bools and all else equal; the error
+    is infinite otherwise.
+    """
+    expected, found = _leaves(reference), _leaves(candidate)
+    if expected.keys() != found.keys():
+        return Difference(math.inf, f"the outputs are {', '.join(found)}, and were {', '.join(expected)}")
+    worst = Difference(0.0, "nothing differs")
+    for name in expected:
+        error, how = _error(expected[name], found[name])
+        if error > worst.error:
+            worst = Difference(error, f"{name!r} {how}")
+    return worst
+
+
+def _error(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, str]:
+    if reference.dtype != candidate.dtype:
+        return math.inf, f"changed: {reference.dtype} became {candidate.dtype}"
+    if mismatch := _mismatch(reference, candidate):
+        return math.inf, f"changed: {mismatch}"
+    if not is_float(reference):
+        different = np.count_nonzero(reference != candidate)
+        return (math.inf, f"differs in {different} of {reference.size} elements") if different else (0.0, "")
+    sums = ErrorSums.of(reference, candidate)
+    if sums.differing:
+        return math.inf, f"has NaN or Inf in other places ({sums.differing} of {sums.elements})"
+    if sums.max_error == 0:
+        return 0.0, ""
+    if sums.max_reference == 0:
+        return math.inf, f"was zero everywhere and reaches {sums.max_error:.2g}"
+    error = sums.max_error / sums.max_reference
+    return error, f"is off by {error:.2g} of its largest magnitude, {sums.max_reference:.3g}"
+
+
+def same(reference: Mapping[str, Any], candidate: Mapping[str, Any], rtol: float) -> str | None:
+    """None when two runs gave the same outputs (``difference`` of at most ``rtol``), else the reason in one line."""
+    error, where = difference(reference, candidate)
+    return None if error <= rtol else f"{where} (allowed: {rtol:.2g})" if math.isfinite(error) else where

@@ -1,0 +1,80 @@
+"""Shapes under given inputs, and the Squeeze that TensorRT wants told its axes."""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from channelfold.runtime.engine.squeeze import name_squeezed_axes, squeezes_without_axes
+from channelfold.runtime.errors import ChannelfoldError
+from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io.shapes import measured_shapes, shapes_on
+from channelfold.tests.graphs import build
+
+
+def squeeze(opset: int) -> gs.Graph:
+    """x [N, 1, L] -> Squeeze -> Relu -> y"""
+    x = gs.Variable("x", np.float32, ["N", 1, "L"])
+    squeezed, y = gs.Variable("squeezed", np.float32), gs.Variable("y", np.float32)
+    nodes = [
+        gs.Node("Squeeze", "squeeze", inputs=[x], outputs=[squeezed]),
+        gs.Node("Relu", "relu", inputs=[squeezed], outputs=[y]),
+    ]
+    return gs.Graph(nodes, [x], [y], opset=opset)
+
+
+def test_shapes_follow_the_inputs():
+    assert shapes_on(squeeze(13), {"x": (2, 1, 5)}) == {"x": (2, 1, 5), "squeezed": (2, 5), "y": (2, 5)}
+
+
+RESHAPED = "(float[N,4] x, int64[M] to) => (float[] y, float[] z)"  # to a shape that only a run can tell
+BODY = "r = Reshape(x, to)\n y = Relu(r)\n z = Relu(x)"
+
+
+def test_what_inference_cannot_tell_is_measured():
+    graph = build(RESHAPED, BODY, kind="float")
+    feed = {"x": np.zeros((3, 4), np.float32), "to": np.array([2, 6])}
+    inferred = {"x": (3, 4), "to": (2,), "z": (3, 4)}
+    assert shapes_on(graph, {name: values.shape for name, values in feed.items()}) == inferred
+    assert measured_shapes(graph, feed) == inferred | {"r": (2, 6), "y": (2, 6)}
+    assert [t.name for t in graph.outputs] == ["y", "z"]
+
+
+def test_shapes_of_subgraphs_are_left_out():
+    body = """
+        r = Reshape(x, to)
+        y = If(c) <
+            then_branch = p () => (float[A,B] q) { q = Relu(r) }, else_branch = s () => (float[A,B] o) { o = Neg(r) }
+        >
+        z = Relu(x)
+    """
+    graph = build(RESHAPED, body, kind="float", c=np.array(True))
+    shapes = measured_shapes(graph, {"x": np.zeros((3, 4), np.float32), "to": np.array([2, 6])})
+    assert shapes == {"x": (3, 4), "to": (2,), "r": (2, 6), "y": (2, 6), "z": (3, 4)}
+
+
+def test_a_model_that_does_not_run_says_so():
+    graph = build(RESHAPED, BODY, kind="float")
+    with pytest.raises(ChannelfoldError, match="Reshape"):
+        measured_shapes(graph, {"x": np.zeros((3, 4), np.float32), "to": np.array([5, 5])})
+
+
+@pytest.mark.parametrize("opset", [11, 13])
+@pytest.mark.parametrize(
+    ("low", "high", "axes"), [((1, 1, 4), (1, 1, 9), [0, 1]), ((2, 1, 4), (8, 1, 4), [1])], ids=["batch 1", "batch > 1"]
+)
+def test_squeeze_is_given_the_axes_it_has_for_every_shape(opset, low, high, axes):
+    graph = squeeze(opset)
+    (sentence,) = name_squeezed_axes(graph, {"x": low}, {"x": high})
+    assert sentence == f"squeeze was given axes {axes}, which it removes for every shape of the engine"
+    assert squeezes_without_axes(graph) == []
+    for shape in (low, high):
+        feed = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+        np.testing.assert_array_equal(
+            graph_io.session(graph).run(feed)["y"], graph_io.session(squeeze(opset)).run(feed)["y"]
+        )
+
+
+def test_squeeze_whose_axes_vary_is_left_alone():
+    graph = squeeze(13)
+    assert name_squeezed_axes(graph, {"x": (1, 1, 4)}, {"x": (8, 1, 4)}) == []
+    assert [node.name for node in squeezes_without_axes(graph)] == ["squeeze"]
