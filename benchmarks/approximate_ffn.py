@@ -104,12 +104,12 @@ class Bench:
         """The graph as it was, to be cut again."""
         from channelfold.passes.ffn.ffn import find_ffns
         from channelfold.runtime.data.sources import open_data
-        from channelfold.runtime.io import files as graph_io
+        from channelfold.runtime.io import files
         from channelfold.runtime.io.facts import required_inputs
         from channelfold.runtime.io.shapes import measured_shapes
 
-        self.graph = graph_io.load(self.model)
-        graph_io.infer_shapes(self.graph)
+        self.graph = files.load(self.model)
+        files.infer_shapes(self.graph)
         data = open_data(calibration(self.folder, self.task), required_inputs(self.graph))
         self.shapes = measured_shapes(self.graph, next(iter(data)))
         self.ffns = find_ffns(self.graph, self.shapes, [])
@@ -158,26 +158,26 @@ class Bench:
         return float(calibrated), float(other)
 
     def cut(self, plans: Sequence[Any], output: Path) -> None:
-        from channelfold.runtime.io import files as graph_io
+        from channelfold.runtime.io import files
 
         self.load()
         for ffn, plan in zip(self.ffns, plans, strict=True):
             ffn.cut(plan.kept, plan.matrix, plan.offset, plan.dense, self.shapes)
-        graph_io.save(self.graph, output)
+        files.save(self.graph, output)
         self.load()
 
     def passed(self, share: float, output: Path) -> None:
         from channelfold.passes.base import Context
         from channelfold.passes.ffn.approximate import ApproximateFfn
         from channelfold.runtime.data.sources import open_data
-        from channelfold.runtime.io import files as graph_io
+        from channelfold.runtime.io import files
         from channelfold.runtime.io.facts import required_inputs
 
         self.load()
         data = open_data(samples(self.folder, self.task), required_inputs(self.graph))
         outcome = ApproximateFfn(keep_macs=share).apply(self.graph, Context(data))
         print(json.dumps(outcome.facts), file=sys.stderr)
-        graph_io.save(self.graph, output)
+        files.save(self.graph, output)
         self.load()
 
 

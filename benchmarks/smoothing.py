@@ -125,14 +125,14 @@ class Bench:
         from channelfold.passes import pipeline, recipe
         from channelfold.passes.base import Context
         from channelfold.runtime.data.sources import open_data
-        from channelfold.runtime.io import files as graph_io
+        from channelfold.runtime.io import files
         from channelfold.runtime.io.facts import required_inputs
 
-        graph = graph_io.load(model)
+        graph = files.load(model)
         data = open_data(self.data, required_inputs(graph))
         passes = [recipe.make(name, options) for name, options in steps]
         graph, records = pipeline.run(graph, passes, Context(data.first(first or len(data))), verify=False)
-        graph_io.save(graph, output)
+        files.save(graph, output)
         return records, len(graph.nodes)
 
     def folded(self) -> tuple[Path, int]:
@@ -232,13 +232,13 @@ def plant(model: Path, data: Path, output: Path, insert: bool, first: int) -> di
     from channelfold.passes.channels.scale_regions import trace
     from channelfold.passes.layers.linear import NotLinear, live_linears, view
     from channelfold.runtime.data.sources import open_data
-    from channelfold.runtime.io import files as graph_io
+    from channelfold.runtime.io import files
     from channelfold.runtime.io.facts import required_inputs
     from channelfold.runtime.io.shapes import measured_shapes
     from channelfold.runtime.stats.statistics import ChannelStatistics, observe
 
-    graph = graph_io.load(model)
-    graph_io.infer_shapes(graph)
+    graph = files.load(model)
+    files.infer_shapes(graph)
     samples = open_data(data, required_inputs(graph))
     shapes = measured_shapes(graph, next(iter(samples)))
     regions, seen = [], set()
@@ -277,7 +277,7 @@ def plant(model: Path, data: Path, output: Path, insert: bool, first: int) -> di
         facts["regions"] += 1
         facts["classes"] += len(chosen)
         facts["shifted"] += int(np.count_nonzero(shift))
-    graph_io.save(graph, output)
+    files.save(graph, output)
     return facts
 
 

@@ -290,11 +290,11 @@ def build(
     Raises ModelError (unreadable model), UsageError (``sm``, ``shapes``), DependencyError (no TensorRT here),
     BuildError (TensorRT refuses the network, or crashes), OutputError.
     """
-    from channelfold.runtime.io import files as graph_io
+    from channelfold.runtime.io import files
 
     started = time.monotonic()
     model, engine = Path(model), Path(engine)
-    graph = graph_io.load(model)
+    graph = files.load(model)
     if graph.opset > MAX_OPSET:
         raise BuildError(
             f"{model.name} has opset {graph.opset}; TensorRT knows up to {MAX_OPSET} and misreads newer ones",
@@ -308,7 +308,7 @@ def build(
     request = {"task": "build", "backend": chosen.name, "model": str(model), "target": chosen.target}
     request |= {"sparse_weights": sparse_weights}
     ranges = {name: astuple(shape) for name, shape in (shapes or {}).items()}
-    with graph_io.writing(engine) as file:
+    with files.writing(engine) as file:
         done = _run(request | {"shapes": ranges, "engine": file.name}, model.name, progress)
     report = read_plan(engine, nodes) if chosen.name == "tensorrt_rtx" else inspect(engine, nodes, chosen.name)
     return Engine(

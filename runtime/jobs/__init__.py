@@ -28,7 +28,7 @@ from channelfold.passes.sparsify import sparsify as sparsify_pass
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.errors import UsageError, nearest, no_progress
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import model_facts
 from channelfold.runtime.io.session import onnxruntime
 from channelfold.runtime.jobs import inspect_ffns as idle_channels
@@ -36,7 +36,7 @@ from channelfold.runtime.jobs import inspect_groups as channel_groups
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
 from channelfold.runtime.jobs.job import Job, Progress, Record, check_folder
-from channelfold.runtime.report import terminal as report
+from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.compare import Gates
 
 PathLike = str | Path
@@ -82,10 +82,10 @@ def compress(
     job.warn(*loaded.warnings)
     job.open_both(calibration, evaluation, random)
     job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
-    report.write_json(job.record, out_dir / "report.json")
+    terminal.write_json(job.record, out_dir / "report.json")
     for sm in sms:
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
-    report.write_json(job.record, out_dir / "report.json")
+    terminal.write_json(job.record, out_dir / "report.json")
     clear(out_dir / "checkpoint")
     job.check(gates)
     return job.record
@@ -278,7 +278,7 @@ def diff(
     job.evaluation = job.open("evaluation", data, random)
     if job.evaluation is None:
         raise UsageError("There is nothing to compare the models on", "Give --data, or --random N")
-    job.record["output"] = model_facts(Path(b), graph_io.load(b))
+    job.record["output"] = model_facts(Path(b), files.load(b))
     job.prove(Path(b))
     job.check(gates)
     return job.record

@@ -20,7 +20,7 @@ from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.engine.run import EngineSession
 from channelfold.runtime.engine.squeeze import name_squeezed_axes, squeezes_without_axes
 from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import model_facts, required_inputs
 from channelfold.runtime.io.session import Session
 from channelfold.runtime.jobs import inspect_model as inspection
@@ -48,7 +48,7 @@ class Job:
     def __init__(self, command: str, model: Path, progress: Progress, seed: int = 0, allow_script: bool = False):
         self.model, self.progress, self.seed, self.allow_script = model, progress, seed, allow_script
         progress("load", 0, 0)
-        self.graph: gs.Graph = graph_io.load(model)
+        self.graph: gs.Graph = files.load(model)
         self.inputs = required_inputs(self.graph)
         self.calibration: Data | None = None
         self.evaluation: Data | None = None
@@ -112,10 +112,10 @@ class Job:
             self.warn(f"{resumed} of {len(steps)} steps were done by an earlier, interrupted call")
         self.warn(*pipeline.warnings(steps))
         self.progress("save", 0, 0)
-        graph_io.save(graph, out)
+        files.save(graph, out)
         del graph, self.graph
         gc.collect()  # nodes and tensors refer to each other, and their mapped weights count as memory while they live
-        written = graph_io.load(out)
+        written = files.load(out)
         self.record["output"] = model_facts(out, written) | (inspection.costs(written) if counted else {})
         del written
         exact = all(step["kind"] == "exact" for step in steps)
@@ -161,7 +161,7 @@ class Job:
             built = tensorrt.build(
                 source, engine, sm=sm, shapes=ranges, sparse_weights=sparse_weights, progress=self.progress
             )
-        entry = _engine_entry(built, inspection.int8_nodes(graph_io.load(model)))
+        entry = _engine_entry(built, inspection.int8_nodes(files.load(model)))
         entry["accuracy"] = self._proved_engine(built)
         self.record["engines"].append(entry)
         self.warn(*(f"{engine.name}: {text}" for text in built.warnings))
@@ -181,7 +181,7 @@ class Job:
     @contextlib.contextmanager
     def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:
         """The model as TensorRT can take it: itself, or a temporary copy in which every Squeeze names its axes."""
-        graph = graph_io.load(model)
+        graph = files.load(model)
         sentences: list[str] = []
         if squeezes_without_axes(graph):
             fixed = {
@@ -196,7 +196,7 @@ class Job:
         self.warn(*(f"engine: {sentence}" for sentence in sentences))
         with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
             copy = Path(folder, model.name)
-            graph_io.save(graph, copy)
+            files.save(graph, copy)
             yield copy
 
     def check(self, gates: Gates | None) -> None:

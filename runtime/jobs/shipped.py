@@ -16,11 +16,11 @@ from channelfold import models
 from channelfold.runtime import jobs
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.errors import DependencyError, UsageError, nearest, no_progress
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import model_facts
 from channelfold.runtime.io.session import Session
 from channelfold.runtime.jobs import inspect_model as inspection
-from channelfold.runtime.report import terminal as report
+from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.bench import latencies
 from channelfold.runtime.stats.metrics import ErrorSums
 
@@ -72,13 +72,13 @@ def run(
         "folder": str(folder),
         "no_engines": no_engines,
     }
-    report.write_json(record, folder / "report.json")
+    terminal.write_json(record, folder / "report.json")
     return record
 
 
 def _stage(name: str, path: Path, logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Figures of one file; ``logits`` and ``reference`` (those of the float file) are float32 [samples, classes]."""
-    graph = graph_io.load(path)
+    graph = files.load(path)
     facts, costs = model_facts(path, graph), inspection.costs(graph)
     classes = logits.argmax(axis=1)
     return {

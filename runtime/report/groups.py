@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from channelfold.runtime.report import terminal as report
+from channelfold.runtime.report import terminal
 from channelfold.runtime.report.names import shorten_all
 
 
 def render(record: Mapping[str, Any], console: Console) -> None:
     """Prints the record of ``jobs.prune``: the report, then the groups that were cut."""
-    report.render(record, console)
+    terminal.render(record, console)
     for step in record["steps"]:
         if step["pass"] == "prune" and step["facts"].get("groups"):
             _cut(step["facts"], console)

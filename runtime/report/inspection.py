@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from channelfold.runtime.report import ffns, groups
-from channelfold.runtime.report import terminal as report
+from channelfold.runtime.report import ffns, groups, terminal
 from channelfold.runtime.report.names import shorten_all
 
 
 def render(record: Mapping[str, Any], console: Console) -> None:
     """Prints the record of ``jobs.inspect``: the model, then every linear node."""
-    report.render(record, console)
+    terminal.render(record, console)
     found = record["inspection"]
     linears = found["linears"]
     facts = Table.grid(padding=(0, 2))
@@ -59,10 +58,10 @@ def _linears_table(linears: Sequence[Mapping[str, Any]], width: int) -> Table:
         "groups": [str(linear["groups"]) if linear["groups"] != 1 else "" for linear in linears],
         "params": [_count(linear["parameters"]) if linear["shape"] else "" for linear in linears],
         "MACs": [_count(linear["macs"]) for linear in linears],
-        "outliers": [report.ratio(linear.get("outlier_ratio")) for linear in linears],
+        "outliers": [terminal.ratio(linear.get("outlier_ratio")) for linear in linears],
         "int8": ["yes" if linear["quantizable"] else "no" for linear in linears],
     }
-    columns = {heading: cells for heading, cells in columns.items() if set(cells) - {"", report.UNKNOWN}}
+    columns = {heading: cells for heading, cells in columns.items() if set(cells) - {"", terminal.UNKNOWN}}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(Text("Linear nodes", "bold not dim"), no_wrap=True)
     for heading in columns:
@@ -77,7 +76,7 @@ def _linears_table(linears: Sequence[Mapping[str, Any]], width: int) -> Table:
 def _count(number: int | None) -> str:
     """``1.40 M`` for 1398912; a dash for what is not known."""
     if number is None:
-        return report.UNKNOWN
+        return terminal.UNKNOWN
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
             return f"{number / scale:.2f} {unit}"

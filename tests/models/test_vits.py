@@ -13,7 +13,7 @@ import pytest
 
 from channelfold.models import MODELS, path, train_digits_vits
 from channelfold.runtime import jobs
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import files
 from channelfold.runtime.io.session import Session
 
 C, HIDDEN, ACTIVE, DEPTH = 48, 192, 48, 4
@@ -87,7 +87,7 @@ def test_folded_equals_unfolded_on_every_evaluation_sample(name, folded):
 @each_repavit
 def test_the_folded_ffn_is_what_the_paper_leaves(name, folded):
     """Three matrices of C x C where there were two of 4 C x C, and none of the nodes that mask and normalize."""
-    after, plain = graph_io.load(folded[name]), graph_io.load(path("digits_vit.onnx"))
+    after, plain = files.load(folded[name]), files.load(path("digits_vit.onnx"))
     expected = operators(plain) - Counter(Sub=1, Div=1)  # the normalization of the input
     assert ffn_weights(after) == 0.375 * DEPTH * 2 * C * HIDDEN
     if name == "digits_repavit":  # MatMul, Add, Gelu, MatMul beside MatMul, Add; Add: 7 nodes, with the shortcut merged
@@ -108,7 +108,7 @@ def test_the_active_channels_are_the_first(name, folded):
     value = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     linears = [node for node in proto.graph.node if node.op_type == "MatMul"]
     wide = [value[n.input[1]] for n in linears if n.input[1] in value and value[n.input[1]].shape == (C, HIDDEN)]
-    narrow = before_gelu(graph_io.load(folded[name]))
+    narrow = before_gelu(files.load(folded[name]))
     assert len(wide) == len(narrow) == DEPTH
     for block, (fc1, active) in enumerate(zip(wide, narrow, strict=True)):
         scale = np.ones(C)

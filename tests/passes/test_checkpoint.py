@@ -15,7 +15,7 @@ from channelfold.passes import checkpoint, pipeline
 from channelfold.passes.base import Context, Outcome, Pass
 from channelfold.runtime.data.sources import random_data
 from channelfold.runtime.errors import OutputError
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import files
 from channelfold.runtime.io.session import TensorSpec
 
 applied: list[str] = []
@@ -37,7 +37,7 @@ class Double(Pass):
         if self.crash:
             raise KeyboardInterrupt
         constant = graph.tensors()[self.weight]
-        constant.values = graph_io.read(constant) * np.float32(self.factor)
+        constant.values = files.read(constant) * np.float32(self.factor)
         outcome = Outcome(facts={"factor": self.factor})
         outcome.change(constant.outputs[0].name, "doubled")
         return outcome
@@ -77,8 +77,8 @@ def folder(tmp_path: Path) -> Path:
 def run(source: Path, folder: Path | None, *passes: Pass, ctx: Context | None = None, **options: Any):
     """The weights after the run, its records, and what was applied."""
     applied.clear()
-    graph, steps = pipeline.run(graph_io.load(source), passes, ctx or Context(), checkpoint=folder, **options)
-    weights = {name: graph_io.read(graph.tensors()[name]) for name in ("W1", "W2")}
+    graph, steps = pipeline.run(files.load(source), passes, ctx or Context(), checkpoint=folder, **options)
+    weights = {name: files.read(graph.tensors()[name]) for name in ("W1", "W2")}
     return weights, steps, list(applied)
 
 
@@ -236,13 +236,13 @@ def test_a_run_killed_while_it_saved_goes_on_from_the_step_before(source, folder
 
 def test_the_graph_of_a_resumed_run_outlives_the_checkpoint(source, folder, tmp_path):
     run(source, folder, *DONE)
-    graph, _ = pipeline.run(graph_io.load(source), DONE, Context(), checkpoint=folder)
+    graph, _ = pipeline.run(files.load(source), DONE, Context(), checkpoint=folder)
     checkpoint.clear(folder)
     assert not folder.exists()
-    graph_io.save(graph, tmp_path / "out.onnx")
-    saved = graph_io.load(tmp_path / "out.onnx").tensors()
+    files.save(graph, tmp_path / "out.onnx")
+    saved = files.load(tmp_path / "out.onnx").tensors()
     expected, *_ = run(source, None, *DONE)
-    assert all(np.array_equal(graph_io.read(saved[name]), expected[name]) for name in expected)
+    assert all(np.array_equal(files.read(saved[name]), expected[name]) for name in expected)
 
 
 def test_clear_leaves_what_is_not_its_own(source, folder):

@@ -18,7 +18,7 @@ from channelfold.passes.fold.constants import FoldConstants
 from channelfold.passes.fold.identities import RemoveIdentities
 from channelfold.passes.verify import Violation
 from channelfold.runtime.errors import DataError, ModelError, UsageError, VerificationError
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import files
 from channelfold.runtime.io.snapshot import Snapshot
 
 MLP = """<ir_version: 8, opset_import: ["" : 17]>
@@ -42,7 +42,7 @@ net (float[n, 3, 8, 8] x) => (float[n, 16, 6, 6] y) {
 def load(text: str, **weights: np.ndarray) -> gs.Graph:
     model = onnx.parser.parse_model(text)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(w, name) for name, w in weights.items())
-    return graph_io.import_model(model)
+    return files.import_model(model)
 
 
 def mlp() -> gs.Graph:
@@ -59,7 +59,7 @@ def conv_bn() -> gs.Graph:
 
 def bits(graph: gs.Graph) -> bytes:
     """The whole graph as bytes, weights too."""
-    model, weights = graph_io.export(graph)
+    model, weights = files.export(graph)
     parts = [model.SerializeToString(deterministic=True)]
     return b"".join(parts + [p.SerializeToString() + np.ascontiguousarray(v).tobytes() for p, v in weights])
 
@@ -74,7 +74,7 @@ def weight(graph: gs.Graph, name: str) -> gs.Constant:
 
 def scale(graph: gs.Graph, name: str, factor: float) -> None:
     constant = weight(graph, name)
-    constant.values = (graph_io.read(constant) * factor).astype(np.float32)
+    constant.values = (files.read(constant) * factor).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,13 @@ def test_real_passes_fold_a_convolution():
     graph = conv_bn()
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, 3, 8, 8), np.float32)
-    before = graph_io.session(graph).run({"x": x})["y"]
+    before = files.session(graph).run({"x": x})["y"]
 
     returned, steps = run(graph, FoldConstants(), RemoveIdentities(), FoldAffine())
 
     assert returned is graph
     assert [n.op for n in graph.nodes] == ["Conv", "Relu"]
-    assert np.allclose(graph_io.session(graph).run({"x": x})["y"], before, rtol=0, atol=1e-5 * np.abs(before).max())
+    assert np.allclose(files.session(graph).run({"x": x})["y"], before, rtol=0, atol=1e-5 * np.abs(before).max())
     assert [(s["pass"], s["kind"], s["options"]) for s in steps] == [
         ("fold-constants", "exact", {}), ("remove-identities", "exact", {}), ("fold-affine", "exact", {})
     ]  # fmt: skip
@@ -428,8 +428,8 @@ def test_change_that_is_not_reported():
 
 def test_shapes_found_on_the_way_and_equal_weights_are_no_change():
     def edit(graph):
-        graph_io.infer_shapes(graph)
-        weight(graph, "W1").values = graph_io.read(weight(graph, "W1")).copy()
+        files.infer_shapes(graph)
+        weight(graph, "W1").values = files.read(weight(graph, "W1")).copy()
         return Outcome()
 
     _, [step] = run(mlp(), Fake(edit))
@@ -438,12 +438,12 @@ def test_shapes_found_on_the_way_and_equal_weights_are_no_change():
 
 def test_weights_cannot_be_written_into():
     def edit(graph):
-        graph_io.read(weight(graph, "W1"))[:] = 0
+        files.read(weight(graph, "W1"))[:] = 0
 
     assert "ValueError: assignment destination is read-only" in str(refused(mlp(), Fake(edit)))
     graph = mlp()
     run(graph, Fake(halve_and_double))
-    graph_io.read(weight(graph, "W1"))[:] = 0  # allowed again afterwards
+    files.read(weight(graph, "W1"))[:] = 0  # allowed again afterwards
 
 
 def test_skipping_goes_on_without_the_pass():

@@ -10,7 +10,7 @@ from channelfold.passes.verify import Verdict, Verifier, Violation, tolerance_of
 from channelfold.runtime.data.probes import random_feeds
 from channelfold.runtime.data.sources import open_data
 from channelfold.runtime.errors import DataError
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import files
 from channelfold.runtime.io.session import TensorSpec
 from channelfold.runtime.io.snapshot import Snapshot
 
@@ -20,7 +20,7 @@ HEAD = '<ir_version: 8, opset_import: ["" : 17, "other" : 1]> '
 def snapshot(text: str, **weights: np.ndarray) -> Snapshot:
     model = onnx.parser.parse_model(HEAD + text)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(w, name) for name, w in weights.items())
-    return Snapshot.of(graph_io.import_model(model))
+    return Snapshot.of(files.import_model(model))
 
 
 def verify(text: str, changed: str | None = None, samples: list | None = None) -> Verdict:

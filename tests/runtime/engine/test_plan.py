@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine import plan
 from channelfold.runtime.engine.plan import NodeRun
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import files
 
 US = "\x1f"
 
@@ -309,7 +309,7 @@ def test_the_inspector_agrees_with_the_plan(tmp_path) -> None:
     net.op("Conv", "x", net.floats(32, 32, 3, 3), name="float")
     net.save(tmp_path / "net.onnx")
     engine = tensorrt.build(tmp_path / "net.onnx", tmp_path / "net.engine")
-    nodes = plan.contractions(graph_io.load(tmp_path / "net.onnx"))
+    nodes = plan.contractions(files.load(tmp_path / "net.onnx"))
     seen = tensorrt.inspect(tmp_path / "net.engine", nodes, engine.backend)
     assert seen.readable, seen.reason
     assert {n: run.arithmetic for n, run in seen.nodes.items()} == {"int8": "int8", "float": "float"}

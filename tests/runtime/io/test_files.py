@@ -409,8 +409,8 @@ def test_writing_vanishes_on_any_error(path):
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from channelfold.runtime import graph_io, wire
-    from channelfold.runtime.graph_io import load, read, save
+    from channelfold.runtime.io import files, wire
+    from channelfold.runtime.io.files import load, read, save
 
     folder, external, before = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True"
     old, new = load(folder / "old.onnx"), load(folder / "new.onnx")
@@ -533,8 +533,8 @@ MEMORY = """
     import re, sys, threading, time
     from pathlib import Path
     import numpy as np
-    from channelfold.runtime.graph_io import load, read, save, session, stored
-    from channelfold.runtime.ort import onnxruntime
+    from channelfold.runtime.io.files import load, read, save, session, stored
+    from channelfold.runtime.io.session import onnxruntime
 
     def anonymous():
         return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

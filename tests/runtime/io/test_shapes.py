@@ -6,7 +6,7 @@ import pytest
 
 from channelfold.runtime.engine.squeeze import name_squeezed_axes, squeezes_without_axes
 from channelfold.runtime.errors import ChannelfoldError
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import files
 from channelfold.runtime.io.shapes import measured_shapes, shapes_on
 from channelfold.tests.graphs import build
 
@@ -69,9 +69,7 @@ def test_squeeze_is_given_the_axes_it_has_for_every_shape(opset, low, high, axes
     assert squeezes_without_axes(graph) == []
     for shape in (low, high):
         feed = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
-        np.testing.assert_array_equal(
-            graph_io.session(graph).run(feed)["y"], graph_io.session(squeeze(opset)).run(feed)["y"]
-        )
+        np.testing.assert_array_equal(files.session(graph).run(feed)["y"], files.session(squeeze(opset)).run(feed)["y"])
 
 
 def test_squeeze_whose_axes_vary_is_left_alone():

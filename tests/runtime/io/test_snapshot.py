@@ -11,8 +11,7 @@ import pytest
 
 from channelfold.passes.base import Context
 from channelfold.passes.fold.constants import FoldConstants
-from channelfold.runtime.io import edit
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import edit, files
 from channelfold.runtime.io.snapshot import Snapshot
 
 TEXT = """<ir_version: 8, opset_import: ["" : 17], producer_name: "someone", doc_string: "a model">
@@ -36,12 +35,12 @@ def path(tmp_path: Path) -> Path:
 
 
 def bits(graph: gs.Graph) -> bytes:
-    model, weights = graph_io.export(graph)
+    model, weights = files.export(graph)
     return b"".join([model.SerializeToString(deterministic=True), *(p.name.encode() + v.tobytes() for p, v in weights)])
 
 
 def test_restore_brings_back_every_bit_into_the_same_object(path):
-    graph = graph_io.load(path)
+    graph = files.load(path)
     before = bits(graph)
     snapshot = Snapshot.of(graph)
     graph.tensors()["W"].values = np.zeros((32, 32), np.float32)
@@ -56,10 +55,10 @@ def test_restore_brings_back_every_bit_into_the_same_object(path):
 
 
 def test_a_snapshot_can_be_restored_twice_and_run(path):
-    graph = graph_io.load(path)
+    graph = files.load(path)
     snapshot = Snapshot.of(graph)
     feed = {"x": np.ones((1, 32), np.float32), "c": np.array(True)}
-    expected = graph_io.session(graph).run(feed)["y"]
+    expected = files.session(graph).run(feed)["y"]
     for _ in range(2):
         graph.nodes.clear()
         snapshot.restore(graph)
@@ -71,35 +70,35 @@ def test_a_snapshot_can_be_restored_twice_and_run(path):
 
 
 def test_restored_graphs_can_be_edited_on(path):
-    graph = graph_io.load(path)
+    graph = files.load(path)
     snapshot = Snapshot.of(graph)
-    graph_io.constant(graph, "W", np.zeros(4, np.float32))
+    files.constant(graph, "W", np.zeros(4, np.float32))
     snapshot.restore(graph)
-    assert graph_io.free_name(graph, "W") == "W_1"  # names are counted anew
-    big = graph_io.constant(graph, "big", np.ones((600, 600), np.float32))
+    assert files.free_name(graph, "W") == "W_1"  # names are counted anew
+    big = files.constant(graph, "big", np.ones((600, 600), np.float32))
     edit.set_input(graph.nodes[0], 1, big)
-    assert np.array_equal(graph_io.read(graph.tensors()["big"]), np.ones((600, 600)))
+    assert np.array_equal(files.read(graph.tensors()["big"]), np.ones((600, 600)))
     assert FoldConstants().apply(graph, Context()).changed == []
 
 
 def test_what_counts_as_the_same(path):
-    graph = graph_io.load(path)
+    graph = files.load(path)
     first = Snapshot.of(graph)
-    graph_io.infer_shapes(graph)
-    graph.tensors()["W"].values = np.array(graph_io.read(graph.tensors()["W"]))
+    files.infer_shapes(graph)
+    graph.tensors()["W"].values = np.array(files.read(graph.tensors()["W"]))
     assert first.same(Snapshot.of(graph))
-    assert first.same(Snapshot.of(graph_io.load(path)))
+    assert first.same(Snapshot.of(files.load(path)))
     graph.tensors()["W"].values[3, 4] += 1
     assert not first.same(Snapshot.of(graph))
-    other = graph_io.load(path)
+    other = files.load(path)
     other.nodes[0].name = "renamed"
     assert not first.same(Snapshot.of(other))
 
 
 def test_fingerprint_is_that_of_the_file_and_the_graph(path, tmp_path):
-    first = Snapshot.of(graph_io.load(path)).fingerprint()
-    assert Snapshot.of(graph_io.load(path)).fingerprint() == first
-    graph = graph_io.load(path)
+    first = Snapshot.of(files.load(path)).fingerprint()
+    assert Snapshot.of(files.load(path)).fingerprint() == first
+    graph = files.load(path)
     graph.nodes[1].name = "renamed"
     assert Snapshot.of(graph).fingerprint() != first
 
@@ -107,12 +106,12 @@ def test_fingerprint_is_that_of_the_file_and_the_graph(path, tmp_path):
     data[-5] ^= 1  # in the last weight
     (tmp_path / "new.onnx").write_bytes(data)
     (tmp_path / "new.onnx").replace(path)
-    assert Snapshot.of(graph_io.load(path)).fingerprint() != first
+    assert Snapshot.of(files.load(path)).fingerprint() != first
 
 
 def test_fingerprint_of_weights_in_memory_is_that_of_their_values(path):
     def of(value: float) -> str:
-        graph = graph_io.load(path)
+        graph = files.load(path)
         graph.tensors()["W"].values = np.full((32, 32), value, np.float32)
         return Snapshot.of(graph).fingerprint()
 
@@ -120,7 +119,7 @@ def test_fingerprint_of_weights_in_memory_is_that_of_their_values(path):
 
 
 def test_frozen_weights_thaw_again_and_read_only_ones_stay(path):
-    graph = graph_io.load(path)
+    graph = files.load(path)
     mine, fixed = np.ones((32, 32), np.float32), np.ones((32, 32), np.float32)
     fixed.flags.writeable = False
     graph.tensors()["W"].values = mine

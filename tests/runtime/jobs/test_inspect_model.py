@@ -12,7 +12,7 @@ from channelfold import models
 from channelfold.runtime import jobs
 from channelfold.runtime.data.sources import open_data
 from channelfold.runtime.errors import DataError
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.jobs.inspect_model import inspect
 from channelfold.runtime.stats.statistics import outlier_ratio
@@ -42,7 +42,7 @@ def measured(tmp_path: Path, image: np.ndarray) -> dict[str, float | None]:
         kind="float", W=(3, 3, 1, 1), V=(4, 4),
     )  # fmt: skip
     path = tmp_path / "m.onnx"
-    graph_io.save(graph, path)
+    files.save(graph, path)
     data = open_data([{"image": image}, {"image": -image}], required_inputs(graph))
     return {entry["op"] + entry["node"]: entry["outlier_ratio"] for entry in inspect(path, graph, data)["linears"]}
 

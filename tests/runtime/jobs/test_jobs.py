@@ -17,9 +17,9 @@ from channelfold import __version__, models
 from channelfold.runtime import jobs
 from channelfold.runtime.data.sources import open_data
 from channelfold.runtime.errors import DataError, GateError, OutputError, UsageError
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import files
 from channelfold.runtime.io.session import Session
-from channelfold.runtime.report import terminal as report
+from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.compare import Gates
 from channelfold.tests.graphs import build, random
 
@@ -225,7 +225,7 @@ def test_split_and_merge(restore, tmp_path):
     first[:, 5] *= 10
     body = "a = MatMul(x, first)\nh = Relu(a)\ny = MatMul(h, second)"
     graph = build("(float[N,32] x) => (float[] y)", body, kind="float", first=first, second=(32, 32))
-    graph_io.save(graph, tmp_path / "m.onnx")
+    files.save(graph, tmp_path / "m.onnx")
     samples = {"x": random((64, 32), "x").astype(np.float32)}
     options = {"align": 8, "max_extra": 0.3} | ({"restore_width": True, "max_change": 1.0} if restore else {})
     record = jobs.smooth(tmp_path / "m.onnx", tmp_path / "s.onnx", "split-merge", calibration=samples, options=options)
@@ -376,7 +376,7 @@ def test_sparsify_shows_every_layer_and_says_what_zeros_are_worth(tmp_path):
     assert (step["pass"], len(step["changed"]), len(step["refused"])) == ("sparsify", 5, 2)
     assert record["warnings"][-1].startswith("Zeros save no time in ONNX Runtime. TensorRT can use them from SM 80 on")
     shown = io.StringIO()
-    report.render(record, Console(file=shown, width=120))
+    terminal.render(record, Console(file=shown, width=120))
     text = shown.getvalue()
     assert re.search(r"By sparsify +zeros +energy kept", text)
     assert re.search(r"/head/Gemm +50\.0% +\d\d\.\d\d%", text)

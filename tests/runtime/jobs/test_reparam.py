@@ -11,7 +11,7 @@ import pytest
 from channelfold import models
 from channelfold.runtime import jobs
 from channelfold.runtime.errors import UsageError
-from channelfold.runtime.io import files as graph_io
+from channelfold.runtime.io import files
 from channelfold.runtime.io.session import Session
 
 REPAVIT = models.path("digits_repavit.onnx")
@@ -45,7 +45,7 @@ def test_the_record_counts_what_is_saved(tmp_path):
 def test_open_sizes_stay_open(tmp_path):
     jobs.reparam(LEGACY, tmp_path / "out.onnx")
     assert [str(spec) for spec in Session(tmp_path / "out.onnx").inputs] == ["x: float32[batch, 5, 16]"]
-    assert "Where" not in {node.op for node in graph_io.load(tmp_path / "out.onnx").nodes}
+    assert "Where" not in {node.op for node in files.load(tmp_path / "out.onnx").nodes}
 
 
 def test_options_for_the_approximate_pass_alone(tmp_path):
