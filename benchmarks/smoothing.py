@@ -227,10 +227,10 @@ CLAIMS_NO = {
 
 def plant(model: Path, data: Path, output: Path, insert: bool, first: int) -> dict[str, int]:
     """Makes outliers of some classes of every region that can be scaled; the function stays the same."""
-    from channelfold.passes.base import Blocked
+    from channelfold.passes.base import Refused
     from channelfold.passes.channels.rescale import rescale
     from channelfold.passes.channels.scale_regions import trace
-    from channelfold.passes.layers.linear import NotLinear, live_linears, view
+    from channelfold.passes.layers.linear import live_linears, view
     from channelfold.runtime.data.sources import open_data
     from channelfold.runtime.io import files
     from channelfold.runtime.io.facts import required_inputs
@@ -253,7 +253,7 @@ def plant(model: Path, data: Path, output: Path, insert: bool, first: int) -> di
                     regions.append(region)
                     seen.update(id(end.linear.data) for end in region.readers() if end.linear is not None)
                     break
-        except (NotLinear, Blocked):
+        except Refused:
             continue
     readers = [[(end, end.linear) for end in region.readers() if end.linear is not None] for region in regions]
     observers = {linear.data.name: ChannelStatistics(linear.in_axis) for ends in readers for _, linear in ends}

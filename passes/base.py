@@ -52,6 +52,34 @@ class Outcome:
         self.refused.append(Refusal(node, reason, code))
 
 
+class Refused(Exception):
+    """Why a site stays as it is. ``reason`` is what the report says; ``code`` groups refusals of one kind.
+
+    ``what`` is the obstacle alone, where the reason names one; ``behind`` is the reason as a site in front of the
+    obstacle puts it.
+    """
+
+    def __init__(self, reason: str, code: str = "", what: str = "", behind: str = ""):
+        super().__init__(reason)
+        self.reason, self.code = reason, code or reason
+        self.what, self.behind = what or reason, behind or reason
+
+
+class InBetween(Refused):
+    """An operator stands between two places that belong together; ``more`` says what it may do there."""
+
+    def __init__(self, what: str, more: str = ""):
+        super().__init__(f"{what} is in between{more}", what=what, behind=f"{what} follows it{more}")
+
+
+class TwoActivations(Refused):
+    """A product has no weight: both of its factors are computed."""
+
+
+class DoesNotFit(Refused):
+    """A value that a rewrite needs is not finite in the type that has to hold it."""
+
+
 @dataclass
 class Context:
     """What passes may use beside the graph.
@@ -97,7 +125,3 @@ class Pass:
             if getattr(self, f.name) != (f.default if f.default is not dataclasses.MISSING else None)
         }
         return self.name + (str(changed) if changed else "")
-
-
-class Blocked(ValueError):
-    """Why a map cannot move past a node; the text is the reason of a refusal."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import InBetween, Refused
 from channelfold.runtime.io import edit
 
 LARGEST_CONE, DEEPEST = 400, 200  # nodes; the masks of PyTorch's exporters take about 50
@@ -69,7 +69,7 @@ class Cone:
 def cone(graph: gs.Graph, target: gs.Tensor, is_root: Callable[[gs.Tensor], bool], roots: int) -> Cone:
     """The nodes that ``target`` is computed by, back to at most so many tensors for which ``is_root`` holds.
 
-    Raises Blocked where it depends on the values of anything else, or a node on the way mixes channels.
+    Raises Refused where it depends on the values of anything else, or a node on the way mixes channels.
     """
     found = Cone(target, [], [], {})
     seen: set[int] = set()
@@ -81,19 +81,19 @@ def cone(graph: gs.Graph, target: gs.Tensor, is_root: Callable[[gs.Tensor], bool
         if is_root(tensor):
             found.roots.append(tensor)
             if len(found.roots) > roots:
-                raise Blocked("several linears feed it")
+                raise Refused("several linears feed it")
             return
         node = edit.producer(tensor)
         if node is None or not edit.in_graph(graph, node):
-            raise Blocked(f"{'the input ' if node is None else ''}{tensor.name!r} is in between")
+            raise InBetween(f"{'the input ' if node is None else ''}{tensor.name!r}")
         if id(node) in seen:
             return
         seen.add(id(node))
         if depth == DEEPEST or len(found.nodes) == LARGEST_CONE:
-            raise Blocked("too many nodes are in between")
+            raise Refused("too many nodes are in between", what="too many nodes")
         if not is_shape(node):
             if edit.is_float(tensor) and not is_followed(node):
-                raise Blocked(f"{node.op} is in between")
+                raise InBetween(f"{node.op}")
             for place, source in enumerate(node.inputs):
                 visit_input(node, place, source, depth + 1)
         found.nodes.append(node)
@@ -101,14 +101,14 @@ def cone(graph: gs.Graph, target: gs.Tensor, is_root: Callable[[gs.Tensor], bool
     def visit_input(node: gs.Node, place: int, source: gs.Tensor, depth: int) -> None:
         try:
             visit(source, depth)
-        except Blocked as error:
+        except Refused as error:
             if node.op != "Where" or place:
                 raise
-            found.unknown[id(source)] = str(error).removesuffix(" is in between")
+            found.unknown[id(source)] = error.what
 
     visit(target, 0)
     if not found.roots:
-        raise Blocked("nothing feeds it")
+        raise Refused("nothing feeds it")
     return found
 
 

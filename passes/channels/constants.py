@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.ports import Link, Links, Member
-from channelfold.passes.layers.linear import NotLinear, blocks, view
+from channelfold.passes.layers.linear import blocks, view
 from channelfold.passes.operators import ELEMENTWISE, LINEAR_OPS, RESHAPES, VENDOR_ELEMENTWISE
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
@@ -60,7 +60,7 @@ class ConstantChannels:
         for node in graph.nodes:
             try:
                 self._visit(node)
-            except Blocked:
+            except Refused:
                 continue
 
     def along(self, tensor: gs.Tensor, axis: int) -> Known:
@@ -86,7 +86,7 @@ class ConstantChannels:
         return met
 
     def _visit(self, node: gs.Node) -> None:
-        """Notes what is known of the outputs of a node. Raises Blocked where its links are not known."""
+        """Notes what is known of the outputs of a node. Raises Refused where its links are not known."""
         if node.op in LINEAR_OPS and edit.is_standard(node):
             self._linear(node)
             return
@@ -114,7 +114,7 @@ class ConstantChannels:
     def _linear(self, node: gs.Node) -> None:
         try:
             linear = view(self._graph, node)
-        except NotLinear:
+        except Refused:
             return
         source, shape = self._table.shape(linear.data), self._table.shape(node.outputs[0])
         if source is None or shape is None:
@@ -202,7 +202,7 @@ class ConstantChannels:
         """Values as a tensor of the rank of another, along one axis of it."""
         shape = self._table.shape(tensor)
         if shape is None:
-            raise Blocked(f"the shape of {tensor.name!r} is unknown")
+            raise Refused(f"the shape of {tensor.name!r} is unknown")
         return values.reshape([-1 if a == axis else 1 for a in range(len(shape))])
 
     def _run(self, node: gs.Node, feed: dict[int, np.ndarray]) -> np.ndarray | None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.cut_regions import NodeEdit, Read, Region
 from channelfold.passes.channels.sizes import Written
 from channelfold.passes.operators import LAST_AXIS_NORMS as NORMS
@@ -167,7 +167,7 @@ def _set_slice(graph: gs.Graph, node: gs.Node, place: int, stays: np.ndarray) ->
 def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
     """Silences all labels that do not stay: what sums over them reads zeros, what norms them does without them.
 
-    Raises Blocked, with the reason, for a norm of which no such form is known.
+    Raises Refused, with the reason, for a norm of which no such form is known.
     """
     for region, keep in cuts:
         for part in region.parts:
@@ -184,7 +184,7 @@ def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
             elif read.node.op.startswith("Reduce"):
                 _take(graph, read.node, read.port, read.axis, stays)
             else:
-                raise Blocked(f"{read.node.op} without some of its channels")
+                raise Refused(f"{read.node.op} without some of its channels")
 
 
 def _forget(graph: gs.Graph, node: gs.Node, stays: np.ndarray) -> None:
@@ -212,7 +212,7 @@ def _norm_of_the_rest(graph: gs.Graph, read: Read, stays: np.ndarray) -> None:
     """A norm over the last axis of the channels that stay, with zeros in the places of the others behind it."""
     node, result = read.node, read.node.outputs[0]
     if read.axis != -1 or any(not t.is_empty() for t in node.outputs[1:]):
-        raise Blocked(f"{node.op} with several outputs or axes, without some of its channels")
+        raise Refused(f"{node.op} with several outputs or axes, without some of its channels")
     _take(graph, node, read.port, -1, stays)
     for port in range(1, len(node.inputs)):
         values = edit.value(node.inputs[port])

@@ -13,13 +13,13 @@ computed from the length of a cut axis are followed to a shape they end in, or t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Classes
 from channelfold.passes.channels.ports import Edit, Link
@@ -99,6 +99,18 @@ class Region:
             if not keep[labels - 1].any():
                 keep[labels[0] - 1] = True
         return keep
+
+    def copied(self, nodes: Mapping[str, gs.Node], tensors: Mapping[str, gs.Tensor]) -> Region:
+        """The same region of a copy of the graph, whose ``nodes`` and ``tensors`` go by the same names."""
+
+        def source(found: Source | None) -> Source | None:
+            return replace(found, tensor=tensors[found.tensor.name]) if isinstance(found, Length) else found
+
+        axes = {(id(tensors[t.name]), axis): (tensors[t.name], labels) for (_, axis), (t, labels) in self.axes.items()}
+        parts = [replace(part, node=nodes[part.node.name], layer=nodes[part.layer.name]) for part in self.parts]
+        reads = [replace(read, node=nodes[read.node.name]) for read in self.reads]
+        edits = [replace(edit, node=nodes[edit.node.name], source=source(edit.source)) for edit in self.edits]
+        return Region(self.size, self.fixed, axes, parts, reads, edits)
 
     @property
     def reduced(self) -> str:
@@ -201,7 +213,7 @@ class _Tracer(Classes):
             return
         try:
             links = self.table.of(node)
-        except Blocked as error:
+        except Refused as error:
             self.pin(labels, str(error))
             return
         reason = links.blocked.get((port, axis))
@@ -283,7 +295,7 @@ class _Tracer(Classes):
                 continue
             try:
                 edits = self.table.of(node).edits
-            except Blocked:
+            except Refused:
                 continue
             for found in edits:
                 labels = self._along(node, found[2], found[3])
@@ -378,7 +390,7 @@ class _Tracer(Classes):
                     continue
                 try:
                     links = self.table.of(node)
-                except Blocked:
+                except Refused:
                     continue
                 for port in (k for k, other in enumerate(node.inputs) if other is tensor):
                     summed = any((m.port, m.axis) == (port, axis) for link in links.summed for m in link)

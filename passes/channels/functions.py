@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.cones import ARITHMETIC, MOVES, Cone, is_followed, is_shape
 from channelfold.passes.channels.maps import Shape, raised
 from channelfold.passes.layers.affine import find_affine
@@ -38,7 +38,7 @@ NOWHERE = -1  # the place of constants among data
 _WHAT = np.dtype([("function", np.int32), ("channel", np.int32), ("scale", np.float64), ("shift", np.float64)])
 
 
-class UnknownShape(Blocked):
+class UnknownShape(Refused):
     """A tensor has no shape that anyone can tell for the input at hand."""
 
 
@@ -155,7 +155,7 @@ class Reader:
     def read(self, found: Cone, axes: Mapping[int, int], axis: int) -> np.ndarray:
         """What the channels of a cone's target, along ``axis``, are: function, channel, scale, shift, one record each.
 
-        ``axes``: the axis of the channels of each root, by id. Raises Blocked where the elements are no functions of
+        ``axes``: the axis of the channels of each root, by id. Raises Refused where the elements are no functions of
         channels, or vary along other axes.
         """
         self.unknown, self.elements = found.unknown, {}
@@ -179,12 +179,12 @@ class Reader:
         axis %= len(shape)
         expected = self.elements[id(found.roots[0])].place
         if len(places) > 1 or (axis, shape[:axis] + shape[axis + 1 :]) not in places:
-            raise Blocked("its channels are on another axis, or its shape is another one")
+            raise Refused("its channels are on another axis, or its shape is another one")
         constant = last.what["function"] == CONSTANT
         if last.place is None or not np.all((last.place == expected) | ((last.place == NOWHERE) & constant)):
-            raise Blocked("something else than channels is moved or mixed")
+            raise Refused("something else than channels is moved or mixed")
         if any(size > 1 for i, size in enumerate(last.what.shape) if i != axis):
-            raise Blocked("which channels go through the activation differs along another axis")
+            raise Refused("which channels go through the activation differs along another axis")
         return np.broadcast_to(last.what.reshape(-1), (shape[axis],))
 
     def follow(self, node: gs.Node) -> None:
@@ -192,12 +192,12 @@ class Reader:
         if is_shape(node) or not held:
             return
         if not is_followed(node):
-            raise Blocked(f"{node.op} is in between")
+            raise InBetween(f"{node.op}")
         if node.op == "BatchNormalization":
             made = [self.scaled(node)]
         elif node.op in ("Identity", "Dropout"):
             if edit.has_input(node, 2):
-                raise Blocked("Dropout with a training switch is in between")
+                raise InBetween("Dropout with a training switch")
             made = [self.elements[id(node.inputs[0])]]
         elif node.op == "Transpose":
             made = [self.transposed(node)]
@@ -265,7 +265,7 @@ class Reader:
     def selected(self, node: gs.Node) -> _Elements:
         """What a Where whose mask is known takes."""
         if id(node.inputs[0]) in self.unknown:
-            raise Blocked(f"its mask depends on {self.unknown[id(node.inputs[0])]}")
+            raise Refused(f"its mask depends on {self.unknown[id(node.inputs[0])]}")
         mask = self.value(node.inputs[0])
         operands = [self.operand(t) for t in node.inputs[1:]]
         what = np.where(_narrow(mask), *(operand.what for operand in operands))
@@ -295,7 +295,7 @@ class Reader:
         """What a node does to the numbers of the elements. What Pad adds has the number 0, that of the constant 0."""
         slots = MOVES[node.op] or tuple(range(len(node.inputs)))
         if node.attrs.get("reduction", "none") != "none" or node.attrs.get("value"):
-            raise Blocked(f"{node.op} does more than to move channels")
+            raise Refused(f"{node.op} does more than to move channels")
         sources = {i: self.operand(node.inputs[i]) for i in slots if edit.has_input(node, i)}
         fixed = {i: self.value(t) for i, t in enumerate(node.inputs) if i not in sources and not t.is_empty()}
         whats = {i: elements.what for i, elements in sources.items()}
@@ -337,12 +337,12 @@ class Reader:
         if tensor.name not in self.values:
             try:
                 self.evaluate(tensor, self.shapes.inferred)
-            except Blocked:  # a shape that inference does not know, of something that is not computed from shapes
+            except Refused:  # a shape that inference does not know, of something that is not computed from shapes
                 self.evaluate(tensor, self.shapes.measured)
         return self.values[tensor.name]
 
     def evaluate(self, tensor: gs.Tensor, shape: Callable[[str], Shape | None]) -> None:
-        """Computes the values of a tensor in ONNX Runtime. Raises Blocked."""
+        """Computes the values of a tensor in ONNX Runtime. Raises Refused."""
         nodes: list[gs.Node] = []
         known: dict[str, gs.Tensor] = {}
         pending, seen = [tensor], set()
@@ -353,7 +353,7 @@ class Reader:
             seen.add(id(current))
             node = edit.producer(current)
             if node is None or id(current) in self.elements:
-                raise Blocked(f"{tensor.name!r} depends on the values of {current.name!r}")
+                raise Refused(f"{tensor.name!r} depends on the values of {current.name!r}")
             if is_shape(node) and (found := self.size(node.inputs[0], shape)) is not None:
                 self.values[current.name] = _shape_value(node, found)
             if current.name in self.values:
@@ -369,7 +369,7 @@ class Reader:
         try:
             computed = session(part, optimize=False).run({name: self.values[name] for name in known})
         except ModelError as error:
-            raise Blocked(f"{tensor.name!r} cannot be computed: {error}") from None
+            raise Refused(f"{tensor.name!r} cannot be computed: {error}") from None
         self.values[tensor.name] = computed[tensor.name]
 
     def size(self, tensor: gs.Tensor, shape: Callable[[str], Shape | None]) -> Shape | None:
@@ -385,14 +385,14 @@ def _shape_value(node: gs.Node, shape: Shape) -> np.ndarray:
 
 
 def _common(operands: Sequence[_Elements], size: Shape = ()) -> tuple[np.ndarray, Shape]:
-    """The places of all operands, which must be the same but for constants, and the result's shape. Raises Blocked."""
+    """The places of all operands, which must be the same but for constants, and the result's shape. Raises Refused."""
     size = np.broadcast_shapes(size, *(operand.size for operand in operands))
     place, *others = (raised(o.place, len(size)) for o in operands if o.place is not None)
     for other in others:
         if np.array_equal(place, other):
             continue
         if np.any((place != other) & (place != NOWHERE) & (other != NOWHERE)):
-            raise Blocked("tensors that are laid out differently meet")
+            raise Refused("tensors that are laid out differently meet")
         place = _narrow(np.maximum(place, other))
     return place, size
 

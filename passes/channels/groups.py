@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.cut_regions import Part, Region, best_trace
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Shape
-from channelfold.passes.layers.linear import NotLinear, view
+from channelfold.passes.layers.linear import view
 from channelfold.passes.operators import RECURRENT
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.snapshot import Snapshot
@@ -83,19 +84,18 @@ def regions_of(groups: Sequence[Group]) -> list[Region]:
 
 
 class Copies:
-    """Copies of a graph as it is now, to lose channels. ``groups``: all that ``find_groups`` finds with ``shapes``."""
+    """Copies of a graph as it is now, to lose channels of the regions of ``groups``."""
 
-    def __init__(self, graph: gs.Graph, groups: Sequence[Group], shapes: Mapping[str, Shape]):
-        self._state, self._regions, self._shapes = Snapshot.of(graph), regions_of(groups), shapes
+    def __init__(self, graph: gs.Graph, groups: Sequence[Group]):
+        self._state, self._regions = Snapshot.of(graph), regions_of(groups)
 
     def make(self, keeps: Mapping[int, tuple[Region, np.ndarray]]) -> tuple[gs.Graph, list[tuple[Region, np.ndarray]]]:
         """A copy, and of its own regions those in ``keeps`` (by the id of the graph's), with the labels that stay."""
         twin = gs.Graph()
         self._state.restore(twin)
-        if not keeps:
-            return twin, []
-        pairs = zip(self._regions, regions_of(find_groups(twin, self._shapes)), strict=True)
-        return twin, [(other, keeps[id(region)][1]) for region, other in pairs if id(region) in keeps]
+        nodes, tensors = {node.name: node for node in twin.nodes}, twin.tensors()
+        regions = (region for region in self._regions if id(region) in keeps)
+        return twin, [(region.copied(nodes, tensors), keeps[id(region)][1]) for region in regions]
 
 
 def _written(graph: gs.Graph, table: LinkTable) -> Iterator[tuple[gs.Tensor, int]]:
@@ -118,7 +118,7 @@ def _written_axis(node: gs.Node, rank: int, table: LinkTable) -> int | None:
     if node.op == "MatMul":
         try:
             return view(table.graph, node).out_axis % rank if rank > 1 else None
-        except NotLinear:
+        except Refused:
             return None
     embedding = node.op == "Gather" and isinstance(node.inputs[0], gs.Constant) and len(node.inputs[0].shape) == 2
     return rank - 1 if node.op == "Gemm" or node.op in RECURRENT or embedding else None

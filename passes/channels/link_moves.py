@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.ports import Link, Member, Ports
 from channelfold.passes.channels.sizes import Length, source_of_size
@@ -39,7 +39,7 @@ def _split(p: Ports) -> None:
     along, start = p.attribute("axis", 0) % rank, 0
     for port in range(-1, -1 - len(p.node.outputs), -1):
         if not p.has(port):
-            raise Blocked("Split drops a part")
+            raise Refused("Split drops a part")
         size = p.shape(port)[along]
         p.link((port, along), (0, along, np.arange(start, start + size)))
         start += size
@@ -57,7 +57,7 @@ def _slice(p: Ports) -> None:
     axes, steps = p.argument(3, "axes"), p.argument(4, "steps")
     if axes is None:
         if p.computed(3):
-            raise Blocked("Slice cuts axes that are computed at run time")
+            raise Refused("Slice cuts axes that are computed at run time")
         axes = np.arange(len(shape) if starts is None else len(starts))
     touched = {int(a) % len(shape): place for place, a in enumerate(axes)}
     for axis in range(len(shape)):
@@ -71,7 +71,7 @@ def _slice(p: Ports) -> None:
         else:
             taken = np.arange(shape[axis])[int(starts[place]) : int(ends[place])]
             if len(taken) != result[axis]:
-                raise Blocked("the shapes of Slice do not agree")
+                raise Refused("the shapes of Slice do not agree")
             p.link((0, axis, taken), (-1, axis))
             p.edit("slice", place, 0, axis)
 
@@ -106,9 +106,9 @@ def _reshape(p: Ports) -> None:
     """
     source, result = p.shape(0), p.shape(-1)
     if math.prod(source) != math.prod(result) or not math.prod(source):
-        raise Blocked(f"{p.node.op} has shapes that do not agree")
+        raise Refused(f"{p.node.op} has shapes that do not agree")
     if p.node.op == "Squeeze" and p.argument(1, "axes") is None:
-        raise Blocked("Squeeze without axes would drop an axis of which one channel is left")
+        raise Refused("Squeeze without axes would drop an axis of which one channel is left")
     same = set()
     for before, after in _blocks(source, result):
         if len(before) == 1 and len(after) == 1:
@@ -208,7 +208,7 @@ def _tile(p: Ports) -> None:
 def _pad(p: Ports) -> None:
     pads = p.argument(1, "pads")
     if edit.has_input(p.node, 3):
-        raise Blocked("Pad with axes is in between")
+        raise InBetween("Pad with axes")
     rank = len(p.shape(0))
     for axis in range(rank):
         grown = pads[axis] or pads[axis + rank] if pads is not None else p.shape(0)[axis] != p.shape(-1)[axis]
@@ -220,7 +220,7 @@ def _pad(p: Ports) -> None:
 
 def _resize(p: Ports) -> None:
     if p.node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
-        raise Blocked("Resize may fill in values of its own")
+        raise Refused("Resize may fill in values of its own")
     scales, axes = p.argument(2 if len(p.node.inputs) > 2 else 1, "scales"), p.node.attrs.get("axes")
     for axis, (size, new) in enumerate(zip(p.shape(0), p.shape(-1), strict=True)):
         unscaled = scales is not None and axes is None and len(scales) > axis and scales[axis] == 1
@@ -253,7 +253,7 @@ def _along_an_axis(p: Ports) -> None:
     rank, default = len(p.shape(0)), -1 if p.node.op == "TopK" else 0
     along = p.argument(1, "axis") if p.node.op == "CumSum" else np.array([p.attribute("axis", default)])
     if along is None:
-        raise Blocked(f"{p.node.op} along an axis computed at run time is in between")
+        raise InBetween(f"{p.node.op} along an axis computed at run time")
     over = int(along[0]) % rank
     p.block(over, f"{p.node.op} works along it", 0)
     dropped = len(p.shape(-1)) < rank

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels import link_moves
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.ports import Links, Ports
@@ -46,14 +46,14 @@ _SUMS = ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")  # to which zer
 
 
 def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape]) -> Links:
-    """The links of a node. Raises Blocked, with the reason, where nothing is known of the operator or a shape."""
+    """The links of a node. Raises Refused, with the reason, where nothing is known of the operator or a shape."""
     ports = Ports(graph, node, shapes)
     if edit.is_standard(node):
         rule = _RULES.get(node.op)
     else:
         rule = _VENDOR_RULES.get(node.op) if node.domain == "com.microsoft" else None
     if rule is None or any(isinstance(value, gs.Graph) for value in node.attrs.values()):
-        raise Blocked(f"{node.op} reads or writes it")
+        raise Refused(f"{node.op} reads or writes it")
     rule(ports)
     return ports.found
 
@@ -66,15 +66,15 @@ class LinkTable:
         self._known: dict[int, Links | str] = {}
 
     def of(self, node: gs.Node) -> Links:
-        """Raises Blocked, with the reason."""
+        """Raises Refused, with the reason."""
         if id(node) not in self._known:
             try:
                 self._known[id(node)] = links_of(self.graph, node, self.shapes)
-            except Blocked as error:
+            except Refused as error:
                 self._known[id(node)] = str(error)
         found = self._known[id(node)]
         if isinstance(found, str):
-            raise Blocked(found)
+            raise Refused(found)
         return found
 
     def shape(self, tensor: gs.Tensor) -> Shape | None:
@@ -87,7 +87,7 @@ class LinkTable:
 def _elementwise(p: Ports) -> None:
     """Everything that broadcasts: an axis of the result is that of each operand which is not broadcast along it."""
     if "broadcast" in p.node.attrs:
-        raise Blocked(f"{p.node.op} broadcasts as before opset 7")
+        raise Refused(f"{p.node.op} broadcasts as before opset 7")
     rank = len(p.shape(-1))
     for axis in range(-rank, 0):
         ports = [k for k in range(len(p.node.inputs)) if p.has(k)]
@@ -98,7 +98,7 @@ def _elementwise(p: Ports) -> None:
 
 def _pool(p: Ports) -> None:
     if p.has(-2):
-        raise Blocked(f"{p.node.op} counts places across channels")
+        raise Refused(f"{p.node.op} counts places across channels")
     p.keep(0, 1)
     for axis in range(2, len(p.shape(0))):
         p.block(axis, f"{p.node.op} works along it")
@@ -123,7 +123,7 @@ def _lrn(p: Ports) -> None:
 def _channel_norm(p: Ports) -> None:
     """BatchNormalization, per place, and InstanceNormalization, over the places of a channel."""
     if p.has(-2) or not p.attribute("spatial", 1):
-        raise Blocked(f"{p.node.op} in training, or with a scale by place, is in between")
+        raise InBetween(f"{p.node.op} in training, or with a scale by place,")
     p.link((0, 1), (-1, 1), *((k, 0) for k in range(1, len(p.node.inputs))))
     for axis in (a for a in range(len(p.shape(0))) if a != 1):
         p.keep(axis)
@@ -171,7 +171,7 @@ def _reduction(p: Ports) -> None:
     axes = p.argument(1, "axes")
     over = {int(a) % rank for a in axes} if axes is not None else set()
     if p.computed(1) or (not over and p.attribute("noop_with_empty_axes", 0)):
-        raise Blocked(f"{p.node.op} names no constant axes")
+        raise Refused(f"{p.node.op} names no constant axes")
     over = over or set(range(rank))
     kept = [a for a in range(rank) if a not in over]
     for place, axis in enumerate(kept):
@@ -229,7 +229,7 @@ def _gemm(p: Ports) -> None:
 def _matmul(p: Ports) -> None:
     left, right = p.shape(0), p.shape(1)
     if min(len(left), len(right)) < 2:
-        raise Blocked("MatMul with a vector is in between")
+        raise InBetween("MatMul with a vector")
     p.link((0, -1), (1, -2), summed=True)
     p.link((0, -2), (-1, -2))
     p.link((1, -1), (-1, -1))
@@ -242,7 +242,7 @@ def _recurrent(p: Ports) -> None:
     """W (directions, gates H, in), R (directions, gates H, H), B (directions, 2 gates H), P, and states."""
     gates, hidden = RECURRENT[p.node.op], p.attribute("hidden_size", 0) or p.shape(2)[2]
     if p.attribute("layout", 0):
-        raise Blocked(f"{p.node.op} with layout 1 is in between")
+        raise InBetween(f"{p.node.op} with layout 1")
     p.link((0, 2), (1, 2), summed=True)
     states = [(-1, 3), (-2, 2), (-3, 2), (5, 2), (6, 2)]
     p.link((2, 2), *states)
@@ -257,7 +257,7 @@ def _dequantize(p: Ports) -> None:
     rank = len(p.shape(0))
     along = p.attribute("axis", 1) % rank
     if p.attribute("block_size", 0):
-        raise Blocked(f"{p.node.op} in blocks is in between")
+        raise InBetween(f"{p.node.op} in blocks")
     for axis in range(rank):
         vectors = [(k, 0) for k in (1, 2) if axis == along and p.has(k) and p.shape(k) not in ((), (1,))]
         p.link((0, axis), (-1, axis), *vectors)

@@ -10,7 +10,7 @@ channels along the last axis of x [2, 5, 4] and the map [[[1 2 3 4]]]:
     Gather 0 of axis 1         [[1 2 3 4]]
 
 Numbers are signed: -c stands for the inverse of c (see ``channels``). ``Shape`` arguments are of real data, not
-symbolic. Everything here raises Blocked, with the reason, where an operator does to the channels what no map can say.
+symbolic. Everything here raises Refused, with the reason, where an operator does to the channels what no map can say.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.operators import ALONGSIDE, ATTENTIONS, POOLS, REDUCTIONS, RESHAPES
 from channelfold.runtime.io import edit
 
@@ -54,10 +54,10 @@ def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.
     if node.op in REDUCTIONS:
         axes = _reduced_axes(node, len(source))
         if any(index.shape[axis] > 1 for axis in axes):
-            raise Blocked(f"{node.op} reduces the channel axis")
+            raise Refused(f"{node.op} reduces the channel axis")
         return index if node.attrs.get("keepdims", 1) else np.squeeze(index, axes)
     if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
-        raise Blocked("Resize may fill in values of its own")
+        raise Refused("Resize may fill in values of its own")
     return index
 
 
@@ -117,7 +117,7 @@ def reshaped(index: np.ndarray, source: Shape, result: Shape, op: str) -> np.nda
     """
     before, after = np.cumprod((1, *source)), np.cumprod((1, *result))
     if before[-1] != after[-1] or before[-1] == 0:
-        raise Blocked(f"{op} has shapes that do not agree")
+        raise Refused(f"{op} has shapes that do not agree")
     cuts = sorted({*before.tolist()} & {*after.tolist()})
     places = [bisect_right(cuts, volume) for volume in before[:-1]]
     new_places = [bisect_right(cuts, volume) for volume in after[:-1]]
@@ -125,7 +125,7 @@ def reshaped(index: np.ndarray, source: Shape, result: Shape, op: str) -> np.nda
     for place in held:
         if min(sum(p == place and n > 1 for p, n in zip(*side, strict=True))
                for side in ((places, source), (new_places, result))) > 1:  # fmt: skip
-            raise Blocked(f"{op} mixes its channels with other axes")
+            raise Refused(f"{op} mixes its channels with other axes")
     wide = [size if place in held else 1 for place, size in zip(places, source, strict=True)]
     new = [size if place in held else 1 for place, size in zip(new_places, result, strict=True)]
     return np.broadcast_to(index, wide).reshape(new)
@@ -239,15 +239,15 @@ def _slices(node: gs.Node, held: Sequence[int], shape: Shape) -> tuple[slice, ..
     if axes is None and not edit.has_input(node, 3):
         axes = range(len(shape) if starts is None else len(starts))
     if axes is None:
-        raise Blocked("Slice cuts axes that are computed at run time")
+        raise Refused("Slice cuts axes that are computed at run time")
     for place, axis in enumerate(int(a) % len(shape) for a in axes):
         if held[axis] == 1:
             continue
         if starts is None or ends is None or (steps is None and edit.has_input(node, 4)):
-            raise Blocked("Slice cuts its channels at places computed at run time")
+            raise Refused("Slice cuts its channels at places computed at run time")
         step = 1 if steps is None else int(steps[place])
         if step < 0:
-            raise Blocked("Slice turns its channels round")
+            raise Refused("Slice turns its channels round")
         start, stop, _ = slice(int(starts[place]), int(ends[place])).indices(shape[axis])
         taken[axis] = slice(start, stop, step)
     return tuple(taken)
@@ -259,10 +259,10 @@ def _gathered(node: gs.Node, index: np.ndarray) -> np.ndarray:
     if index.shape[axis] == 1:
         size = edit.rank(node.inputs[1]) if picked is None else picked.ndim
         if size is None:
-            raise Blocked("Gather takes indices of unknown rank")
+            raise Refused("Gather takes indices of unknown rank")
         return index.reshape([*index.shape[:axis], *[1] * size, *index.shape[axis + 1 :]])
     if picked is None:
-        raise Blocked("Gather picks its channels at run time")
+        raise Refused("Gather picks its channels at run time")
     return np.take(index, picked, axis=axis)
 
 
@@ -287,7 +287,7 @@ def _wide_before(node: gs.Node, index: np.ndarray, source: Shape, result: Shape)
 def _reduced_axes(node: gs.Node, rank: int) -> tuple[int, ...]:
     axes = edit.argument(node, 1, "axes")
     if axes is None or not axes.size:
-        raise Blocked(f"{node.op} names no constant axes")
+        raise Refused(f"{node.op} names no constant axes")
     return tuple(sorted({int(axis) % rank for axis in axes}))
 
 
@@ -300,18 +300,18 @@ def _attended(node: gs.Node, index: np.ndarray, values: Shape) -> np.ndarray:
     standard = edit.is_standard(node)
     beside = (4, 5) if standard else (3, 6, 7)
     if any(edit.has_input(node, i) for i in beside) or any(not t.is_empty() for t in node.outputs[1:]):
-        raise Blocked(f"{node.op} has a cache or a bias")
+        raise Refused(f"{node.op} has a cache or a bias")
     if not standard and len(values) != 3:
-        raise Blocked(f"{node.op} has values that are not of rank 3")
+        raise Refused(f"{node.op} has values that are not of rank 3")
     if len(values) == 4:
         kv_heads, heads = values[1], edit.rank(node.inputs[0]) == 4 and node.inputs[0].shape[1]
     else:
         heads = node.attrs.get("q_num_heads" if standard else "num_heads")
         kv_heads = node.attrs.get("kv_num_heads") if standard else heads
     if any(index.shape[axis] > 1 for axis in {4: (0, 2), 3: (0, 1)}[len(values)]):
-        raise Blocked(f"{node.op} does not keep its channels apart")
+        raise Refused(f"{node.op} does not keep its channels apart")
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or isinstance(heads, bool):
-        raise Blocked(f"{node.op} has an unknown number of heads")
+        raise Refused(f"{node.op} has an unknown number of heads")
     if len(values) == 4:
         return np.repeat(np.broadcast_to(index, (1, kv_heads, 1, index.shape[3])), heads // kv_heads, axis=1)
     by_head = np.broadcast_to(index, (1, 1, values[2])).reshape(1, 1, kv_heads, -1)

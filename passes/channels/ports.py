@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.maps import Shape
 from channelfold.runtime.io import edit
 
@@ -58,10 +58,10 @@ class Ports:
         return index < len(tensors) and not tensors[index].is_empty()
 
     def shape(self, port: int) -> Shape:
-        """Raises Blocked where it is unknown."""
+        """Raises Refused where it is unknown."""
         shape = self.shape_of(self.tensor(port))
         if shape is None:
-            raise Blocked(f"the shape of {self.tensor(port).name!r} is unknown")
+            raise Refused(f"the shape of {self.tensor(port).name!r} is unknown")
         return shape
 
     def shape_of(self, tensor: gs.Tensor) -> Shape | None:

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.region import Cut, End, Region
-from channelfold.passes.layers.linear import Linear, NotLinear, cast, check_growth, norm_parameters, view
+from channelfold.passes.layers.linear import Linear, cast, check_growth, norm_parameters, view
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
@@ -42,19 +42,19 @@ def at(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 def rescale(graph: gs.Graph, region: Region, scale: np.ndarray, shift: np.ndarray | None = None) -> None:
     """Moves ``scale`` and ``shift``, (classes,) float64, through a region, 1 and 0 where a class cannot take them.
 
-    Raises Blocked with the reason, and nothing changed, where a weight cannot take its part: a value too large for its
+    Raises Refused with the reason, and nothing changed, where a weight cannot take its part: a value too large for its
     type, a shared weight of more than 1 MB, a shift where ``region.no_shift`` says why there can be none.
     """
     scale = clamped(scale, region.free)
     if shift is not None and np.any(shift) and region.no_shift:
-        raise Blocked(region.no_shift)
+        raise Refused(region.no_shift)
     shift = np.zeros_like(scale) if shift is None else np.where(region.shiftable, shift, 0.0)
     try:
         writes = [write for end in _joined(region.ends) for write in _planned(graph, end, scale, shift)]
         for tensor in {id(cut.tensor): cut.tensor for cut in region.cuts}.values():
             writes.append(_inserted(graph, [cut for cut in region.cuts if cut.tensor is tensor], scale, shift))
-    except (NotLinear, OverflowError) as error:
-        raise Blocked(str(error)) from None
+    except Refused as error:
+        raise Refused(str(error)) from None
     for write in writes:
         write()
     edit.sweep(graph)

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import InBetween, Refused, TwoActivations
 from channelfold.passes.channels.maps import (
     MOVES,
     Classes,
@@ -44,7 +44,7 @@ from channelfold.passes.channels.maps import (
 )
 from channelfold.passes.channels.region import Cut, End, Region
 from channelfold.passes.layers.affine import Vector, passes
-from channelfold.passes.layers.linear import Linear, NotLinear, view
+from channelfold.passes.layers.linear import Linear, view
 from channelfold.passes.operators import _OVER_AXIS_1, ATTENTIONS, LINEAR_OPS, NORMS, SKIP_NORMS, UNBIASED_NORMS
 from channelfold.runtime.io import edit
 
@@ -59,7 +59,7 @@ Move = tuple[gs.Tensor, np.ndarray, bool]  # a tensor to follow, its map, whethe
 def trace(graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: Mapping[str, Shape], insert: bool = False) -> Region:
     """The region of a tensor whose channels lie along ``axis``. ``shapes``: of all tensors for some input, by name.
 
-    With ``insert`` nothing is followed beyond that tensor and the constants that are next to it. Raises Blocked where
+    With ``insert`` nothing is followed beyond that tensor and the constants that are next to it. Raises Refused where
     the tensor's shape is unknown.
     """
     tracer = _Tracer(graph=graph, shapes=shapes, insert=insert)
@@ -76,7 +76,7 @@ def trace(graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: Mapping[str, Sh
 def reach(graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape], allow_insert: bool) -> Region:
     """The region of what a linear reads, traced with ``insert`` where it has nothing to give otherwise and that may be.
 
-    Raises Blocked with the reason where no channel can be scaled.
+    Raises Refused with the reason where no channel can be scaled.
     """
     reason = ""
     for insert in (False, True) if allow_insert else (False,):
@@ -84,7 +84,7 @@ def reach(graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape], allow_in
         reason = region.why_fixed(region.places[id(linear.data)][1])
         if not reason:
             return region
-    raise Blocked(reason)
+    raise Refused(reason)
 
 
 @dataclass
@@ -132,7 +132,7 @@ class _Tracer(Classes):
         if isinstance(tensor, gs.Constant):
             return tuple(tensor.shape)
         if tensor.name not in self.shapes:
-            raise Blocked(f"the shape of {tensor.name!r} is unknown")
+            raise Refused(f"the shape of {tensor.name!r} is unknown")
         return self.shapes[tensor.name]
 
     def visit(self, tensor: gs.Tensor, index: np.ndarray, shifted: bool) -> None:
@@ -171,7 +171,7 @@ class _Tracer(Classes):
                 self.deferred.append((place, None))
             else:
                 self.cross(node, place, forward=reader is not None)
-        except Blocked as error:
+        except Refused as error:
             if self.insert:
                 self.cuts.append(Cut(place.tensor, reader, place.index, str(error), place.shifted))
             else:
@@ -179,27 +179,27 @@ class _Tracer(Classes):
 
     def writer(self, tensor: gs.Tensor) -> gs.Node:
         if edit.is_output(self.graph, tensor):
-            raise Blocked("it is an output of the graph")
+            raise Refused("it is an output of the graph")
         node = edit.producer(tensor)
         if node is None:
-            raise Blocked("an input of the graph feeds it")
+            raise Refused("an input of the graph feeds it")
         return node
 
     def cross(self, node: gs.Node, place: _Place, forward: bool) -> None:
-        """Ends the region at a node or follows it to the other side. Raises Blocked, with nothing tied to anything."""
+        """Ends the region at a node or follows it to the other side. Raises Refused, with nothing tied to anything."""
         if not edit.in_graph(self.graph, node):
-            raise Blocked("a subgraph " + ("reads it" if forward else "writes it"))
+            raise Refused("a subgraph " + ("reads it" if forward else "writes it"))
         if forward and sum(t is place.tensor for t in node.inputs) > 1:
-            raise Blocked(f"{node.op} reads it twice")
+            raise Refused(f"{node.op} reads it twice")
         if self.reads(node, place) if forward else self.writes(node, place):
             return
         known = self.related.get(id(node), [])
         if any(place.tensor is tensor for tensor in known):
             return
         if known:
-            raise Blocked(f"{node.op} combines it with another scaled activation")
+            raise Refused(f"{node.op} combines it with another scaled activation")
         if self.insert and not self.is_near(node, place, forward):
-            raise Blocked(f"{node.op} {'follows' if forward else 'precedes'} it")
+            raise Refused(f"{node.op} {'follows' if forward else 'precedes'} it")
         moves = self.moves(node, place, forward)
         self.related[id(node)] = [place.tensor, *(tensor for tensor, _, _ in moves)]
         for move in moves:
@@ -235,9 +235,9 @@ class _Tracer(Classes):
         for source in sources:
             try:
                 linear = view(self.graph, source)
-            except NotLinear as error:
-                if source is node and "two activations" not in str(error):
-                    raise Blocked(f"{node.op} precedes it, but {error}") from None
+            except Refused as error:
+                if source is node and not isinstance(error, TwoActivations):
+                    raise Refused(f"{node.op} precedes it, but {error}") from None
                 continue
             if linear.output is tensor:
                 return linear
@@ -247,15 +247,15 @@ class _Tracer(Classes):
         skip = node.op in SKIP_NORMS
         first = 2 if skip else 1
         if place.tensor is not node.outputs[0]:
-            raise Blocked(f"it is the unnormalized sum of {node.op}" if skip else f"it is a statistic of {node.op}")
+            raise Refused(f"it is the unnormalized sum of {node.op}" if skip else f"it is a statistic of {node.op}")
         if not skip and any(not t.is_empty() for t in node.outputs[1:]):
-            raise Blocked(f"{node.op} also returns its statistics")
+            raise Refused(f"{node.op} also returns its statistics")
         axis = 1 if node.op in _OVER_AXIS_1 else len(self.shape(place.tensor)) - 1
         channels = self.shape(place.tensor)[axis]
         last = first + (1 if node.op in UNBIASED_NORMS else 2)
         parameters = [t for t in node.inputs[first:last] if not t.is_empty()]
         if any(not isinstance(t, gs.Constant) or tuple(t.shape) != (channels,) for t in parameters) or not parameters:
-            raise Blocked(f"the parameters of {node.op} are not constant vectors over the channels")
+            raise Refused(f"the parameters of {node.op} are not constant vectors over the channels")
         if place.shifted and node.op in UNBIASED_NORMS:
             self.forbid_shift(place.index, f"{node.op} has no bias")
         self.ends.append(End("norm", node, self.along(place.index, axis, channels), place.shifted))
@@ -266,12 +266,12 @@ class _Tracer(Classes):
             return False
         try:
             linear = view(self.graph, node)
-        except NotLinear as error:
-            if "two activations" in str(error):
-                return False
-            raise Blocked(f"{node.op} reads it, but {error}") from None
+        except TwoActivations:
+            return False
+        except Refused as error:
+            raise Refused(f"{node.op} reads it, but {error}") from None
         if linear.data is not place.tensor:
-            raise Blocked(f"{node.op} reads it as its weight")
+            raise Refused(f"{node.op} reads it as its weight")
         if place.shifted and linear.padded:
             self.forbid_shift(place.index, f"a shift does not pass the zero padding of {node.op}")
         vector = self.along(place.index, linear.in_axis, linear.channels[1])
@@ -292,15 +292,15 @@ class _Tracer(Classes):
                 return self.product(node, place, forward)
             if node.op in ("Concat", "Split"):
                 return self.pieces(node, place)
-        raise Blocked(f"{node.op} reads it" if forward else f"{node.op} is in between")
+        raise Refused(f"{node.op} reads it") if forward else InBetween(node.op)
 
     def moved(self, node: gs.Node, source: gs.Tensor, place: _Place, forward: bool) -> list[Move]:
         """One input and one output, the channels of which are those of the input or some of them."""
         result = node.outputs[0]
         if place.tensor is not source and place.tensor is not result:
-            raise Blocked(f"it is a second output of {node.op}")
+            raise Refused(f"it is a second output of {node.op}")
         if node.op == "Cast" and not edit.is_float(result):
-            raise Blocked("Cast makes integers of it")
+            raise Refused("Cast makes integers of it")
         shapes = self.shape(source), self.shape(result)
         mixed = mixed_axes(node, *shapes)
         index = self.fitted(place.index, [1 if i in mixed else n for i, n in enumerate(place.index.shape)])
@@ -312,7 +312,7 @@ class _Tracer(Classes):
         return [(source, before, shifted)]
 
     def shift_passes(self, node: gs.Node, index: np.ndarray, shifted: bool) -> bool:
-        """Whether a shift comes along; notes why not. Raises Blocked where not even a positive scale passes."""
+        """Whether a shift comes along; notes why not. Raises Refused where not even a positive scale passes."""
         reason = f"a shift does not pass {node.op}" if node.op in _UNSHIFTED else ""
         if node.op not in (*_SHIFTED, *_UNSHIFTED):
             wide = [axis for axis, size in enumerate(index.shape) if size > 1]
@@ -336,7 +336,7 @@ class _Tracer(Classes):
         else:
             tied = [node.inputs[1 - operand]]
         if node.op == "Div" and tied[0] is node.inputs[1]:
-            raise Blocked("a constant is divided by it" if operand == 0 else "Div divides by it")
+            raise Refused("a constant is divided by it" if operand == 0 else "Div divides by it")
         shifted = place.shifted and operand is not None and node.op in ("Add", "Sub")
         if place.shifted and not shifted:
             self.forbid_shift(index, f"a shift does not pass {node.op}")
@@ -363,7 +363,7 @@ class _Tracer(Classes):
         sides = (0,) if node.op == "Div" else (1, 0)
         carriers = [node.inputs[side] for side in sides if self.comes_from_weights(node.inputs[side])]
         if not carriers:
-            raise Blocked(f"{node.op} of two activations is in between")
+            raise InBetween(f"{node.op} of two activations")
         if len(carriers) > 1:
             self.choices.append(node)
         carriers.sort(key=lambda tensor: len(tensor.outputs))
@@ -389,9 +389,9 @@ class _Tracer(Classes):
         left, right = node.inputs
         result, index = node.outputs[0], place.index
         if min(len(self.shape(left)), len(self.shape(right))) < 2:
-            raise Blocked("MatMul sums over it" if forward else "MatMul with a vector is in between")
+            raise Refused("MatMul sums over it") if forward else InBetween("MatMul with a vector")
         if index.shape[-1] > 1 and index.shape[-2] > 1:
-            raise Blocked("MatMul mixes its channels")
+            raise Refused("MatMul mixes its channels")
         if not forward:
             by_rows = index.shape[-2] > 1
             passed = place.shifted and not by_rows and self.rows_sum_to_one(left)
@@ -423,7 +423,7 @@ class _Tracer(Classes):
         if node.op == "Split":
             whole, parts = node.inputs[0], list(node.outputs)
         if any(t.is_empty() for t in parts):
-            raise Blocked(f"{node.op} drops a part")
+            raise Refused(f"{node.op} drops a part")
         shapes = [self.shape(t) for t in parts]
         axis = int(node.attrs.get("axis", 0)) % len(shapes[0])
         full = place.index

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import DoesNotFit, InBetween, Refused
 from channelfold.passes.channels.scale_regions import Shape
-from channelfold.passes.layers.linear import Linear, NotLinear, cast, check_growth, view
+from channelfold.passes.layers.linear import Linear, cast, check_growth, view
 from channelfold.passes.operators import LINEAR_OPS
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
@@ -71,7 +71,7 @@ class Width:
         """Gives the group another width.
 
         ``rows`` and ``columns`` map an array (channels, …), of what writes and of what reads the channels, to one with
-        the new number of channels. ``shapes``, of tensors by name, are brought up to date. Raises Blocked, with nothing
+        the new number of channels. ``shapes``, of tensors by name, are brought up to date. Raises Refused, with nothing
         changed, where a value does not fit its type.
         """
         try:
@@ -81,8 +81,8 @@ class Width:
                 new = cast(np.moveaxis(rows(np.moveaxis(old, axis, 0)), 0, axis), old.dtype)
                 name = f"{node.inputs[place].name}_resized"
                 writes.append(lambda n=node, p=place, v=new, m=name: edit.set_constant(self.graph, n, p, v, m))
-        except OverflowError as error:
-            raise Blocked(str(error)) from None
+        except DoesNotFit as error:
+            raise Refused(str(error)) from None
         for gather in self.gathers:
             index = rows(np.asarray(edit.value(gather.inputs[1])))
             writes.append(lambda n=gather, v=index: edit.set_constant(self.graph, n, 1, v, f"{n.name}_indices"))
@@ -116,7 +116,7 @@ class Width:
 def follow(graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: Mapping[str, Shape]) -> Width:
     """The group of a tensor whose channels lie along ``axis``. ``shapes``: of all tensors for some input, by name.
 
-    Raises Blocked, with the reason, where its width cannot change.
+    Raises Refused, with the reason, where its width cannot change.
     """
     tracer = _Tracer(graph, shapes, Width(graph, _shape(shapes, tensor)[axis]))
     tracer.visit(tensor, axis)
@@ -128,10 +128,10 @@ def follow(graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: Mapping[str, S
 
 
 def read_by(graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape]) -> Width:
-    """The group of what a linear reads. Raises Blocked as ``follow``, and where linears read other tensors of it."""
+    """The group of what a linear reads. Raises Refused as ``follow``, and where linears read other tensors of it."""
     width = follow(graph, linear.data, linear.in_axis % len(_shape(shapes, linear.data)), shapes)
     if any(reader.data is not linear.data for reader in width.readers):
-        raise Blocked("linears read its channels from several tensors")
+        raise Refused("linears read its channels from several tensors")
     return width
 
 
@@ -173,17 +173,17 @@ class _Tracer:
             self.width.axes[id(tensor)] = (tensor, axis)
             self.pending.append((tensor, axis))
         elif known[1] != axis:
-            raise Blocked(f"{tensor.name!r} has these channels on two axes")
+            raise Refused(f"{tensor.name!r} has these channels on two axes")
 
     def expand(self, tensor: gs.Tensor, axis: int) -> None:
         """Follows a tensor to the node that writes it and to all that read it."""
         if edit.is_output(self.graph, tensor):
-            raise Blocked("it is an output of the graph")
+            raise Refused("it is an output of the graph")
         writer = edit.producer(tensor)
         if writer is None:
-            raise Blocked("an input of the graph feeds it")
+            raise Refused("an input of the graph feeds it")
         if not all(edit.in_graph(self.graph, node) for node in (writer, *edit.consumers(tensor))):
-            raise Blocked("a subgraph has a part in it")
+            raise Refused("a subgraph has a part in it")
         if not self.writes(writer, tensor, axis):
             self.step(writer, tensor, axis)
         for node in edit.consumers(tensor):
@@ -196,7 +196,7 @@ class _Tracer:
         if node.op == "Gather" and edit.is_standard(node):
             index = edit.value(node.inputs[1])
             if index is None or index.ndim != 1 or int(node.attrs.get("axis", 0)) % rank != axis:
-                raise Blocked("Gather is in between")
+                raise InBetween("Gather")
             self.width.gathers.append(node)
             self.width.linear = False
             return True
@@ -204,7 +204,7 @@ class _Tracer:
         if linear is None:
             return False
         if linear.out_axis % rank != axis:
-            raise Blocked(f"{node.op} writes its channels along another axis")
+            raise Refused(f"{node.op} writes its channels along another axis")
         self.width.writers.append(linear)
         return True
 
@@ -214,7 +214,7 @@ class _Tracer:
         if linear is None:
             return False
         if linear.data is not tensor or linear.in_axis % len(_shape(self.shapes, tensor)) != axis:
-            raise Blocked(f"{node.op} reads it otherwise than along its channels")
+            raise Refused(f"{node.op} reads it otherwise than along its channels")
         self.width.readers.append(linear)
         return True
 
@@ -223,10 +223,10 @@ class _Tracer:
             return None
         try:
             linear = view(self.graph, node)
-        except NotLinear as error:
-            raise Blocked(f"{node.op} {verb} it, but {error}") from None
+        except Refused as error:
+            raise Refused(f"{node.op} {verb} it, but {error}") from None
         if linear.groups > 1:
-            raise Blocked(f"{node.op} {verb} it in groups")
+            raise Refused(f"{node.op} {verb} it in groups")
         return linear
 
     def step(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
@@ -236,14 +236,14 @@ class _Tracer:
         self.passed.add(id(node))
         vendor = node.domain == "com.microsoft" and node.op in _VENDOR
         if not (vendor or edit.is_standard(node)) or any(not t.is_empty() for t in node.outputs[1:]):
-            raise Blocked(f"{node.op} is in between")
+            raise InBetween(f"{node.op}")
         if node.op in _BINARY:
             self.operands(node, axis - len(_shape(self.shapes, tensor)))
             return
         self.width.linear = self.width.linear and node.op in (*_KEEPING, "Transpose")
         source, result = node.inputs[0], node.outputs[0]
         if any(t is tensor for t in node.inputs[1:]):
-            raise Blocked(f"{node.op} is in between")
+            raise InBetween(f"{node.op}")
         if node.op == "Transpose":
             perm = list(node.attrs.get("perm") or range(len(_shape(self.shapes, source)))[::-1])
             before = axis if tensor is source else perm[axis]
@@ -253,7 +253,7 @@ class _Tracer:
             self.visit(source, axis)
             self.visit(result, axis)
         else:
-            raise Blocked(f"{node.op} is in between")
+            raise InBetween(f"{node.op}")
 
     def operands(self, node: gs.Node, axis: int) -> None:
         """Passes a node whose operands are broadcast to each other; ``axis`` counts from the end."""
@@ -272,7 +272,7 @@ def _shape(shapes: Mapping[str, Shape], tensor: gs.Tensor) -> Shape:
     if isinstance(tensor, gs.Constant):
         return tuple(tensor.shape)
     if tensor.name not in shapes:
-        raise Blocked(f"the shape of {tensor.name!r} is unknown")
+        raise Refused(f"the shape of {tensor.name!r} is unknown")
     return shapes[tensor.name]
 
 

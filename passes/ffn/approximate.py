@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.ffn.ffn import Ffn, find_ffns
 from channelfold.passes.layers.linear import view
@@ -99,7 +99,7 @@ class ApproximateFfn(Pass):
             try:
                 sites.append(self._study(ffn, moments))
                 held += [moments] if whole else []
-            except Blocked as error:
+            except Refused as error:
                 outcome.refuse(ffn.name, str(error), "data")
         if not sites:
             return outcome
@@ -149,15 +149,15 @@ class ApproximateFfn(Pass):
                 yield next(remaining), group.pop(0)
 
     def _study(self, ffn: Ffn, moments: Moments) -> _Site:
-        """The error curves of an FFN. Raises Blocked where the data do not suffice."""
+        """The error curves of an FFN. Raises Refused where the data do not suffice."""
         if moments.count < ffn.hidden:
-            raise Blocked(f"{moments.count} positions were seen, too few for {ffn.hidden} hidden channels")
+            raise Refused(f"{moments.count} positions were seen, too few for {ffn.hidden} hidden channels")
         covariance, matrix = moments.covariance, ffn.matrix()
         first = len(covariance) - ffn.hidden
         inner, gram = covariance[first:, first:], matrix.T @ matrix
         energy = least_squares.energy(inner, matrix)
         if not energy > 0:
-            raise Blocked("its output is constant on the calibration data")
+            raise Refused("its output is constant on the calibration data")
         ridge, units = self._ridge(moments, ffn), np.arange(ffn.hidden)[:, None]
         plain = least_squares.order(inner, gram, units, ridge)
         dense = None
@@ -288,7 +288,7 @@ class _Site:
                 with_branch = f" and {into}" if choice.branch else ""
                 what = f"{before} -> {choice.kept} hidden channels{with_branch}, output {error:.2%} off"
                 outcome.change(ffn.name, what)
-            except Blocked as reason:
+            except Refused as reason:
                 outcome.refuse(ffn.name, str(reason), "overflow")
         return {
             "node": ffn.name,

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Refusal
+from channelfold.passes.base import DoesNotFit, InBetween, Refusal, Refused
 from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.channels.widths import Width, read_by
-from channelfold.passes.layers.linear import Linear, NotLinear, cast, check_growth, live_linears, view
+from channelfold.passes.layers.linear import Linear, cast, check_growth, live_linears, view
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
@@ -86,7 +86,7 @@ class Ffn:
     ) -> None:
         """Keeps the hidden channels ``kept`` (k,), with W2' = ``matrix`` (outputs, k) and b2' = b2 + ``offset``.
 
-        ``dense``: M (outputs, inputs) or None. ``shapes`` are brought up to date. Raises Blocked, with nothing changed,
+        ``dense``: M (outputs, inputs) or None. ``shapes`` are brought up to date. Raises Refused, with nothing changed,
         where a value does not fit its type.
         """
         down, graph = view(self.down.graph, self.down.node), self.down.graph
@@ -95,8 +95,8 @@ class Ffn:
             bias = cast(offset if old is None else old + offset, down.dtype)
             cast(matrix, down.dtype)
             branch = None if dense is None else self._branch(down, dense)
-        except OverflowError as error:
-            raise Blocked(str(error)) from None
+        except DoesNotFit as error:
+            raise Refused(str(error)) from None
         self.width = read_by(graph, down, shapes)  # an FFN that ends where this one begins may have a new bias by now
         self.width.resize(lambda rows: rows[kept], lambda old: matrix.T.reshape(len(kept), *old.shape[1:]), shapes)
         self.down = view(graph, self.down.node)
@@ -108,9 +108,9 @@ class Ffn:
             self._add_branch(branch)
 
     def _branch(self, down: Linear, dense: np.ndarray) -> np.ndarray:
-        """The weight of the dense branch, or of the linear that takes it up. Raises Blocked, OverflowError."""
+        """The weight of the dense branch, or of the linear that takes it up. Raises Refused, DoesNotFit."""
         if self.no_branch:
-            raise Blocked(self.no_branch)
+            raise Refused(self.no_branch)
         if self.parallel is None:
             shaped = dense.reshape(*dense.shape, *[1] * len(down.kernel))
             return cast(shaped if down.node.op in ("Conv", "Gemm") else down.unorient(shaped), down.dtype)
@@ -148,14 +148,14 @@ def find_ffns(graph: gs.Graph, shapes: Mapping[str, Shape], refused: list[Refusa
     for node in live_linears(graph):
         try:
             down = view(graph, node)
-        except NotLinear:
+        except Refused:
             continue
         if not _follows_activation(down) or any(size > 1 for size in down.kernel):
             continue
         try:
             found.append(_ffn(graph, down, shapes))
-        except Blocked as error:
-            refused.append(Refusal(node.name, f"{node.op}: {error}", str(error)))
+        except Refused as error:
+            refused.append(Refusal(node.name, f"{node.op}: {error}", error.code))
     begin = {id(up.node) for ffn in found for up in ffn.ups}
     end = {id(ffn.down.node) for ffn in found}
     for ffn in found:  # a branch would have the hidden channels of the other one, which are cut, too
@@ -171,23 +171,23 @@ def _follows_activation(linear: Linear) -> bool:
 
 
 def _ffn(graph: gs.Graph, down: Linear, shapes: Mapping[str, Shape]) -> Ffn:
-    """The FFN that ends in ``down``. Raises Blocked with the reason where there is none."""
+    """The FFN that ends in ``down``. Raises Refused with the reason where there is none."""
     width = read_by(graph, down, shapes)
     if width.gathers:
-        raise Blocked("a Gather of its channels is in between")
+        raise InBetween("a Gather of its channels")
     if len(width.readers) > 1:
-        raise Blocked(f"{len(width.readers)} linears read the hidden channels")
+        raise Refused(f"{len(width.readers)} linears read the hidden channels")
     if len({id(up.node) for up in width.writers}) not in (1, 2):
-        raise Blocked(f"{len(width.writers)} linears write the hidden channels, expected one, or two with a gate")
+        raise Refused(f"{len(width.writers)} linears write the hidden channels, expected one, or two with a gate")
     if any(up.data is not width.writers[0].data or up.in_axis != width.writers[0].in_axis for up in width.writers):
-        raise Blocked("the linears that write the hidden channels read different tensors")
+        raise Refused("the linears that write the hidden channels read different tensors")
     if any(up.node is down.node for up in width.writers):
-        raise Blocked("it writes the channels that it reads")
+        raise Refused("it writes the channels that it reads")
     for linear in (*width.writers, down):
         if any(size > 1 for size in linear.kernel) or any(s > 1 for s in linear.node.attrs.get("strides") or ()):
-            raise Blocked(f"{linear.node.op} {linear.name} sees more than one position, or leaves some out")
+            raise Refused(f"{linear.node.op} {linear.name} sees more than one position, or leaves some out")
         if linear.padded:
-            raise Blocked(f"{linear.node.op} {linear.name} pads its input")
+            raise Refused(f"{linear.node.op} {linear.name} pads its input")
     ffn = Ffn(width, down, math.prod(shapes[down.data.name]) // width.channels)
     ffn.no_branch = _why_no_branch(ffn, shapes)
     if not ffn.no_branch:
@@ -218,7 +218,7 @@ def _parallel(graph: gs.Graph, ffn: Ffn) -> Linear | None:
                 continue
             try:
                 linear = view(graph, node)
-            except NotLinear:
+            except Refused:
                 continue
             same = linear.data is ffn.ups[0].data and linear.in_axis == ffn.ups[0].in_axis
             if linear.output is tensor and same and linear.groups == 1 and linear.channels[0] == ffn.outputs:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.cones import Cone, cone
 from channelfold.passes.channels.functions import CONSTANT, Function, Functions, Reader, UnknownShape
-from channelfold.passes.layers.linear import Linear, NotLinear, view
+from channelfold.passes.layers.linear import Linear, view
 from channelfold.passes.operators import LINEAR_OPS
 from channelfold.runtime.data.sources import Data, random_data
 from channelfold.runtime.errors import DataError
@@ -102,7 +102,7 @@ class Pairs:
     def at(self, node: gs.Node, plain: bool = False) -> Pair | None:
         """The pair whose second linear a node is, or None; with ``plain`` also one that treats all channels alike.
 
-        Raises Blocked where some channels may bypass the activation and nobody can tell which.
+        Raises Refused where some channels may bypass the activation and nobody can tell which.
         """
         outer = self._pointwise(node)
         inner: dict[int, Linear] = {}
@@ -117,7 +117,7 @@ class Pairs:
             return None
         try:
             found = cone(self.graph, outer.data, is_root, roots=2)
-        except Blocked:
+        except Refused:
             return None
         linears = tuple(inner[id(root)] for root in found.roots)
         if not (plain or found.varied) or any(self._pointwise(linear.node) is None for linear in linears):
@@ -126,7 +126,7 @@ class Pairs:
         functions = Functions()
         try:
             channels, tensors = self.read(found, axes, outer.in_axis, functions)
-        except Blocked:
+        except Refused:
             if found.mixed:
                 raise
             return None
@@ -137,10 +137,10 @@ class Pairs:
     ) -> tuple[np.ndarray, list[gs.Tensor]]:
         """``Reader.read`` for several sizes of the input, and the tensors of the cone that depend on the roots.
 
-        Raises Blocked, also where the sizes differ.
+        Raises Refused, also where the sizes differ.
         """
         seen: list[np.ndarray] = []
-        unknown = Blocked("its shape is unknown")
+        unknown = Refused("its shape is unknown")
         outputs = [tensor for node in found.nodes for tensor in node.outputs]
         tensors: list[gs.Tensor] = []
         for reader in self._readers():
@@ -152,7 +152,7 @@ class Pairs:
                 continue
             tensors = [tensor for tensor in outputs if id(tensor) in reader.elements]
             if not np.array_equal(seen[0], seen[-1]):
-                raise Blocked("which channels go through the activation depends on the size of the input")
+                raise Refused("which channels go through the activation depends on the size of the input")
             if len(seen) == _READINGS:
                 break
         if not seen:
@@ -172,7 +172,7 @@ class Pairs:
             return None
         try:
             linear = view(self.graph, node)
-        except NotLinear:
+        except Refused:
             return None
         attrs = node.attrs
         if linear.is_conv:
@@ -188,7 +188,7 @@ class Pairs:
             if source is not None and source.op in LINEAR_OPS:
                 try:
                     linear = view(self.graph, source)
-                except NotLinear:
+                except Refused:
                     continue
                 if linear.output is tensor:
                     return linear

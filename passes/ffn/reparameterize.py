@@ -30,12 +30,12 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.channels.cones import cone, is_shape
 from channelfold.passes.channels.functions import CONSTANT, MIXED, Function, Functions
 from channelfold.passes.ffn.pairs import Pair, Pairs
 from channelfold.passes.layers.affine import Affine, as_affine
-from channelfold.passes.layers.linear import Linear, NotLinear, cast
+from channelfold.passes.layers.linear import Linear, cast
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, infer_shapes
 
@@ -61,20 +61,20 @@ class ReparameterizeFfn(Pass):
                     pair = pairs.at(node)
                     if pair is not None and _has_idle(pair):
                         outcome.change(node.name, self._fold(pairs, pair, outcome))
-                except (Blocked, NotLinear, OverflowError) as error:
+                except Refused as error:
                     if pair is None or pair.activated:  # two linears in a row are no FFN, and no news
-                        outcome.refuse(node.name, f"{node.op}: {error}", str(error))
+                        outcome.refuse(node.name, f"{node.op}: {error}", error.code)
         finally:
             if outcome.changed:
                 edit.remove_dead(graph)
         return outcome
 
     def _fold(self, pairs: Pairs, pair: Pair, outcome: Outcome) -> str:
-        """Folds the idle channels of a pair; returns what was done. Raises Blocked, OverflowError, nothing changed."""
+        """Folds the idle channels of a pair; returns what was done. Raises Refused, DoesNotFit, nothing changed."""
         _check(pairs.graph, pair)
         idle, hidden, macs = int(pair.idle.sum()), pair.idle.size, f"{pair.macs:,} to {pair.folded_macs:,}"
         if pair.folded_macs >= pair.macs and not self.always:
-            raise Blocked(f"folding {idle} idle of {hidden} channels would take the MACs per position from {macs}")
+            raise Refused(f"folding {idle} idle of {hidden} channels would take the MACs per position from {macs}")
         place = _place(pairs, pair, outcome)
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
             weights = _folded(pair, place)
@@ -87,7 +87,7 @@ class ReparameterizeFfn(Pass):
 
 
 def _has_idle(pair: Pair) -> bool:
-    """Raises Blocked for a gate that is idle: the product is no function of one channel alone."""
+    """Raises Refused for a gate that is idle: the product is no function of one channel alone."""
     if pair.idle.any():
         return True
     kinds = [pair.functions[f] for f in np.unique(pair.channels["function"])]
@@ -95,27 +95,27 @@ def _has_idle(pair: Pair) -> bool:
         given = [a.affine for a in function.arguments if isinstance(a, Function)]
         if function.node is not None and function.node.op == "Mul" and len(given) == 2 and None not in given:
             count = int(np.sum(pair.channels["function"] == pair.functions.index(function)))
-            raise Blocked(f"its gate is idle on {count} channels, but a product of two linears is not linear")
+            raise Refused(f"its gate is idle on {count} channels, but a product of two linears is not linear")
     return False
 
 
 def _check(graph: gs.Graph, pair: Pair) -> None:
-    """Raises Blocked where the active channels cannot be computed apart, or something else needs the others."""
+    """Raises Refused where the active channels cannot be computed apart, or something else needs the others."""
     kinds = np.unique(pair.channels["function"][pair.active])
     if kinds.size > 1 or MIXED in kinds:
         differ = f"have {kinds.size} different activations" if MIXED not in kinds else "each have another activation"
-        raise Blocked(f"its active channels {differ}")
+        raise Refused(f"its active channels {differ}")
     if len({linear.dtype for linear in (*pair.inner, pair.outer)}) > 1:
-        raise Blocked("its linears compute in different types")
+        raise Refused("its linears compute in different types")
     if any(linear.data is not pair.inner[0].data for linear in pair.inner):
-        raise Blocked("its inner linears read different tensors")
+        raise Refused("its inner linears read different tensors")
     for tensor in reversed(pair.tensors):  # the last one that others read says most
         if edit.is_output(graph, tensor):
-            raise Blocked(f"{tensor.name!r} is an output of the graph")
+            raise Refused(f"{tensor.name!r} is an output of the graph")
         for node in edit.consumers(tensor):
             if node is not pair.outer.node and _is_needed(graph, node, pair.outer.node):
                 what = "the shape of " if is_shape(node) else ""
-                raise Blocked(f"{what}{tensor.name!r} is also needed elsewhere, by {node.op}")
+                raise Refused(f"{what}{tensor.name!r} is also needed elsewhere, by {node.op}")
 
 
 def _is_needed(graph: gs.Graph, node: gs.Node, besides: gs.Node) -> bool:
@@ -157,7 +157,7 @@ def _place(pairs: Pairs, pair: Pair, outcome: Outcome) -> _Place:
     source = next(t for t in add.inputs if t is not out)
     try:
         if isinstance(source, gs.Constant) or pair.outer.channels[0] != pair.inner[0].channels[1]:
-            raise Blocked("it adds something else than what the FFN reads")
+            raise Refused("it adds something else than what the FFN reads")
         if source is data:
             return _Place(data, tail=tail, add=add)
         axis = pair.inner[0].in_axis
@@ -167,8 +167,8 @@ def _place(pairs: Pairs, pair: Pair, outcome: Outcome) -> _Place:
         maps = [(0, 0.0, 0.0) if f == CONSTANT else functions.items[f].affine for f in what["function"]]
         moved = (what["channel"] != np.arange(what.size)) & (what["function"] != CONSTANT)
         if None in maps or moved.any():
-            raise Blocked("what is in between is not one scale and shift a channel")
-    except Blocked as error:
+            raise Refused("what is in between is not one scale and shift a channel")
+    except Refused as error:
         outcome.refuse(add.name, f"Add: the shortcut stays apart: {error}", "shortcut")
         return _Place(data, tail=tail)
     slope, intercept = (np.array([m[i] for m in maps if m is not None]) for i in (1, 2))
@@ -200,7 +200,7 @@ class _Weights:
 
 
 def _folded(pair: Pair, place: _Place) -> _Weights:
-    """The algebra at the top of this file, in float64, cast once. Raises OverflowError."""
+    """The algebra at the top of this file, in float64, cast once. Raises DoesNotFit."""
     what, active, kind = pair.channels, pair.active, pair.outer.dtype
     second, last = _matrix(pair.outer), pair.outer.bias()
     bias = (0.0 if last is None else last) + second @ what["shift"]

@@ -25,9 +25,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.layers.affine import Affine, Vector, after, as_affine, before, find_affine
-from channelfold.passes.layers.linear import Linear, NotLinear, cast, check_growth, norm_parameters, view
+from channelfold.passes.layers.linear import Linear, cast, check_growth, norm_parameters, view
 from channelfold.passes.operators import LINEAR_OPS
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, infer_shapes
@@ -79,8 +79,8 @@ def _fold_everywhere(graph: gs.Graph, outcome: Outcome) -> bool:
             continue
         try:
             site = _site(graph, node)
-        except Blocked as error:
-            outcome.refuse(node.name, f"{node.op}: {error}", str(error))
+        except Refused as error:
+            outcome.refuse(node.name, f"{node.op}: {error}", error.code)
             continue
         if site is None:
             continue
@@ -89,14 +89,14 @@ def _fold_everywhere(graph: gs.Graph, outcome: Outcome) -> bool:
         try:
             outcome.change(name, f"{ops}: {_fold(graph, site)}")
             moved = True
-        except Blocked as error:
+        except Refused as error:
             if site.axis is not None:
-                outcome.refuse(name, f"{ops}: {error}", str(error))
+                outcome.refuse(name, f"{ops}: {error}", error.code)
     return moved
 
 
 def _site(graph: gs.Graph, node: gs.Node) -> Affine | None:
-    """The longest map that starts at a node, None when it starts none. Raises Blocked for what looks like one."""
+    """The longest map that starts at a node, None when it starts none. Raises Refused for what looks like one."""
     run = find_affine(node) if _biased(graph, node) is None else None
     if run is None or _is_factor(node, run):
         return None
@@ -116,7 +116,7 @@ def _biased(graph: gs.Graph, node: gs.Node) -> Linear | None:
         if source is not None and source.op == "MatMul":
             try:
                 linear = view(graph, source)
-            except NotLinear:
+            except Refused:
                 continue
             if linear.bias_node is node:
                 return linear
@@ -163,7 +163,7 @@ def _origin(tensor: gs.Tensor, op: str) -> gs.Node | None:
 
 
 def _fold(graph: gs.Graph, site: Affine) -> str:
-    """Moves as much of a map as can go. Returns what was done; raises Blocked with the reason, nothing changed."""
+    """Moves as much of a map as can go. Returns what was done; raises Refused with the reason, nothing changed."""
     if site.axis is not None and _is_normalized(site.input) and site.nodes[0].op != "BatchNormalization":
         return _shorten(graph, site, "it is the gamma or beta of a norm")
     back, forth = _backward(graph, site), _forward(graph, site)
@@ -173,7 +173,7 @@ def _fold(graph: gs.Graph, site: Affine) -> str:
             continue
         try:
             _move(graph, site, back.ends, backward, forth.ends, forward, left)
-        except (Blocked, NotLinear, OverflowError) as error:
+        except Refused as error:
             reasons = reasons or [str(error)]
         else:
             return words
@@ -216,16 +216,16 @@ def _backward(graph: gs.Graph, site: Affine) -> _Way:
         while True:
             node = edit.producer(tensor)
             if node is None:
-                raise Blocked("an input of the graph precedes it")
+                raise Refused("an input of the graph precedes it")
             if edit.is_output(graph, tensor) or [id(n) for n in tensor.outputs if not _asks_shape(n)] != [id(reader)]:
-                raise Blocked(f"{node.op} in front of it has other readers")
+                raise Refused(f"{node.op} in front of it has other readers")
             end = _end(graph, node)
             if end is not None:
                 break
             reader = node
             tensor, v = before(node, v)
         _check_axis(end, tensor, v.axis)
-    except Blocked as error:
+    except Refused as error:
         way.no_scale = way.no_shift = str(error)
         return way
     way.ends.append((end, v))
@@ -242,15 +242,15 @@ def _forward(graph: gs.Graph, site: Affine) -> _Way:
         while pending:
             tensor, v = pending.pop()
             if edit.is_output(graph, tensor):
-                raise Blocked("its result is an output of the graph")
+                raise Refused("its result is an output of the graph")
             for node in edit.consumers(tensor):
                 if _asks_shape(node):
                     continue
                 if not edit.in_graph(graph, node):
-                    raise Blocked("a subgraph reads its result")
+                    raise Refused("a subgraph reads its result")
                 places = [i for i, t in enumerate(node.inputs) if t is tensor]
                 if places != [0] and (node.op, places) != ("MatMul", [1]):
-                    raise Blocked(f"{node.op} follows it")
+                    raise Refused(f"{node.op} follows it")
                 if node.op not in LINEAR_OPS:
                     pending.append(after(node, v))
                     continue
@@ -260,8 +260,8 @@ def _forward(graph: gs.Graph, site: Affine) -> _Way:
                 _limit(way, site, v)
                 if linear.padded:
                     way.no_shift = way.no_shift or f"a shift does not pass the zero padding of {node.op}"
-    except Blocked as error:
-        way.no_scale = way.no_shift = str(error).replace("is in between", "follows it")
+    except Refused as error:
+        way.no_scale = way.no_shift = error.behind
     return way
 
 
@@ -278,12 +278,12 @@ def _limit(way: _Way, site: Affine, v: Vector) -> None:
 def _view(graph: gs.Graph, node: gs.Node, verb: str) -> Linear:
     try:
         return view(graph, node)
-    except NotLinear as error:
-        raise Blocked(f"{node.op} {verb} it, but {error}") from None
+    except Refused as error:
+        raise Refused(f"{node.op} {verb} it, but {error}") from None
 
 
 def _end(graph: gs.Graph, node: gs.Node) -> Linear | gs.Node | None:
-    """The linear or norm that gives its result out at a node. Raises Blocked for a linear without a view."""
+    """The linear or norm that gives its result out at a node. Raises Refused for a linear without a view."""
     if node.op in LINEAR_OPS:
         linear = _view(graph, node, "precedes")
         return linear if linear.bias_node is None else None
@@ -294,7 +294,7 @@ def _end(graph: gs.Graph, node: gs.Node) -> Linear | gs.Node | None:
 
 
 def _check_axis(end: Linear | gs.Node, tensor: gs.Tensor, axis: int | None, channels: int | None = None) -> None:
-    """Raises Blocked unless a map along ``axis`` of a tensor is along the channels of the end that has the tensor."""
+    """Raises Refused unless a map along ``axis`` of a tensor is along the channels of the end that has the tensor."""
     if axis is None:
         return
     if isinstance(end, Linear):
@@ -307,7 +307,7 @@ def _check_axis(end: Linear | gs.Node, tensor: gs.Tensor, axis: int | None, chan
     if expected < 0 and size is not None:
         expected += size
     if expected != axis or (isinstance(end, gs.Node) and op != "InstanceNormalization" and axis + 1 != size):
-        raise Blocked(f"it scales axis {axis}, which is not the channels of {op}")
+        raise Refused(f"it scales axis {axis}, which is not the channels of {op}")
 
 
 def _move(graph: gs.Graph, site: Affine, back, backward: _Map, forth, forward: _Map, left: _Map) -> None:
@@ -330,7 +330,7 @@ def _move(graph: gs.Graph, site: Affine, back, backward: _Map, forth, forward: _
     parts = _parts(site, *left)
     new = sum(linear.node.op == "MatMul" and linear.bias_node is None and b is not None for linear, (_, b) in linears)
     if new + len(parts) > len(site.nodes):
-        raise Blocked(f"it would take {new} bias Adds behind the MatMuls that read it")
+        raise Refused(f"it would take {new} bias Adds behind the MatMuls that read it")
     for end, values in writes:
         if isinstance(end, Linear):
             end.install(*values)
@@ -343,7 +343,7 @@ def _move(graph: gs.Graph, site: Affine, back, backward: _Map, forth, forward: _
 def _expand(v: Vector, part: _Map, end: Linear, channels: int) -> _Map:
     scale, shift = v.expand(part[0]), v.expand(part[1])
     if scale.ndim and scale.size != channels:
-        raise Blocked(f"it has {scale.size} channels, but {end.name} has {channels}: the shapes in the file are wrong")
+        raise Refused(f"it has {scale.size} channels, but {end.name} has {channels}: the shapes in the file are wrong")
     return scale, shift
 
 
@@ -352,19 +352,19 @@ def _matters(part: _Map) -> bool:
 
 
 def _shorten(graph: gs.Graph, site: Affine, reason: str) -> str:
-    """Writes a run of nodes as one Mul and one Add. Raises Blocked when it is short already."""
+    """Writes a run of nodes as one Mul and one Add. Raises Refused when it is short already."""
     try:
         parts = _parts(site, site.scale, site.shift)
-    except (Blocked, OverflowError):
-        raise Blocked(reason) from None
+    except Refused:
+        raise Refused(reason) from None
     if len(parts) >= len(site.nodes) or len(site.nodes) == 1:
-        raise Blocked(reason)
+        raise Refused(reason)
     _leave(graph, site, parts)
     return f"{len(site.nodes)} nodes merged into {len(parts)}; they stay: {reason}"
 
 
 def _parts(site: Affine, scale: np.ndarray, shift: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """The Mul and the Add that a map takes, as far as they are needed, with their constants. Raises OverflowError."""
+    """The Mul and the Add that a map takes, as far as they are needed, with their constants. Raises DoesNotFit."""
     kind = edit.dtype(site.input) or edit.dtype(site.output)
     if kind is None:
         kind = next((np.dtype(t.dtype) for n in site.nodes for t in n.inputs if isinstance(t, gs.Constant)), None)
@@ -377,7 +377,7 @@ def _parts(site: Affine, scale: np.ndarray, shift: np.ndarray) -> list[tuple[str
         if site.axis is None:
             parts.append((op, values))
         elif size is None:
-            raise Blocked("the rank of its input is unknown")
+            raise Refused("the rank of its input is unknown")
         else:
             parts.append((op, values.reshape(-1, *[1] * (size - 1 - site.axis))))
     return parts
@@ -408,7 +408,7 @@ def _fold_gemm_factors(graph: gs.Graph, outcome: Outcome) -> None:
             linear = view(graph, node)
             check_growth(linear)
             linear.install(*linear.rescaled())
-        except (Blocked, NotLinear, OverflowError) as error:
-            outcome.refuse(node.name, f"Gemm: alpha and beta stay: {error}", str(error))
+        except Refused as error:
+            outcome.refuse(node.name, f"Gemm: alpha and beta stay: {error}", error.code)
         else:
             outcome.change(node.name, f"Gemm: {' and '.join(factors)} into its weight and bias")

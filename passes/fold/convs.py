@@ -37,18 +37,10 @@ import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass
-from channelfold.passes.layers.linear import Linear, NotLinear, cast, view
+from channelfold.passes.base import Context, DoesNotFit, Outcome, Pass, Refused
+from channelfold.passes.layers.linear import Linear, cast, view
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io import edit
-
-
-class _Refused(ValueError):
-    """Why two convolutions stay two. ``code`` is the same for all refusals of one kind."""
-
-    def __init__(self, reason: str, code: str = ""):
-        super().__init__(reason)
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -81,27 +73,27 @@ class MergeConvs(Pass):
                     outcome.change(node.name, "Conv returns its input")
                 elif (base := edit.producer(node.inputs[0])) is not None and _is_conv(base):
                     outcome.change(node.name, f"{base.name} merged into it, {self._merge(graph, base, node)}")
-            except (_Refused, OverflowError) as error:
-                outcome.refuse(node.name, f"Conv: {error}", getattr(error, "code", "") or str(error))
+            except Refused as error:
+                outcome.refuse(node.name, f"Conv: {error}", error.code)
         edit.sweep(graph)
         return len(outcome.changed) > before
 
     def _merge(self, graph: gs.Graph, base: gs.Node, node: gs.Node) -> str:
-        """Merges ``base`` into ``node``; returns what that costs. Raises _Refused or OverflowError, nothing changed."""
+        """Merges ``base`` into ``node``; returns what that costs. Raises Refused or DoesNotFit, nothing changed."""
         if edit.sole_consumer(graph, base.outputs[0]) is not node:
-            raise _Refused("the Conv in front of it has other readers, or is an output of the graph")
+            raise Refused("the Conv in front of it has other readers, or is an output of the graph")
         first, second = _view(graph, base, "the Conv in front of it"), _view(graph, node, "it")
         inner, outer = _Window.of(first), _Window.of(second)
         window, bias = outer.after(inner), first.bias()
         if bias is not None and not np.any(bias):
             bias = None
         if bias is not None and any(outer.pads):
-            raise _Refused("the Conv in front of it has a bias, which does not pass its zero padding")
+            raise Refused("the Conv in front of it has a bias, which does not pass its zero padding")
         growth = _growth(first, second, outer)
         if growth > self.max_macs_growth:
             limit = f"max_macs_growth is {self.max_macs_growth:g}"
             reason = f"merged with the Conv in front of it, it would take {growth:.3g} times the MACs of both ({limit})"
-            raise _Refused(reason, f"too many MACs ({limit})")
+            raise Refused(reason, f"too many MACs ({limit})")
         weight = _checked(_product(first, second), second.dtype)
         if bias is not None:
             own = second.bias()
@@ -130,7 +122,7 @@ class _Window:
     def of(cls, conv: Linear) -> _Window:
         attrs, axes = conv.node.attrs, len(conv.kernel)
         if (mode := attrs.get("auto_pad", "NOTSET")) not in ("NOTSET", "VALID"):
-            raise _Refused(f"{conv.name} pads by itself ({mode})")
+            raise Refused(f"{conv.name} pads by itself ({mode})")
         pads = attrs.get("pads") if mode != "VALID" else None
         ones = [1] * axes
         return cls(
@@ -141,14 +133,14 @@ class _Window:
         )
 
     def after(self, base: _Window) -> _Window:
-        """The window of this Conv and the one in front of it as one. Raises _Refused where that is none."""
+        """The window of this Conv and the one in front of it as one. Raises Refused where that is none."""
         axes = len(self.kernel)
         for axis in range(axes):
             if base.kernel[axis] == 1 or (self.kernel[axis] == 1 and not any(self.pads[axis::axes])):
                 continue
             if self.kernel[axis] > 1:
-                raise _Refused("it and the Conv in front of it both look at several places along one axis")
-            raise _Refused("it pads what a Conv with more than one place to look at made")
+                raise Refused("it and the Conv in front of it both look at several places along one axis")
+            raise Refused("it pads what a Conv with more than one place to look at made")
         return _Window(
             tuple(a * b for a, b in zip(base.kernel, self.kernel, strict=True)),
             tuple(s * t for s, t in zip(base.strides, self.strides, strict=True)),
@@ -178,8 +170,8 @@ def _is_conv(node: gs.Node) -> bool:
 def _view(graph: gs.Graph, node: gs.Node, subject: str) -> Linear:
     try:
         return view(graph, node)
-    except NotLinear as error:
-        raise _Refused(f"{subject} cannot be merged: {error}") from None
+    except Refused as error:
+        raise Refused(f"{subject} cannot be merged: {error}") from None
 
 
 def _remove_identity(graph: gs.Graph, node: gs.Node) -> bool:
@@ -187,7 +179,7 @@ def _remove_identity(graph: gs.Graph, node: gs.Node) -> bool:
     try:
         conv = view(graph, node)
         window = _Window.of(conv)
-    except (NotLinear, _Refused):
+    except Refused:
         return False
     outs, ins = conv.channels
     if outs != ins or any(s != 1 for s in window.strides):
@@ -239,8 +231,8 @@ def _product(first: Linear, second: Linear) -> np.ndarray:
 
 
 def _checked(weight: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A weight in ``dtype``. Raises OverflowError where it is too large or, as a whole, too small for it."""
+    """A weight in ``dtype``. Raises DoesNotFit where it is too large or, as a whole, too small for it."""
     peak = np.abs(weight).max(initial=0)
     if 0 < peak < float(ml_dtypes.finfo(dtype).smallest_normal):
-        raise OverflowError(f"the merged weight, {peak:.3g} at most, is too small for {dtype}")
+        raise DoesNotFit(f"the merged weight, {peak:.3g} at most, is too small for {dtype}")
     return cast(weight, dtype)

@@ -15,13 +15,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-
-
-class _Refused(ValueError):
-    """Why a Pad stays."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,8 @@ class FoldPad(Pass):
             try:
                 convs = _convs(graph, node)
                 pads = _spatial_pads(node)
-            except _Refused as error:
-                outcome.refuse(node.name, f"Pad: {error}", str(error))
+            except Refused as error:
+                outcome.refuse(node.name, f"Pad: {error}", error.code)
                 continue
             for conv in convs:
                 own = conv.attrs.get("pads") or [0] * len(pads)
@@ -55,41 +51,41 @@ class FoldPad(Pass):
 
 
 def _convs(graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
-    """The Conv nodes that are all that reads a Pad. Raises _Refused."""
+    """The Conv nodes that are all that reads a Pad. Raises Refused."""
     padded = node.outputs[0]
     readers = edit.consumers(padded)
     if edit.is_output(graph, padded) or not readers:
-        raise _Refused("its result is an output of the graph")
+        raise Refused("its result is an output of the graph")
     for reader in readers:
         if not edit.in_graph(graph, reader):
-            raise _Refused("a subgraph reads it")
+            raise Refused("a subgraph reads it")
         if reader.op != "Conv" or not edit.is_standard(reader) or reader.inputs[0] is not padded:
-            raise _Refused(f"{reader.op} reads it, and only Conv can take the zeros over")
+            raise Refused(f"{reader.op} reads it, and only Conv can take the zeros over")
         if sum(t is padded for t in reader.inputs) != 1:
-            raise _Refused("Conv reads it as a weight")
+            raise Refused("Conv reads it as a weight")
         if (mode := reader.attrs.get("auto_pad", "NOTSET")) not in ("NOTSET", "VALID"):
-            raise _Refused(f"the Conv behind it pads by itself ({mode})")
+            raise Refused(f"the Conv behind it pads by itself ({mode})")
     return readers
 
 
 def _spatial_pads(node: gs.Node) -> list[int]:
-    """The zeros a Pad adds, as a Conv wants them: starts of all spatial axes, then ends. Raises _Refused."""
+    """The zeros a Pad adds, as a Conv wants them: starts of all spatial axes, then ends. Raises Refused."""
     if (mode := node.attrs.get("mode", "constant")) != "constant":
-        raise _Refused(f"it pads by mode {mode}, not with zeros")
+        raise Refused(f"it pads by mode {mode}, not with zeros")
     if (edit.scalar(node.inputs[2]) if edit.has_input(node, 2) else node.attrs.get("value", 0.0)) != 0:
-        raise _Refused("it pads with a value other than zero, or one that is computed at run time")
+        raise Refused("it pads with a value other than zero, or one that is computed at run time")
     pads = edit.argument(node, 1, "pads")
     if pads is None:
-        raise _Refused("its pads are computed at run time")
+        raise Refused("its pads are computed at run time")
     if edit.has_input(node, 3):
         axes, size = edit.argument(node, 3, ""), edit.rank(node.inputs[0])
         if axes is None or size is None:
-            raise _Refused("its axes are computed at run time, or the rank of its input is unknown")
+            raise Refused("its axes are computed at run time, or the rank of its input is unknown")
         given, pads = pads.reshape(2, -1), np.zeros((2, size), np.int64)
         pads[:, axes] = given
     pads = pads.reshape(2, -1)
     if np.any(pads < 0):
-        raise _Refused("it cuts off (negative pads)")
+        raise Refused("it cuts off (negative pads)")
     if np.any(pads[:, :2]):
-        raise _Refused("it pads the batch or the channels")
+        raise Refused("it pads the batch or the channels")
     return [int(p) for p in pads[:, 2:].reshape(-1)]

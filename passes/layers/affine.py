@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import InBetween, Refused
 from channelfold.runtime.io import edit
 
 _ARITHMETIC = ("Mul", "Div", "Add", "Sub", "Neg")
@@ -79,14 +79,14 @@ def as_affine(node: gs.Node) -> Affine | None:
     """The map one node computes, or None."""
     try:
         return find_affine(node)
-    except Blocked:
+    except Refused:
         return None
 
 
 def find_affine(node: gs.Node) -> Affine | None:
     """The map one node computes, or None.
 
-    Raises Blocked where a node looks like one and is none: a BatchNormalization in training, a channel-wise constant in
+    Raises Refused where a node looks like one and is none: a BatchNormalization in training, a channel-wise constant in
     front of a tensor of unknown shape.
     """
     if not edit.is_standard(node):
@@ -121,48 +121,48 @@ def find_affine(node: gs.Node) -> Affine | None:
 
 def _batchnorm(node: gs.Node) -> Affine:
     if node.attrs.get("training_mode", 0) or not node.attrs.get("spatial", 1):
-        raise Blocked("it is in training mode" if node.attrs.get("training_mode") else "it is not per channel")
+        raise Refused("it is in training mode" if node.attrs.get("training_mode") else "it is not per channel")
     if any(not t.is_empty() for t in node.outputs[1:]):
-        raise Blocked("it returns running statistics, as in training")
+        raise Refused("it returns running statistics, as in training")
     parameters = [edit.value(t) for t in node.inputs[1:5]]
     if any(p is None for p in parameters):
-        raise Blocked("its parameters are computed at run time")
+        raise Refused("its parameters are computed at run time")
     gamma, beta, mean, var = (np.asarray(p, np.float64) for p in parameters)
     if any(p.ndim != 1 for p in (gamma, beta, mean, var)):
-        raise Blocked("its parameters are not vectors")
+        raise Refused("its parameters are not vectors")
     if edit.rank(node.inputs[0]) in (0, 1):
-        raise Blocked("its input has no channel axis")
+        raise Refused("its input has no channel axis")
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = gamma / np.sqrt(var + float(np.float32(node.attrs.get("epsilon", 1e-5))))
         shift = beta - mean * scale
     if not np.isfinite(scale).all() or not np.isfinite(shift).all():
-        raise Blocked("its parameters give a scale or shift that is infinite or not a number")
+        raise Refused("its parameters give a scale or shift that is infinite or not a number")
     return Affine((node,), 1, scale, shift, node.inputs[0], node.outputs[0])
 
 
 def _vector(constant: gs.Constant, x: gs.Tensor) -> tuple[int | None, np.ndarray] | None:
     """(axis, values) of a constant that varies along at most one axis of ``x`` and does not broaden ``x``.
 
-    Raises Blocked when the shape of ``x`` does not tell.
+    Raises Refused when the shape of ``x`` does not tell.
     """
     shape, size = tuple(constant.shape), edit.rank(x)
     wide = [i for i, d in enumerate(shape) if d != 1]
     if len(wide) > 1 or (size is not None and len(shape) > size):
         return None
     if shape and size is None:
-        raise Blocked("the shape of its input is unknown")
+        raise Refused("the shape of its input is unknown")
     if not wide:
         return None, np.asarray(edit.value(constant), np.float64).reshape(())
     axis = wide[0] + (size or 0) - len(shape)
     if not isinstance(x.shape[axis], int):
-        raise Blocked(f"the length of axis {axis} of its input is unknown")
+        raise Refused(f"the length of axis {axis} of its input is unknown")
     if x.shape[axis] != shape[wide[0]]:
         return None
     return axis, np.asarray(edit.value(constant), np.float64).reshape(-1)
 
 
 def before(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
-    """The map on the output of a node, moved to its first input. Raises Blocked."""
+    """The map on the output of a node, moved to its first input. Raises Refused."""
     axis = v.axis
     if axis is not None and node.op in _RESHAPES:
         axis = _axis_before(node, axis)
@@ -170,7 +170,7 @@ def before(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
 
 
 def after(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
-    """The map on the first input of a node, moved to its output. Raises Blocked."""
+    """The map on the first input of a node, moved to its output. Raises Refused."""
     passed = passes(node, v)
     if v.axis is not None and node.op in _RESHAPES:
         axis, repeat, tile = _axis_after(node, v.axis)
@@ -179,15 +179,15 @@ def after(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
 
 
 def passes(node: gs.Node, v: Vector) -> Vector:
-    """What a node asks of a map on its first input, so that the map may be on its output instead. Raises Blocked."""
+    """What a node asks of a map on its first input, so that the map may be on its output instead. Raises Refused."""
     op = node.op
     if not edit.is_standard(node) or any(not t.is_empty() for t in node.outputs[1:]):
-        raise Blocked(f"{op} is in between")
+        raise InBetween(f"{op}")
     if op in _POOLS and v.axis is not None and v.axis > 1:
-        raise Blocked(f"{op} pools the axis it scales")
+        raise Refused(f"{op} pools the axis it scales")
     if op in _MOVES_DATA or op in _AVERAGES or op in _MAXIMA:
         if op == "Dropout" and edit.has_input(node, 2):
-            raise Blocked("Dropout with a training switch is in between")
+            raise InBetween("Dropout with a training switch")
         if op == "AveragePool" and _counts_padding(node):
             return replace(v, no_shift=v.no_shift or "a shift does not pass the zero padding of AveragePool")
         return replace(v, no_negative=v.no_negative or op) if op in _MAXIMA else v
@@ -200,8 +200,8 @@ def passes(node: gs.Node, v: Vector) -> Vector:
             return v
         if _pads_zero(node):
             return replace(v, no_shift=v.no_shift or "a shift does not pass zero padding (Pad)")
-        raise Blocked("Pad with a value other than zero is in between")
-    raise Blocked(f"{op} is in between" + (" and may cut or pad the channels" if op in ("Slice", "Pad") else ""))
+        raise InBetween("Pad with a value other than zero")
+    raise InBetween(op, " and may cut or pad the channels" if op in ("Slice", "Pad") else "")
 
 
 def _touches(node: gs.Node, axis: int | None, axes: np.ndarray | None) -> bool:
@@ -234,30 +234,30 @@ _RESHAPES = ("Transpose", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "ReduceM
 
 
 def _axis_before(node: gs.Node, axis: int) -> int:
-    """The input axis that is output axis ``axis``; Blocked when the node splits or merges it."""
+    """The input axis that is output axis ``axis``; Refused when the node splits or merges it."""
     size = edit.rank(node.inputs[0])
     if size is None:
-        raise Blocked(f"the shape in front of {node.op} is unknown")
+        raise Refused(f"the shape in front of {node.op} is unknown")
     for candidate in range(size):
         try:
             if _axis_after(node, candidate) == (axis, 1, 1):
                 return candidate
-        except Blocked:
+        except Refused:
             continue
-    raise Blocked(f"{node.op} does not keep the channels on one axis")
+    raise Refused(f"{node.op} does not keep the channels on one axis")
 
 
 def _axis_after(node: gs.Node, axis: int) -> tuple[int, int, int]:
     """(output axis, repeat, tile) of input axis ``axis``."""
     shape, out = node.inputs[0].shape, node.outputs[0].shape
     if shape is None:
-        raise Blocked(f"the shape in front of {node.op} is unknown")
+        raise Refused(f"the shape in front of {node.op} is unknown")
     if node.op == "Transpose":
         return list(node.attrs.get("perm") or reversed(range(len(shape)))).index(axis), 1, 1
     if node.op in ("Squeeze", "Unsqueeze", "ReduceMean"):
         return _axis_after_removal(node, axis, len(shape)), 1, 1
     if out is None:
-        raise Blocked(f"the shape behind {node.op} is unknown")
+        raise Refused(f"the shape behind {node.op} is unknown")
     for position in range(len(out)):
         start = _aligned(shape, range(axis, -1, -1), out, position)
         stop = _aligned(shape, range(axis + 1, len(shape) + 1), out, position + 1)
@@ -266,7 +266,7 @@ def _axis_after(node: gs.Node, axis: int) -> tuple[int, int, int]:
         (tile, unknown), (repeat, more) = _volume(shape[start:axis]), _volume(shape[axis + 1 : stop])
         if not unknown and not more:
             return position, repeat, tile
-    raise Blocked(f"{node.op} mixes the channels with axes of unknown size")
+    raise Refused(f"{node.op} mixes the channels with axes of unknown size")
 
 
 def _aligned(shape, places: Iterable[int], out, position: int) -> int | None:
@@ -278,14 +278,14 @@ def _aligned(shape, places: Iterable[int], out, position: int) -> int | None:
 def _axis_after_removal(node: gs.Node, axis: int, size: int) -> int:
     given = edit.argument(node, 1, "axes")
     if given is None:
-        raise Blocked(f"{node.op} names no constant axes")
+        raise Refused(f"{node.op} names no constant axes")
     if node.op == "Unsqueeze":
         total = size + len(given)
         new = {int(a) % total for a in given}
         return [i for i in range(total) if i not in new][axis]
     gone = {int(a) % size for a in given}
     if axis in gone:
-        raise Blocked(f"{node.op} removes the channel axis")
+        raise Refused(f"{node.op} removes the channel axis")
     if node.op == "ReduceMean" and node.attrs.get("keepdims", 1):
         return axis
     return [i for i in range(size) if i not in gone].index(axis)

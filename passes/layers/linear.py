@@ -24,16 +24,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import DoesNotFit, Refused, TwoActivations
 from channelfold.passes.operators import LINEAR_OPS, SKIP_NORMS, UNBIASED_NORMS
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, read
 
 _SEEN_THROUGH = ("Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
-
-
-class NotLinear(ValueError):
-    """Why a node has no view; the text is the reason of a refusal."""
 
 
 @dataclass
@@ -125,7 +121,7 @@ class Linear:
     def set_weight(self, weight: np.ndarray) -> None:
         """Replaces the effective weight by an array (out, in / groups, *kernel), cast once to the node's type.
 
-        Raises OverflowError, with nothing changed, when a value is not finite in that type.
+        Raises DoesNotFit, with nothing changed, when a value is not finite in that type.
         """
         values = np.ascontiguousarray(cast(self.unorient(weight), self.dtype))
         name = f"{self.source.name}_folded"
@@ -146,7 +142,7 @@ class Linear:
         return np.broadcast_to(values.reshape(-1), (self.channels[0],)).copy()
 
     def set_bias(self, bias: np.ndarray) -> None:
-        """Replaces the effective bias by a vector (out,), adding one where there was none. Raises OverflowError."""
+        """Replaces the effective bias by a vector (out,), adding one where there was none. Raises DoesNotFit."""
         values = cast(np.asarray(bias), self.dtype)
         name = f"{self.name}_bias"
         if self.node.op != "MatMul":
@@ -178,7 +174,7 @@ class Linear:
 
         W' = diag(out_scale) W diag(in_scale);  b' = out_scale * (b + W in_shift) + out_shift, computed in float64 and
         cast once. Scales and shifts are vectors over the channels or scalars. The bias is None where there was none and
-        none is needed. Raises NotLinear for an ``in_shift`` on a node that is ``padded``, OverflowError when a value is
+        none is needed. Raises Refused for an ``in_shift`` on a node that is ``padded``, DoesNotFit when a value is
         not finite in the node's type, or when the whole weight is too small for it.
         """
         outs, ins = self.channels
@@ -188,7 +184,7 @@ class Linear:
         old = self.bias()
         bias = np.zeros(outs) if old is None else old
         if np.any(d) and self.padded:
-            raise NotLinear(f"a shift does not pass the zero padding of {self.node.op}")
+            raise Refused(f"a shift does not pass the zero padding of {self.node.op}")
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
             if np.any(d):
                 bias = bias + alpha * self.respond(weight.astype(np.float64), d)
@@ -197,7 +193,7 @@ class Linear:
             weight *= (alpha * a).reshape(-1, *[1] * (weight.ndim - 1))
         peak = max(weight.max(initial=0), -weight.min(initial=0))
         if 0 < peak < float(ml_dtypes.finfo(self.dtype).smallest_normal):
-            raise OverflowError(f"the folded weight, {peak:.3g} at most, is too small for {self.dtype}")
+            raise DoesNotFit(f"the folded weight, {peak:.3g} at most, is too small for {self.dtype}")
         return cast(weight, self.dtype), bias if old is not None or np.any(bias) else None
 
     def respond(self, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -265,25 +261,25 @@ class Linear:
 
 
 def view(graph: gs.Graph, node: gs.Node) -> Linear:
-    """The view of a linear node of ``graph``. Raises NotLinear with the reason when it has none."""
+    """The view of a linear node of ``graph``. Raises Refused with the reason when it has none."""
     if node.op not in LINEAR_OPS or not edit.is_standard(node):
-        raise NotLinear(f"{node.op} is not a linear operator")
+        raise Refused(f"{node.op} is not a linear operator")
     index = 1
     if node.op == "MatMul" and _resolve(node.inputs[0]) and not _resolve(node.inputs[1]):
         index = 0
     resolved = _resolve(node.inputs[index])
     if resolved is None:
-        raise NotLinear(_why_not_constant(node, node.inputs[index]))
+        raise _why_not_constant(node, node.inputs[index])
     linear = Linear(graph, node, index, *resolved)
     if not edit.is_float_type(linear.dtype):
-        raise NotLinear(f"its weight is {linear.dtype}, not floating point")
+        raise Refused(f"its weight is {linear.dtype}, not floating point")
     axes = len(linear._stored_shape())
     if linear.is_conv:
         if axes < 3:
-            raise NotLinear(f"its weight has {axes} axes, expected at least 3")
+            raise Refused(f"its weight has {axes} axes, expected at least 3")
         linear.groups = int(node.attrs.get("group", 1))
     elif axes != 2:
-        raise NotLinear(f"its weight has {axes} axes, expected 2")
+        raise Refused(f"its weight has {axes} axes, expected 2")
     elif node.op == "Gemm":
         linear.in_axis, linear.out_axis = -2 if node.attrs.get("transA", 0) else -1, -1
     else:
@@ -291,7 +287,7 @@ def view(graph: gs.Graph, node: gs.Node) -> Linear:
     if node.op != "MatMul" and edit.has_input(node, 2):
         bias = node.inputs[2]
         if not isinstance(bias, gs.Constant) or not _is_row(bias.shape, linear.channels[0]):
-            raise NotLinear("its bias is not a constant vector over the output channels")
+            raise Refused("its bias is not a constant vector over the output channels")
     return linear
 
 
@@ -301,27 +297,27 @@ def linears(graph: gs.Graph) -> list[Linear]:
     for node in graph.nodes:
         try:
             found.append(view(graph, node))
-        except NotLinear:
+        except Refused:
             continue
     return found
 
 
 def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """``values`` in ``dtype``. Raises OverflowError when a result is infinite or not a number."""
+    """``values`` in ``dtype``. Raises DoesNotFit when a result is infinite or not a number."""
     with np.errstate(over="ignore", invalid="ignore"):
         out = values.astype(dtype, copy=False)
     if not np.isfinite(out).all():
         finite = values[np.isfinite(values)]
         if finite.size < values.size:
-            raise OverflowError("a folded value is infinite or not a number")
-        raise OverflowError(f"a folded value of {np.abs(finite).max():.3g} does not fit {dtype}")
+            raise DoesNotFit("a folded value is infinite or not a number")
+        raise DoesNotFit(f"a folded value of {np.abs(finite).max():.3g} does not fit {dtype}")
     return out
 
 
 def _complete_matmul(linear: Linear) -> None:
     size = edit.rank(linear.data)
     if linear.weight_input == 0 and size is None:
-        raise NotLinear("the rank of its input is unknown")
+        raise Refused("the rank of its input is unknown")
     linear.in_axis = linear.out_axis = -2 if linear.weight_input == 0 and size != 1 else -1
     add = edit.sole_consumer(linear.graph, linear.node.outputs[0])
     if add is not None and add.op == "Add" and edit.is_standard(add) and _is_bias(linear, add):
@@ -364,13 +360,15 @@ def _resolve(tensor: gs.Tensor) -> tuple[gs.Constant, list[gs.Node]] | None:
     return tensor, chain[::-1]
 
 
-def _why_not_constant(node: gs.Node, tensor: gs.Tensor) -> str:
+def _why_not_constant(node: gs.Node, tensor: gs.Tensor) -> Refused:
     source = edit.producer(tensor)
     if source is not None and source.op == "DequantizeLinear":
-        return "its weight is quantized already"
+        return Refused("its weight is quantized already")
     if source is not None and source.inputs and all(isinstance(t, gs.Constant) for t in source.inputs):
-        return f"its weight is made at run time by {source.op}, from constants"
-    return "it multiplies two activations" if node.op == "MatMul" else "its weight is computed at run time"
+        return Refused(f"its weight is made at run time by {source.op}, from constants")
+    if node.op == "MatMul":
+        return TwoActivations("it multiplies two activations")
+    return Refused("its weight is computed at run time")
 
 
 def _apply(node: gs.Node, values: np.ndarray) -> np.ndarray:
@@ -419,16 +417,16 @@ GROWTH_LIMIT = 1 << 20  # bytes
 
 
 def check_growth(linear: Linear) -> None:
-    """Raises Blocked where writing a weight would leave its old copy in the file, too."""
+    """Raises Refused where writing a weight would leave its old copy in the file, too."""
     if linear.growth > GROWTH_LIMIT:
         size, cause = f"{linear.growth / 1e6:.1f} MB", "the old one has other readers or takes fewer bytes"
-        raise Blocked(f"a new weight for {linear.name} would make the file {size} larger ({cause})")
+        raise Refused(f"a new weight for {linear.name} would make the file {size} larger ({cause})")
 
 
 def norm_parameters(node: gs.Node, scale: np.ndarray, shift: np.ndarray) -> list[tuple[int, np.ndarray, str]]:
     """The gamma and beta of a norm behind a scale and a shift, (channels,): (input index, values, name for a new one).
 
-    A beta is added where a shift needs one. Raises OverflowError.
+    A beta is added where a shift needs one. Raises DoesNotFit.
     """
     first = 2 if node.op in SKIP_NORMS else 1
     gamma = np.asarray(edit.value(node.inputs[first]))

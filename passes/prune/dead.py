@@ -25,14 +25,14 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.passes.base import Context, DoesNotFit, Outcome, Pass, Refused
 from channelfold.passes.channels.constants import ConstantChannels, Known
 from channelfold.passes.channels.cut import Cut, cut
 from channelfold.passes.channels.cut_regions import Read, Region
 from channelfold.passes.channels.groups import Group, find_groups
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Shape
-from channelfold.passes.layers.linear import Linear, NotLinear, blocks, cast, view
+from channelfold.passes.layers.linear import Linear, blocks, cast, view
 from channelfold.passes.operators import RECURRENT
 from channelfold.passes.prune import allocation
 from channelfold.passes.prune.costs import GroupCosts, Kind
@@ -170,7 +170,7 @@ class _Sum:
             return cls(read, None, known, np.zeros(read.labels.size, bool), read.reduced)
         try:
             linear = view(graph, node)
-        except NotLinear:
+        except Refused:
             linear = None
         if linear is None or linear.data is not tensor:
             unused = constants.met_by_zeros(node, read.port, read.axis)
@@ -200,7 +200,7 @@ class _Sum:
             return False
         try:
             cast(_plus(self.linear.bias(), gain), self.linear.dtype)
-        except OverflowError:
+        except DoesNotFit:
             return True
         return False
 

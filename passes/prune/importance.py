@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.groups import Group, Part, Region
-from channelfold.passes.layers.linear import Linear, NotLinear, blocks, view
+from channelfold.passes.layers.linear import Linear, blocks, view
 from channelfold.passes.numeric import least_squares
 from channelfold.passes.operators import LINEAR_OPS
 from channelfold.runtime.io import edit
@@ -103,7 +104,7 @@ def read_axes(graph: gs.Graph, regions: Iterable[Region]) -> list[ReadAxis]:
                 continue
             try:
                 linear = view(graph, read.node)
-            except NotLinear:
+            except Refused:
                 continue
             tensor = read.node.inputs[read.port]
             if linear.data is not tensor:

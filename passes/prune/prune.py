@@ -32,7 +32,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.channels.cut import cut, mask
 from channelfold.passes.channels.groups import Copies, Group, find_groups, regions_of
 from channelfold.passes.channels.maps import Shape
@@ -135,7 +135,7 @@ class Prune(Pass):
         rankings = self._rankings(groups, statistics, ctx)
         if unseen is not None:
             rankings = sensitivity.scaled(graph, groups, rankings, statistics, self._fit, unseen)
-        costs, copies = GroupCosts(graph, groups, shapes), Copies(graph, found, shapes)
+        costs, copies = GroupCosts(graph, groups, shapes), Copies(graph, found)
         if self.keep_latency is not None:
             keeps = self._within_latency(groups, rankings, copies, a_feed(graph, ctx), ctx, outcome)
         elif self.tolerance is not None:
@@ -347,7 +347,7 @@ class Prune(Pass):
         infer_shapes(twin)  # and dtypes, which the masks need
         try:
             mask(twin, cuts)
-        except Blocked as error:
+        except Refused as error:
             verdict = Verdict({"unverified": str(error)}, f"the cut was not proven: {error}")
         else:
             verdict = Verifier(ctx.calibration, ctx.seed).verify(Snapshot.of(twin), Snapshot.of(graph))

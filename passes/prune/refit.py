@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome
+from channelfold.passes.base import Context, DoesNotFit, Outcome
 from channelfold.passes.channels.groups import Group, Region
 from channelfold.passes.layers.linear import Linear, cast, view
 from channelfold.passes.numeric import least_squares
@@ -198,7 +198,7 @@ class Fit:
         try:
             weight = cast(self.weight, linear.dtype)
             cast(np.asarray(bias), linear.dtype)
-        except OverflowError as error:
+        except DoesNotFit as error:
             outcome.refuse(linear.name, f"what reads the rest was not refitted: {error}", "not refitted")
             return 0
         linear.set_weight(weight)

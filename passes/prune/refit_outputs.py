@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from channelfold.passes.base import DoesNotFit
 from channelfold.passes.layers.linear import Linear, cast, view
 from channelfold.passes.prune.refit import MAX_FEATURES
 from channelfold.runtime.data.sources import Data
@@ -150,7 +151,7 @@ def _changed(linear: Linear, weight: np.ndarray, bias: np.ndarray) -> bool:
     try:
         for values in (new, after):
             cast(values, linear.dtype)
-    except OverflowError:
+    except DoesNotFit:
         return False
     linear.set_weight(new)
     linear.set_bias(after)

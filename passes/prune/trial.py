@@ -13,6 +13,7 @@ from itertools import starmap
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from channelfold.passes.base import DoesNotFit
 from channelfold.passes.channels.cut_regions import Part, Read, Region
 from channelfold.passes.layers.linear import view
 from channelfold.passes.layers.output_error import Outputs
@@ -92,7 +93,7 @@ class Trial:
                 continue
             try:
                 self._fit(linear, stays, None, spread).silence(own, stays)
-            except OverflowError:  # a cut leaves such a layer as it is, too
+            except DoesNotFit:  # a cut leaves such a layer as it is, too
                 Fit.of(linear, stays, None, spread, "none", 0.0).silence(own, stays)
 
     def _before(self, read: Read, region: Region) -> _Mask:

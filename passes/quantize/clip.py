@@ -24,8 +24,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context, Outcome, Pass
-from channelfold.passes.layers.linear import Linear, NotLinear, check_growth, live_linears, view
+from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.layers.linear import Linear, check_growth, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits, quantized_matrix
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io import edit
@@ -74,8 +74,8 @@ class ClipWeights(Pass):
             ctx.progress("Clipping weights", number, len(sites))
             try:
                 facts.append(self._clip(view(graph, site.node), observers[site.data.name], outcome))
-            except Blocked as error:
-                outcome.refuse(site.name, f"{site.node.op} stays as it is: {error}", str(error))
+            except Refused as error:
+                outcome.refuse(site.name, f"{site.node.op} stays as it is: {error}", error.code)
         outcome.facts = {"sites": facts}
         return outcome
 
@@ -85,7 +85,7 @@ class ClipWeights(Pass):
             try:
                 linear = view(graph, node)
                 reason = "it projects queries or keys" if id(node) in scores else self._why_not(linear)
-            except NotLinear as error:
+            except Refused as error:
                 reason = str(error)
             if reason:
                 outcome.refuse(node.name, f"{node.op} stays as it is: {reason}", reason)
@@ -102,14 +102,14 @@ class ClipWeights(Pass):
 
     def _clip(self, linear: Linear, seen: ChannelStatistics, outcome: Outcome) -> dict[str, Any]:
         if not seen.positions:
-            raise Blocked("no calibration sample reached it")
+            raise Refused("no calibration sample reached it")
         if seen.axis != linear.in_axis:
-            raise Blocked("another node reads its activation along another axis")
+            raise Refused("another node reads its activation along another axis")
         check_growth(linear)
         old = linear.weight()
         new, before, after, clipped = clipped_matrix(old.reshape(old.shape[:2]), *seen.sample(), self.bits)
         if not after < before:
-            raise Blocked("clipping does not make its quantized outputs better")
+            raise Refused("clipping does not make its quantized outputs better")
         decibels = [float(-10 * np.log10(error)) if error > 0 else float("inf") for error in (before, after)]
         linear.set_weight(new.reshape(old.shape))
         outcome.change(
@@ -213,6 +213,6 @@ def _sources(graph: gs.Graph, tensors: list[gs.Tensor]) -> tuple[set[int], bool]
 def _is_linear(graph: gs.Graph, node: gs.Node) -> bool:
     try:
         view(graph, node)
-    except NotLinear:
+    except Refused:
         return False
     return True

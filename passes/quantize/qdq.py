@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from channelfold.passes.base import DoesNotFit
 from channelfold.passes.layers.linear import Linear, linears, live_linears
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
@@ -172,7 +173,7 @@ class Inserter:
         if mean is not None and (linear.node.op != "MatMul" or linear.bias_node is not None):
             steps = np.asarray(scales, np.float32).reshape(-1, *[1] * (weight.ndim - 1))
             old = linear.bias()
-            with contextlib.suppress(OverflowError):  # a float16 bias at the end of its type stays as it is
+            with contextlib.suppress(DoesNotFit):  # a float16 bias at the end of its type stays as it is
                 linear.set_bias((0.0 if old is None else old) - linear.respond(values * steps - weight, mean))
         chain = tuple(id(node) for node in linear.chain)
         key = (id(linear.source), chain, axis, linear.groups, alpha, scales.tobytes())

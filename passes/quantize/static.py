@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass
-from channelfold.passes.layers.linear import Linear, NotLinear, linears, live_linears, view
+from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.layers.linear import Linear, linears, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
 from channelfold.passes.quantize import calibrators
 from channelfold.passes.quantize.calibrators import Calibrator
@@ -137,7 +137,7 @@ class Quantize(Pass):
         for node in live_linears(graph):
             try:
                 linear = view(graph, node)
-            except NotLinear as error:
+            except Refused as error:
                 reason = str(error)
             else:
                 reason = self._why_float(linear)

@@ -14,8 +14,8 @@ from typing import ClassVar, Literal
 
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass
-from channelfold.passes.layers.linear import Linear, NotLinear, live_linears, view
+from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.quantize.qdq import Inserter, opset_of_scales, summary, why_not_int8
 from channelfold.runtime.io import edit
 
@@ -48,7 +48,7 @@ class QuantizeWeights(Pass):
             try:
                 linear = view(graph, node)
                 reason = self._why_float(linear)
-            except NotLinear as error:
+            except Refused as error:
                 reason = str(error)
             if reason:
                 outcome.refuse(node.name, f"{node.op} stays float: {reason}", reason)

@@ -25,9 +25,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.layers.affine import Vector, after
-from channelfold.passes.layers.linear import Linear, NotLinear, cast, linears, view
+from channelfold.passes.layers.linear import Linear, cast, linears, view
 from channelfold.passes.operators import LINEAR_OPS
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io import edit
@@ -66,8 +66,8 @@ class AbsorbBias(Pass):
             node = site.writer.node
             try:
                 what = _absorb(graph, site, seen[site.activation.name], self.sigmas)
-            except (Blocked, OverflowError) as error:
-                outcome.refuse(node.name, f"{node.op} keeps its bias: {error}", str(error))
+            except Refused as error:
+                outcome.refuse(node.name, f"{node.op} keeps its bias: {error}", error.code)
             else:
                 outcome.change(node.name, f"{node.op}: {what}")
         return outcome
@@ -81,13 +81,12 @@ class AbsorbBias(Pass):
             try:
                 for pattern in self.exclude:
                     if fnmatch.fnmatchcase(linear.name, pattern):
-                        raise Blocked(f"excluded by pattern {pattern!r}")
+                        raise Refused(f"excluded by pattern {pattern!r}")
                 activation = relu.outputs[0]
                 axis = _axis(activation, linear.out_axis)
                 yield _Site(linear, activation, axis, _readers(graph, activation, axis))
-            except Blocked as error:
-                reason = str(error).replace("is in between", "follows it")
-                outcome.refuse(linear.name, f"{linear.node.op} keeps its bias: {reason}", reason)
+            except Refused as error:
+                outcome.refuse(linear.name, f"{linear.node.op} keeps its bias: {error.behind}", error.behind)
 
 
 @dataclass(frozen=True)
@@ -132,57 +131,57 @@ class _Seen:
 
 
 def _readers(graph: gs.Graph, tensor: gs.Tensor, axis: int) -> list[tuple[Linear, Vector]]:
-    """All linears that read the channels of a tensor, if a shift reaches every one of them. Raises Blocked."""
+    """All linears that read the channels of a tensor, if a shift reaches every one of them. Raises Refused."""
     found, pending = [], [(tensor, Vector(axis))]
     while pending:
         tensor, v = pending.pop()
         if edit.is_output(graph, tensor):
-            raise Blocked("an output of the graph follows it")
+            raise Refused("an output of the graph follows it")
         for node in edit.consumers(tensor):
             if node.op in ("Shape", "Size") and edit.is_standard(node):
                 continue
             if not edit.in_graph(graph, node):
-                raise Blocked("a subgraph reads it")
+                raise Refused("a subgraph reads it")
             if node.op in LINEAR_OPS:
                 found.append((_reader(graph, node, tensor, v), v))
                 continue
             if [i for i, read in enumerate(node.inputs) if read is tensor] != [0]:
-                raise Blocked(f"{node.op} reads it")
+                raise Refused(f"{node.op} reads it")
             follower, moved = after(node, v)
             if moved.no_shift:
-                raise Blocked(moved.no_shift)
+                raise Refused(moved.no_shift)
             pending.append((follower, moved))
     if not found:
-        raise Blocked("nothing reads it")
+        raise Refused("nothing reads it")
     return found
 
 
 def _reader(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor, v: Vector) -> Linear:
     try:
         linear = view(graph, node)
-    except NotLinear as error:
-        raise Blocked(f"{node.op} reads it, but {error}") from None
+    except Refused as error:
+        raise Refused(f"{node.op} reads it, but {error}") from None
     if linear.data is not tensor or _axis(tensor, linear.in_axis) != v.axis:
-        raise Blocked(f"{node.op} reads it, and not as its input channels")
+        raise Refused(f"{node.op} reads it, and not as its input channels")
     if linear.padded:
-        raise Blocked(f"a shift does not pass the zero padding of {node.op}")
+        raise Refused(f"a shift does not pass the zero padding of {node.op}")
     return linear
 
 
 def _axis(tensor: gs.Tensor, axis: int) -> int:
     size = edit.rank(tensor)
     if axis < 0 and size is None:
-        raise Blocked(f"the rank of {tensor.name!r} is unknown")
+        raise Refused(f"the rank of {tensor.name!r} is unknown")
     return axis if axis >= 0 else axis + (size or 0)
 
 
 def _absorb(graph: gs.Graph, site: _Site, seen: _Seen, sigmas: float) -> str:
-    """Moves c from the bias of the writer to those of the readers. Raises Blocked or OverflowError, nothing changed."""
+    """Moves c from the bias of the writer to those of the readers. Raises Refused or DoesNotFit, nothing changed."""
     if not seen.positions:
-        raise Blocked("no calibration sample reached it")
+        raise Refused("no calibration sample reached it")
     bound = seen.lower_bound(sigmas)
     if not bound.any():
-        raise Blocked(f"no channel stays above zero by {sigmas:g} standard deviations and in every sample")
+        raise Refused(f"no channel stays above zero by {sigmas:g} standard deviations and in every sample")
     shifts = [(site.writer, -bound)]
     for reader, v in site.readers:
         shifts.append((reader, reader.respond(reader.weight().astype(np.float64), v.expand(bound))))

@@ -31,7 +31,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.channels.region import End, Region
 from channelfold.passes.channels.rescale import at, clamped, rescale
 from channelfold.passes.channels.scale_regions import trace
@@ -104,8 +104,8 @@ class Equalize(Pass):
                 region = trace(graph, linear.output, linear.out_axis, shapes)
                 seen.update(region.places)
                 site = _Site(linear, region, self._usable(linear, region))
-            except Blocked as error:
-                outcome.refuse(linear.name, f"{linear.node.op} is not equalized with what follows: {error}", str(error))
+            except Refused as error:
+                outcome.refuse(linear.name, f"{linear.node.op} is not equalized with what follows: {error}", error.code)
                 continue
             for end, found in site.linears():
                 if id(end.node) not in weights:
@@ -113,14 +113,14 @@ class Equalize(Pass):
             yield site
 
     def _usable(self, linear: Linear, region: Region) -> np.ndarray:
-        """Which classes have weights on both sides and nothing else, (classes,) bool. Raises Blocked for none."""
+        """Which classes have weights on both sides and nothing else, (classes,) bool. Raises Refused for none."""
         for end in region.ends:
             for pattern in self.exclude:
                 if fnmatch.fnmatchcase(end.node.name, pattern):
-                    raise Blocked(f"{end.node.name} is excluded by pattern {pattern!r}")
+                    raise Refused(f"{end.node.name} is excluded by pattern {pattern!r}")
         index = region.places[id(linear.output)][1]
         if reason := region.why_fixed(index):
-            raise Blocked(reason)
+            raise Refused(reason)
         usable = region.free
         sides = np.zeros((2, region.size), bool)
         other = ""
@@ -134,7 +134,7 @@ class Equalize(Pass):
                 other = other or f"{end.node.op} {'ends it' if end.role == 'factor' else 'writes it, too'}"
         usable &= sides.all(axis=0)
         if not usable.any():
-            raise Blocked(other or "no weights read it")
+            raise Refused(other or "no weights read it")
         return usable
 
 
@@ -241,8 +241,8 @@ def _write(graph: gs.Graph, site: _Site, outcome: Outcome) -> bool:
     node, nodes = site.first.node, {id(end.node) for end, _ in site.linears()}
     try:
         rescale(graph, site.region, site.scale)
-    except Blocked as error:
-        outcome.refuse(node.name, f"{node.op} is not equalized with what follows: {error}", str(error))
+    except Refused as error:
+        outcome.refuse(node.name, f"{node.op} is not equalized with what follows: {error}", error.code)
         return False
     scales = f"scales {site.scale.min():.3g} to {site.scale.max():.3g}"
     outcome.change(node.name, f"{node.op}: {int(site.live.sum())} channels of {len(nodes)} weights, {scales}")

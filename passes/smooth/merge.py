@@ -26,10 +26,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.channels.widths import Width, read_by
-from channelfold.passes.layers.linear import Linear, NotLinear, live_linears, view
+from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import infer_shapes
@@ -73,8 +73,8 @@ class MergeChannels(Pass):
             ctx.progress("Merging channels", number, len(sites))
             try:
                 facts.append(self._merge(graph, linear, shapes, observers[linear.data.name], outcome))
-            except Blocked as error:
-                outcome.refuse(linear.name, f"{linear.data.name} stays as it is: {error}", str(error))
+            except Refused as error:
+                outcome.refuse(linear.name, f"{linear.data.name} stays as it is: {error}", error.code)
         outcome.facts = {"sites": facts}
         return outcome
 
@@ -88,9 +88,9 @@ class MergeChannels(Pass):
                     continue
                 tried.add(id(linear.data))
                 width = read_by(graph, linear, shapes)
-            except (NotLinear, Blocked) as error:
+            except Refused as error:
                 if self.align:
-                    outcome.refuse(node.name, f"{node.op}: {error}", str(error))
+                    outcome.refuse(node.name, f"{node.op}: {error}", error.code)
                 continue
             if self._surplus(width):
                 found.append(linear)
@@ -105,16 +105,16 @@ class MergeChannels(Pass):
     def _merge(
         self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape], seen: ChannelStatistics, outcome: Outcome
     ) -> dict[str, Any]:
-        """Merges channels of what a linear reads. Raises Blocked, with nothing changed."""
+        """Merges channels of what a linear reads. Raises Refused, with nothing changed."""
         if not seen.positions:
-            raise Blocked("no calibration sample reached it")
+            raise Refused("no calibration sample reached it")
         width = read_by(graph, linear, shapes)
         rows, weights = seen.sample()
         before, columns, single = width.channels, width.columns(), _copies(width) == 1
         merger = _paired(rows * np.sqrt(weights)[:, None], columns, single, self._surplus(width), width.linear)
         change = merger.change(rows, weights, columns)
         if change > self.max_change:
-            raise Blocked(f"merging {len(merger.kept)} pairs changes its outputs by {change:.2g} (max_change)")
+            raise Refused(f"merging {len(merger.kept)} pairs changes its outputs by {change:.2g} (max_change)")
         width.resize(merger.rows, merger.columns, shapes)
         how = "by their mean" if width.linear else "one for both"
         what = f"{before} -> {width.channels} channels, {len(merger.kept)} pairs merged {how}, outputs {change:.2g} off"
@@ -159,13 +159,13 @@ class _Merger:
 
 
 def _paired(rows: np.ndarray, matrix: np.ndarray, single: np.ndarray, wanted: int, linear: bool) -> _Merger:
-    """The pairs of least change among the ``single`` channels. Raises Blocked where there are not enough.
+    """The pairs of least change among the ``single`` channels. Raises Refused where there are not enough.
 
     ``rows``, (n, channels), are already multiplied by the square roots of their weights.
     """
     even, odd = (np.flatnonzero(single & (np.arange(len(single)) % 2 == side)) for side in (0, 1))
     if min(len(even), len(odd)) < wanted:
-        raise Blocked(f"{wanted} pairs are to be merged, but only {min(len(even), len(odd))} can be")
+        raise Refused(f"{wanted} pairs are to be merged, but only {min(len(even), len(odd))} can be")
     x, w = ((rows**2).sum(axis=0), (matrix**2).sum(axis=0))
     cross = rows[:, even].T @ rows[:, odd]
     if linear:

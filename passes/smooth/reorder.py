@@ -24,9 +24,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.channels.scale_regions import End, Region, Shape, trace
-from channelfold.passes.layers.linear import Linear, NotLinear, check_growth, linears, view
+from channelfold.passes.layers.linear import Linear, check_growth, linears, view
 from channelfold.runtime.data.sources import random_data
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.facts import required_inputs
@@ -74,8 +74,8 @@ class ReorderChannels(Pass):
                 del products[id(product)]
                 try:
                     facts.append(_sort(graph, region, product, shapes, outcome))
-                except (NotLinear, Blocked, OverflowError) as error:
-                    outcome.refuse(product.name, f"MatMul: {error}", str(error))
+                except Refused as error:
+                    outcome.refuse(product.name, f"MatMul: {error}", error.code)
         for product in products.values():
             reason = _why_unreached(graph, product, shapes)
             outcome.refuse(product.name, f"MatMul: {reason}", reason)
@@ -92,7 +92,7 @@ def _why_unreached(graph: gs.Graph, product: gs.Node, shapes: dict[str, Shape]) 
     for axis in (-2, -1):
         try:
             region = trace(graph, product.inputs[1], axis, shapes)
-        except Blocked as error:
+        except Refused as error:
             return str(error)
         norms = [end.node.op for end in region.ends if end.role == "norm"]
         if norms:
@@ -116,7 +116,7 @@ class _Heads:
     def of(cls, region: Region, index: np.ndarray) -> _Heads:
         """The heads of the second operand of a product, from its index map."""
         if index.ndim < 2 or (index.shape[-1] > 1) == (index.shape[-2] > 1):
-            raise Blocked("its channels lie along no single axis")
+            raise Refused("its channels lie along no single axis")
         moved = index.swapaxes(-1, -2) if index.shape[-2] > 1 else index
         rows = np.unique(np.abs(moved).reshape(-1, moved.shape[-1]), axis=0)
         place = np.full(region.size + 1, -1)
@@ -127,15 +127,15 @@ class _Heads:
         return bool((self.place[np.abs(index)] >= 0).any())
 
     def check(self, index: np.ndarray, name: str) -> None:
-        """Raises Blocked unless an index map consists of whole heads, and perhaps other channels beside them."""
+        """Raises Refused unless an index map consists of whole heads, and perhaps other channels beside them."""
         found = self.place[np.abs(index)].reshape(-1)
         size = self.rows.shape[1]
         if found.size % size:
-            raise Blocked(f"{name!r} has parts of its heads")
+            raise Refused(f"{name!r} has parts of its heads")
         blocks = found.reshape(-1, size)
         whole = (blocks == blocks[:, :1] + np.arange(size)).all(axis=1) & (blocks[:, 0] % size == 0)
         if not (whole | (blocks < 0).all(axis=1)).all():
-            raise Blocked(f"{name!r} does not keep its heads together")
+            raise Refused(f"{name!r} does not keep its heads together")
 
     def positions(self, index: np.ndarray, order: np.ndarray) -> np.ndarray:
         """Which position of a vector of whole heads comes to each position. ``order``: (heads, channels)."""
@@ -150,14 +150,14 @@ class _Heads:
 def _sort(
     graph: gs.Graph, region: Region, product: gs.Node, shapes: dict[str, Shape], outcome: Outcome
 ) -> dict[str, Any]:
-    """Sorts the heads of one product. Raises Blocked, with nothing changed."""
+    """Sorts the heads of one product. Raises Refused, with nothing changed."""
     index = region.places[id(product.inputs[1])][1]
     heads = _Heads.of(region, index)
     for reason in filter(None, (region.fixed[c - 1] for c in heads.rows.reshape(-1))):
-        raise Blocked(reason)
+        raise Refused(reason)
     _check_operands(graph, region, heads, shapes)
     if np.unique(heads.rows).size < heads.rows.size:
-        raise Blocked("its heads have channels in common")
+        raise Refused("its heads have channels in common")
     for tensor, held in region.places.values():
         if heads.touch(held):
             heads.check(held, tensor.name)
@@ -185,10 +185,10 @@ def _sort(
 
 
 def _check_operands(graph: gs.Graph, region: Region, heads: _Heads, shapes: dict[str, Shape]) -> None:
-    """Raises Blocked where a node mixes the channels of heads with something that has an order of its own."""
+    """Raises Refused where a node mixes the channels of heads with something that has an order of its own."""
     for end in region.ends:
         if end.role in ("norm", "factor") and heads.touch(end.index):
-            raise Blocked(f"{end.node.op} scales the channels of its heads")
+            raise Refused(f"{end.node.op} scales the channels of its heads")
     biases = {id(end.linear.bias_node) for end in region.ends if end.linear is not None}
     for tensor, index in region.places.values():
         if not heads.touch(index):
@@ -196,13 +196,13 @@ def _check_operands(graph: gs.Graph, region: Region, heads: _Heads, shapes: dict
         varied = [axis - index.ndim for axis, size in enumerate(index.shape) if size > 1]
         for node in [*tensor.inputs, *edit.consumers(tensor)]:
             if node.op == "Gather" and _picks_channels(node, region):
-                raise Blocked("Gather picks its channels one by one")
+                raise Refused("Gather picks its channels one by one")
             if node.op not in ("Mul", "Div", "Add", "Sub") or id(node) in biases:
                 continue
             for other in [t for t in node.inputs if not isinstance(t, gs.Constant) and id(t) not in region.places]:
                 shape = shapes[other.name]
                 if any(len(shape) >= -axis and shape[axis] > 1 for axis in varied):
-                    raise Blocked(f"{node.op} combines its channels with {other.name!r}, as rotary embeddings do")
+                    raise Refused(f"{node.op} combines its channels with {other.name!r}, as rotary embeddings do")
 
 
 def _picks_channels(node: gs.Node, region: Region) -> bool:
@@ -228,18 +228,18 @@ def _weights(graph: gs.Graph, region: Region, heads: _Heads, signed: np.ndarray)
         rows = np.zeros((heads.rows.size, found[0].size))
         rows[place[own]] = found[own].reshape(int(own.sum()), -1)
         return rows.reshape(*heads.rows.shape, -1)
-    raise Blocked("no single linear writes all of its heads")
+    raise Refused("no single linear writes all of its heads")
 
 
 def _planned(graph: gs.Graph, region: Region, heads: _Heads, order: np.ndarray) -> list[Callable[[], object]]:
-    """The writes that sort heads. Raises Blocked where a weight cannot be written."""
+    """The writes that sort heads. Raises Refused where a weight cannot be written."""
     writes, ends = [], [end for end in region.ends if heads.touch(end.index)]
     for end in ends:
         if end.linear is None:
             writes.append(_planned_term(graph, end, heads, order))
             continue
         if end.linear.groups > 1:
-            raise Blocked(f"{end.node.op} works in groups")
+            raise Refused(f"{end.node.op} works in groups")
         check_growth(end.linear)
         writes.append(lambda end=end: _permute(view(graph, end.node), end, heads.positions(end.index, order)))
     return writes
@@ -262,7 +262,7 @@ def _planned_term(graph: gs.Graph, end: End, heads: _Heads, order: np.ndarray) -
     if old.size == 1:
         return lambda: None
     if old.size != end.index.size:
-        raise Blocked(f"{end.node.op} adds a constant that is not one value for each of its channels")
+        raise Refused(f"{end.node.op} adds a constant that is not one value for each of its channels")
     new = old.reshape(-1)[heads.positions(end.index, order)].reshape(old.shape)
     return lambda: edit.set_constant(graph, end.node, place, new, f"{end.node.inputs[place].name}_sorted")
 

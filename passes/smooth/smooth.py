@@ -26,10 +26,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome, Pass, Refused, TwoActivations
 from channelfold.passes.channels.rescale import clamped, rescale
 from channelfold.passes.channels.scale_regions import Region, Shape, reach
-from channelfold.passes.layers.linear import Linear, NotLinear, live_linears, view
+from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
 from channelfold.passes.smooth import scales
 from channelfold.passes.smooth.scales import Aim, Seen
@@ -101,8 +101,8 @@ class Smooth(Pass):
             ctx.progress("Smoothing", number, len(sites))
             try:
                 facts.append(self._smooth(graph, site, observers, outcome))
-            except Blocked as error:
-                outcome.refuse(site.name, f"{site.readers[0].tensor.name} stays as it is: {error}", str(error))
+            except Refused as error:
+                outcome.refuse(site.name, f"{site.readers[0].tensor.name} stays as it is: {error}", error.code)
         outcome.facts = {"sites": facts}
         return outcome
 
@@ -113,23 +113,23 @@ class Smooth(Pass):
         for node in live_linears(graph):
             try:
                 linear = view(graph, node)
-            except NotLinear as error:
-                if "two activations" not in str(error):
-                    outcome.refuse(node.name, f"{node.op}: {error}", str(error))
+            except Refused as error:
+                if not isinstance(error, TwoActivations):
+                    outcome.refuse(node.name, f"{node.op}: {error}", error.code)
                 continue
             if id(linear.data) in seen:
                 continue
             try:
                 if reason := self._why_not(linear):
-                    raise Blocked(reason)
+                    raise Refused(reason)
                 seen.add(id(linear.data))
                 site = _Site.of(self._region(graph, linear, shapes))
                 if pattern := next(filter(None, (self._excluding(reader.linear) for reader in site.readers)), None):
-                    raise Blocked(f"a linear that shares its scale is excluded by pattern {pattern!r}")
+                    raise Refused(f"a linear that shares its scale is excluded by pattern {pattern!r}")
                 if any(id(reader.tensor) in scaled for reader in site.readers):  # with nodes inserted there, perhaps
-                    raise Blocked("it is tied to what another site scales")
-            except Blocked as error:
-                outcome.refuse(node.name, f"{node.op}: {error}", str(error))
+                    raise Refused("it is tied to what another site scales")
+            except Refused as error:
+                outcome.refuse(node.name, f"{node.op}: {error}", error.code)
                 continue
             scaled.update(id(reader.tensor) for reader in site.readers)
             seen |= scaled
@@ -147,10 +147,10 @@ class Smooth(Pass):
     def _region(self, graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape]) -> Region:
         try:
             return reach(graph, linear, shapes, self.allow_insert)
-        except Blocked as error:
+        except Refused as error:
             if self.allow_insert:
                 raise
-            raise Blocked(f"{error} (allow_insert puts an explicit Mul there)") from None
+            raise Refused(f"{error} (allow_insert puts an explicit Mul there)") from None
 
     def _smooth(
         self, graph: gs.Graph, site: _Site, observers: Mapping[str, ChannelStatistics], outcome: Outcome
@@ -166,7 +166,7 @@ class Smooth(Pass):
         nodes, tensor = {id(node) for node in graph.nodes}, site.readers[0].tensor.name
         ratio = [outlier_ratio(seen.amax()), outlier_ratio(seen.amax(shift) / scale)]
         if np.ptp(scale) == 0 and not np.any(shift):
-            raise Blocked("its channels are alike already")
+            raise Refused("its channels are alike already")
         rescale(graph, site.region, scale, shift)
         added = sum(id(node) not in nodes for node in graph.nodes)
         what = label if None in ratio else f"{label}; outlier ratio {ratio[0]:.3g} -> {ratio[1]:.3g}"
@@ -198,7 +198,7 @@ class Smooth(Pass):
     def _best(
         self, site: _Site, seen: Seen, observers: Mapping[str, ChannelStatistics], shifted: bool
     ) -> tuple[str, np.ndarray, np.ndarray, list[float]]:
-        """The candidate of least error, with the error before and after in dB. Raises Blocked where none is better."""
+        """The candidate of least error, with the error before and after in dB. Raises Refused where none is better."""
         bits = Bits(0 if self.method == "awq" else self.activation_bits, self.weight_bits, self.group_size)
         errors = [
             (classes, LayerError.of(linears, observers[name].sample(), bits))
@@ -216,7 +216,7 @@ class Smooth(Pass):
             if (error := cost(*candidate[1:])) < after:
                 best, after = candidate, error
         if best is None or (site.region.cuts and self.method == "auto" and after > _WORTH_NODES * before):
-            raise Blocked("no scale makes its quantized outputs better" + (" by enough" if best is not None else ""))
+            raise Refused("no scale makes its quantized outputs better" + (" by enough" if best is not None else ""))
         return *best, [_decibels(before), _decibels(after)]
 
     def _candidates(self, seen: Seen, shifted: bool) -> Iterator[Candidate]:
@@ -267,10 +267,10 @@ class _Site:
         ends = [end for end in region.readers() if free[np.abs(end.index) - 1].any()]
         found = [(end, end.linear) for end in ends if end.linear is not None]
         if any(np.any(end.index < 0) for end, _ in found):
-            raise Blocked("it is scaled against another tensor that linears read")
+            raise Refused("it is scaled against another tensor that linears read")
         axes = {(id(linear.data), linear.in_axis % region.places[id(linear.data)][1].ndim) for _, linear in found}
         if len(axes) > len({tensor for tensor, _ in axes}):
-            raise Blocked("linears read it along two axes")
+            raise Refused("linears read it along two axes")
         return cls(region, tuple(_Reader(linear, end.index - 1) for end, linear in found))
 
     @property
@@ -290,14 +290,14 @@ class _Site:
         return all(linear.node.op != "MatMul" or linear.bias_node is not None for linear in linears)
 
     def seen(self, observers: Mapping[str, ChannelStatistics]) -> Seen:
-        """The statistics by class. Raises Blocked when no sample reached a tensor."""
+        """The statistics by class. Raises Refused when no sample reached a tensor."""
         size = self.region.size
         low, high, columns = np.full(size, np.inf), np.full(size, -np.inf), np.zeros(size)
         mean, middle, count = np.zeros(size), np.zeros(size), np.zeros(size)
         for reader in self.readers:
             found, index = observers[reader.tensor.name], reader.classes
             if not found.positions:
-                raise Blocked("no calibration sample reached it")
+                raise Refused("no calibration sample reached it")
             np.minimum.at(low, index, found.minimum)
             np.maximum.at(high, index, found.maximum)
             np.maximum.at(columns, index, _column_maxima(reader.linear))
@@ -311,11 +311,11 @@ class _Site:
         return Seen(low, high, mean / count, middle / count, columns, free, free & self.region.shiftable)
 
     def layers(self) -> Iterator[tuple[str, np.ndarray, list[Linear]]]:
-        """(tensor, classes of its channels, linears that read it). Raises Blocked where an error cannot be measured."""
+        """(tensor, classes of its channels, linears that read it). Raises Refused where an error cannot be measured."""
         by_tensor: dict[tuple[str, int], list[_Reader]] = {}
         for reader in self.readers:
             if any(size > 1 for size in reader.linear.kernel):
-                raise Blocked("a search needs layers without a kernel; smoothquant, repq or equalize do not search")
+                raise Refused("a search needs layers without a kernel; smoothquant, repq or equalize do not search")
             by_tensor.setdefault((reader.tensor.name, reader.axis), []).append(reader)
         for (name, _), readers in by_tensor.items():
             yield name, readers[0].classes, [reader.linear for reader in readers]

@@ -28,11 +28,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.channels.rescale import rescale
 from channelfold.passes.channels.scale_regions import End, Region, Shape, reach
 from channelfold.passes.channels.widths import columns_of, gathered, read_by
-from channelfold.passes.layers.linear import Linear, NotLinear, live_linears, view
+from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits, quantized_activation, quantized_matrix
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import infer_shapes
@@ -86,8 +86,8 @@ class SplitChannels(Pass):
             try:
                 seen = observers[linear.data.name]
                 facts.append(self._split(graph, view(graph, linear.node), shapes, seen, outcome))
-            except Blocked as error:
-                outcome.refuse(linear.name, f"{linear.data.name} stays as it is: {error}", str(error))
+            except Refused as error:
+                outcome.refuse(linear.name, f"{linear.data.name} stays as it is: {error}", error.code)
         outcome.facts = {"sites": facts}
         return outcome
 
@@ -101,34 +101,34 @@ class SplitChannels(Pass):
                     continue
                 tried.add(id(linear.data))
                 self._region(graph, linear, shapes)
-            except (NotLinear, Blocked) as error:
-                outcome.refuse(node.name, f"{node.op}: {error}", str(error))
+            except Refused as error:
+                outcome.refuse(node.name, f"{node.op}: {error}", error.code)
             else:
                 yield linear
 
     def _region(self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape]) -> tuple[Region, list[End], bool]:
-        """(region of what a linear reads, its readers there, whether nodes are needed). Raises Blocked."""
+        """(region of what a linear reads, its readers there, whether nodes are needed). Raises Refused."""
         region = reach(graph, linear, shapes, self.allow_insert)
         ends = region.readers()
         readers = [end for end in ends if end.linear is not None and end.linear.data is linear.data]
         if len(readers) < len(ends):
-            raise Blocked("linears read its channels from several tensors")
+            raise Refused("linears read its channels from several tensors")
         if any(end.linear is not None and end.linear.groups > 1 for end in readers):
-            raise Blocked(f"{linear.node.op} reads it in groups")
+            raise Refused(f"{linear.node.op} reads it in groups")
         try:
             read_by(graph, linear, shapes)
-        except Blocked as error:
+        except Refused as error:
             if not self.allow_insert:
-                raise Blocked(f"its width cannot grow: {error} (a Gather could repeat it: allow_insert)") from None
+                raise Refused(f"its width cannot grow: {error} (a Gather could repeat it: allow_insert)") from None
             return region, readers, True
         return region, readers, bool(region.cuts)
 
     def _split(
         self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape], seen: ChannelStatistics, outcome: Outcome
     ) -> dict[str, Any]:
-        """Splits what a linear reads. Raises Blocked, with nothing changed."""
+        """Splits what a linear reads. Raises Refused, with nothing changed."""
         if not seen.positions:
-            raise Blocked("no calibration sample reached it")
+            raise Refused("no calibration sample reached it")
         region, ends, inserts = self._region(graph, linear, shapes)
         tensor, index = linear.data, ends[0].index
         readers = [end.linear for end in ends if end.linear is not None]
@@ -142,7 +142,7 @@ class SplitChannels(Pass):
         parts, snr = search.best(self.max_extra, self.align)
         needed = max(self.min_gain, _WORTH_NODES) if inserts else self.min_gain
         if not (parts > 1).any() or snr[1] - snr[0] < needed:
-            raise Blocked(f"no split gains {needed:g} dB")
+            raise Refused(f"no split gains {needed:g} dB")
         scale = np.ones(region.size)
         scale[classes] = np.where(index > 0, parts, 1 / parts)
         nodes, width, theta = set(map(id, graph.nodes)), len(parts), float((amax[classes] / parts).max())
@@ -228,7 +228,7 @@ def _repeat(graph: gs.Graph, readers: list[Linear], parts: np.ndarray, shapes: d
     readers = [view(graph, linear.node) for linear in readers]
     try:
         width = read_by(graph, readers[0], shapes)
-    except Blocked:
+    except Refused:
         width = gathered(graph, readers, shapes)
     index = np.repeat(np.arange(len(parts)), parts.astype(int))
     width.resize(

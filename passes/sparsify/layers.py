@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from channelfold.passes.base import DoesNotFit
 from channelfold.passes.layers.linear import Linear, check_growth
 from channelfold.runtime.errors import DataError
 from channelfold.runtime.io import edit
@@ -87,7 +88,7 @@ class Layer:
         return all(seen.positions.get(x.in_axis) for x, seen in zip(self.linears, self.power, strict=True))
 
     def check_growth(self) -> None:
-        """Raises Blocked where the file would have to keep the old weight beside the new one."""
+        """Raises Refused where the file would have to keep the old weight beside the new one."""
         first = self.linears[0]
         if not self._alone() or first.dtype.itemsize > np.dtype(first.source.dtype).itemsize:
             check_growth(first)
@@ -179,7 +180,7 @@ def _add_to_bias(linear: Linear, more: np.ndarray) -> None:
     if linear.node.op == "MatMul" and linear.bias_node is None:
         return
     old = linear.bias()
-    with contextlib.suppress(OverflowError):  # a float16 bias at the end of its type stays as it is
+    with contextlib.suppress(DoesNotFit):  # a float16 bias at the end of its type stays as it is
         linear.set_bias((0.0 if old is None else old) + more)
 
 

@@ -32,8 +32,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context, Outcome, Pass
-from channelfold.passes.layers.linear import Linear, NotLinear, live_linears, view
+from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.sparsify import ratios as layer_ratios
 from channelfold.passes.sparsify.layers import Layer, observers, shared, weights_of
 from channelfold.passes.sparsify.masks import Tiles, by_row, n_of_m
@@ -160,7 +160,7 @@ class Sparsify(Pass):
             try:
                 linear = view(graph, node)
                 reason = self._why_not(linear)
-            except NotLinear as error:
+            except Refused as error:
                 reason = str(error)
             if reason:
                 outcome.refuse(node.name, f"{node.op} stays dense: {reason}", reason)
@@ -169,7 +169,7 @@ class Sparsify(Pass):
         for layer in shared(usable):
             try:
                 layer.check_growth()
-            except Blocked as error:
+            except Refused as error:
                 for linear in layer.linears:
                     outcome.refuse(
                         linear.name, f"{linear.node.op} stays dense: {error}", "its weight has other readers"

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Blocked, Context
+from channelfold.passes.base import Context, Refused
 from channelfold.passes.ffn.pairs import Pair, Pairs
 from channelfold.passes.fold.constants import FoldConstants
 from channelfold.passes.layers.linear import Linear
@@ -117,7 +117,7 @@ def idle(
 def _at(pairs: Pairs, node: gs.Node) -> Pair | None:
     try:
         return pairs.at(node, plain=True)
-    except Blocked:  # the pass says why
+    except Refused:  # the pass says why
         return None
 
 

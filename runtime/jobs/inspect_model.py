@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Outcome
-from channelfold.passes.layers.linear import Linear, NotLinear, linears, view
+from channelfold.passes.base import Outcome, Refused
+from channelfold.passes.layers.linear import Linear, linears, view
 from channelfold.passes.operators import LINEAR_OPS
 from channelfold.passes.quantize.static import Quantize
 from channelfold.runtime.data.sources import Data
@@ -120,7 +120,7 @@ def _linear(graph: gs.Graph, node: gs.Node) -> dict[str, Any]:
     }
     try:
         linear = view(graph, node)
-    except NotLinear:
+    except Refused:
         return entry | {"macs": _product_macs(node)}
     outs, ins = linear.channels
     shape = [outs, ins // linear.groups, *linear.kernel]

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.cut import cut, mask
 from channelfold.tests.channel_cuts import assert_intact, groups_of, outputs_without, summary, without, written
 from channelfold.tests.graphs import assert_same, build, constants, feeds, listing, positive, run
@@ -295,7 +295,7 @@ def test_a_norm_without_a_masked_form_is_named():
         C=(6, 2),
     )
     assert summary(groups_of(graph)).startswith("a 6/6 reduced")
-    with pytest.raises(Blocked, match="InstanceNormalization without some of its channels"):
+    with pytest.raises(Refused, match="InstanceNormalization without some of its channels"):
         mask(graph, without(groups_of(graph), {"a": [0]}))
 
 

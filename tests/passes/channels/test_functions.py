@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.cones import Cone, cone
 from channelfold.passes.channels.functions import CONSTANT, MIXED, Reader
 from channelfold.runtime.io.shapes import LazyShapes
@@ -100,11 +100,11 @@ def test_what_is_no_function_of_channels(body, reason):
         "order": np.array([2, 1, 0]),
         "index": np.zeros((2, 3, 4), int),
     }
-    with pytest.raises(Blocked, match=reason):
+    with pytest.raises(Refused, match=reason):
         reading(body, **given, tokens=np.array([[1.0], [2], [3]]))
 
 
 def test_a_cone_ends_somewhere():
     body = "a0 = Relu(h)\n" + "\n".join(f"a{i + 1} = Relu(a{i})" for i in range(300)) + "\n y = Relu(a300)"
-    with pytest.raises(Blocked, match="too many nodes are in between"):
+    with pytest.raises(Refused, match="too many nodes are in between"):
         reading(body)

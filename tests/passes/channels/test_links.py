@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.ports import Link, Links, Member
 from channelfold.runtime.io.shapes import measured_shapes
@@ -138,7 +138,7 @@ def test_places_in_front_of_a_resize_are_told_by_its_scales():
     ],
 )
 def test_what_is_refused_says_why(signature, body, reason, constants):
-    with pytest.raises(Blocked, match=reason):
+    with pytest.raises(Refused, match=reason):
         links(signature, body.replace("'", '"'), **constants)
 
 
@@ -146,5 +146,5 @@ def test_an_operator_of_another_domain_is_not_known_by_its_name():
     graph = gs.Graph(
         [gs.Node("Relu", "r", domain="my", inputs=[gs.Variable("x")], outputs=[gs.Variable("y")])], opset=17
     )
-    with pytest.raises(Blocked, match="Relu reads or writes it"):
+    with pytest.raises(Refused, match="Relu reads or writes it"):
         LinkTable(graph, {"x": (2, 3), "y": (2, 3)}).of(graph.nodes[0])

@@ -15,7 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.cut import cut, mask
 from channelfold.passes.channels.links import _RULES
 from channelfold.passes.operators import ELEMENTWISE
@@ -119,7 +119,7 @@ def verdict(model: onnx.ModelProto, feed: Feed) -> str:
             graph, rng = graph_of(model), np.random.default_rng(0)
             try:
                 step(graph, [(r, random_keep(r, rng, ratio)) for r in regions_of(groups_of(graph, feed))])
-            except Blocked:
+            except Refused:
                 return "no masked form"
             check(graph)
             results.append(session(graph, optimize=False).run(feed))

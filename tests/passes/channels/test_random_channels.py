@@ -7,7 +7,7 @@ import onnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.cut import cut, mask
 from channelfold.runtime.io.files import check, import_model, infer_shapes, session
 from channelfold.tests.channel_cuts import groups_of, random_keep, regions_of
@@ -34,7 +34,7 @@ def test_slicing_is_masking(model, ratio, seed, width):
     check(sliced)
     try:
         masked = pruned(model, mask, ratio, seed, width)
-    except Blocked:  # a norm that has no masked form
+    except Refused:  # a norm that has no masked form
         return
     feed = feeds(sliced)
     before, after = (session(graph, optimize=False).run(feed) for graph in (masked, sliced))

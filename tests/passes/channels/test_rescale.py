@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.rescale import at, clamped, rescale
 from channelfold.passes.channels.scale_regions import Region, trace
 from channelfold.passes.layers.linear import linears
@@ -150,7 +150,7 @@ def test_a_tied_embedding_is_refused_for_what_its_copy_weighs():
     shapes = {"i": (2, 3), "e": (2, 3, 64), "n": (2, 3, 64), "y": (2, 3, 3000)}
     last = linears(graph)[-1]
     region, old = trace(graph, last.data, -1, shapes), listing(graph)
-    with pytest.raises(Blocked, match=r"a new weight for MatMul_3 would make the file 1\.5 MB larger"):
+    with pytest.raises(Refused, match=r"a new weight for MatMul_3 would make the file 1\.5 MB larger"):
         rescale(graph, region, positive(64))
     assert listing(graph) == old
     np.testing.assert_array_equal(constants(graph)["g"], random(64, "g"))
@@ -168,7 +168,7 @@ def test_what_float16_cannot_hold_is_refused_and_nothing_is_changed(insert):
     graph = build(TOKENS, body, kind="float16", V=(4, 3), W=np.full((3, 5), 1000.0))
     old, before = listing(graph), {name: values.copy() for name, values in constants(graph).items()}
     region = traced(graph, insert=insert)
-    with pytest.raises(Blocked, match="does not fit float16"):
+    with pytest.raises(Refused, match="does not fit float16"):
         rescale(graph, region, np.full(3, 1e-5 if insert else 1e5))
     assert listing(graph) == old
     assert all(np.array_equal(before[name], values) for name, values in constants(graph).items())
@@ -176,7 +176,7 @@ def test_what_float16_cannot_hold_is_refused_and_nothing_is_changed(insert):
 
 def test_a_shift_where_there_can_be_none_is_refused():
     graph = build(TOKENS, TWO, V=(4, 3), W=(3, 5))
-    with pytest.raises(Blocked, match="a shift does not pass Relu"):
+    with pytest.raises(Refused, match="a shift does not pass Relu"):
         rescale(graph, traced(graph), np.ones(3), np.ones(3))
     rescale(graph, traced(graph), np.ones(3), np.zeros(3))
 

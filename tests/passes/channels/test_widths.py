@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from channelfold.passes.base import Blocked
+from channelfold.passes.base import Refused
 from channelfold.passes.channels.widths import follow, read_by
 from channelfold.passes.layers.linear import linears
 from channelfold.runtime.io.shapes import measured_shapes
@@ -72,5 +72,5 @@ def test_transposes_and_sums_leave_it_linear():
 )  # fmt: skip
 def test_reasons(body, reason):
     given = {"U": (8, 12), "D": (12, 4), "E": (6, 4), "zero": np.array([0]), "six": np.array([6]), "two": np.array([2])}
-    with pytest.raises(Blocked, match=reason):
+    with pytest.raises(Refused, match=reason):
         group(body, **{name: values for name, values in given.items() if f"{name})" in body or f" {name}," in body})

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from channelfold.passes import pipeline, recipe
-from channelfold.passes.base import Blocked, Context
+from channelfold.passes.base import Context, Refused
 from channelfold.passes.channels.cut import cut
 from channelfold.passes.layers.linear import linears
 from channelfold.passes.prune import prune as module
@@ -355,7 +355,7 @@ def test_random_networks(model, amount, importance, with_data):
 
 def test_a_cut_that_cannot_be_proven_is_a_warning(monkeypatch):
     def blocked(graph, cuts):
-        raise Blocked("a norm that nobody knows")
+        raise Refused("a norm that nobody knows")
 
     monkeypatch.setattr(module, "mask", blocked)
     graph, steps = pipeline.run(cnn(), [Prune(ratio=0.5, align=1)], Context())

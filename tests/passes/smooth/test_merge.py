@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from channelfold.passes.base import Blocked, Context
+from channelfold.passes.base import Context, Refused
 from channelfold.passes.smooth.merge import MergeChannels, _paired
 from channelfold.passes.smooth.split import SplitChannels
 from channelfold.runtime.data.sources import Data, random_data
@@ -109,7 +109,7 @@ def test_only_single_channels_are_paired():
     single = np.array([True, False, True, False, True, True])
     merger = _paired(random((9, 6), "r"), random((2, 6), "m"), single, 1, False)
     assert {*merger.kept, *merger.gone} & {1, 3} == set()
-    with pytest.raises(Blocked, match="2 pairs are to be merged, but only 1 can be"):
+    with pytest.raises(Refused, match="2 pairs are to be merged, but only 1 can be"):
         _paired(random((9, 6), "r"), random((2, 6), "m"), single, 2, False)
 
 
