@@ -45,7 +45,7 @@ from channelfold.passes.channels.maps import (
 from channelfold.passes.channels.region import Cut, End, Region
 from channelfold.passes.layers.affine import Vector, passes
 from channelfold.passes.layers.linear import Linear, view
-from channelfold.passes.operators import OVER_AXIS_1, ATTENTIONS, LINEAR_OPS, NORMS, SKIP_NORMS, UNBIASED_NORMS
+from channelfold.passes.operators import ATTENTIONS, LINEAR_OPS, NORMS, OVER_AXIS_1, SKIP_NORMS, UNBIASED_NORMS
 from channelfold.runtime.io import edit
 
 _ADDITIVE = ("Add", "Sub", "Min", "Max")  # as far as scales go
