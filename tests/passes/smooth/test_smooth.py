@@ -17,7 +17,7 @@ from channelfold.passes.base import Context, Outcome
 from channelfold.passes.channels.rescale import rescale
 from channelfold.passes.channels.scale_regions import Region, trace
 from channelfold.passes.layers.linear import linears
-from channelfold.passes.layers.quantization_error import Bits, LayerError, quantized_matrix
+from channelfold.passes.layers.quantization_error import Bits, LayerError
 from channelfold.passes.quantize.static import Quantize
 from channelfold.passes.smooth.smooth import Smooth
 from channelfold.runtime.data.sources import Data
@@ -395,7 +395,7 @@ def test_awq_lowers_the_error_of_three_bits_where_one_channel_of_a_hundred_is_50
 
     def error(graph: gs.Graph) -> float:
         (linear,) = linears(graph)
-        linear.set_weight(quantized_matrix(linear.weight(), Bits(0, 3, group)))
+        linear.set_weight(Bits(0, 3, group).format.rounded(linear.weight()))
         return -snr(before, run(graph, other)["y"])
 
     assert error(graph) < error(build(signature, body, kind="float", g=gamma, W=(128, 64))) - 5
