@@ -23,6 +23,7 @@ import click
 from channelfold import __version__
 from channelfold.runtime import flags as opt
 from channelfold.runtime.errors import ChannelfoldError, OutputError, nearest
+from channelfold.runtime.report.names import one_line, safe
 from channelfold.runtime.report.progress import Progress
 
 DEMO_SMS = (86, 89)
@@ -113,8 +114,10 @@ def _print(record: dict[str, Any], show: str, as_json: bool) -> None:
 
 
 def _say(label: str, text: str, color: str) -> None:
+    """Prints one line of at most 500 characters, which nothing in ``text`` can break or forge."""
     plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
-    click.echo(f"{label if plain else click.style(label, fg=color, bold=True)} {text}", err=True)
+    line = one_line(text, 499 - len(label))
+    click.echo(f"{label if plain else click.style(label, fg=color, bold=True)} {line}", err=True)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -133,17 +136,18 @@ def _main(args: list[str]) -> int:
         return 130
     except Exception as error:
         if "--debug" in args:
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                click.echo(safe(line), err=True)
         message, code = _explained(error, args)
         _say("error:", message, "red")
         return code
 
 
 def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
-    """What to tell the user about an error, in one line, and the exit code."""
+    """What to tell the user about an error, and the exit code."""
     match error:
         case ChannelfoldError():
-            return " ".join(str(error).split()), error.exit_code
+            return str(error), error.exit_code
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else "channelfold"
             message = error.format_message()
@@ -163,7 +167,7 @@ def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
         if "--debug" in args
         else "Run again with --debug, and report what it shows"
     )
-    return f"{type(error).__name__}: {' '.join(str(error).split())}. This is a bug in channelfold. {hint}", 1
+    return f"{type(error).__name__}: {error}. This is a bug in channelfold. {hint}", 1
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:

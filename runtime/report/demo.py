@@ -6,31 +6,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from channelfold import models
+from channelfold.runtime.report.tables import Page
 
 
 def render(record: Mapping[str, Any], console: Console) -> None:
     """Prints the figures of the networks side by side, and where the files are."""
-    demo, model = record["demo"], models.MODELS[record["demo"]["model"]]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("", *(stage["name"] for stage in demo["stages"])):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    table.add_column("", style="dim")
-    for row in _rows(record):
-        table.add_row(*row)
-    console.print(Text.assemble((f"{model.name}: ", "bold"), model.description), highlight=False)
-    console.print()
-    console.print(table, highlight=False)
-    console.print()
+    demo, page = record["demo"], Page(console)
+    page.say((f"{demo['model']}: ", "bold"), demo["description"], indent=0)
+    page.blank()
+    rows = [(*figures, (remark, "dim")) for *figures, remark in _rows(record)]
+    page.table("", [*(f">{stage['name']}" for stage in demo["stages"]), "<"], rows, indent=0)
+    page.blank()
     if demo["no_engines"]:
-        console.print(Text(f"No engines were built. {demo['no_engines']}", "yellow"), highlight=False)
+        page.say((f"No engines were built. {demo['no_engines']}", "yellow"), indent=0)
     for warning in record["warnings"]:
-        console.print(Text(f"! {warning}", "yellow"), highlight=False)
-    console.print(Text(f"Models, engines and report.json are in {demo['folder']}"), highlight=False, soft_wrap=True)
-    console.print(Text("Next: channelfold compress MODEL.onnx -o DIR --calibration SAMPLES.npz"), highlight=False)
+        page.say((f"! {warning}", "yellow"), indent=0)
+    page.say(f"Models, engines and report.json are in {demo['folder']}", indent=0, wrap=False)
+    page.say("Next: channelfold compress MODEL.onnx -o DIR --calibration SAMPLES.npz", indent=0)
 
 
 def _rows(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

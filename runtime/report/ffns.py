@@ -5,44 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from channelfold.runtime.report.names import shorten_all
+from channelfold.runtime.report.tables import Page
 
 
-def render(entries: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Prints what ``idle`` found."""
-    console.print()
+def show(entries: Sequence[Mapping[str, Any]], page: Page) -> None:
+    """Prints ``ffns`` of the record of ``jobs.inspect``."""
+    page.blank()
     if not entries:
-        console.print("  No FFN was found.", highlight=False)
+        page.say("No FFN was found.")
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column(Text("FFNs", "bold not dim"), no_wrap=True)
     rows = [_row(entry) for entry in entries]
-    for heading in rows[0]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    taken = sum(max(len(heading), *(len(row[heading]) for row in rows)) + 2 for heading in rows[0])
-    names = shorten_all([entry["node"] for entry in entries], max(20, console.width - taken - 4))
-    for name, row in zip(names, rows, strict=True):
-        table.add_row(Text(f"  {name}"), *row.values())
-    console.print(table, highlight=False)
+    named = [(entry["node"], *row.values()) for entry, row in zip(entries, rows, strict=True)]
+    page.fill("FFNs", [f">{heading}" for heading in rows[0]], named)
     total, folded = (sum(entry[key] for entry in entries) for key in ("weights", "folded"))
     if folded < total:
-        words = (
-            f"  Folding the idle channels leaves {folded / total:.1%} of these weights and MACs: channelfold reparam"
-        )
-        console.print(Text(words), highlight=False)
+        share = f"{folded / total:.1%}"
+        page.say(f"Folding the idle channels leaves {share} of these weights and MACs: channelfold reparam")
 
 
 def _row(entry: Mapping[str, Any]) -> dict[str, str]:
-    row = {name: f"{entry[name]:,}" for name in ("hidden", "idle", "dead")}
-    if "linear" in entry:
-        row["linear"] = f"{entry['linear']:,}"
-    row |= {"weights": f"{entry['weights']:,}", "folded": f"{entry['folded'] / entry['weights']:.1%}"}
+    counted = (name for name in ("hidden", "idle", "dead", "linear", "weights") if name in entry)
+    row = {name: f"{entry[name]:,}" for name in counted}
+    row["folded"] = f"{entry['folded'] / entry['weights']:.1%}"
     for share in entry.get("shares", ()):
-        heading = f"{share['share']:.0%} idle"
         snr = share["snr"] if isinstance(share["snr"], str) else f"{share['snr']:.0f} dB"
-        row[heading] = f"{share['weights'] / entry['weights']:.1%}, {snr}"
+        row[f"{share['share']:.0%} idle"] = f"{share['weights'] / entry['weights']:.1%}, {snr}"
     return row
