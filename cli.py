@@ -62,8 +62,8 @@ def cli() -> None:
 # ---- running a job -----------------------------------------------------------------------------------------------
 
 
-def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., Any]], click.Command]:
-    """Makes a command of a function that returns a record, for which module ``runtime.report.<show>`` has ``render``.
+def _command(example: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Makes a command of a function that returns a record.
 
     Adds --json and --debug, passes ``progress`` and ends the help with the example.
     """
@@ -76,9 +76,9 @@ def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., An
                 with Progress() as progress, contextlib.redirect_stdout(sys.stderr):
                     record = function(jobs, progress=progress, **options)
             except jobs.GateMissed as missed:
-                _print(missed.record, show, as_json)
+                _print(missed.record, as_json)
                 raise
-            _print(record, show, as_json)
+            _print(record, as_json)
 
         command = cli.command(name=function.__name__, epilog=f"\b\nExample:\n  {example}")(run)
         command.params += [
@@ -90,18 +90,17 @@ def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., An
     return register
 
 
-def _print(record: dict[str, Any], show: str, as_json: bool) -> None:
+def _print(record: dict[str, Any], as_json: bool) -> None:
     """The record to stdout. Warnings go to stderr as well, unless stdout is a terminal, which shows them already."""
     from rich.console import Console
 
-    from channelfold.runtime.report.terminal import to_json
+    from channelfold.runtime.report.terminal import render, to_json
 
     try:
         if as_json:
             click.echo(to_json(record))
         else:
-            console = Console(width=None if sys.stdout.isatty() else 10_000)
-            importlib.import_module(f"channelfold.runtime.report.{show}").render(record, console)
+            render(record, Console(width=None if sys.stdout.isatty() else 10_000))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has had enough, which click takes quietly
         raise
@@ -262,7 +261,7 @@ def smooth(jobs: Any, progress: Any, model: str, output: str, method: str, **opt
     return jobs.smooth(model, output, method, progress=progress, **_settings(options))
 
 
-@_command("channelfold prune model.onnx -o cut.onnx --keep-macs 0.5 --calibration x.npz", show="groups")
+@_command("channelfold prune model.onnx -o cut.onnx --keep-macs 0.5 --calibration x.npz")
 @opt.model
 @opt.output
 @opt.calibration
@@ -426,7 +425,7 @@ def diff(
     )
 
 
-@_command("channelfold inspect model.onnx", show="inspection")
+@_command("channelfold inspect model.onnx")
 @opt.model
 @click.option(
     "--calibration",
@@ -450,7 +449,7 @@ def inspect(
     )
 
 
-@_command("channelfold demo --model digits_repavit", show="demo")
+@_command("channelfold demo --model digits_repavit")
 @opt.shipped
 @click.option(
     "-o", "--output", metavar="DIR", type=click.Path(), help="Folder to write to.  [default: a temporary one]"

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
-
 from channelfold.runtime.report.tables import Page
 
 
-def render(record: Mapping[str, Any], console: Console) -> None:
+def show(record: Mapping[str, Any], page: Page) -> None:
     """Prints the figures of the networks side by side, and where the files are."""
-    demo, page = record["demo"], Page(console)
+    demo = record["demo"]
     page.say((f"{demo['model']}: ", "bold"), demo["description"], indent=0)
     page.blank()
     rows = [(*figures, (remark, "dim")) for *figures, remark in _rows(record)]

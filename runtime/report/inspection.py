@@ -7,18 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from channelfold.runtime.report import ffns, groups, terminal
 from channelfold.runtime.report.tables import UNKNOWN, Page, count, ratio
 
 
-def render(record: Mapping[str, Any], console: Console) -> None:
-    """Prints the record of ``jobs.inspect``: the model, then every linear node."""
-    terminal.render(record, console)
-    page, found = Page(console), record["inspection"]
+def show(record: Mapping[str, Any], page: Page) -> None:
+    """Prints what ``jobs.inspect`` has found: the model, then every linear node, FFN and group of channels."""
+    found = record["inspection"]
     linears = found["linears"]
-    page.blank()
     facts = (
         ("inputs", found["inputs"]),
         ("outputs", found["outputs"]),
@@ -33,9 +28,9 @@ def render(record: Mapping[str, Any], console: Console) -> None:
         page.blank()
         _linears(linears, page)
     if "ffns" in record:
-        ffns.show(record["ffns"], page)
+        _ffns(record["ffns"], page)
     if "groups" in record:
-        groups.show(record["groups"], page)
+        show_groups(record["groups"], page)
     reasons = Counter(linear["reason"] for linear in linears if not linear["quantizable"])
     if reasons:
         page.blank()
@@ -61,3 +56,58 @@ def _linears(linears: Sequence[Mapping[str, Any]], page: Page) -> None:
     )
     if "outlier_ratio" in linears[0]:
         page.note("outliers: the largest channel of what a node reads, against the median channel")
+
+
+def _ffns(entries: Sequence[Mapping[str, Any]], page: Page) -> None:
+    page.blank()
+    if not entries:
+        page.say("No FFN was found.")
+        return
+    rows = [_ffn(entry) for entry in entries]
+    named = [(entry["node"], *row.values()) for entry, row in zip(entries, rows, strict=True)]
+    page.fill("FFNs", [f">{heading}" for heading in rows[0]], named)
+    total, folded = (sum(entry[key] for entry in entries) for key in ("weights", "folded"))
+    if folded < total:
+        share = f"{folded / total:.1%}"
+        page.say(f"Folding the idle channels leaves {share} of these weights and MACs: channelfold reparam")
+
+
+def _ffn(entry: Mapping[str, Any]) -> dict[str, str]:
+    counted = (name for name in ("hidden", "idle", "dead", "linear", "weights") if name in entry)
+    row = {name: f"{entry[name]:,}" for name in counted}
+    row["folded"] = f"{entry['folded'] / entry['weights']:.1%}"
+    for share in entry.get("shares", ()):
+        snr = share["snr"] if isinstance(share["snr"], str) else f"{share['snr']:.0f} dB"
+        row[f"{share['share']:.0%} idle"] = f"{share['weights'] / entry['weights']:.1%}, {snr}"
+    return row
+
+
+def show_groups(entries: Sequence[Mapping[str, Any]], page: Page) -> None:
+    """Prints the channels that can be cut together."""
+    page.blank()
+    if not entries:
+        page.say("No channel group was found.")
+        return
+    columns = (">channels", ">prunable", ">in", ">params", ">MACs", ">writers", ">readers", ">width")
+    page.fill("Channel groups", columns, [(entry["node"], *_group(entry)) for entry in entries])
+    channels, prunable = (sum(entry[key] for entry in entries) for key in ("channels", "prunable"))
+    share = f", {prunable / channels:.1%}" if channels else ""
+    page.say(f"{prunable:,} of {channels:,} channels can be cut{share}")
+    if any(entry["units"] != entry["channels"] for entry in entries):
+        page.note(
+            "in: of how many units that go as a whole (heads, the same channel of every group), where not one by one"
+        )
+    if any(entry["reduced"] for entry in entries):
+        page.note("width: a norm works on the channels, cut only with --width")
+    stay: Counter[str] = Counter()
+    for entry in entries:
+        stay.update(entry["stay"])
+    for reason, count in stay.most_common():
+        page.say((f"{count:,} x ", "bold"), "stays: ", reason)
+
+
+def _group(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    counted = ("channels", "prunable", "units", "parameters", "macs")
+    channels, prunable, units, *costs = (f"{entry[key]:,}" for key in counted)
+    ends = (str(len(entry[key])) for key in ("writers", "readers"))
+    return channels, prunable, "" if units == channels else units, *costs, *ends, "yes" if entry["reduced"] else ""

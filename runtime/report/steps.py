@@ -12,22 +12,18 @@ _EXAMPLES, _SITES = 3, 12
 
 def show(record: Mapping[str, Any], page: Page) -> None:
     """Prints ``steps`` of a record."""
-    rows = [
-        (
-            step["pass"],
-            step["kind"],
-            str(len(step["changed"])),
-            str(len(step["refused"])),
-            f"{step['seconds']:.1f}",
-            _verified(step.get("verified")),
-        )
-        for step in record["steps"]
-    ]
+    rows = [_row(step) for step in record["steps"]]
     page.table("Steps", ("<kind", ">changed", ">refused", ">seconds", "<verified rel. error"), rows)
     for step in record["steps"]:
         _quantized(step, page)
         _sites(step, page)
+        _cut(step, page)
         _refused(step, page)
+
+
+def _row(step: Mapping[str, Any]) -> tuple[Cell, ...]:
+    changed, refused = (str(len(step[key])) for key in ("changed", "refused"))
+    return step["pass"], step["kind"], changed, refused, f"{step['seconds']:.1f}", _verified(step.get("verified"))
 
 
 def _verified(verified: Mapping[str, Any] | None) -> Cell:
@@ -117,6 +113,32 @@ _LEGEND = {
     "bfp_error": "error in blocks that share an exponent",
     "energy_kept": "energy: sum of the squared weights, times those of their inputs where there are data",
 }
+
+
+def _cut(step: Mapping[str, Any], page: Page) -> None:
+    """What ``prune`` has cut."""
+    facts = step.get("facts", {})
+    if not facts.get("groups"):
+        return
+    figures = ("channels", "kept", "parameters_saved", "macs_saved")
+    rows = [(group["node"], group["op"], *(f"{group[key]:,.0f}" for key in figures)) for group in facts["groups"]]
+    page.blank()
+    page.fill("Cut", ("<op", ">channels", ">kept", ">params saved", ">MACs saved"), rows)
+    for kind, words in (("macs", "MACs"), ("parameters", "parameters")):
+        before, after = facts[kind]["before"], facts[kind]["after"]
+        share = f", {after / before:.1%} kept" if before else ""
+        page.say(f"{words}: {before:,.0f} -> {after:,.0f}{share}")
+    if "latency" in facts:
+        page.say(f"time in ONNX Runtime: {facts['latency']['kept']:.1%} kept")
+    for name, error in facts.get("output_error", {}).items():
+        page.say(f"error of {name!r} on calibration data: {error:.2%} of its variance")
+    proof = facts["slice_equals_mask"]
+    if proof and "max_rel_error" in proof:
+        refitted = "; what reads the rest was refitted afterwards" if facts["statistics"] else ""
+        error = f"{proof['max_rel_error']:.1e} on {proof['probes']} probes"
+        page.say(f"The cut equals the same channels silenced, to {error}{refitted}")
+    elif proof:
+        page.say((f"The cut was not proven: {proof['unverified']}", "yellow"))
 
 
 def _refused(step: Mapping[str, Any], page: Page) -> None:

@@ -40,7 +40,7 @@ import numpy as np
 from rich.console import Console
 
 from channelfold.runtime.errors import OutputError
-from channelfold.runtime.report import steps
+from channelfold.runtime.report import demo, inspection, steps
 from channelfold.runtime.report.tables import Page, number, size
 from channelfold.runtime.stats.compare import json_number
 
@@ -85,6 +85,9 @@ def plain(value: Any) -> Any:
 def render(record: Mapping[str, Any], console: Console) -> None:
     """Prints the record as tables, see ``tables.Page``."""
     record, page = plain(record), Page(console)
+    if "demo" in record:
+        demo.show(record, page)
+        return
     page.say((record["tool"], "bold"), "  ", record.get("command", ""), indent=0)
     for key, show in _SECTIONS.items():
         if record.get(key):
@@ -207,6 +210,7 @@ _SECTIONS = {
     "model": _model,
     "data": _data,
     "steps": steps.show,
+    "inspection": inspection.show,
     "accuracy": _accuracy,
     "engines": _engines,
     "latency": _latency,
