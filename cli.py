@@ -135,8 +135,8 @@ def _main(args: list[str]) -> int:
         return 130
     except Exception as error:
         if "--debug" in args:
-            for line in traceback.format_exc().splitlines():
-                click.echo(safe(line), err=True)
+            # indented, so that no line of a message passes for one of ours
+            click.echo("\n  ".join(map(safe, traceback.format_exc().splitlines())), err=True)
         message, code = _explained(error, args)
         _say("error:", message, "red")
         return code

@@ -29,28 +29,18 @@ def _rows(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     first, *changed = stages
     folded, last = len(changed) > 1, stages[-1]
     output, names = record["accuracy"]["outputs"][0]["name"], [stage["name"] for stage in changed]
-    yield (
-        "top-1 accuracy",
-        *(f"{stage['accuracy']:.1%}" for stage in stages),
-        f"{demo['samples']} samples unseen by calibration",
-    )
+    unseen = f"{demo['samples']} samples unseen by calibration"
+    yield "top-1 accuracy", *(f"{stage['accuracy']:.1%}" for stage in stages), unseen
     yield "same class as float", "", *(f"{stage['agreement']:.1%}" for stage in changed), ""
-    yield (
-        "signal to noise",
-        "",
-        *(f"{stage['snr']:.1f} dB" for stage in changed),
-        f"{output}, {' and '.join(names)} against float",
-    )
+    against = f"{output}, {' and '.join(names)} against float"
+    yield "signal to noise", "", *(f"{stage['snr']:.1f} dB" for stage in changed), against
     yield "file", *map(_kilobytes, stages), f"{first['bytes'] / last['bytes']:.2f}x smaller"
     yield "nodes", *(str(stage["nodes"]) for stage in stages), _what_was_done(record, folded)
     if folded:
         yield "parameters", *(f"{stage['parameters'] / 1e3:.1f} k" for stage in stages), "int8: with its scales"
         yield "MACs", *(f"{stage['macs'] / 1e6:.2f} M" for stage in stages), "a sample"
-    yield (
-        "ONNX Runtime latency",
-        *(f"{entry['ms']:.3f} ms" for entry in record["latency"]),
-        "CPU, batch 1; int8 is made for TensorRT",
-    )
+    times = (f"{entry['ms']:.3f} ms" for entry in record["latency"])
+    yield "ONNX Runtime latency", *times, "CPU, batch 1; int8 is made for TensorRT"
     for engine in record["engines"]:
         plan = engine["plan"]
         runs = f"{plan['int8']} of {plan['total']} nodes run as int8" if plan["readable"] else plan["reason"]

@@ -49,11 +49,8 @@ def _linears(linears: Sequence[Mapping[str, Any]], page: Page) -> None:
         "<int8": [("yes", "green") if linear["quantizable"] else ("no", "yellow") for linear in linears],
     }
     columns = {heading: cells for heading, cells in columns.items() if set(cells) - {"", UNKNOWN}}
-    page.fill(
-        "Linear nodes",
-        list(columns),
-        [(linear["node"], *cells) for linear, *cells in zip(linears, *columns.values(), strict=True)],
-    )
+    nodes = [linear["node"] for linear in linears]
+    page.fill("Linear nodes", list(columns), list(zip(nodes, *columns.values(), strict=True)))
     if "outlier_ratio" in linears[0]:
         page.note("outliers: the largest channel of what a node reads, against the median channel")
 
@@ -64,8 +61,7 @@ def _ffns(entries: Sequence[Mapping[str, Any]], page: Page) -> None:
         page.say("No FFN was found.")
         return
     rows = [_ffn(entry) for entry in entries]
-    named = [(entry["node"], *row.values()) for entry, row in zip(entries, rows, strict=True)]
-    page.fill("FFNs", [f">{heading}" for heading in rows[0]], named)
+    page.fill("FFNs", [f">{heading}" for heading in rows[0]][1:], [tuple(row.values()) for row in rows])
     total, folded = (sum(entry[key] for entry in entries) for key in ("weights", "folded"))
     if folded < total:
         share = f"{folded / total:.1%}"
@@ -74,7 +70,7 @@ def _ffns(entries: Sequence[Mapping[str, Any]], page: Page) -> None:
 
 def _ffn(entry: Mapping[str, Any]) -> dict[str, str]:
     counted = (name for name in ("hidden", "idle", "dead", "linear", "weights") if name in entry)
-    row = {name: f"{entry[name]:,}" for name in counted}
+    row = {"node": entry["node"]} | {name: f"{entry[name]:,}" for name in counted}
     row["folded"] = f"{entry['folded'] / entry['weights']:.1%}"
     for share in entry.get("shares", ()):
         snr = share["snr"] if isinstance(share["snr"], str) else f"{share['snr']:.0f} dB"
@@ -94,16 +90,12 @@ def show_groups(entries: Sequence[Mapping[str, Any]], page: Page) -> None:
     share = f", {prunable / channels:.1%}" if channels else ""
     page.say(f"{prunable:,} of {channels:,} channels can be cut{share}")
     if any(entry["units"] != entry["channels"] for entry in entries):
-        page.note(
-            "in: of how many units that go as a whole (heads, the same channel of every group), where not one by one"
-        )
+        page.note("in: of how many units that go as a whole (heads, the same channel of every group)")
     if any(entry["reduced"] for entry in entries):
         page.note("width: a norm works on the channels, cut only with --width")
-    stay: Counter[str] = Counter()
-    for entry in entries:
-        stay.update(entry["stay"])
-    for reason, count in stay.most_common():
-        page.say((f"{count:,} x ", "bold"), "stays: ", reason)
+    stay = sum((Counter(entry["stay"]) for entry in entries), Counter())
+    for reason, channels in stay.most_common():
+        page.say((f"{channels:,} x ", "bold"), "stays: ", reason)
 
 
 def _group(entry: Mapping[str, Any]) -> tuple[str, ...]:

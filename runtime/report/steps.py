@@ -41,12 +41,10 @@ def _quantized(step: Mapping[str, Any], page: Page) -> None:
         return
     counts = {**dict(sorted(facts.get("by_op", {}).items())),
               "all linear nodes": {"quantized": facts["quantized"], "total": facts["linears"]}}  # fmt: skip
+    pairs = [(op, of["quantized"], of["total"]) for op, of in counts.items()]
+    rows = [(op, f"{done} of {total}", f"{total - done} left in float" * (done < total)) for op, done, total in pairs]
     page.blank()
-    page.table("Quantized", (">", "<"), [(op, *_share(**of)) for op, of in counts.items()])
-
-
-def _share(quantized: int, total: int) -> tuple[str, str]:
-    return f"{quantized} of {total}", f"{total - quantized} left in float" if quantized < total else ""
+    page.table("Quantized", (">", "<"), rows)
 
 
 def _sites(step: Mapping[str, Any], page: Page) -> None:

@@ -65,7 +65,7 @@ class Page:
             table.add_row(_text(" " * indent, label), *map(_text, cells))
         self._console.print(table, highlight=False)
 
-    def fill(self, title: str, columns: Sequence[str], rows: Sequence[tuple[str, *tuple[Cell, ...]]]) -> None:
+    def fill(self, title: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
         """Prints a table of rows that begin with a name, which gets the width that the other columns leave."""
         names = [safe(name) for name, *_ in rows]
         shown = shorten_all(names, max(12, self.room(columns, rows)))

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,9 @@ from rich.console import Console
 
 from channelfold.runtime.errors import OutputError
 from channelfold.runtime.report import demo, inspection, steps
-from channelfold.runtime.report.tables import Page, number, size
+from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 from channelfold.runtime.stats.compare import json_number
 
-SCHEMA = 1
 _EXCEPTIONS = 12
 _LEVELS = {"ok": "green", "degraded": "yellow", "collapsed": "bold red"}
 
@@ -133,10 +132,6 @@ def _data(record: Mapping[str, Any], page: Page) -> None:
     page.table("Data", ("<",), [(key, description or "none") for key, description in record["data"].items()])
 
 
-def _accuracy(record: Mapping[str, Any], page: Page) -> None:
-    _comparison("Accuracy", record["accuracy"], page)
-
-
 def _comparison(heading: str, accuracy: Mapping[str, Any], page: Page) -> None:
     level, reasons = accuracy["verdict"]["level"], accuracy["verdict"]["reasons"]
     page.say((heading, "bold"), "  ", (level.upper(), _LEVELS[level]), f"  {accuracy['data']}", indent=0)
@@ -153,15 +148,12 @@ def _comparison(heading: str, accuracy: Mapping[str, Any], page: Page) -> None:
         page.say((f"{level}: ", _LEVELS[level]), reason)
 
 
-def _figures(output: Mapping[str, Any]) -> Iterator[str]:
-    yield number(output["snr"], "{:.2f}")
-    yield number(output["cosine"], "{:.5f}")
-    yield number(output["relative_l2"], "{:.1e}")
-    yield number(output["max_error"], "{:.1e}")
+def _figures(output: Mapping[str, Any]) -> list[str]:
+    forms = {"snr": "{:.2f}", "cosine": "{:.5f}", "relative_l2": "{:.1e}", "max_error": "{:.1e}"}
     agreement = output["equal"] if output["agreement"] is None else output["agreement"]
-    yield number(agreement, "{:.2%}")
     worst = output["worst_sample"]
-    yield "–" if worst is None else f"#{worst} {number(output['worst_snr'], '{:.1f} dB')}"
+    told = UNKNOWN if worst is None else f"#{worst} {number(output['worst_snr'], '{:.1f} dB')}"
+    return [*(number(output[key], form) for key, form in forms.items()), number(agreement, "{:.2%}"), told]
 
 
 def _engines(record: Mapping[str, Any], page: Page) -> None:
@@ -170,8 +162,8 @@ def _engines(record: Mapping[str, Any], page: Page) -> None:
         plan = engine["plan"]
         int8 = f"{plan['int8']} of {plan['total']} nodes" if plan["readable"] else "not readable"
         style = "green" if plan["readable"] and plan["int8"] == plan["total"] else "yellow"
-        seconds = f"{engine['seconds']:.0f} s"
-        rows.append((Path(engine["path"]).name, _sm(engine), size(engine["bytes"]), seconds, (int8, style)))
+        cost = size(engine["bytes"]), f"{engine['seconds']:.0f} s"
+        rows.append((Path(engine["path"]).name, _sm(engine), *cost, (int8, style)))
     page.fill("Engines", ("<for", ">size", ">build", "<runs as int8"), rows)
     page.note(f"built with {', '.join(dict.fromkeys(engine['backend'] for engine in record['engines']))}")
     for engine in record["engines"]:
@@ -201,9 +193,9 @@ def _latency(record: Mapping[str, Any], page: Page) -> None:
 
 def _warnings(record: Mapping[str, Any], page: Page) -> None:
     page.say(("Warnings", "bold yellow"), indent=0)
-    styles = ["bold red" if "COLLAPSED" in warning else "yellow" for warning in record["warnings"]]
-    rows = zip(record["warnings"], styles, strict=True)
-    page.grid([(("!", style), (warning, style)) for warning, style in rows], gap=1)
+    for warning in record["warnings"]:
+        style = "bold red" if "COLLAPSED" in warning else "yellow"
+        page.grid([(("!", style), (warning, style))], gap=1)
 
 
 _SECTIONS = {
@@ -211,7 +203,7 @@ _SECTIONS = {
     "data": _data,
     "steps": steps.show,
     "inspection": inspection.show,
-    "accuracy": _accuracy,
+    "accuracy": lambda record, page: _comparison("Accuracy", record["accuracy"], page),
     "engines": _engines,
     "latency": _latency,
     "warnings": _warnings,
