@@ -116,8 +116,9 @@ def evil(value: Any, key: str = "") -> Any:
 
 @pytest.mark.parametrize("width", [60, 80, None])
 def test_every_text_of_a_record(width: int | None):
-    demo = {"model": "m", "description": "d", "samples": 1, "folder": "f", "no_engines": "why", "stages": [
-        {"name": name, "accuracy": 1.0, "agreement": 1.0, "snr": 1.0, "bytes": 1, "nodes": 1} for name in ("a", "b")]}  # fmt: skip
+    stage = {"accuracy": 1.0, "agreement": 1.0, "snr": 1.0, "bytes": 1, "nodes": 1}
+    stages = [{"name": name} | stage for name in ("a", "b")]
+    demo = {"model": "m", "description": "d", "samples": 1, "folder": "f", "no_engines": "why", "stages": stages}
     for shown in (record(), record() | {"demo": demo}):
         file = io.StringIO()
         render(evil(shown), Console(file=file, width=width, force_terminal=width is not None, color_system=None))
