@@ -23,6 +23,7 @@ import click
 from channelfold import __version__
 from channelfold.runtime import flags as opt
 from channelfold.runtime.errors import ChannelfoldError, OutputError, nearest
+from channelfold.runtime.report.names import one_line, safe
 from channelfold.runtime.report.progress import Progress
 
 DEMO_SMS = (86, 89)
@@ -61,8 +62,8 @@ def cli() -> None:
 # ---- running a job -----------------------------------------------------------------------------------------------
 
 
-def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., Any]], click.Command]:
-    """Makes a command of a function that returns a record, for which module ``runtime.report.<show>`` has ``render``.
+def _command(example: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Makes a command of a function that returns a record.
 
     Adds --json and --debug, passes ``progress`` and ends the help with the example.
     """
@@ -75,9 +76,9 @@ def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., An
                 with Progress() as progress, contextlib.redirect_stdout(sys.stderr):
                     record = function(jobs, progress=progress, **options)
             except jobs.GateMissed as missed:
-                _print(missed.record, show, as_json)
+                _print(missed.record, as_json)
                 raise
-            _print(record, show, as_json)
+            _print(record, as_json)
 
         command = cli.command(name=function.__name__, epilog=f"\b\nExample:\n  {example}")(run)
         command.params += [
@@ -89,18 +90,17 @@ def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., An
     return register
 
 
-def _print(record: dict[str, Any], show: str, as_json: bool) -> None:
+def _print(record: dict[str, Any], as_json: bool) -> None:
     """The record to stdout. Warnings go to stderr as well, unless stdout is a terminal, which shows them already."""
     from rich.console import Console
 
-    from channelfold.runtime.report.terminal import to_json
+    from channelfold.runtime.report.terminal import render, to_json
 
     try:
         if as_json:
             click.echo(to_json(record))
         else:
-            console = Console(width=None if sys.stdout.isatty() else 10_000)
-            importlib.import_module(f"channelfold.runtime.report.{show}").render(record, console)
+            render(record, Console(width=None if sys.stdout.isatty() else 10_000))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has had enough, which click takes quietly
         raise
@@ -113,8 +113,10 @@ def _print(record: dict[str, Any], show: str, as_json: bool) -> None:
 
 
 def _say(label: str, text: str, color: str) -> None:
+    """Prints one line of at most 500 characters, which nothing in ``text`` can break or forge."""
     plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
-    click.echo(f"{label if plain else click.style(label, fg=color, bold=True)} {text}", err=True)
+    line = one_line(text, 499 - len(label))
+    click.echo(f"{label if plain else click.style(label, fg=color, bold=True)} {line}", err=True)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -133,17 +135,18 @@ def _main(args: list[str]) -> int:
         return 130
     except Exception as error:
         if "--debug" in args:
-            traceback.print_exc()
+            # indented, so that no line of a message passes for one of ours
+            click.echo("\n  ".join(map(safe, traceback.format_exc().splitlines())), err=True)
         message, code = _explained(error, args)
         _say("error:", message, "red")
         return code
 
 
 def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
-    """What to tell the user about an error, in one line, and the exit code."""
+    """What to tell the user about an error, and the exit code."""
     match error:
         case ChannelfoldError():
-            return " ".join(str(error).split()), error.exit_code
+            return str(error), error.exit_code
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else "channelfold"
             message = error.format_message()
@@ -163,7 +166,7 @@ def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
         if "--debug" in args
         else "Run again with --debug, and report what it shows"
     )
-    return f"{type(error).__name__}: {' '.join(str(error).split())}. This is a bug in channelfold. {hint}", 1
+    return f"{type(error).__name__}: {error}. This is a bug in channelfold. {hint}", 1
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -258,7 +261,7 @@ def smooth(jobs: Any, progress: Any, model: str, output: str, method: str, **opt
     return jobs.smooth(model, output, method, progress=progress, **_settings(options))
 
 
-@_command("channelfold prune model.onnx -o cut.onnx --keep-macs 0.5 --calibration x.npz", show="groups")
+@_command("channelfold prune model.onnx -o cut.onnx --keep-macs 0.5 --calibration x.npz")
 @opt.model
 @opt.output
 @opt.calibration
@@ -422,7 +425,7 @@ def diff(
     )
 
 
-@_command("channelfold inspect model.onnx", show="inspection")
+@_command("channelfold inspect model.onnx")
 @opt.model
 @click.option(
     "--calibration",
@@ -446,7 +449,7 @@ def inspect(
     )
 
 
-@_command("channelfold demo --model digits_repavit", show="demo")
+@_command("channelfold demo --model digits_repavit")
 @opt.shipped
 @click.option(
     "-o", "--output", metavar="DIR", type=click.Path(), help="Folder to write to.  [default: a temporary one]"
