@@ -10,7 +10,6 @@ from channelfold.tests.graphs import random
 S = np.s_
 IMAGE = "(float[N,3,6,6] x) => (float[] y)"
 TOKENS = "(float[N,5,8] x) => (float[] y)"
-
 OPERATORS = [
     Case(
         "squeeze and excitation",

@@ -14,8 +14,6 @@ from channelfold.tests.passes.channels.scaled import IMAGE, TOKENS, ends, moved,
 # ---- from one linear to another ------------------------------------------------------------------------------------
 
 CONV = {"W1": (4, 3, 1, 1), "b1": 4, "W2": (6, 4, 1, 1)}
-
-
 BETWEEN = {
     "Relu": ("t = Relu(c)", {}, 4, "a shift does not pass Relu"),
     "LeakyRelu": ("t = LeakyRelu<alpha=0.3>(c)", {}, 4, "a shift does not pass LeakyRelu"),

@@ -23,32 +23,20 @@ from channelfold.runtime.stats.statistics import ChannelStatistics
 from channelfold.tests.graphs import build, evaluator, positive, random, run, whole
 
 TOKENS = "(float[N,T,16] x) => (float[] y)"
-
-
 HEADS = """
     qh = Reshape(q, heads) kh = Reshape(k, heads) vh = Reshape(v, heads)
     qt = Transpose<perm=[0,2,1,3]>(qh) kt = Transpose<perm=[0,2,3,1]>(kh) vt = Transpose<perm=[0,2,1,3]>(vh)
     s0 = MatMul(qt, kt) s1 = Div(s0, root) p = Softmax<axis=-1>(s1) c0 = MatMul(p, vt)
     c1 = Transpose<perm=[0,2,1,3]>(c0) c = Reshape(c1, whole)
 """
-
-
 QKV = "q0 = MatMul({0}, Q) q = Add(q0, qb) k0 = MatMul({0}, K) k = Add(k0, kb) v0 = MatMul({0}, V) v = Add(v0, vb)"
-
-
 OUT = "o0 = MatMul(c, O) o = Add(o0, ob)"
-
-
 FFN = """
     h0 = MatMul({0}, F) h = Add(h0, fb)
     e0 = Div(h, two) e1 = Erf(e0) e2 = Add(e1, one) e3 = Mul(h, e2) e = Mul(e3, half)
     f0 = MatMul(e, G) f = Add(f0, gb)
 """
-
-
 GAMMAS = {"g1": positive(16, "g1"), "b1": 16, "g2": positive(16, "g2"), "b2": 16}
-
-
 ATTENTION = {
     "heads": np.array([0, 0, 2, 8]),
     "whole": np.array([0, 0, 16]),
@@ -56,20 +44,10 @@ ATTENTION = {
     **{name: random((16, 16), name) / 4 for name in "QKVO"},
     **dict.fromkeys(("qb", "kb", "vb", "ob"), 16),
 }
-
-
 GELU = {"F": random((16, 64), "F") / 4, "fb": 64, "G": random((64, 16), "G") / 8, "gb": 16}
-
-
 GELU |= {"two": 2**0.5, "one": 1.0, "half": 0.5}
-
-
 RMS = "{1}p = Mul({0}, {0}) {1}m = ReduceMean<axes=[-1]>({1}p) {1}a = Add({1}m, eps) {1}s = Sqrt({1}a)\n"
-
-
 RMS += "{1}d = Div({0}, {1}s) {1} = Mul({1}d, {1}g)\n"
-
-
 REPEATED = """
     qh = Reshape(q, heads) kh = Reshape(k, pair) vh = Reshape(v, pair)
     ke = Expand(kh, both) ve = Expand(vh, both) kg = Reshape(ke, heads) vg = Reshape(ve, heads)
@@ -77,11 +55,7 @@ REPEATED = """
     s0 = MatMul(qt, kt) p = Softmax<axis=-1>(s0) c0 = MatMul(p, vt)
     c1 = Transpose<perm=[0,2,1,3]>(c0) c = Reshape(c1, whole) o = MatMul(c, O)
 """
-
-
 SWIGLU = "u = MatMul({0}, U) w = MatMul({0}, W) a0 = Sigmoid(w) a = Mul(a0, w) m = Mul(a, u) f = MatMul(m, D)"
-
-
 BLOCKS: dict[str, tuple[str, str, dict]] = {
     "pre-LN": (
         TOKENS,
@@ -125,8 +99,6 @@ BLOCKS: dict[str, tuple[str, str, dict]] = {
         {**GAMMAS, **ATTENTION, "Z": random((16, 48), "Z") / 4, "zb": 48, "parts": np.array([16, 16, 16])},
     ),
 }  # fmt: skip
-
-
 METHODS = {
     "auto": Smooth(),
     "smoothquant": Smooth("smoothquant", alpha=0.7),
@@ -138,8 +110,6 @@ METHODS = {
     "outliertune": Smooth("outliertune"),
     "fp4-shift": Smooth("fp4-shift"),
 }
-
-
 SEARCHED = ("auto", "smoothquant, searched", "os-plus", "awq")
 
 

@@ -46,8 +46,6 @@ MEMORY = """
     watcher.join()
     print(start, peak)
 """
-
-
 REWRITE = """
     for node in graph.nodes[:-1]:
         values = read(node.inputs[0])
@@ -55,8 +53,6 @@ REWRITE = """
         del values
     save(graph, sys.argv[2])
 """
-
-
 RUN = """
     for step in range(2):  # first the weights of the file, then new ones
         out = session(graph, threads=1).run({"x": np.array([0, 1])})["y"]
