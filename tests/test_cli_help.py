@@ -13,7 +13,7 @@ import channelfold
 from channelfold import cli
 from channelfold.passes import recipe
 from channelfold.passes import smooth_methods as methods
-from channelfold.tests.command_line import COMMANDS
+from channelfold.tests.shipped import COMMANDS
 
 HEAVY = {"numpy", "onnx", "onnx_graphsurgeon", "rich", "onnxruntime", "polygraphy", "tensorrt", "ml_dtypes"}
 BARE = """

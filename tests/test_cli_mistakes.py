@@ -14,7 +14,7 @@ import pytest
 
 from channelfold.runtime import jobs
 from channelfold.runtime.errors import ChannelfoldError
-from channelfold.tests.command_line import CALIBRATION, DIGITS, EVALUATION
+from channelfold.tests.shipped import CALIBRATION, DIGITS, EVALUATION
 
 
 @pytest.fixture

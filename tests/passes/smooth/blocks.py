@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -17,10 +17,9 @@ from channelfold.passes.quantize.static import Quantize
 from channelfold.passes.smooth.smooth import Smooth
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io.files import check
-from channelfold.runtime.io.session import TensorSpec
 from channelfold.runtime.io.shapes import shapes_on
 from channelfold.runtime.stats.statistics import ChannelStatistics
-from channelfold.tests.graphs import build, evaluator, positive, random, run, whole
+from channelfold.tests.graphs import build, evaluator, positive, random, run, samples, whole
 
 TOKENS = "(float[N,T,16] x) => (float[] y)"
 HEADS = """
@@ -118,19 +117,6 @@ def block(name: str, kind: str = "float") -> gs.Graph:
     return build(signature, body, kind=kind, **given)
 
 
-def samples(graph: gs.Graph, count: int = 4, *, size: int = 8, make: Callable | None = None) -> Data:
-    """Normal random feeds; ``make(shape, rng)`` for other ones. Open dimensions get ``size``, or ``size(index)``."""
-    make = make or (lambda shape, rng: rng.standard_normal(shape))
-    made = []
-    for index in range(count):
-        rng = np.random.default_rng(index)
-        wide = size(index) if callable(size) else size
-        shapes = {t.name: [d if isinstance(d, int) else wide for d in t.shape] for t in graph.inputs}
-        made.append({t.name: np.asarray(make(shapes[t.name], rng), t.dtype) for t in graph.inputs})
-    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in made[0].items()]
-    return Data(specs, count, lambda: iter(made), "random samples")
-
-
 def smooth(graph: gs.Graph, step: Smooth | None = None, data: Data | None = None) -> Outcome:
     """Applies the pass and asserts what always holds: a valid graph, facts that agree with what was changed."""
     nodes = len(graph.nodes)
@@ -205,3 +191,12 @@ def baseline(name: str, data: Data) -> tuple[np.ndarray, float]:
         exact = outputs(block(name), data)
         _BASELINES[name] = exact, snr(exact, int8(block(name), data))
     return _BASELINES[name]
+
+
+def planted(name: str, shifted: bool = False) -> tuple[gs.Graph, Data, np.ndarray, float]:
+    """A block with outliers, its samples, and the baseline of the block without them."""
+    graph = block(name)
+    data = samples(graph)
+    exact, unplanted = baseline(name, data)
+    plant(graph, shifted)
+    return graph, data, exact, unplanted
