@@ -18,8 +18,6 @@ from channelfold.runtime.io.files import check, import_model, load, read, save, 
 from channelfold.runtime.io.session import Session
 from channelfold.tests.runtime.io.model_files import files_beside, model_of
 
-# ---- memory ------------------------------------------------------------------------------------------------------
-
 MEMORY = """
     import re, sys, threading, time
     from pathlib import Path
