@@ -278,7 +278,7 @@ def prune(jobs: Any, progress: Any, model: str, output: str, dead: bool, **optio
     as the command fold does; that the cut equals the same channels silenced is checked by running both. Quantize
     afterwards.
 
-    
+    \b
     Importance of channels:
       reconstruction  error of the layers that read them, the other channels refitted; without data from weights
       activation      error of the layers that read them, each channel by itself; needs data
