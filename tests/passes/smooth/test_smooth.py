@@ -26,7 +26,8 @@ from channelfold.runtime.io.files import check, export
 from channelfold.runtime.io.session import TensorSpec
 from channelfold.runtime.io.shapes import shapes_on
 from channelfold.runtime.io.weights import tensor_proto
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import by_name, observe
 from channelfold.tests import strategies
 from channelfold.tests.graphs import (
     assert_same,
@@ -204,7 +205,7 @@ def plant(graph: gs.Graph, shifted: bool = False) -> None:
 # ---- exact ---------------------------------------------------------------------------------------------------------
 
 
-def observe_in_float64(graph: gs.Graph, observers: Mapping[str, ChannelStatistics], data: Data, progress) -> None:
+def observe_in_float64(graph: gs.Graph, observers: Mapping[str, list[ChannelStatistics]], data: Data, progress) -> None:
     """Statistics from the reference evaluator: ONNX Runtime has no Erf and no Conv in float64."""
     model, large = export(graph)
     model.graph.initializer.extend(tensor_proto(values, proto.name) for proto, values in large)
@@ -213,7 +214,7 @@ def observe_in_float64(graph: gs.Graph, observers: Mapping[str, ChannelStatistic
     names = [value.name for value in model.graph.output]
     for feed in data:
         values = dict(feed) | dict(zip(names, evaluator(model).run(names, dict(feed)), strict=True))
-        for name, observer in observers.items():
+        for name, (observer,) in observers.items():
             observer.add(values[name].astype(np.float32))
 
 
@@ -438,7 +439,7 @@ def test_a_search_is_never_worse_than_no_scale(method):
     def errors() -> dict[str, float]:
         found = {}
         observers = {name: ChannelStatistics(-1, 256) for name in ("n1", "c", "n2")}
-        observe(graph, observers, data)
+        observe(graph, by_name(observers.items()), data)
         for name, observer in observers.items():
             readers = [linear for linear in linears(graph) if linear.data.name == name]
             found[name] = -10 * np.log10(LayerError.of(readers, observer.sample(), bits).error())
@@ -589,7 +590,7 @@ def test_alpha_decides_who_pays():
         data = samples(graph)
         outcome = smooth(graph, Smooth("smoothquant", alpha=alpha), data)
         seen = ChannelStatistics(-1)
-        observe(graph, {"n": seen}, data)
+        observe(graph, {"n": [seen]}, data)
         columns = np.abs(constants(graph)["W"]).max(axis=1)
         assert (seen.amax if alpha else columns) == pytest.approx(np.median(seen.amax if alpha else columns), rel=1e-5)
         assert changes(outcome)[0].startswith(
