@@ -104,8 +104,11 @@ class ChannelStatistics(_Channels):
     rows: int = 0
     _absolute: ExactSum = field(default_factory=ExactSum, init=False)
     _middle: ExactSum = field(default_factory=ExactSum, init=False)
-    _largest: _Kept = field(default_factory=lambda: _Kept(), init=False)
-    _random: _Kept = field(default_factory=lambda: _Kept(), init=False)
+    _largest: _Kept = field(init=False)
+    _random: _Kept = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._largest, self._random = _Kept(self.rows // 8), _Kept(self.rows - self.rows // 8)
 
     @property
     def absolute_mean(self) -> np.ndarray:
@@ -134,17 +137,14 @@ class ChannelStatistics(_Channels):
         self._middle.add(middle)
         if self.rows:
             keys, peaks = _keys(flat), np.abs(flat).max(axis=1)
-            self._largest.add(flat, keys, -peaks, self.rows // 8)
-            self._random.add(flat, keys, keys, self.rows - self.rows // 8)
+            self._largest.add(flat, keys, -peaks)
+            self._random.add(flat, keys, keys)
 
     def _join(self, other: ChannelStatistics) -> None:
         self._absolute.merge(other._absolute)
         self._middle.merge(other._middle)
-        for mine, its, limit in (
-            (self._largest, other._largest, self.rows // 8),
-            (self._random, other._random, self.rows - self.rows // 8),
-        ):
-            mine.add(its.rows, its.keys, its.ranks, limit)
+        self._largest.merge(other._largest)
+        self._random.merge(other._random)
 
 
 def outlier_ratio(amax: np.ndarray) -> float | None:
@@ -155,14 +155,18 @@ def outlier_ratio(amax: np.ndarray) -> float | None:
 
 @dataclass
 class _Kept:
-    """The rows of lowest rank so far, with the keys that tell them apart."""
+    """The ``limit`` rows of lowest rank so far, with the keys that tell them apart."""
 
+    limit: int
     rows: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     ranks: np.ndarray = field(default_factory=lambda: np.empty(0))
 
-    def add(self, rows: np.ndarray, keys: np.ndarray, ranks: np.ndarray, limit: int) -> None:
-        if len(self.keys) == limit:
+    def merge(self, other: _Kept) -> None:
+        self.add(other.rows, other.keys, other.ranks)
+
+    def add(self, rows: np.ndarray, keys: np.ndarray, ranks: np.ndarray) -> None:
+        if len(keys) and len(self.keys) == self.limit:
             better = ranks <= self.ranks[-1]  # of those that are as good, the keys decide
             rows, keys, ranks = rows[better], keys[better], ranks[better]
         if not len(keys):
@@ -175,7 +179,7 @@ class _Kept:
         tied = (np.diff(keys[order]) == 0) & (np.diff(ranks[order]) == 0)
         if tied.any():  # the keys know a part of each row only: here the whole of it decides
             order = np.lexsort((*rows.view(np.uint32).T, keys, ranks))
-        order = order[:limit]
+        order = order[: self.limit]
         self.rows, self.keys, self.ranks = rows[order], keys[order], ranks[order]
 
 

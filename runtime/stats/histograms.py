@@ -51,9 +51,7 @@ class Octaves:
     def add(self, counts: np.ndarray) -> None:
         """Adds (size,) integers."""
         octaves = counts.reshape(-1, self.width)
-        new = octaves.any(axis=1)
-        new[self._seen] = True
-        seen = np.flatnonzero(new)
+        seen = np.union1d(np.flatnonzero(octaves.any(axis=1)), self._seen)
         total = octaves[seen]
         total[np.searchsorted(seen, self._seen)] += self._stored.reshape(-1, self.width).astype(np.int64)
         self._seen = seen.astype(np.uint16)
