@@ -28,6 +28,7 @@ class _Channels:
     maximum: np.ndarray | float = field(default=-np.inf, init=False)
     positions: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
+    _sums: ExactSum = field(default_factory=ExactSum, init=False)
 
     @property
     def amax(self) -> np.ndarray:
@@ -42,12 +43,12 @@ class _Channels:
         low, high = flat.min(axis=0).astype(np.float64), flat.max(axis=0).astype(np.float64)
         check_finite(np.stack([low, high]))
         self._widen(low, high, len(flat), 1)
-        self._sum(flat, (low + high) / 2)
+        self._sums.add(np.stack(self._terms(flat, low, high)))
 
     def merge(self, other: Self) -> None:
         if other.positions:
             self._widen(np.asarray(other.minimum), np.asarray(other.maximum), other.positions, other.samples)
-            self._join(other)
+            self._sums.merge(other._sums)
 
     def _widen(self, low: np.ndarray, high: np.ndarray, positions: int, samples: int) -> None:
         if self.positions:
@@ -57,12 +58,8 @@ class _Channels:
         self.positions += positions
         self.samples += samples
 
-    def _sum(self, flat: np.ndarray, middle: np.ndarray) -> None:
-        """Takes up a sample, (n, channels), and the middle of the range of its channels."""
-        raise NotImplementedError
-
-    def _join(self, other: Self) -> None:
-        """Takes up the sums of another."""
+    def _terms(self, flat: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What a sample, (n, channels), adds to the sums, given the range of its channels."""
         raise NotImplementedError
 
 
@@ -70,28 +67,20 @@ class _Channels:
 class ChannelMoments(_Channels):
     """Mean, variance and root mean square of each channel, beside its range."""
 
-    _total: ExactSum = field(default_factory=ExactSum, init=False)
-    _squares: ExactSum = field(default_factory=ExactSum, init=False)
-
     @property
     def mean(self) -> np.ndarray:
-        return self._total.value / self.positions
+        return self._sums.value[0] / self.positions
 
     @property
     def variance(self) -> np.ndarray:
-        return np.maximum(self._squares.value / self.positions - np.square(self.mean), 0.0)
+        return np.maximum(self._sums.value[1] / self.positions - np.square(self.mean), 0.0)
 
     @property
     def rms(self) -> np.ndarray:
-        return np.sqrt(self._squares.value / self.positions)
+        return np.sqrt(self._sums.value[1] / self.positions)
 
-    def _sum(self, flat: np.ndarray, middle: np.ndarray) -> None:
-        self._total.add(flat.sum(axis=0, dtype=np.float64))
-        self._squares.add(np.einsum("rc,rc->c", flat, flat, dtype=np.float64))
-
-    def _join(self, other: ChannelMoments) -> None:
-        self._total.merge(other._total)
-        self._squares.merge(other._squares)
+    def _terms(self, flat: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, ...]:
+        return flat.sum(axis=0, dtype=np.float64), np.einsum("rc,rc->c", flat, flat, dtype=np.float64)
 
 
 @dataclass
@@ -102,8 +91,6 @@ class ChannelStatistics(_Channels):
     """
 
     rows: int = 0
-    _absolute: ExactSum = field(default_factory=ExactSum, init=False)
-    _middle: ExactSum = field(default_factory=ExactSum, init=False)
     _largest: _Kept = field(init=False)
     _random: _Kept = field(init=False)
 
@@ -113,12 +100,12 @@ class ChannelStatistics(_Channels):
     @property
     def absolute_mean(self) -> np.ndarray:
         """E|x| of each channel."""
-        return self._absolute.value / self.positions
+        return self._sums.value[0] / self.positions
 
     @property
     def middle(self) -> np.ndarray:
         """(minimum + maximum) / 2 of each channel in each sample, averaged over the samples."""
-        return self._middle.value / self.samples
+        return self._sums.value[1] / self.samples
 
     def sample(self) -> tuple[np.ndarray, np.ndarray]:
         """(rows (n, channels) float32, weights (n,)): a sample of all positions, each standing for ``weight`` of them.
@@ -132,19 +119,18 @@ class ChannelStatistics(_Channels):
         weights = np.concatenate([np.ones(taken), np.full(others.sum(), rest / max(1, others.sum()))])
         return np.concatenate([self._largest.rows, self._random.rows[others]]), weights
 
-    def _sum(self, flat: np.ndarray, middle: np.ndarray) -> None:
-        self._absolute.add(np.abs(flat).sum(axis=0, dtype=np.float64))
-        self._middle.add(middle)
-        if self.rows:
-            keys, peaks = _keys(flat), np.abs(flat).max(axis=1)
-            self._largest.add(flat, keys, -peaks)
-            self._random.add(flat, keys, keys)
-
-    def _join(self, other: ChannelStatistics) -> None:
-        self._absolute.merge(other._absolute)
-        self._middle.merge(other._middle)
+    def merge(self, other: Self) -> None:
+        super().merge(other)
         self._largest.merge(other._largest)
         self._random.merge(other._random)
+
+    def _terms(self, flat: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, ...]:
+        magnitudes = np.abs(flat)
+        if self.rows:
+            keys = _keys(flat)
+            self._largest.add(flat, keys, -magnitudes.max(axis=1))
+            self._random.add(flat, keys, keys)
+        return magnitudes.sum(axis=0, dtype=np.float64), (low + high) / 2
 
 
 def outlier_ratio(amax: np.ndarray) -> float | None:
@@ -175,10 +161,10 @@ class _Kept:
             self.rows, self.ranks = np.empty((0, rows.shape[1]), rows.dtype), ranks[:0]
         rows = np.concatenate([self.rows, rows])
         keys, ranks = np.concatenate([self.keys, keys]), np.concatenate([self.ranks, ranks])
-        order = np.lexsort((keys, ranks))
-        tied = (np.diff(keys[order]) == 0) & (np.diff(ranks[order]) == 0)
-        if tied.any():  # the keys know a part of each row only: here the whole of it decides
-            order = np.lexsort((*rows.view(np.uint32).T, keys, ranks))
+        order, bits = np.lexsort((keys, ranks)), rows.view(np.uint32)
+        (tied,) = np.nonzero((np.diff(keys[order]) == 0) & (np.diff(ranks[order]) == 0))
+        if (bits[order[tied]] != bits[order[tied + 1]]).any():  # keys know a part of a row only: here all of it decides
+            order = np.lexsort((*bits.T, keys, ranks))
         order = order[: self.limit]
         self.rows, self.keys, self.ranks = rows[order], keys[order], ranks[order]
 

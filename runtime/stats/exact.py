@@ -49,12 +49,12 @@ class ExactSum:
     def add(self, values: np.ndarray) -> None:
         values = np.asarray(values, np.float64)
         top = np.where(values == 0, _LOWEST, -(-np.frexp(values)[1] // _BITS))
-        digits = np.empty((_DIGITS, *values.shape), np.int64)
+        top = top if self._top is None else np.maximum(self._top, top)
+        rest, digits = np.ldexp(values, -_BITS * top), np.empty((_DIGITS, *values.shape), np.int64)
         for place in range(_DIGITS):
-            shift = _BITS * (top - 1 - place)
-            digit = np.trunc(np.ldexp(values, -shift))
-            values = values - np.ldexp(digit, shift)
-            digits[place] = digit
+            rest = rest * 2.0**_BITS
+            digits[place] = whole = np.trunc(rest)
+            rest -= whole
         self._take(top, digits)
 
     def merge(self, other: ExactSum) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def splits(count: int) -> st.SearchStrategy[list[list[int]]]:
     def cut(drawn: tuple[list[int], list[int]]) -> list[list[int]]:
         order, ends = drawn
         places = [0, *sorted(ends), count]
-        return [order[a:b] for a, b in zip(places, places[1:], strict=False)]
+        return [order[a:b] for a, b in itertools.pairwise(places)]
 
     return st.tuples(st.permutations(range(count)), st.lists(st.integers(0, count), max_size=4)).map(cut)
 
