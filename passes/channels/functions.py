@@ -355,13 +355,8 @@ class Reader:
             return
         order = {id(node): place for place, node in enumerate(self.graph.nodes)}
         nodes = sorted({id(node): node for node in nodes}.values(), key=lambda node: order[id(node)])
-        part = gs.Graph(
-            nodes,
-            list(known.values()),
-            [tensor],
-            opset=self.graph.opset,
-            import_domains=self.graph.import_domains,
-        )
+        opset, domains = self.graph.opset, self.graph.import_domains
+        part = gs.Graph(nodes, list(known.values()), [tensor], opset=opset, import_domains=domains)
         try:
             computed = session(part, optimize=False).run({name: self.values[name] for name in known})
         except ModelError as error:

@@ -52,7 +52,7 @@ class Joint:
 
     axes: Mapping[str, int]
     limit: int | None = None
-    _widths: dict[str, int] = field(default_factory=dict, init=False)
+    widths: dict[str, int] = field(default_factory=dict, init=False)
     _pending: dict[str, np.ndarray] = field(default_factory=dict, init=False)
 
     def add(self, parts: list[np.ndarray]) -> None:
@@ -71,7 +71,7 @@ class Joint:
             awaited = ", ".join(repr(other) for other in self.axes if other not in self._pending)
             raise DataError(f"it came twice before {awaited}; a sample is too large to observe both at once")
         axis = self.axes[name] % values.ndim
-        check_width(values.shape[axis], self.axes[name], self._widths.setdefault(name, values.shape[axis]))
+        check_width(values.shape[axis], self.axes[name], self.widths.setdefault(name, values.shape[axis]))
         check_finite(values)
         self._pending[name] = rows(values, axis, self.limit)
         if len(self._pending) == len(self.axes):
