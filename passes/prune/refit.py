@@ -83,20 +83,16 @@ class ReadStatistics:
         """What is held of each read, or new, once it has seen the data; as many at a time as there is room for."""
         large = [read for read in self.reads if read.size > MAX_FEATURES]
         small = [read for read in self.reads if read.size <= MAX_FEATURES]
-        variances = {id(read): self._variance(read) for read in large}
+        variances = [self._held.get(id(read)) or ChannelMoments(read.axis) for read in large]
         if large:
-            named = ((read.tensor.name, variances[id(read)]) for read in large)
+            named = zip((read.tensor.name for read in large), variances, strict=True)
             observe(self._graph, by_name(named), data, self._progress)
-        yield from ((read, variances[id(read)]) for read in large)
+        yield from zip(large, variances, strict=True)
         wanted = ((self._moments(read), read.size) for read in small)
         reads = iter(small)
         for group in collect(self._graph, wanted, data, self._progress):
             while group:  # each is let go before the next run
                 yield next(reads), group.pop(0)
-
-    def _variance(self, read: ReadAxis) -> ChannelMoments:
-        held = self._held.get(id(read))
-        return held if isinstance(held, ChannelMoments) else ChannelMoments(read.axis)
 
     def _moments(self, read: ReadAxis) -> Moments:
         held = self._held.get(id(read))
