@@ -31,7 +31,8 @@ from channelfold.passes.operators import operator
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import by_name, observe
 
 _RATIOS = tuple(1 - i / 20 for i in range(1, 10))
 _CHUNK = 1 << 22  # values that are in work at a time
@@ -68,7 +69,7 @@ class ClipWeights(Pass):
         infer_shapes(graph)
         sites = list(self._sites(graph, outcome))
         observers = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites}
-        observe(graph, observers, ctx.calibration, ctx.progress)
+        observe(graph, by_name(observers.items()), ctx.calibration, ctx.progress)
         facts = []
         for number, site in enumerate(sites):
             ctx.progress("Clipping weights", number, len(sites))

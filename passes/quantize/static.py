@@ -30,7 +30,9 @@ from channelfold.passes.quantize.qdq import Inserter, Range, opset_of_scales, su
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, TensorStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.histograms import TensorStatistics
+from channelfold.runtime.stats.observe import by_name, observe
 
 MIN_CHANNELS = 16  # TensorRT runs narrower operators in float, or slower than float
 
@@ -95,12 +97,7 @@ class Quantize(Pass):
         axes |= {site.data.name: site.in_axis for site in sites}
         statistics = {name: TensorStatistics(axis) for name, axis in axes.items()}
         rows = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites if self.float_share}
-        observe(
-            graph,
-            {name: _Both(seen, rows.get(name)) for name, seen in statistics.items()},
-            ctx.calibration,
-            ctx.progress,
-        )
+        observe(graph, by_name((*statistics.items(), *rows.items())), ctx.calibration, ctx.progress)
         ranges = {name: self._range(seen) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges
         facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
@@ -221,19 +218,6 @@ class Quantize(Pass):
         if snr is not None and self.min_activation_snr > 0 and snr < self.min_activation_snr:
             return "8 bits cannot represent its activation"
         return ""
-
-
-@dataclass(frozen=True)
-class _Both:
-    """Shows a tensor to two observers."""
-
-    first: TensorStatistics
-    second: ChannelStatistics | None
-
-    def add(self, values: np.ndarray) -> None:
-        self.first.add(values)
-        if self.second is not None:
-            self.second.add(values)
 
 
 def _lower_snr(facts: Mapping[str, Any]) -> float | None:

@@ -36,7 +36,8 @@ from channelfold.passes.smooth.scales import Aim, Seen
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe, outlier_ratio
+from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
+from channelfold.runtime.stats.observe import by_name, observe
 
 Method = Literal["auto", "smoothquant", "os-plus", "awq", "repq", "outliertune", "fp4-shift"]
 Candidate = tuple[str, np.ndarray, np.ndarray]  # what it is, scale and shift by class
@@ -95,7 +96,7 @@ class Smooth(Pass):
             for site in sites
             for reader in site.readers
         }
-        observe(graph, observers, ctx.calibration, ctx.progress)
+        observe(graph, by_name(observers.items()), ctx.calibration, ctx.progress)
         facts = []
         for number, site in enumerate(sites):
             ctx.progress("Smoothing", number, len(sites))
