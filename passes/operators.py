@@ -14,7 +14,7 @@ UNBIASED_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimpl
 SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
-_OVER_AXIS_1 = ("InstanceNormalization", "BatchNormalization", "GroupNormalization")
+OVER_AXIS_1 = ("InstanceNormalization", "BatchNormalization", "GroupNormalization")
 
 
 ELEMENTWISE = {

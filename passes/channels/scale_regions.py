@@ -45,7 +45,7 @@ from channelfold.passes.channels.maps import (
 from channelfold.passes.channels.region import Cut, End, Region
 from channelfold.passes.layers.affine import Vector, passes
 from channelfold.passes.layers.linear import Linear, view
-from channelfold.passes.operators import _OVER_AXIS_1, ATTENTIONS, LINEAR_OPS, NORMS, SKIP_NORMS, UNBIASED_NORMS
+from channelfold.passes.operators import ATTENTIONS, LINEAR_OPS, NORMS, OVER_AXIS_1, SKIP_NORMS, UNBIASED_NORMS
 from channelfold.runtime.io import edit
 
 _ADDITIVE = ("Add", "Sub", "Min", "Max")  # as far as scales go
@@ -250,7 +250,7 @@ class _Tracer(Classes):
             raise Refused(f"it is the unnormalized sum of {node.op}" if skip else f"it is a statistic of {node.op}")
         if not skip and any(not t.is_empty() for t in node.outputs[1:]):
             raise Refused(f"{node.op} also returns its statistics")
-        axis = 1 if node.op in _OVER_AXIS_1 else len(self.shape(place.tensor)) - 1
+        axis = 1 if node.op in OVER_AXIS_1 else len(self.shape(place.tensor)) - 1
         channels = self.shape(place.tensor)[axis]
         last = first + (1 if node.op in UNBIASED_NORMS else 2)
         parameters = [t for t in node.inputs[first:last] if not t.is_empty()]

@@ -65,7 +65,7 @@ class RemoveDeadChannels(Pass):
         sizes: list[Counter[str]] = []
         costs: list[dict[str, float]] = []
         while True:
-            shapes = shapes_of(graph, ctx)
+            shapes = shapes_of(graph, ctx.calibration, ctx.seed)
             groups = find_groups(graph, shapes)
             constants = ConstantChannels(graph, LinkTable(graph, shapes))
             regions = {id(g.region): g.region for g in groups}

@@ -123,7 +123,7 @@ class Prune(Pass):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()
-        shapes = shapes_of(graph, ctx)
+        shapes = shapes_of(graph, ctx.calibration, ctx.seed)
         found = find_groups(graph, shapes)
         groups = list(self._usable(found, outcome))
         if not groups:

@@ -26,7 +26,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.layers.linear import Linear, check_growth, live_linears, view
-from channelfold.passes.layers.quantization_error import ROWS, Bits, quantized_matrix
+from channelfold.passes.layers.quantization_error import ROWS, Bits
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
@@ -143,7 +143,7 @@ def clipped_matrix(
         exact = part.astype(np.float32) @ flat.T
         signal += np.square(exact, dtype=np.float64).sum()
         for place, values in enumerate((part, new[start : start + step])):
-            error = quantized_matrix(values.astype(np.float32), bits) @ flat.T - exact
+            error = bits.format.rounded(values.astype(np.float32)) @ flat.T - exact
             noise[place] += np.square(error, dtype=np.float64).sum()
         clipped += int(better.sum())
     before, after = noise / signal if signal else np.zeros(2)
@@ -158,7 +158,7 @@ def _limits(part: np.ndarray, inputs: np.ndarray, bits: Bits) -> tuple[np.ndarra
 
     def errors(limits: np.ndarray) -> np.ndarray:
         bounds = np.repeat(limits, size, axis=1)[:, :ins]
-        lost = _grouped(quantized_matrix(np.clip(part, -bounds, bounds), bits) - part, size)
+        lost = _grouped(bits.format.rounded(np.clip(part, -bounds, bounds)) - part, size)
         made = lost.transpose(1, 0, 2) @ by_group  # (groups, out, n)
         return np.einsum("gon,gon->og", made, made, dtype=np.float64)
 

@@ -73,7 +73,7 @@ class Equalize(Pass):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()
-        shapes = shapes_of(graph, ctx)
+        shapes = shapes_of(graph, ctx.calibration, ctx.seed)
         clips = _opened(graph, shapes) if self.allow_insert else []
         weights: dict[int, _Weight] = {}
         sites = list(self._sites(graph, shapes, weights, outcome))

@@ -33,7 +33,7 @@ from channelfold.passes.channels.rescale import rescale
 from channelfold.passes.channels.scale_regions import End, Region, Shape, reach
 from channelfold.passes.channels.widths import columns_of, gathered, read_by
 from channelfold.passes.layers.linear import Linear, live_linears, view
-from channelfold.passes.layers.quantization_error import ROWS, Bits, quantized_activation, quantized_matrix
+from channelfold.passes.layers.quantization_error import ROWS, Bits, quantized_activation
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
@@ -183,7 +183,7 @@ class _Search:
 
     def best(self, max_extra: float, align: int) -> tuple[np.ndarray, tuple[float, float]]:
         """(T by channel, signal-to-noise ratio of the outputs before and after, in dB); T = 1 where no split helps."""
-        outputs, rounded = self.rows @ self.matrix.T, quantized_matrix(self.matrix, Bits())
+        outputs, rounded = self.rows @ self.matrix.T, Bits().format.rounded(self.matrix)
         tried = parts = np.ones(len(self.amax))
         best = before = self.error(parts, outputs, rounded)
         top = float(self.amax.max(initial=0.0, where=self.free))

@@ -19,7 +19,7 @@ from channelfold.passes.quantize.static import Quantize
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
 from channelfold.runtime.io import edit
-from channelfold.runtime.io.facts import _spec, external_files
+from channelfold.runtime.io.facts import external_files, spec
 from channelfold.runtime.io.files import all_graphs, infer_shapes
 from channelfold.runtime.stats.statistics import ChannelStatistics, observe, outlier_ratio
 
@@ -68,8 +68,8 @@ def inspect(
         entries = [entry | {"outlier_ratio": ratios.get(entry["node"])} for entry in entries]
     norms = Counter(n.op for part in all_graphs(graph) for n in part.nodes if n.op.endswith("Normalization"))
     return {
-        "inputs": [str(_spec(tensor)) for tensor in graph.inputs],
-        "outputs": [str(_spec(tensor)) for tensor in graph.outputs],
+        "inputs": [str(spec(tensor)) for tensor in graph.inputs],
+        "outputs": [str(spec(tensor)) for tensor in graph.outputs],
         **costs(graph),
         "norms": dict(norms),
         "external_data": [{"path": str(f), "bytes": f.stat().st_size} for f in external_files(path)],

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.layers.quantization_error import Bits, quantized_matrix
+from channelfold.passes.layers.quantization_error import Bits
 from channelfold.passes.quantize.clip import ClipWeights, clipped_matrix, score_projections
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
@@ -47,7 +47,7 @@ def planted(shape: tuple[int, int], name: str, factor: float = 6.0) -> np.ndarra
 
 def error_of(weight: np.ndarray, rows: np.ndarray, bits: Bits, old: np.ndarray) -> float:
     """Of a weight (out, in) quantized, as a share of the outputs of the old one."""
-    lost = rows @ (quantized_matrix(weight.astype(np.float32), bits) - old.astype(np.float32)).T
+    lost = rows @ (bits.format.rounded(weight.astype(np.float32)) - old.astype(np.float32)).T
     return float(np.square(lost).sum() / np.square(rows @ old.T).sum())
 
 
@@ -67,7 +67,7 @@ def test_the_limits_are_those_of_a_direct_search(bits, group):
             costs = []
             for i in range(10):
                 limit = peak * np.float32(1 - i / 20)
-                lost = quantized_matrix(np.clip(part, -limit, limit), Bits(0, bits, group and part.shape[1])) - part
+                lost = Bits(0, bits, group and part.shape[1]).format.rounded(np.clip(part, -limit, limit)) - part
                 costs.append(float(weights @ np.square(inputs @ lost[0])))
             limit = peak * np.float32(1 - int(np.argmin(costs)) / 20)
             expected = np.clip(part[0], -limit, limit)

@@ -9,7 +9,8 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.layers.linear import linears
-from channelfold.passes.layers.quantization_error import Bits, LayerError, quantized_matrix
+from channelfold.passes.layers.formats import quantized_matrix
+from channelfold.passes.layers.quantization_error import Bits, LayerError
 from channelfold.passes.smooth.smooth import Smooth
 from channelfold.runtime.stats.statistics import ChannelStatistics, observe
 from channelfold.tests.graphs import build, constants, random, run
