@@ -9,7 +9,6 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.layers.linear import linears
-from channelfold.passes.layers.formats import quantized_matrix
 from channelfold.passes.layers.quantization_error import Bits, LayerError
 from channelfold.passes.smooth.smooth import Smooth
 from channelfold.runtime.stats.statistics import ChannelStatistics, observe
@@ -119,7 +118,7 @@ def test_awq_lowers_the_error_of_three_bits_where_one_channel_of_a_hundred_is_50
 
     def error(graph: gs.Graph) -> float:
         (linear,) = linears(graph)
-        linear.set_weight(quantized_matrix(linear.weight(), Bits(0, 3, group)))
+        linear.set_weight(Bits(0, 3, group).format.rounded(linear.weight()))
         return -snr(before, run(graph, other)["y"])
 
     assert error(graph) < error(build(signature, body, kind="float", g=gamma, W=(128, 64))) - 5
