@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.affine import FoldAffine
+from channelfold.passes.fold import FoldAffine
 from channelfold.tests.graphs import build, changes, fold, listing, ops, positive, reasons
 
 IMAGE = "(float[N,4,6,6] x) => (float[] y)"

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.quantize import Quantize
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io.files import check
 from channelfold.runtime.io.session import TensorSpec
