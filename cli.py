@@ -11,6 +11,7 @@ import errno
 import functools
 import importlib
 import io
+import json
 import os
 import shlex
 import sys
@@ -21,6 +22,8 @@ from typing import Any, NoReturn
 import click
 
 from channelfold import __version__
+from channelfold.passes import BUILT_IN, PASSES
+from channelfold.passes import recipe as recipes
 from channelfold.runtime import flags as opt
 from channelfold.runtime.errors import ChannelfoldError, OutputError, nearest
 from channelfold.runtime.report.names import one_line, safe
@@ -169,16 +172,25 @@ def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
     return f"{type(error).__name__}: {error}. This is a bug in channelfold. {hint}", 1
 
 
-def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a job from the options of its command: those of passes are ``options``, the others stay."""
+def _source(jobs: Any, options: dict[str, Any]) -> Any:
+    """The data of a command, taken out of its options."""
     names = ("calibration", "evaluation", "random", "allow_script", "seed")
-    return {name: options.pop(name) for name in names if name in options} | {"options": opt.given(options)}
+    return jobs.Source(**{name: options.pop(name) for name in names if name in options})
 
 
-def _split(jobs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Gates, and the options given for passes."""
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Only what the user gave, so that defaults stand in one place: the pass or the recipe."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+def _settings(jobs: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a job from the options of its command: ``source``, and ``options`` of its passes."""
+    return {"source": _source(jobs, options), "options": _given(options)}
+
+
+def _gates(jobs: Any, options: dict[str, Any]) -> Any:
     names = ("min_snr", "min_cosine", "min_agreement", "max_rel")
-    return jobs.Gates(*(options.pop(name, None) for name in names)), opt.given(options)
+    return jobs.Gates(*(options.pop(name) for name in names))
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
@@ -192,53 +204,42 @@ def _split(jobs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     default="int8",
     show_default=True,
     metavar="RECIPE",
-    help="int8 (fold, then quantize), int8-smooth, fold, int8-weights, or the path of a TOML file.",
+    help=f"{', '.join(BUILT_IN)}, or the path of a TOML file.",
 )
-@opt.calibration
-@opt.evaluation
-@opt.random
-@opt.allow_script
+@opt.source
 @click.option("--sm", "sms", multiple=True, type=int, metavar="SM", help=f"{opt.SM} Repeatable.")
 @opt.shape
 @opt.gates
-@opt.quantizer
-@opt.seed
+@opt.of("quantize")
 def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **options: Any) -> Any:
     """Run a recipe on MODEL, compare with the original, build engines.
 
     Writes DIR/model.onnx, DIR/model.sm89.engine for --sm 89, and DIR/report.json. An interrupted command goes on
     where it stopped when it is repeated. Options of passes replace those in the recipe.
     """
-    names = ("calibration", "evaluation", "random", "allow_script", "sms", "shapes", "seed")
-    settings = {name: options.pop(name) for name in names}
-    gates, overrides = _split(jobs, options)
+    settings = {name: options.pop(name) for name in ("sms", "shapes")}
+    settings |= {"source": _source(jobs, options), "gates": _gates(jobs, options), "overrides": _given(options)}
     command = shlex.join(click.get_current_context().obj)
-    return jobs.compress(
-        model, output, recipe, gates=gates, overrides=overrides, command=command, progress=progress, **settings
-    )
+    return jobs.compress(model, output, recipe, command=command, progress=progress, **settings)
 
 
 @_command("channelfold fold model.onnx -o folded.onnx")
 @opt.model
 @opt.output
 @opt.seed
-def fold(jobs: Any, progress: Any, model: str, output: str, seed: int) -> Any:
+def fold(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
     """Fold normalizations and channel-wise scales into weights.
 
     The result computes the same function, with fewer nodes; every step is checked by running it.
     """
-    return jobs.fold(model, output, seed=seed, progress=progress)
+    return jobs.fold(model, output, source=_source(jobs, options), progress=progress)
 
 
 @_command("channelfold smooth model.onnx -o smooth.onnx --calibration samples.npz")
 @opt.model
 @opt.output
-@opt.calibration
-@opt.evaluation
-@opt.random
-@opt.allow_script
-@opt.smoother
-@opt.seed
+@opt.source
+@opt.of_methods()
 def smooth(jobs: Any, progress: Any, model: str, output: str, method: str, **options: Any) -> Any:
     """Scale the channels of activations, so that quantizing MODEL loses less.
 
@@ -258,18 +259,15 @@ def smooth(jobs: Any, progress: Any, model: str, output: str, method: str, **opt
       split-merge  splits channels that stand out into several
       reorder      sorts channels in attention heads; needs no data
     """
-    return jobs.smooth(model, output, method, progress=progress, **_settings(options))
+    return jobs.smooth(model, output, method, progress=progress, **_settings(jobs, options))
 
 
 @_command("channelfold prune model.onnx -o cut.onnx --keep-macs 0.5 --calibration x.npz")
 @opt.model
 @opt.output
-@opt.calibration
-@opt.evaluation
-@opt.random
-@opt.allow_script
-@opt.pruner
-@opt.seed
+@opt.source
+@click.option("--dead", is_flag=True, help="Remove channels that nothing uses or that never change, which is exact.")
+@opt.of("prune", without=["verify"])
 def prune(jobs: Any, progress: Any, model: str, output: str, dead: bool, **options: Any) -> Any:
     """Remove channels from MODEL: a smaller graph, not a masked one.
 
@@ -285,18 +283,14 @@ def prune(jobs: Any, progress: Any, model: str, output: str, dead: bool, **optio
       l1, l2          magnitude of all weights that write and read them
       bn              gamma of the BatchNormalizations they pass
     """
-    return jobs.prune(model, output, dead=dead, progress=progress, **_settings(options))
+    return jobs.prune(model, output, dead=dead, progress=progress, **_settings(jobs, options))
 
 
 @_command("channelfold sparsify model.onnx -o sparse.onnx --calibration samples.npz")
 @opt.model
 @opt.output
-@opt.calibration
-@opt.evaluation
-@opt.random
-@opt.allow_script
-@opt.sparsifier
-@opt.seed
+@opt.source
+@opt.of("sparsify")
 def sparsify(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
     """Set weights of MODEL to zero, without removing channels.
 
@@ -316,18 +310,16 @@ def sparsify(jobs: Any, progress: Any, model: str, output: str, **options: Any) 
       equal-slope   where the next tile costs least
       ecoflap       by how much the outputs move when a layer's weights do; needs data
     """
-    return jobs.sparsify(model, output, progress=progress, **_settings(options))
+    return jobs.sparsify(model, output, progress=progress, **_settings(jobs, options))
 
 
 @_command("channelfold reparam repavit.onnx -o folded.onnx")
 @opt.model
 @opt.output
-@opt.calibration
-@opt.evaluation
-@opt.random
-@opt.allow_script
-@opt.reparameterizer
-@opt.seed
+@opt.source
+@opt.of("reparameterize-ffn")
+@click.option("--approximate", is_flag=True, help="Then remove hidden channels; see above.")
+@opt.of("approximate-ffn", before="--approximate")
 def reparam(jobs: Any, progress: Any, model: str, output: str, approximate: bool, **options: Any) -> Any:
     """Make one dense layer of FFN channels that bypass the activation.
 
@@ -341,25 +333,22 @@ def reparam(jobs: Any, progress: Any, model: str, output: str, approximate: bool
       --keep-macs    share of the FFNs' multiply-accumulates
       --max-error    relative error of the outputs
     """
-    return jobs.reparam(model, output, approximate=approximate, progress=progress, **_settings(options))
+    return jobs.reparam(model, output, approximate=approximate, progress=progress, **_settings(jobs, options))
 
 
 @_command("channelfold quantize folded.onnx -o int8.onnx --calibration samples.npz")
 @opt.model
 @opt.output
-@opt.calibration
-@opt.random
-@opt.allow_script
+@opt.source
 @click.option("--weights-only", is_flag=True, help="Store weights as int8 and compute in float. Needs no data.")
-@opt.quantizer
-@opt.seed
+@opt.of("quantize")
 def quantize(jobs: Any, progress: Any, model: str, output: str, weights_only: bool, **options: Any) -> Any:
     """Quantize MODEL to int8 with QDQ nodes.
 
     Weights are quantized per output channel, activations per tensor with ranges from calibration data. For best
     accuracy fold first, or use compress, which does both.
     """
-    return jobs.quantize(model, output, weights_only=weights_only, progress=progress, **_settings(options))
+    return jobs.quantize(model, output, weights_only=weights_only, progress=progress, **_settings(jobs, options))
 
 
 @_command("channelfold build int8.onnx -o int8.engine --sm 89 --shape x:1x64:8x64:16x64")
@@ -367,7 +356,7 @@ def quantize(jobs: Any, progress: Any, model: str, output: str, weights_only: bo
 @click.option("-o", "--output", required=True, metavar="ENGINE", type=click.Path(), help="Engine file to write.")
 @click.option("--sm", type=int, metavar="SM", help=f"{opt.SM}  [default: the GPU of this machine]")
 @opt.shape
-@click.option("--data", metavar="DATA", type=click.Path(), help=f"Samples to take the shapes from: {opt.DATA}.")
+@opt.data("data", "calibration", f"Samples to take the shapes from: {opt.DATA}.")
 @opt.allow_script
 @click.option(
     "--sparse-weights", is_flag=True, help="Let weights that are 2:4 sparse run on sparse tensor cores, where faster."
@@ -379,9 +368,8 @@ def build(
     output: str,
     sm: int | None,
     shapes: tuple[str, ...],
-    data: str | None,
-    allow_script: bool,
     sparse_weights: bool,
+    **options: Any,
 ) -> Any:
     """Build a TensorRT engine from MODEL.
 
@@ -392,8 +380,7 @@ def build(
         output,
         sm=sm,
         shapes=shapes,
-        data=data,
-        allow_script=allow_script,
+        source=_source(jobs, options),
         sparse_weights=sparse_weights,
         progress=progress,
     )
@@ -402,36 +389,22 @@ def build(
 @_command("channelfold diff model.onnx out/model.onnx --data test.npz --min-snr 20")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option("--data", metavar="DATA", type=click.Path(), help=f"Samples to run both models on: {opt.DATA}.")
+@opt.data("data", "evaluation", f"Samples to run both models on: {opt.DATA}.")
 @opt.random
 @opt.allow_script
 @opt.gates
 @opt.seed
-def diff(
-    jobs: Any,
-    progress: Any,
-    a: str,
-    b: str,
-    data: str | None,
-    random: int | None,
-    allow_script: bool,
-    seed: int,
-    **options: Any,
-) -> Any:
+def diff(jobs: Any, progress: Any, a: str, b: str, **options: Any) -> Any:
     """Compare the outputs of B with those of A on the same samples."""
-    gates, _ = _split(jobs, options)
-    return jobs.diff(
-        a, b, data=data, random=random, allow_script=allow_script, gates=gates, seed=seed, progress=progress
-    )
+    return jobs.diff(a, b, source=_source(jobs, options), gates=_gates(jobs, options), progress=progress)
 
 
 @_command("channelfold inspect model.onnx")
 @opt.model
-@click.option(
-    "--calibration",
-    metavar="DATA",
-    type=click.Path(),
-    help=f"Samples to look for outlier channels on: the largest of an input against its median channel. {opt.DATA}.",
+@opt.data(
+    "calibration",
+    "calibration",
+    f"Samples to look for outlier channels on: the largest of an input against its median channel. {opt.DATA}.",
 )
 @opt.allow_script
 @click.option(
@@ -440,13 +413,29 @@ def diff(
     help="List the FFNs: channels that bypass the activation and, with data, that might as well.",
 )
 @click.option("--groups", is_flag=True, help="List the channels that can be cut together, and why others stay.")
-def inspect(
-    jobs: Any, progress: Any, model: str, calibration: str | None, allow_script: bool, idle: bool, groups: bool
-) -> Any:
+def inspect(jobs: Any, progress: Any, model: str, idle: bool, groups: bool, **options: Any) -> Any:
     """Show what is in MODEL, and which linear nodes could be int8."""
-    return jobs.inspect(
-        model, calibration=calibration, allow_script=allow_script, idle=idle, groups=groups, progress=progress
-    )
+    return jobs.inspect(model, source=_source(jobs, options), idle=idle, groups=groups, progress=progress)
+
+
+@cli.command(name="passes", epilog="\b\nExample:\n  channelfold passes quantize")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the passes as JSON.")
+@click.option("--markdown", is_flag=True, help="Print the page passes/README.md.")
+def list_passes(name: str | None, as_json: bool, markdown: bool) -> None:
+    """List the passes of recipes, or show the options of the pass NAME."""
+    if name and name not in PASSES:
+        raise click.UsageError(f"There is no pass {name!r}. {nearest(name, PASSES)}", click.get_current_context())
+    names = [name] if name else [*PASSES]
+    if as_json:
+        click.echo(json.dumps([recipes.describe(one) for one in names], indent=2))
+    elif markdown or name:
+        title = "# Passes and their options\n\nPrinted by `channelfold passes --markdown`.\n\n" if markdown else ""
+        click.echo(title + "\n".join(map(recipes.reference, names)), nl=False)
+    else:
+        formatter = click.HelpFormatter(max_width=100)
+        formatter.write_dl([(one, f"{cls.kind}: {recipes.describe(one)['summary']}") for one, cls in PASSES.items()])
+        click.echo(formatter.getvalue(), nl=False)
 
 
 @_command("channelfold demo --model digits_repavit")

@@ -30,7 +30,7 @@ from open_set import DEFAULT
 from channelfold.passes.base import Context
 from channelfold.passes.channels.cut import cut, mask
 from channelfold.passes.channels.groups import find_groups
-from channelfold.passes.prune.prune import Prune
+from channelfold.passes.prune import Prune
 from channelfold.passes.recipe import load_recipe
 from channelfold.runtime.data.probes import random_feeds, shapes_of
 from channelfold.runtime.data.sources import Data, open_data

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.channels.groups import Group, find_groups
-from channelfold.passes.prune.prune import Prune
+from channelfold.passes.prune import Prune
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io.files import check, load, save
 from channelfold.runtime.io.shapes import measured_shapes

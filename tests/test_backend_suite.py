@@ -29,12 +29,9 @@ from onnx.backend.test.runner import Runner
 from onnx.reference import ReferenceEvaluator
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.affine import FoldAffine
-from channelfold.passes.fold.constants import FoldConstants
-from channelfold.passes.fold.identities import RemoveIdentities
-from channelfold.passes.fold.pad import FoldPad
+from channelfold.passes.fold import FoldAffine, FoldConstants, FoldPad, RemoveIdentities
 from channelfold.passes.operators import operator
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.quantize import Quantize
 from channelfold.runtime.data.sources import open_data
 from channelfold.runtime.errors import DataError, ModelError
 from channelfold.runtime.io.files import check, load, raise_opset, save

@@ -16,19 +16,17 @@ Source: Lin et al., AWQ, MLSys 2024, and its released code.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.layers.linear import Linear, check_growth, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits
 from channelfold.passes.operators import operator
-from channelfold.runtime.errors import DataError, UsageError
+from channelfold.passes.quantize import ClipWeights
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats.channels import ChannelStatistics
@@ -38,38 +36,17 @@ _RATIOS = tuple(1 - i / 20 for i in range(1, 10))
 _CHUNK = 1 << 22  # values that are in work at a time
 
 
-@dataclass(frozen=True)
-class ClipWeights(Pass):
-    """Clips the weights of linears without a kernel for a quantizer of ``weight_bits`` in groups of ``group_size``.
-
-    ``group_size`` 0: one symmetric scale per output channel. ``exclude``: patterns of node names (``*`` and ``?``).
-    Raises UsageError for an option out of its range.
-    """
-
-    name: ClassVar[str] = "clip-weights"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "calibrated"
-
-    weight_bits: int = 4
-    group_size: int = 128
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("weight_bits", 2, 16), ("group_size", 0, 1 << 20)):
-            if not low <= getattr(self, name) <= high:
-                raise UsageError(f"{name!r} is {getattr(self, name)}", f"Expected {low} to {high}")
-
+class Work(ClipWeights):
     @property
     def bits(self) -> Bits:
         return Bits(0, self.weight_bits, self.group_size)
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        if ctx.calibration is None:
-            raise DataError("Clipping weights needs calibration data", "Give some with --calibration")
         outcome = Outcome()
         infer_shapes(graph)
         sites = list(self._sites(graph, outcome))
         observers = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites}
-        observe(graph, by_name(observers.items()), ctx.calibration, ctx.progress)
+        observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
         facts = []
         for number, site in enumerate(sites):
             ctx.progress("Clipping weights", number, len(sites))
@@ -94,9 +71,8 @@ class ClipWeights(Pass):
                 yield linear
 
     def _why_not(self, linear: Linear) -> str:
-        pattern = next((p for p in self.exclude if fnmatch.fnmatchcase(linear.name, p)), None)
-        if pattern is not None:
-            return f"excluded by pattern {pattern!r}"
+        if reason := self.patterns.why_not(linear.name):
+            return reason
         if any(size > 1 for size in linear.kernel):
             return "it has a kernel"
         return "it has groups" if linear.groups > 1 else ""

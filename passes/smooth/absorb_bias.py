@@ -17,52 +17,31 @@ where mean and deviation are beta and gamma of a BatchNormalization; here they a
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.layers.affine import Vector, after
 from channelfold.passes.layers.linear import Linear, cast, linears, view
 from channelfold.passes.operators import operator
-from channelfold.runtime.errors import DataError, UsageError
+from channelfold.passes.smooth import AbsorbBias
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats.channels import ChannelMoments
 from channelfold.runtime.stats.observe import by_name, observe
 
 
-@dataclass(frozen=True)
-class AbsorbBias(Pass):
-    """Moves what a channel in front of a Relu never falls below into the biases of the layers behind it.
-
-    ``sigmas``: standard deviations that stay between the mean and what is absorbed. ``exclude``: patterns of names of
-    the nodes (``*`` and ``?``) in front of the Relu. Raises UsageError for ``sigmas`` below 0.
-    """
-
-    name: ClassVar[str] = "absorb-bias"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "calibrated"
-
-    sigmas: float = 3.0
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.sigmas >= 0:
-            raise UsageError(f"'sigmas' is {self.sigmas:g}", "Expected at least 0")
-
+class Work(AbsorbBias):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        if ctx.calibration is None:
-            raise DataError("Absorbing biases needs calibration data", "Give some with --calibration")
         infer_shapes(graph)
         outcome = Outcome()
         sites = list(self._sites(graph, outcome))
         seen = {site.activation.name: ChannelMoments(site.axis) for site in sites}
         if sites:
-            observe(graph, by_name(seen.items()), ctx.calibration, ctx.progress)
+            observe(graph, by_name(seen.items()), ctx.data, ctx.progress)
         for site in sites:
             node = site.writer.node
             try:
@@ -80,9 +59,8 @@ class AbsorbBias(Pass):
             if relu is None or relu.op != "Relu" or not edit.is_standard(relu):
                 continue
             try:
-                for pattern in self.exclude:
-                    if fnmatch.fnmatchcase(linear.name, pattern):
-                        raise Refused(f"excluded by pattern {pattern!r}")
+                if reason := self.patterns.why_not(linear.name):
+                    raise Refused(reason)
                 activation = relu.outputs[0]
                 axis = _axis(activation, linear.out_axis)
                 yield _Site(linear, activation, axis, _readers(graph, activation, axis))

@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Refused
 from channelfold.passes.ffn.pairs import Pair, Pairs
-from channelfold.passes.fold.constants import FoldConstants
+from channelfold.passes.fold import FoldConstants
 from channelfold.passes.layers.linear import Linear
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress

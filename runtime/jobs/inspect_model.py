@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Outcome, Refused
 from channelfold.passes.layers.linear import Linear, linears, view
 from channelfold.passes.operators import operator
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.quantize.static import Work
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
 from channelfold.runtime.io import edit
@@ -56,7 +56,7 @@ def inspect(
     """
     infer_shapes(graph)
     refused = Outcome()
-    quantizable = {id(site.node) for site in Quantize()._sites(graph, refused)}
+    quantizable = {id(site.node) for site in Work().sites(graph, refused)}
     reasons = {refusal.node: refusal.code or refusal.reason for refusal in refused.refused}
     entries: list[dict[str, Any]] = [
         {**_linear(graph, node), "quantizable": id(node) in quantizable, "reason": reasons.get(node.name, "")}

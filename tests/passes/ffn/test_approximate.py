@@ -9,7 +9,8 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.ffn.approximate import ApproximateFfn, stand_in
+from channelfold.passes.ffn import ApproximateFfn
+from channelfold.passes.ffn.approximate import stand_in
 from channelfold.runtime.data.sources import Data, open_data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import check

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from channelfold.passes.fold.affine import FoldAffine
+from channelfold.passes.fold import FoldAffine
 from channelfold.tests.graphs import fold, positive
 
 IMAGE = "(float[N,4,6,6] x) => (float[] y)"

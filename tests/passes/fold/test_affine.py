@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.affine import FoldAffine
+from channelfold.passes.fold import FoldAffine
 from channelfold.tests.graphs import build, changes, constants, listing, ops, positive, random, reasons
 from channelfold.tests.passes.fold.maps import BN, IMAGE, NORM, ROWS, TOKENS, affine
 

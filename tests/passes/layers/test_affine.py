@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.affine import FoldAffine
+from channelfold.passes.fold import FoldAffine
 from channelfold.tests.graphs import build, changes, listing, ops, positive, reasons
 from channelfold.tests.passes.fold.maps import BN, IMAGE, NORM, ROWS, affine
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.prune.dead import RemoveDeadChannels
+from channelfold.passes.prune import RemoveDeadChannels
 from channelfold.runtime import jobs
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io.files import check, import_model, infer_shapes, load, save, session

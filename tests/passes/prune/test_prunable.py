@@ -13,8 +13,7 @@ import pytest
 from channelfold import models
 from channelfold.passes.base import Context
 from channelfold.passes.channels.cut import cut, mask
-from channelfold.passes.fold.constants import FoldConstants
-from channelfold.passes.fold.identities import RemoveIdentities
+from channelfold.passes.fold import FoldConstants, RemoveIdentities
 from channelfold.runtime.io.files import check, infer_shapes, load, session
 from channelfold.runtime.io.session import Session
 from channelfold.tests.channel_cuts import Feed, groups_of, random_keep, regions_of

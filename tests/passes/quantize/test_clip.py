@@ -10,7 +10,8 @@ import pytest
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.quantization_error import Bits
-from channelfold.passes.quantize.clip import ClipWeights, clipped_matrix, score_projections
+from channelfold.passes.quantize import ClipWeights
+from channelfold.passes.quantize.clip import clipped_matrix, score_projections
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import check

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Outcome
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.quantize import Quantize
 from channelfold.runtime.errors import UsageError
 from channelfold.tests.graphs import build, random
 from channelfold.tests.passes.quantize.quantized import quantize, samples

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.quantize import Quantize
 from channelfold.runtime.io.files import import_model, load, raise_opset, save, session
 from channelfold.runtime.io.session import Session, onnxruntime
 from channelfold.tests import strategies

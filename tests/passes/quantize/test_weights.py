@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.quantize.weights import QuantizeWeights
+from channelfold.passes.quantize import QuantizeWeights
 from channelfold.runtime.io.files import MappedValues, check, load, raise_opset, save, session
 from channelfold.runtime.io.session import Session
 from channelfold.tests.graphs import build, constants, feeds, listing, node, ops, random, reasons, run

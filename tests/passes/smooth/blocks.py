@@ -13,8 +13,8 @@ from channelfold.passes.base import Context, Outcome
 from channelfold.passes.channels.rescale import rescale
 from channelfold.passes.channels.scale_regions import Region, trace
 from channelfold.passes.layers.linear import linears
-from channelfold.passes.quantize.static import Quantize
-from channelfold.passes.smooth.smooth import Smooth
+from channelfold.passes.quantize import Quantize
+from channelfold.passes.smooth import Smooth
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io.files import check
 from channelfold.runtime.io.shapes import shapes_on

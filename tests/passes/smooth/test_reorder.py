@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.recipe import make
-from channelfold.passes.smooth.reorder import ReorderChannels, block_floating_point
+from channelfold.passes.smooth import ReorderChannels
+from channelfold.passes.smooth.reorder import block_floating_point
 from channelfold.runtime.io.files import check
 from channelfold.tests.graphs import assert_same, build, changes, constants, feeds, listing, random, reasons, run
 

@@ -10,7 +10,7 @@ import pytest
 
 from channelfold.passes.layers.linear import linears
 from channelfold.passes.layers.quantization_error import Bits, LayerError
-from channelfold.passes.smooth.smooth import Smooth
+from channelfold.passes.smooth import Smooth
 from channelfold.runtime.stats.channels import ChannelStatistics
 from channelfold.runtime.stats.observe import by_name, observe
 from channelfold.tests.graphs import build, constants, random, run, samples

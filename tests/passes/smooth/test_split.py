@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.recipe import make
-from channelfold.passes.smooth.split import SplitChannels
+from channelfold.passes.smooth import SplitChannels
 from channelfold.runtime.data.sources import Data, random_data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.facts import required_inputs

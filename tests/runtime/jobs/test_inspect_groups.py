@@ -9,7 +9,7 @@ from rich.console import Console
 
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
-from channelfold.passes.prune.prune import Prune
+from channelfold.passes.prune import Prune
 from channelfold.runtime.jobs.inspect_groups import describe
 from channelfold.runtime.report import inspection
 from channelfold.runtime.report.tables import Page

@@ -56,7 +56,9 @@ def test_options_for_the_approximate_pass_alone(tmp_path):
 @pytest.mark.rtx
 def test_every_matrix_of_a_folded_ffn_is_int8_in_the_engine(tmp_path):
     """They read the residual stream, without a norm in front."""
-    record = jobs.compress(REPAVIT, tmp_path, "int8-reparam", calibration=CALIBRATION, evaluation=EVALUATION, sms=[89])
+    record = jobs.compress(
+        REPAVIT, tmp_path, "int8-reparam", source=jobs.Source(CALIBRATION, evaluation=EVALUATION), sms=[89]
+    )
     (engine,) = record["engines"]
     assert engine["plan"] == {"readable": True, "reason": "", "int8": 20, "total": 20, "not_int8": []}
     quantized = next(step for step in record["steps"] if step["pass"] == "quantize")["facts"]["by_op"]["MatMul"]

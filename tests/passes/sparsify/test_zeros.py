@@ -11,9 +11,10 @@ import pytest
 from channelfold.passes import pipeline, recipe
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.linear import Linear, linears
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.quantize import Quantize
+from channelfold.passes.sparsify import Sparsify
 from channelfold.passes.sparsify.masks import Tiles
-from channelfold.passes.sparsify.sparsify import Sparsify, worth
+from channelfold.passes.sparsify.zeros import worth
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import check
