@@ -26,6 +26,7 @@ from channelfold.passes import BUILT_IN, PASSES
 from channelfold.passes import recipe as recipes
 from channelfold.runtime import flags as opt
 from channelfold.runtime.errors import ChannelfoldError, OutputError, nearest
+from channelfold.runtime.report.names import one_line, safe
 from channelfold.runtime.report.progress import Progress
 
 DEMO_SMS = (86, 89)
@@ -64,8 +65,8 @@ def cli() -> None:
 # ---- running a job -----------------------------------------------------------------------------------------------
 
 
-def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., Any]], click.Command]:
-    """Makes a command of a function that returns a record, for which module ``runtime.report.<show>`` has ``render``.
+def _command(example: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Makes a command of a function that returns a record.
 
     Adds --json and --debug, passes ``progress`` and ends the help with the example.
     """
@@ -78,9 +79,9 @@ def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., An
                 with Progress() as progress, contextlib.redirect_stdout(sys.stderr):
                     record = function(jobs, progress=progress, **options)
             except jobs.GateMissed as missed:
-                _print(missed.record, show, as_json)
+                _print(missed.record, as_json)
                 raise
-            _print(record, show, as_json)
+            _print(record, as_json)
 
         command = cli.command(name=function.__name__, epilog=f"\b\nExample:\n  {example}")(run)
         command.params += [
@@ -92,18 +93,17 @@ def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., An
     return register
 
 
-def _print(record: dict[str, Any], show: str, as_json: bool) -> None:
+def _print(record: dict[str, Any], as_json: bool) -> None:
     """The record to stdout. Warnings go to stderr as well, unless stdout is a terminal, which shows them already."""
     from rich.console import Console
 
-    from channelfold.runtime.report.terminal import to_json
+    from channelfold.runtime.report.terminal import render, to_json
 
     try:
         if as_json:
             click.echo(to_json(record))
         else:
-            console = Console(width=None if sys.stdout.isatty() else 10_000)
-            importlib.import_module(f"channelfold.runtime.report.{show}").render(record, console)
+            render(record, Console(width=None if sys.stdout.isatty() else 10_000))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has had enough, which click takes quietly
         raise
@@ -116,8 +116,10 @@ def _print(record: dict[str, Any], show: str, as_json: bool) -> None:
 
 
 def _say(label: str, text: str, color: str) -> None:
+    """Prints one line of at most 500 characters, which nothing in ``text`` can break or forge."""
     plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
-    click.echo(f"{label if plain else click.style(label, fg=color, bold=True)} {text}", err=True)
+    line = one_line(text, 499 - len(label))
+    click.echo(f"{label if plain else click.style(label, fg=color, bold=True)} {line}", err=True)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -136,17 +138,18 @@ def _main(args: list[str]) -> int:
         return 130
     except Exception as error:
         if "--debug" in args:
-            traceback.print_exc()
+            # indented, so that no line of a message passes for one of ours
+            click.echo("\n  ".join(map(safe, traceback.format_exc().splitlines())), err=True)
         message, code = _explained(error, args)
         _say("error:", message, "red")
         return code
 
 
 def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
-    """What to tell the user about an error, in one line, and the exit code."""
+    """What to tell the user about an error, and the exit code."""
     match error:
         case ChannelfoldError():
-            return " ".join(str(error).split()), error.exit_code
+            return str(error), error.exit_code
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else "channelfold"
             message = error.format_message()
@@ -166,7 +169,7 @@ def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
         if "--debug" in args
         else "Run again with --debug, and report what it shows"
     )
-    return f"{type(error).__name__}: {' '.join(str(error).split())}. This is a bug in channelfold. {hint}", 1
+    return f"{type(error).__name__}: {error}. This is a bug in channelfold. {hint}", 1
 
 
 def _source(jobs: Any, options: dict[str, Any]) -> Any:
@@ -259,7 +262,7 @@ def smooth(jobs: Any, progress: Any, model: str, output: str, method: str, **opt
     return jobs.smooth(model, output, method, progress=progress, **_settings(jobs, options))
 
 
-@_command("channelfold prune model.onnx -o cut.onnx --keep-macs 0.5 --calibration x.npz", show="groups")
+@_command("channelfold prune model.onnx -o cut.onnx --keep-macs 0.5 --calibration x.npz")
 @opt.model
 @opt.output
 @opt.source
@@ -273,7 +276,7 @@ def prune(jobs: Any, progress: Any, model: str, output: str, dead: bool, **optio
     as the command fold does; that the cut equals the same channels silenced is checked by running both. Quantize
     afterwards.
 
-    
+    \b
     Importance of channels:
       reconstruction  error of the layers that read them, the other channels refitted; without data from weights
       activation      error of the layers that read them, each channel by itself; needs data
@@ -358,29 +361,12 @@ def quantize(jobs: Any, progress: Any, model: str, output: str, weights_only: bo
 @click.option(
     "--sparse-weights", is_flag=True, help="Let weights that are 2:4 sparse run on sparse tensor cores, where faster."
 )
-def build(
-    jobs: Any,
-    progress: Any,
-    model: str,
-    output: str,
-    sm: int | None,
-    shapes: tuple[str, ...],
-    sparse_weights: bool,
-    **options: Any,
-) -> Any:
+def build(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
     """Build a TensorRT engine from MODEL.
 
     Reads back from the engine which nodes run as int8. With the extra rtx (TensorRT-RTX) this needs no GPU.
     """
-    return jobs.build(
-        model,
-        output,
-        sm=sm,
-        shapes=shapes,
-        source=_source(jobs, options),
-        sparse_weights=sparse_weights,
-        progress=progress,
-    )
+    return jobs.build(model, output, source=_source(jobs, options), progress=progress, **options)
 
 
 @_command("channelfold diff model.onnx out/model.onnx --data test.npz --min-snr 20")
@@ -396,7 +382,7 @@ def diff(jobs: Any, progress: Any, a: str, b: str, **options: Any) -> Any:
     return jobs.diff(a, b, source=_source(jobs, options), gates=_gates(jobs, options), progress=progress)
 
 
-@_command("channelfold inspect model.onnx", show="inspection")
+@_command("channelfold inspect model.onnx")
 @opt.model
 @opt.data(
     "calibration",
@@ -404,15 +390,11 @@ def diff(jobs: Any, progress: Any, a: str, b: str, **options: Any) -> Any:
     f"Samples to look for outlier channels on: the largest of an input against its median channel. {opt.DATA}.",
 )
 @opt.allow_script
-@click.option(
-    "--idle",
-    is_flag=True,
-    help="List the FFNs: channels that bypass the activation and, with data, that might as well.",
-)
+@click.option("--idle", is_flag=True, help="List the FFNs, and their channels that bypass the activation, or might.")
 @click.option("--groups", is_flag=True, help="List the channels that can be cut together, and why others stay.")
-def inspect(jobs: Any, progress: Any, model: str, idle: bool, groups: bool, **options: Any) -> Any:
+def inspect(jobs: Any, progress: Any, model: str, **options: Any) -> Any:
     """Show what is in MODEL, and which linear nodes could be int8."""
-    return jobs.inspect(model, source=_source(jobs, options), idle=idle, groups=groups, progress=progress)
+    return jobs.inspect(model, source=_source(jobs, options), progress=progress, **options)
 
 
 @cli.command(name="passes", epilog="\b\nExample:\n  channelfold passes quantize")
@@ -435,7 +417,7 @@ def list_passes(name: str | None, as_json: bool, markdown: bool) -> None:
         click.echo(formatter.getvalue(), nl=False)
 
 
-@_command("channelfold demo --model digits_repavit", show="demo")
+@_command("channelfold demo --model digits_repavit")
 @opt.shipped
 @click.option(
     "-o", "--output", metavar="DIR", type=click.Path(), help="Folder to write to.  [default: a temporary one]"
@@ -450,9 +432,9 @@ def list_passes(name: str | None, as_json: bool, markdown: bool) -> None:
     show_default=True,
     help=f"{opt.SM} Repeatable.",
 )
-def demo(jobs: Any, progress: Any, model: str, output: str | None, sms: tuple[int, ...]) -> Any:
+def demo(jobs: Any, progress: Any, output: str | None, **options: Any) -> Any:
     """Compress a small network that ships with channelfold.
 
     The networks read handwritten digits; their accuracy is measured before and after. Takes under a minute.
     """
-    return jobs.demo(output, model=model, sms=sms, progress=progress)
+    return jobs.demo(output, progress=progress, **options)

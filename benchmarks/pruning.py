@@ -41,7 +41,7 @@ from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.jobs.inspect_model import costs
 from channelfold.runtime.stats.bench import latencies
 from channelfold.tests.channel_cuts import random_keep, regions_of
-from channelfold.tests.passes.test_prunable import COUNTS, NORMED, counts, graph_of, image, logits, random_weights
+from channelfold.tests.passes.prune.topologies import COUNTS, NORMED, counts, graph_of, image, logits, random_weights
 
 OPEN = (
     "crepe_tiny",

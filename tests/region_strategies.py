@@ -191,17 +191,9 @@ def binary(b: Builder, x: str):
 
 
 AFFINE = (strategies.arithmetic, strategies.arithmetic, strategies.batchnorm, strategies.norm, unfused_norm)
-
-
 BETWEEN = (strategies.pool, strategies.pad, strategies.elementwise, bounded, resize, reduce)
-
-
 MOVES = (strategies.rearrange, split, concat, gather, expand)
-
-
 JOINS = (binary, binary, binary, product, gated, attention, squeeze_and_excite)
-
-
 STEPS = st.lists(
     st.sampled_from([(linear,)] * 4 + [AFFINE, BETWEEN, MOVES, MOVES, JOINS, JOINS]), min_size=2, max_size=8
 )

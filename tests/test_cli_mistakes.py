@@ -14,7 +14,7 @@ import pytest
 
 from channelfold.runtime import jobs
 from channelfold.runtime.errors import ChannelfoldError
-from channelfold.tests.command_line import CALIBRATION, DIGITS, EVALUATION
+from channelfold.tests.shipped import CALIBRATION, DIGITS, EVALUATION
 
 
 @pytest.fixture
@@ -148,8 +148,6 @@ def test_external_data_outside_the_folder(location, fails, external, tmp_path):
 # ---- broken data -------------------------------------------------------------------------------------------------
 
 GOOD = np.zeros((4, 1, 8, 8), np.float32)
-
-
 NAN = np.where(np.arange(4)[:, None, None, None] == 2, np.float32(np.nan), GOOD)
 
 

@@ -24,11 +24,10 @@ from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Classes
 from channelfold.passes.channels.ports import Edit, Link
 from channelfold.passes.channels.sizes import Length, Source, readers_of_size, source_of_size
-from channelfold.passes.operators import LINEAR_OPS, RECURRENT
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
 CHOICES = 3  # alternatives of a Reshape that are tried
-_SEEN_THROUGH = ("Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -359,7 +358,8 @@ class _Tracer(Classes):
             return "out" if axis > 0 else "", node
         if _is_weight(node, port):
             return self._weight_role(node, port, axis), node
-        if node.op in _SEEN_THROUGH and port == 0:
+        known = operator(node)
+        if (known.copies or known.kind in ("quantize", "transpose")) and port == 0:
             for result in self._moved_to(node, axis):
                 for layer in edit.consumers(node.outputs[0]):
                     for place in (k for k, other in enumerate(layer.inputs) if other is node.outputs[0]):
@@ -402,6 +402,7 @@ class _Tracer(Classes):
 
 
 def _is_weight(node: gs.Node, port: int) -> bool:
-    if node.op in RECURRENT:
+    known = operator(node)
+    if known.gates:
         return port in (1, 2)
-    return node.op in LINEAR_OPS and (port == 1 or (node.op == "MatMul" and port == 0))
+    return known.weighted and (port == 1 or (known.kind == "matmul" and port == 0))

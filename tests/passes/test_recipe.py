@@ -310,12 +310,7 @@ def decoder() -> gs.Graph:
     gamma[3], wide[:, 5] = 40 * gamma[3], 40 * wide[:, 5]
     return build(
         "(float[N,32] x) => (float[] y)",
-        """
-        n = LayerNormalization(x, gamma, beta)
-        a = MatMul(n, wide)
-        h = Gelu(a)
-        y = MatMul(h, narrow)
-        """,
+        "n = LayerNormalization(x, gamma, beta)  a = MatMul(n, wide)  h = Gelu(a)  y = MatMul(h, narrow)",
         opset=20, kind="float", gamma=gamma, beta=32, wide=wide, narrow=(32, 32),
     )  # fmt: skip
 

@@ -12,8 +12,6 @@ from channelfold.runtime.errors import UsageError
 from channelfold.tests.graphs import build, random
 from channelfold.tests.passes.quantize.quantized import quantize, samples
 
-# ---- a share that stays float --------------------------------------------------------------------------------------
-
 CHAIN = "a = MatMul(x, A) b = MatMul(a, B) c = MatMul(b, C) d = MatMul(c, D) e = MatMul(d, E)"
 
 

@@ -22,10 +22,7 @@ PROJECTED = """
     k1 = Add(k0, bk)
     v0 = MatMul(x, V)
     v1 = Add(v0, bv)"""
-FUSED = """
-    qkv0 = MatMul(x, W)
-    qkv = Add(qkv0, b)
-    q1, k1, v1 = Split<axis=-1>(qkv, sizes)"""
+FUSED = "qkv0 = MatMul(x, W)  qkv = Add(qkv0, b)  q1, k1, v1 = Split<axis=-1>(qkv, sizes)"
 SPLIT_HEADS = """
     q2 = Reshape(q1, q_shape)
     k2 = Reshape(k1, k_shape)

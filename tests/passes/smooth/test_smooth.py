@@ -19,12 +19,14 @@ from channelfold.tests.graphs import (
     build,
     changes,
     constants,
+    data_from,
     feeds,
     listing,
     positive,
     random,
     reasons,
     run,
+    samples,
 )
 from channelfold.tests.passes.smooth.blocks import (
     BLOCKS,
@@ -35,7 +37,6 @@ from channelfold.tests.passes.smooth.blocks import (
     int8,
     outputs,
     plant,
-    samples,
     smooth,
     snr,
 )
@@ -239,7 +240,7 @@ def test_a_tied_embedding_is_refused_for_what_its_copy_weighs():
     graph = build("(float[1] unused, int64[N,T] i) => (float[] y)", body, kind="float", E=(5000, 64), g=positive(64),
                   b=64)  # fmt: skip
     made = [{"unused": np.zeros(1, np.float32), "i": np.arange(12).reshape(3, 4) + index} for index in range(3)]
-    data = Data([TensorSpec(k, v.dtype, v.shape) for k, v in made[0].items()], 3, lambda: iter(made), "ids")
+    data = data_from(*made)
     before = constants(graph)
     for method in ("auto", "smoothquant"):
         (reason,) = reasons(smooth(graph, METHODS[method], data))

@@ -9,10 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from channelfold.runtime.data.sources import Data
-from channelfold.runtime.io.session import TensorSpec
 from channelfold.tests import strategies
-from channelfold.tests.graphs import assert_same, feeds, listing, run
+from channelfold.tests.graphs import assert_same, data_from, feeds, listing, run, samples
 from channelfold.tests.passes.smooth.blocks import (
     BLOCKS,
     METHODS,
@@ -20,7 +18,6 @@ from channelfold.tests.passes.smooth.blocks import (
     observe_in_float64,
     outputs,
     plant,
-    samples,
     smooth,
     snr,
 )
@@ -68,8 +65,7 @@ def test_random_regions(made, method, insert):
     """Attention, gates, joins and moves: regions that overlap, and nodes inserted inside of others."""
     graph, values = made
     feed, nodes = {"x": values["x"]}, len(graph.nodes)
-    both = [feed, {"x": -0.7 * values["x"]}]
-    data = Data([TensorSpec("x", values["x"].dtype, values["x"].shape)], 2, lambda: iter(both), "random samples")
+    data = data_from(feed, {"x": -0.7 * values["x"]})
     before = run(graph, feed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("channelfold.passes.smooth.activations.observe", observe_in_float64)

@@ -20,8 +20,6 @@ from channelfold.runtime.errors import ModelError, OutputError
 from channelfold.runtime.io.files import import_model, load, read, save, session, stored, writing
 from channelfold.tests.runtime.io.model_files import files_beside, model_of, weights_in
 
-# ---- writing -----------------------------------------------------------------------------------------------------
-
 
 def test_save_over_every_form(path):
     """Whatever was there before, only what the new model needs is there after; foreign files stay."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import re
@@ -22,15 +21,12 @@ from channelfold.runtime.io.session import Session
 from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.compare import Gates
 from channelfold.tests.graphs import build, random
+from channelfold.tests.shipped import CALIBRATION, DIGITS, EVALUATION, needs_rtx
 
-DIGITS = models.path("digits_cnn.onnx")
-CALIBRATION = models.path("digits_calibration.npz")
-EVALUATION = models.path("digits_evaluation.npz")
 IMAGES = np.load(EVALUATION)["image"]
 QUANTIZED = [
     f"/{block}/conv/Conv" for block in ("residual/first", "residual/second", "widen", "depthwise", "pointwise")
 ]
-needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra rtx")
 
 
 def outputs(path: Path) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,10 @@ from channelfold.runtime import jobs
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io import files
 from channelfold.runtime.io.session import Session
+from channelfold.tests.shipped import CALIBRATION, EVALUATION, needs_rtx
 
 REPAVIT = models.path("digits_repavit.onnx")
-CALIBRATION = models.path("digits_calibration.npz")
-EVALUATION = models.path("digits_evaluation.npz")
 LEGACY = Path(__file__).parents[2] / "passes" / "fixtures" / "legacy_17_shuffled.onnx"
-needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra rtx")
 
 
 def logits(path: Path) -> np.ndarray:

@@ -118,11 +118,7 @@ def samples() -> Data:
 
 
 class TestCollect:
-    GRAPH = """
-        h = MatMul(x, W)
-        a = Relu(h)
-        y = MatMul(a, V)
-    """
+    GRAPH = "h = MatMul(x, W)  a = Relu(h)  y = MatMul(a, V)"
 
     def test_groups_see_the_same_data(self, monkeypatch):
         graph = build("(float[2,3,4] x) => (float[2,3,2] y)", self.GRAPH, kind="float", W=(4, 6), V=(6, 2))

@@ -20,7 +20,7 @@ from channelfold.runtime.stats.statistics import (
     collect,
     observe,
 )
-from channelfold.tests.graphs import build
+from channelfold.tests.graphs import build, data_from
 
 TINY = np.float32(2**-149)
 BELOW_2 = np.nextafter(np.float32(2), np.float32(0))
@@ -35,11 +35,6 @@ def seen(*values: float, axis: int | None = None) -> TensorStatistics:
 def means(statistics: TensorStatistics) -> np.ndarray:
     assert statistics.channel_mean is not None
     return statistics.channel_mean
-
-
-def data(*feeds: dict[str, np.ndarray]) -> Data:
-    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in feeds[0].items()]
-    return Data(specs, len(feeds), lambda: iter(feeds), "a test")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +168,7 @@ def test_channels_must_stay(other):
 def test_inputs_and_inner_tensors_are_observed_in_the_graph():
     graph = build("(float[N,3] x) => (float[] z)", "y = MatMul(x, W) z = Relu(y)", kind="float", W=(3, 4))
     feeds = [{"x": np.random.default_rng(i).standard_normal((2, 3)).astype(np.float32)} for i in range(3)]
-    found = collect(graph, {"x": None, "y": 1, "z": None}, data(*feeds))
+    found = collect(graph, {"x": None, "y": 1, "z": None}, data_from(*feeds))
     runner = session(graph, ["x", "y", "z"], optimize=False)
     runs = [runner.run(feed) for feed in feeds]
     for name in "xyz":
@@ -189,20 +184,20 @@ def test_inputs_and_inner_tensors_are_observed_in_the_graph():
 
 def test_float16_activations_are_cast():
     graph = build("(float16[N,3] x) => (float16[] y)", "y = Mul(x, two)", two=np.array(2, np.float16))
-    found = collect(graph, {"y": None}, data({"x": np.array([[-3, 0, 0.1]], np.float16)}))
+    found = collect(graph, {"y": None}, data_from({"x": np.array([[-3, 0, 0.1]], np.float16)}))
     assert (found["y"].minimum, found["y"].maximum) == (-6.0, float(np.float16(0.2)))
 
 
 def test_integer_inputs():
     graph = build("(int64[N] ids) => (float[] y)", "y = Gather(E, ids)", E=np.arange(8, dtype=np.float32).reshape(4, 2))
-    found = collect(graph, {"y": 1, "ids": None}, data({"ids": np.array([3, 1])}))
+    found = collect(graph, {"y": 1, "ids": None}, data_from({"ids": np.array([3, 1])}))
     assert (found["y"].minimum, found["y"].maximum, found["ids"].maximum) == (2.0, 7.0, 3.0)
     assert np.array_equal(means(found["y"]), [4.0, 5.0])
 
 
 def test_a_small_limit_observes_in_groups_and_finds_the_same(monkeypatch):
     graph = build("(float[N,8] x) => (float[] z)", "y = MatMul(x, W) z = Relu(y)", kind="float", W=(8, 64))
-    source = data(*({"x": np.random.default_rng(i).standard_normal((2, 8)).astype(np.float32)} for i in range(3)))
+    source = data_from(*({"x": np.random.default_rng(i).standard_normal((2, 8)).astype(np.float32)} for i in range(3)))
     tensors = {"x": None, "y": 1, "z": None}
     whole = collect(graph, tensors, source)
     monkeypatch.setattr(module, "GROUP_BYTES", 600)  # x has 64 bytes, y and z 512 each
@@ -228,7 +223,7 @@ def test_nan_names_the_tensor_and_the_sample():
     graph = build("(float[N] x) => (float[] y)", "y = Log(x)", kind="float")
     feeds = [{"x": np.array([1.0], np.float32)}, {"x": np.array([-1.0], np.float32)}]
     with pytest.raises(DataError, match=r"Activation 'y' of sample 1 cannot be used: it holds NaN\. Check that sample"):
-        collect(graph, {"y": None}, data(*feeds))
+        collect(graph, {"y": None}, data_from(*feeds))
 
 
 def test_samples_that_are_read_from_data_in_batches(tmp_path):
@@ -395,11 +390,11 @@ def test_a_value_that_is_no_number_names_tensor_and_sample(bad, what):
     feeds = [{"x": np.ones((2, 3), np.float32)} for _ in range(3)]
     feeds[2]["x"][1, 2] = bad
     with pytest.raises(DataError, match=f"Activation 'x' of sample 2 cannot be used: .*{what}"):
-        observe(graph, {"x": ChannelStatistics(-1)}, data(*feeds))
+        observe(graph, {"x": ChannelStatistics(-1)}, data_from(*feeds))
 
 
 def test_channels_that_change_name_tensor_and_sample():
     graph = build("(float[N,M] x) => (float[] y)", "y = Relu(x)", kind="float")
     feeds = [{"x": np.ones((2, width), np.float32)} for width in (3, 4)]
     with pytest.raises(DataError, match=r"Activation 'y' of sample 1 .*it has 4 channels on axis -1, and had 3 before"):
-        observe(graph, {"y": ChannelStatistics(-1, 8)}, data(*feeds))
+        observe(graph, {"y": ChannelStatistics(-1, 8)}, data_from(*feeds))
