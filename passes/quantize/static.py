@@ -14,7 +14,6 @@ Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,9 @@ from channelfold.passes.quantize import Quantize, calibrators
 from channelfold.passes.quantize.qdq import Inserter, Range, opset_of_scales, summary, why_not_int8
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, TensorStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.histograms import TensorStatistics
+from channelfold.runtime.stats.observe import by_name, observe
 
 MIN_CHANNELS = 16  # TensorRT runs narrower operators in float, or slower than float
 
@@ -62,12 +63,7 @@ class Work(Quantize):
         axes |= {site.data.name: site.in_axis for site in sites}
         statistics = {name: TensorStatistics(axis) for name, axis in axes.items()}
         rows = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites if self.float_share}
-        observe(
-            graph,
-            {name: _Both(seen, rows.get(name)) for name, seen in statistics.items()},
-            ctx.data,
-            ctx.progress,
-        )
+        observe(graph, by_name((*statistics.items(), *rows.items())), ctx.data, ctx.progress)
         ranges = {name: self._range(seen) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges
         facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
@@ -177,19 +173,6 @@ class Work(Quantize):
         if snr is not None and self.min_activation_snr > 0 and snr < self.min_activation_snr:
             return "8 bits cannot represent its activation"
         return ""
-
-
-@dataclass(frozen=True)
-class _Both:
-    """Shows a tensor to two observers."""
-
-    first: TensorStatistics
-    second: ChannelStatistics | None
-
-    def add(self, values: np.ndarray) -> None:
-        self.first.add(values)
-        if self.second is not None:
-            self.second.add(values)
 
 
 def _lower_snr(facts: Mapping[str, Any]) -> float | None:

@@ -28,10 +28,10 @@ from channelfold.passes.layers.affine import Vector, after
 from channelfold.passes.layers.linear import Linear, cast, linears, view
 from channelfold.passes.operators import operator
 from channelfold.passes.smooth import AbsorbBias
-from channelfold.runtime.errors import DataError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.statistics import observe
+from channelfold.runtime.stats.channels import ChannelMoments
+from channelfold.runtime.stats.observe import by_name, observe
 
 
 class Work(AbsorbBias):
@@ -39,9 +39,9 @@ class Work(AbsorbBias):
         infer_shapes(graph)
         outcome = Outcome()
         sites = list(self._sites(graph, outcome))
-        seen = {site.activation.name: _Seen(site.axis) for site in sites}
+        seen = {site.activation.name: ChannelMoments(site.axis) for site in sites}
         if sites:
-            observe(graph, seen, ctx.data, ctx.progress)
+            observe(graph, by_name(seen.items()), ctx.data, ctx.progress)
         for site in sites:
             node = site.writer.node
             try:
@@ -78,35 +78,10 @@ class _Site:
     readers: list[tuple[Linear, Vector]]
 
 
-@dataclass
-class _Seen:
-    """What calibration saw of the channels of a tensor along ``axis``; vectors (channels,) float64."""
-
-    axis: int
-    minimum: np.ndarray | float = np.inf
-    maximum: np.ndarray | float = -np.inf
-    total: np.ndarray | float = 0.0
-    squares: np.ndarray | float = 0.0
-    positions: int = 0
-
-    def add(self, values: np.ndarray) -> None:
-        if values.size == 0:
-            return
-        flat = np.moveaxis(values, self.axis, -1).reshape(-1, values.shape[self.axis]).astype(np.float64)
-        if not np.isfinite(flat).all():
-            raise DataError("it holds NaN or infinities")
-        self.minimum = np.minimum(self.minimum, flat.min(axis=0))
-        self.maximum = np.maximum(self.maximum, flat.max(axis=0))
-        self.total = self.total + flat.sum(axis=0)
-        self.squares = self.squares + (flat**2).sum(axis=0)
-        self.positions += len(flat)
-
-    def lower_bound(self, sigmas: float) -> np.ndarray:
-        """c of each channel, rounded towards zero where float32 has no such number."""
-        mean = self.total / self.positions
-        deviation = np.sqrt(np.maximum(self.squares / self.positions - mean**2, 0))
-        bound = np.maximum(0, np.minimum(self.minimum, mean - sigmas * deviation))
-        return np.nextafter(bound.astype(np.float32), np.float32(0)).astype(np.float64)
+def _lower_bound(seen: ChannelMoments, sigmas: float) -> np.ndarray:
+    """c of each channel, rounded towards zero where float32 has no such number."""
+    bound = np.maximum(0, np.minimum(seen.minimum, seen.mean - sigmas * np.sqrt(seen.variance)))
+    return np.nextafter(bound.astype(np.float32), np.float32(0)).astype(np.float64)
 
 
 def _readers(graph: gs.Graph, tensor: gs.Tensor, axis: int) -> list[tuple[Linear, Vector]]:
@@ -154,11 +129,11 @@ def _axis(tensor: gs.Tensor, axis: int) -> int:
     return axis if axis >= 0 else axis + (size or 0)
 
 
-def _absorb(graph: gs.Graph, site: _Site, seen: _Seen, sigmas: float) -> str:
-    """Moves c from the bias of the writer to those of the readers. Raises Refused or DoesNotFit, nothing changed."""
+def _absorb(graph: gs.Graph, site: _Site, seen: ChannelMoments, sigmas: float) -> str:
+    """Moves c from the bias of the writer to those of the readers. Raises Refused, nothing changed."""
     if not seen.positions:
         raise Refused("no calibration sample reached it")
-    bound = seen.lower_bound(sigmas)
+    bound = _lower_bound(seen, sigmas)
     if not bound.any():
         raise Refused(f"no channel stays above zero by {sigmas:g} standard deviations and in every sample")
     shifts = [(site.writer, -bound)]

@@ -37,7 +37,8 @@ from channelfold.passes.layers.quantization_error import ROWS, Bits, quantized_a
 from channelfold.passes.smooth import SplitChannels
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import by_name, observe
 
 _STEPS = 100  # of the threshold
 _OUTPUTS = 1024  # at most, that the error is measured on
@@ -51,7 +52,7 @@ class Work(SplitChannels):
         shapes = measured_shapes(graph, self.feed(ctx))
         sites = list(self._sites(graph, shapes, outcome))
         observers = {linear.data.name: ChannelStatistics(linear.in_axis, ROWS) for linear in sites}
-        observe(graph, observers, ctx.data, ctx.progress)
+        observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
         facts = []
         for number, linear in enumerate(sites):
             ctx.progress("Splitting channels", number, len(sites))

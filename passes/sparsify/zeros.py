@@ -38,7 +38,7 @@ from channelfold.passes.sparsify.masks import Tiles, by_row, n_of_m
 from channelfold.runtime.errors import DataError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.statistics import observe
+from channelfold.runtime.stats.observe import observe
 
 _WORDS = ("block", "unstructured")
 _SPARSITY = 0.5  # where none is given

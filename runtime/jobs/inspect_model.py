@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from channelfold.runtime.errors import no_progress
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.facts import external_files, spec
 from channelfold.runtime.io.files import all_graphs, infer_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe, outlier_ratio
+from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
+from channelfold.runtime.stats.observe import by_name, observe
 
 
 def int8_nodes(graph: gs.Graph) -> list[str]:
@@ -90,23 +90,10 @@ def costs(graph: gs.Graph) -> dict[str, int | None]:
 def _outlier_ratios(graph: gs.Graph, data: Data, progress: Callable[[str, int, int], None]) -> dict[str, float | None]:
     """``outlier_ratio`` of what each linear node reads, by the node's name."""
     found = [linear for linear in linears(graph) if isinstance(linear.data, gs.Variable)]
-    seen: dict[str, _ByAxis] = {}
-    for linear in found:
-        seen.setdefault(linear.data.name, _ByAxis()).axes[linear.in_axis] = ChannelStatistics(linear.in_axis)
-    observe(graph, seen, data, progress)
-    reached = [(linear.name, seen[linear.data.name].axes[linear.in_axis]) for linear in found]
+    seen = {(linear.data.name, linear.in_axis): ChannelStatistics(linear.in_axis) for linear in found}
+    observe(graph, by_name((name, statistics) for (name, _), statistics in seen.items()), data, progress)
+    reached = [(linear.name, seen[linear.data.name, linear.in_axis]) for linear in found]
     return {name: outlier_ratio(statistics.amax) for name, statistics in reached if statistics.positions}
-
-
-@dataclass(frozen=True)
-class _ByAxis:
-    """Shows a tensor to statistics of each axis that some linear node reads it along."""
-
-    axes: dict[int, ChannelStatistics] = field(default_factory=dict)
-
-    def add(self, values: np.ndarray) -> None:
-        for statistics in self.axes.values():
-            statistics.add(values)
 
 
 def _linear(graph: gs.Graph, node: gs.Node) -> dict[str, Any]:

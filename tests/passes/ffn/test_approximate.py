@@ -206,8 +206,8 @@ class TestError:
         x = random((4000, 8), "x").astype(np.float32)
         a = np.maximum(x @ random((8, 32), "W1").astype(np.float32), 0)
         moments = Moments({"x": -1, "a": -1})
-        for name, part in moments.parts().items():
-            part.add({"x": x, "a": a}[name])
+        for name, values in (("x", x), ("a", a)):
+            moments.take(name, values)
         matrix, removed = random((8, 32), "W2"), np.arange(0, 32, 2)
         joint, refitted = (stand_in(moments, matrix, removed, branch, 0.0) for branch in (True, False))
         pruned = (a - a.mean(axis=0))[:, removed] @ matrix[:, removed].T

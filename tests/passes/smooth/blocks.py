@@ -18,7 +18,7 @@ from channelfold.passes.smooth import Smooth
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io.files import check
 from channelfold.runtime.io.shapes import shapes_on
-from channelfold.runtime.stats.statistics import ChannelStatistics
+from channelfold.runtime.stats.channels import ChannelStatistics
 from channelfold.tests.graphs import build, evaluator, positive, random, run, samples, whole
 
 TOKENS = "(float[N,T,16] x) => (float[] y)"
@@ -165,7 +165,7 @@ def plant(graph: gs.Graph, shifted: bool = False) -> None:
         rescale(graph, region, scale, shift)
 
 
-def observe_in_float64(graph: gs.Graph, observers: Mapping[str, ChannelStatistics], data: Data, progress) -> None:
+def observe_in_float64(graph: gs.Graph, observers: Mapping[str, list[ChannelStatistics]], data: Data, progress) -> None:
     """Statistics from the reference evaluator: ONNX Runtime has no Erf and no Conv in float64."""
     model = whole(graph)
     known = {value.name for value in (*model.graph.input, *model.graph.output)}
@@ -173,7 +173,7 @@ def observe_in_float64(graph: gs.Graph, observers: Mapping[str, ChannelStatistic
     names = [value.name for value in model.graph.output]
     for feed in data:
         values = dict(feed) | dict(zip(names, evaluator(model).run(names, dict(feed)), strict=True))
-        for name, observer in observers.items():
+        for name, (observer,) in observers.items():
             observer.add(values[name].astype(np.float32))
 
 

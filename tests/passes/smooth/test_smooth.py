@@ -13,7 +13,8 @@ from channelfold.passes.smooth import Smooth
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.session import TensorSpec
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import observe
 from channelfold.tests.graphs import (
     assert_same,
     build,
@@ -175,7 +176,7 @@ def test_alpha_decides_who_pays():
         data = samples(graph)
         outcome = smooth(graph, Smooth("smoothquant", alpha=alpha), data)
         seen = ChannelStatistics(-1)
-        observe(graph, {"n": seen}, data)
+        observe(graph, {"n": [seen]}, data)
         columns = np.abs(constants(graph)["W"]).max(axis=1)
         assert (seen.amax if alpha else columns) == pytest.approx(np.median(seen.amax if alpha else columns), rel=1e-5)
         assert changes(outcome)[0].startswith(

@@ -11,7 +11,8 @@ import pytest
 from channelfold.passes.layers.linear import linears
 from channelfold.passes.layers.quantization_error import Bits, LayerError
 from channelfold.passes.smooth import Smooth
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import by_name, observe
 from channelfold.tests.graphs import build, constants, random, run, samples
 from channelfold.tests.passes.smooth.blocks import (
     BLOCKS,
@@ -148,7 +149,7 @@ def test_a_search_is_never_worse_than_no_scale(method):
     def errors() -> dict[str, float]:
         found = {}
         observers = {name: ChannelStatistics(-1, 256) for name in ("n1", "c", "n2")}
-        observe(graph, observers, data)
+        observe(graph, by_name(observers.items()), data)
         for name, observer in observers.items():
             readers = [linear for linear in linears(graph) if linear.data.name == name]
             found[name] = -10 * np.log10(LayerError.of(readers, observer.sample(), bits).error())

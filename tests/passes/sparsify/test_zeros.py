@@ -13,13 +13,13 @@ from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.linear import Linear, linears
 from channelfold.passes.quantize import Quantize
 from channelfold.passes.sparsify import Sparsify
-from channelfold.passes.sparsify.layers import ChannelPower
 from channelfold.passes.sparsify.masks import Tiles
 from channelfold.passes.sparsify.zeros import worth
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import check
 from channelfold.runtime.io.session import TensorSpec
+from channelfold.runtime.stats.channels import ChannelMoments
 from channelfold.tests.graphs import build, changes, constants, data_from, feeds, listing, random, reasons, run, samples
 
 TOKENS = "(float[N,T,32] x) => (float[] y)"
@@ -190,17 +190,18 @@ def test_silent_channels_are_ranked_by_magnitude():
     assert linears(graph)[0].weight().tolist() == [[0, 4, 3, 0, 4, 0, 0, 3]]
 
 
-def test_channel_power_by_axis():
+@pytest.mark.parametrize(("axis", "positions"), [(1, 45), (-1, 27)])
+def test_power_of_channels_by_axis(axis, positions):
     first, second = random((2, 3, 5), "a").astype(np.float32), random((7, 3, 5), "b").astype(np.float32)
-    seen = ChannelPower([1, -1])
+    seen = ChannelMoments(axis)
     for values in (first, second, first[:0]):
         seen.add(values)
-    rows = np.concatenate([first, second]).astype(np.float64)
-    assert seen.positions == {1: 45, -1: 27}
-    np.testing.assert_allclose(seen.rms(1), np.sqrt(np.square(rows).mean(axis=(0, 2))), rtol=1e-6)
-    np.testing.assert_allclose(seen.mean(-1), rows.mean(axis=(0, 1)), rtol=1e-5, atol=1e-7)
-    with pytest.raises(DataError, match="4 channels on axis 1, and had 3 before"):
-        seen.add(np.zeros((1, 4, 5), np.float32))
+    rows = np.moveaxis(np.concatenate([first, second]).astype(np.float64), axis, -1)
+    assert seen.positions == positions
+    np.testing.assert_allclose(seen.rms, np.sqrt(np.square(rows).mean(axis=(0, 1))), rtol=1e-6)
+    np.testing.assert_allclose(seen.mean, rows.mean(axis=(0, 1)), rtol=1e-5, atol=1e-7)
+    with pytest.raises(DataError, match=f"4 channels on axis {axis}, and had {rows.shape[-1]} before"):
+        seen.add(np.zeros((1, 4, 4), np.float32))
 
 
 @pytest.mark.parametrize(("bad", "message"), [(np.nan, "it holds NaN"), (np.inf, "it holds infinities")])

@@ -15,7 +15,7 @@ from channelfold.runtime.errors import DataError
 from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.jobs.inspect_model import inspect
-from channelfold.runtime.stats.statistics import outlier_ratio
+from channelfold.runtime.stats.channels import outlier_ratio
 from channelfold.tests.graphs import build
 
 DIGITS = models.path("digits_cnn.onnx")
