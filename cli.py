@@ -361,29 +361,12 @@ def quantize(jobs: Any, progress: Any, model: str, output: str, weights_only: bo
 @click.option(
     "--sparse-weights", is_flag=True, help="Let weights that are 2:4 sparse run on sparse tensor cores, where faster."
 )
-def build(
-    jobs: Any,
-    progress: Any,
-    model: str,
-    output: str,
-    sm: int | None,
-    shapes: tuple[str, ...],
-    sparse_weights: bool,
-    **options: Any,
-) -> Any:
+def build(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
     """Build a TensorRT engine from MODEL.
 
     Reads back from the engine which nodes run as int8. With the extra rtx (TensorRT-RTX) this needs no GPU.
     """
-    return jobs.build(
-        model,
-        output,
-        sm=sm,
-        shapes=shapes,
-        source=_source(jobs, options),
-        sparse_weights=sparse_weights,
-        progress=progress,
-    )
+    return jobs.build(model, output, source=_source(jobs, options), progress=progress, **options)
 
 
 @_command("channelfold diff model.onnx out/model.onnx --data test.npz --min-snr 20")
@@ -407,15 +390,11 @@ def diff(jobs: Any, progress: Any, a: str, b: str, **options: Any) -> Any:
     f"Samples to look for outlier channels on: the largest of an input against its median channel. {opt.DATA}.",
 )
 @opt.allow_script
-@click.option(
-    "--idle",
-    is_flag=True,
-    help="List the FFNs: channels that bypass the activation and, with data, that might as well.",
-)
+@click.option("--idle", is_flag=True, help="List the FFNs, and their channels that bypass the activation, or might.")
 @click.option("--groups", is_flag=True, help="List the channels that can be cut together, and why others stay.")
-def inspect(jobs: Any, progress: Any, model: str, idle: bool, groups: bool, **options: Any) -> Any:
+def inspect(jobs: Any, progress: Any, model: str, **options: Any) -> Any:
     """Show what is in MODEL, and which linear nodes could be int8."""
-    return jobs.inspect(model, source=_source(jobs, options), idle=idle, groups=groups, progress=progress)
+    return jobs.inspect(model, source=_source(jobs, options), progress=progress, **options)
 
 
 @cli.command(name="passes", epilog="\b\nExample:\n  channelfold passes quantize")
@@ -453,9 +432,9 @@ def list_passes(name: str | None, as_json: bool, markdown: bool) -> None:
     show_default=True,
     help=f"{opt.SM} Repeatable.",
 )
-def demo(jobs: Any, progress: Any, model: str, output: str | None, sms: tuple[int, ...]) -> Any:
+def demo(jobs: Any, progress: Any, output: str | None, **options: Any) -> Any:
     """Compress a small network that ships with channelfold.
 
     The networks read handwritten digits; their accuracy is measured before and after. Takes under a minute.
     """
-    return jobs.demo(output, model=model, sms=sms, progress=progress)
+    return jobs.demo(output, progress=progress, **options)

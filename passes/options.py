@@ -24,47 +24,18 @@ _JSON = {str: "string", bool: "boolean", int: "integer", float: "number"}
 _BOUNDS = {"low": "minimum", "high": "maximum", "above": "exclusiveMinimum", "below": "exclusiveMaximum"}
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What a field says of its option beside its type and default.
-
-    A number is at least ``low``, at most ``high``, more than ``above``, less than ``below``; ``expected`` says what
-    that means. ``default`` says what None means; ``metavar`` stands for the value in the help of the command line.
-    """
-
-    help: str = ""
-    low: float = -math.inf
-    high: float = math.inf
-    above: float | None = None
-    below: float | None = None
-    expected: str = ""
-    default: str = ""
-    metavar: str = ""
-
-    @property
-    def bounds(self) -> str:
-        """The numbers that are allowed, in words."""
-        if math.isfinite(self.low) and math.isfinite(self.high):
-            return f"{self.low} to {self.high}"
-        words = (("at least", self.low), ("more than", self.above), ("at most", self.high), ("less than", self.below))
-        return " and ".join(f"{word} {bound}" for word, bound in words if bound is not None and math.isfinite(bound))
-
-    def allows(self, value: float) -> bool:
-        """Whether a number keeps to the bounds. NaN does not."""
-        above = self.above is None or value > self.above
-        return self.low <= value <= self.high and above and (self.below is None or value < self.below)
-
-
-def option(default: Any, help: str, *, means: str = "", **rule: Any) -> Any:
-    """A field with the ``Rule`` of its option; ``means`` says what the default None means."""
-    return dataclasses.field(default=default, metadata={"rule": Rule(help, default=means, **rule)})
+def option(default: Any, help: str, **said: Any) -> Any:
+    """A field with what there is to say of its option: fields of ``Option``, from ``low`` on."""
+    return dataclasses.field(default=default, metadata={"help": help} | said)
 
 
 @dataclass(frozen=True)
 class Option:
     """An option of a pass: an ``item`` (str, bool, int, float), one of ``choices`` if there are any.
 
-    ``many``: any number of them. ``optional``: or None. ``needed``: there is no default.
+    ``many``: any number of them. ``optional``: or None. ``needed``: there is no default. A number is at least ``low``,
+    at most ``high``, more than ``above``, less than ``below``; ``expected`` says what that means. ``means``: what the
+    default None means; ``metavar`` stands for the value in the help of the command line.
     """
 
     name: str
@@ -74,7 +45,14 @@ class Option:
     optional: bool = False
     needed: bool = False
     default: Any = None
-    rule: Rule = Rule()
+    help: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+    above: float | None = None
+    below: float | None = None
+    expected: str = ""
+    means: str = ""
+    metavar: str = ""
 
     @classmethod
     def of(cls, field: dataclasses.Field, hint: Any) -> Option:
@@ -90,8 +68,19 @@ class Option:
         default = None if needed or field.default is dataclasses.MISSING else field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        rule = field.metadata.get("rule", Rule())
-        return cls(field.name, item, choices, needed=needed, default=default, rule=rule)
+        return cls(field.name, item, choices, needed=needed, default=default, **field.metadata)
+
+    @property
+    def bounds(self) -> str:
+        """The numbers that are allowed, in words."""
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            return f"{self.low} to {self.high}"
+        words = (("at least", self.low), ("more than", self.above), ("at most", self.high), ("less than", self.below))
+        return " and ".join(f"{word} {bound}" for word, bound in words if bound is not None and math.isfinite(bound))
+
+    def _allows(self, value: float) -> bool:
+        above = self.above is None or value > self.above
+        return self.low <= value <= self.high and above and (self.below is None or value < self.below)  # and no NaN
 
     def convert(self, value: Any) -> Any:
         """A TOML value as the field holds it. Raises UsageError where it does not fit the type."""
@@ -120,12 +109,13 @@ class Option:
 
     def check(self, value: Any) -> None:
         """Raises UsageError for a value that is none of the choices, or out of bounds."""
-        if self.choices and not self.many and value is not None:
+        if value is None or self.many:
+            return
+        if self.choices:
             self.convert(value)
-        if self.item in (int, float) and not self.many and value is not None and not self.rule.allows(value):
+        elif self.item in (int, float) and not self._allows(value):
             shown = f"{value:g}" if self.item is float else value
-            expected = self.rule.expected or self.rule.bounds or "a number"
-            raise UsageError(f"{self.name!r} is {shown}", f"Expected {expected}")
+            raise UsageError(f"{self.name!r} is {shown}", f"Expected {self.expected or self.bounds or 'a number'}")
 
     def __str__(self) -> str:
         if self.choices:
@@ -136,22 +126,20 @@ class Option:
     def usual(self) -> str:
         """The default as the command line spells it; empty where there is none to speak of."""
         if self.default in (None, ()) or self.default is False:
-            return self.rule.default
+            return self.means
         if self.default is True:
             return self.name.replace("_", "-")
         return f"{self.default:g}" if self.item is float else str(self.default)
 
     def describe(self) -> dict[str, Any]:
-        said = {"bounds": self.rule.bounds, "help": self.rule.help}
         known = {"name": self.name, "type": str(self), "default": self.default, "choices": list(self.choices)}
-        return known | {key: text for key, text in said.items() if text}
+        return known | {key: text for key in ("bounds", "help") if (text := getattr(self, key))}
 
     def schema(self) -> dict[str, Any]:
         one: dict[str, Any] = {"enum": list(self.choices)} if self.choices else {"type": _JSON[self.item]}
-        for key, word in _BOUNDS.items():
-            if (bound := getattr(self.rule, key)) is not None and math.isfinite(bound):
-                one[word] = bound
-        said = {"description": self.rule.help} if self.rule.help else {}
+        bounds = {word: bound for key, word in _BOUNDS.items() if (bound := getattr(self, key)) is not None}
+        one |= {word: bound for word, bound in bounds.items() if math.isfinite(bound)}
+        said = {"description": self.help} if self.help else {}
         return ({"type": "array", "items": one} if self.many else one) | said
 
 

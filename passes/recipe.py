@@ -169,8 +169,8 @@ def reference(name: str) -> str:
     found, lines = describe(name), []
     for one in options_of(PASSES[name]).values():
         usual = _toml(one.default) if one.item is bool else one.usual
-        facts = (str(one), one.rule.bounds, f"default: {usual}" if usual else "")
-        lines.append(f"- `{one.name}`: {one.rule.help} [{'; '.join(filter(None, facts))}]")
+        facts = (str(one), one.bounds, f"default: {usual}" if usual else "")
+        lines.append(f"- `{one.name}`: {one.help} [{'; '.join(filter(None, facts))}]")
     return "\n".join([f"## {name}", "", f"{found['summary']} ({found['kind']})", *([""] if lines else []), *lines, ""])
 
 

@@ -43,15 +43,15 @@ def together(*decorators: Decorator) -> Decorator:
 
 def flag(option: Option, before: str = "") -> Decorator:
     """The flag of an option of a pass; None where it is not given. ``before`` begins its help."""
-    rule, name = option.rule, _spelt(option.name.removesuffix("s" if option.many else ""))
-    notes = "; ".join(filter(None, (rule.bounds, f"default: {option.usual}" if option.usual else "")))
-    text = f"{before}: {rule.help[0].lower()}{rule.help[1:]}" if before else rule.help
+    name = _spelt(option.name.removesuffix("s" if option.many else ""))
+    notes = "; ".join(filter(None, (option.bounds, f"default: {option.usual}" if option.usual else "")))
+    text = f"{before}: {option.help[0].lower()}{option.help[1:]}" if before else option.help
     text += (" Repeatable." if option.many else "") + (f"  [{notes}]" if notes else "")
     if option.item is bool:
         names = f"{name}/--no-{name[2:]}" if option.default else name
         return click.option(names, option.name, is_flag=True, default=None, help=text)
     kind = _Choice(option.choices) if option.choices else option.item
-    metavar = rule.metavar or (None if option.choices else "X" if option.item is float else "N")
+    metavar = option.metavar or (None if option.choices else "X" if option.item is float else "N")
     return click.option(name, option.name, type=kind, multiple=option.many, metavar=metavar, help=text)
 
 

@@ -24,8 +24,6 @@ from channelfold.runtime import flags
 from channelfold.runtime.errors import UsageError
 from channelfold.tests.shipped import COMMANDS
 
-# ---- help --------------------------------------------------------------------------------------------------------
-
 HEAVY = {"numpy", "onnx", "onnx_graphsurgeon", "rich", "onnxruntime", "polygraphy", "tensorrt", "ml_dtypes"}
 BARE = """
 import sys
@@ -66,24 +64,12 @@ def imported(*args: str) -> set[str]:
     return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
 
 
-@pytest.mark.parametrize("args", ["--help", "quantize --help", "passes"])
-def test_help_is_instant(args):
-    """What is imported is counted: time depends on what else the machine does."""
-    code = f"""
-import sys
-from channelfold import cli
-try:
-    cli.main({args.split()})
-except SystemExit:
-    print("MODULES", len(sys.modules), *(n for n in sys.modules if n.startswith("channelfold.")))
-"""
-    out = subprocess.check_output([sys.executable, "-c", code], text=True)
-    count, *own = out.partition("MODULES ")[2].split()
-    assert int(count) < 200
-    assert {name.split(".")[2] for name in own if name.count(".") > 1} <= {
-        *("base", "options", "recipe", "smooth_methods", "fold", "smooth", "prune", "sparsify", "ffn", "quantize"),
-        *("errors", "flags", "report"),
-    }
+def test_help_loads_click_and_little_else():
+    """The modules that are loaded are what help takes its time for; half of the bound are modules of Python."""
+    loaded = imported("-m", "channelfold", "--help")
+    assert {name.partition(".")[0] for name in loaded}.isdisjoint(HEAVY)
+    assert {"click", "channelfold.cli"} <= loaded
+    assert len(loaded - imported("-c", "import click")) <= 60
 
 
 def test_the_package_itself_is_light():

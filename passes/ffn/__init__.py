@@ -33,12 +33,8 @@ class ApproximateFfn(Pass):
 
     keep_hidden: float | None = option(None, "Share of all hidden channels to keep.", above=0, high=1)
     keep_macs: float | None = option(None, "Share of the FFNs' multiply-accumulates to keep.", above=0, high=1)
-    max_error: float | None = option(
-        None, "Relative error of the outputs (root mean square, predicted), at most.", above=0, high=1
-    )
-    branch: Literal["auto", "never", "always"] = option(
-        "auto", "Whether a dense layer may be added: auto, where it pays."
-    )
+    max_error: float | None = option(None, "Predicted relative error (RMS) of the outputs at most.", above=0, high=1)
+    branch: Literal["auto", "never", "always"] = option("auto", "May a dense layer be added; auto: where it pays.")
     ridge: float | None = option(
         None, "Of the fit, relative to variances.", low=0, below=math.inf, means="by the number of samples"
     )

@@ -50,9 +50,4 @@ class MergeConvs(Pass):
 
     name, kind, does_it = "merge-convs", "exact", "convs"
 
-    max_macs_growth: float = option(
-        1.0,
-        "Multiply-accumulates of the merged Conv, at most, relative to those of both.",
-        above=0,
-        expected="more than 0; 1 is no growth",
-    )
+    max_macs_growth: float = option(1.0, "MACs of the merged Conv at most, relative to those of both.", above=0)

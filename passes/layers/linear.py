@@ -17,6 +17,7 @@ Gather keeps E.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -24,7 +25,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import DoesNotFit, Refused, TwoActivations
+from channelfold.passes.base import DoesNotFit, Outcome, Refused, TwoActivations
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, read
@@ -405,6 +406,20 @@ def live_linears(graph: gs.Graph) -> list[gs.Node]:
         if all(id(reader) in dead for reader in readers) and not any(edit.is_output(graph, t) for t in node.outputs):
             dead.add(id(node))
     return [node for node in graph.nodes if operator(node).weighted and id(node) not in dead]
+
+
+def usable(graph: gs.Graph, outcome: Outcome, why_not: Callable[[Linear], str], says: str) -> Iterator[Linear]:
+    """The live linears with a weight that ``why_not`` has nothing against; refuses the others: ``says``, and why."""
+    for node in live_linears(graph):
+        try:
+            linear = view(graph, node)
+            reason = why_not(linear)
+        except Refused as error:
+            reason = str(error)
+        if reason:
+            outcome.refuse(node.name, f"{node.op} {says}: {reason}", reason)
+        else:
+            yield linear
 
 
 def blocks(linear: Linear) -> list[tuple[slice, slice]]:

@@ -30,16 +30,10 @@ class Prune(Pass):
 
     name, kind, does_it = "prune", "lossy", "structured"
 
-    keep_macs: float | None = option(
-        None, "Share of the multiply-accumulates to keep.", above=0, high=1, expected=_SHARE
-    )
+    keep_macs: float | None = option(None, "Share of the MACs to keep.", above=0, high=1, expected=_SHARE)
     keep_params: float | None = option(None, "Share of the parameters to keep.", above=0, high=1, expected=_SHARE)
     keep_latency: float | None = option(
-        None,
-        "Share of its time in ONNX Runtime on this machine that the model may take.",
-        above=0,
-        high=1,
-        expected=_SHARE,
+        None, "Share of its time in ONNX Runtime on this machine to keep.", above=0, high=1, expected=_SHARE
     )
     ratio: float | None = option(None, "Share of every group's channels to remove.", low=0, below=1, expected=_SHARE)
     tolerance: float | None = option(

@@ -30,16 +30,11 @@ class Quantize(Pass):
     target: Literal["tensorrt", "onnxruntime"] = option("tensorrt", "Whose rules for QDQ nodes.")
     exclude: tuple[str, ...] = option((), "Nodes to leave in float: names, * and ? match.", metavar="PATTERN")
     exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float, such as MatMul.", metavar="OP")
-    min_activation_snr: float = option(
-        15.0, "Leave a node in float when 8 bits represent its input worse than this, in dB.", metavar="DB"
-    )
+    min_activation_snr: float = option(15.0, "A node stays float when 8 bits give its input less.", metavar="DB")
     percentile: float = option(99.999, "Of the calibrator percentile.", above=0, high=100, metavar="P")
     correct_bias: bool = option(True, "Make up in the biases for the mean error of rounded weights.")
     float_share: float = option(
-        0.0,
-        "Share of the linear nodes that may stay float because int8 changes their outputs most.",
-        low=0,
-        high=1,
+        0.0, "Share of the linear nodes that may stay float because int8 changes their outputs most.", low=0, high=1
     )
 
     def opset_for(self, graph: gs.Graph) -> int:

@@ -16,14 +16,13 @@ Source: Lin et al., AWQ, MLSys 2024, and its released code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Refused
-from channelfold.passes.layers.linear import Linear, check_growth, live_linears, view
+from channelfold.passes.layers.linear import Linear, check_growth, usable, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits
 from channelfold.passes.operators import operator
 from channelfold.passes.quantize import ClipWeights
@@ -44,7 +43,8 @@ class Work(ClipWeights):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
         infer_shapes(graph)
-        sites = list(self._sites(graph, outcome))
+        scores = score_projections(graph)
+        sites = list(usable(graph, outcome, lambda linear: self._why_not(linear, scores), "stays as it is"))
         observers = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites}
         observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
         facts = []
@@ -57,20 +57,9 @@ class Work(ClipWeights):
         outcome.facts = {"sites": facts}
         return outcome
 
-    def _sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Linear]:
-        scores = score_projections(graph)
-        for node in live_linears(graph):
-            try:
-                linear = view(graph, node)
-                reason = "it projects queries or keys" if id(node) in scores else self._why_not(linear)
-            except Refused as error:
-                reason = str(error)
-            if reason:
-                outcome.refuse(node.name, f"{node.op} stays as it is: {reason}", reason)
-            else:
-                yield linear
-
-    def _why_not(self, linear: Linear) -> str:
+    def _why_not(self, linear: Linear, scores: set[int]) -> str:
+        if id(linear.node) in scores:
+            return "it projects queries or keys"
         if reason := self.patterns.why_not(linear.name):
             return reason
         if any(size > 1 for size in linear.kernel):

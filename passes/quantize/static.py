@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Refused
-from channelfold.passes.layers.linear import Linear, linears, live_linears, view
+from channelfold.passes.base import Context, Outcome
+from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
 from channelfold.passes.quantize import Quantize, calibrators
 from channelfold.passes.quantize.qdq import Inserter, Range, opset_of_scales, summary, why_not_int8
@@ -97,17 +97,7 @@ class Work(Quantize):
         return outcome
 
     def sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Linear]:
-        for node in live_linears(graph):
-            try:
-                linear = view(graph, node)
-            except Refused as error:
-                reason = str(error)
-            else:
-                reason = self._why_float(linear)
-                if not reason:
-                    yield linear
-                    continue
-            outcome.refuse(node.name, f"{node.op} stays float: {reason}", reason)
+        return usable(graph, outcome, self._why_float, "stays float")
 
     def _why_float(self, linear: Linear) -> str:
         """Why a site is left in float by the rules; empty when it is not."""

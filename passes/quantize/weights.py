@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Refused
-from channelfold.passes.layers.linear import Linear, live_linears, view
+from channelfold.passes.base import Context, Outcome
+from channelfold.passes.layers.linear import Linear, live_linears, usable
 from channelfold.passes.quantize import QuantizeWeights
 from channelfold.passes.quantize.qdq import Inserter, opset_of_scales, summary, why_not_int8
 from channelfold.runtime.io import edit
@@ -25,19 +25,11 @@ class Work(QuantizeWeights):
         outcome = Outcome()
         inserter = Inserter(graph)
         kept = []
-        linears = live_linears(graph)
-        for done, node in enumerate(linears):
-            ctx.progress("Quantizing weights", done, len(linears))
-            try:
-                linear = view(graph, node)
-                reason = self._why_float(linear)
-            except Refused as error:
-                reason = str(error)
-            if reason:
-                outcome.refuse(node.name, f"{node.op} stays float: {reason}", reason)
-                continue
+        total = len(live_linears(graph))
+        for done, linear in enumerate(usable(graph, outcome, self._why_float, "stays float")):
+            ctx.progress("Quantizing weights", done, total)
             inserter.weight(linear)
-            outcome.change(node.name, f"{node.op}: int8 weight")
+            outcome.change(linear.name, f"{linear.node.op}: int8 weight")
             kept.append(linear)
         if kept:
             inserter.finish()

@@ -50,9 +50,7 @@ class Equalize(Pass):
     name, kind, does_it = "equalize", "exact", "equalize"
 
     iterations: int = option(100, "Rounds over the whole model, at most.", low=1)
-    allow_insert: bool = option(
-        False, "A Clip from 0 may become a Relu and a Min with a bound by channel, which runtimes do not fuse."
-    )
+    allow_insert: bool = option(False, "A Clip from 0 may become a Relu and a Min with a bound by channel.")
     exclude: tuple[str, ...] = option((), "Nodes whose weights stay as they are.", metavar="PATTERN")
 
     def opset_for(self, graph: gs.Graph) -> int:
@@ -75,15 +73,8 @@ class SplitChannels(Pass):
 
     name, kind, does_it, needs_data = "split-channels", "exact", "split", "Splitting channels"
 
-    max_extra: float = option(
-        0.2,
-        "Channels that may be added, as a share of those there are.",
-        above=0,
-        expected="more than 0; 0.2 adds a fifth at most",
-    )
-    min_gain: float = option(
-        1.0, "What a split must gain in dB of the quantized outputs; 3 where it inserts nodes.", low=0, metavar="DB"
-    )
+    max_extra: float = option(0.2, "Channels that may be added, as a share of those there are.", above=0)
+    min_gain: float = option(1.0, "What a split must gain, at least 3 where nodes go in.", low=0, metavar="DB")
     align: int = option(16, "Widths become multiples of it.", low=1)
     allow_insert: bool = option(False, "Where the writer cannot get wider, a Gather may repeat the channels.")
 
@@ -94,9 +85,7 @@ class MergeChannels(Pass):
 
     name, kind, does_it, needs_data = "merge-channels", "calibrated", "merge", "Merging channels"
 
-    align: int = option(
-        0, "Widths go down to a multiple of it; 0 brings what was split back to the width before.", low=0
-    )
+    align: int = option(0, "Widths go down to a multiple of it; 0: what was split, to the width before.", low=0)
     max_change: float = option(0.01, "Squared relative change of the outputs of the linears behind, at most.", low=0)
 
 

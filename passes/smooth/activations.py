@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -37,7 +37,6 @@ from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
 from channelfold.runtime.stats.observe import by_name, observe
 
-Method = Literal["auto", "smoothquant", "os-plus", "awq", "repq", "outliertune", "fp4-shift"]
 Candidate = tuple[str, np.ndarray, np.ndarray]  # what it is, scale and shift by class
 
 _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

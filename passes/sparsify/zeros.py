@@ -30,7 +30,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Refused
-from channelfold.passes.layers.linear import Linear, live_linears, view
+from channelfold.passes.layers.linear import Linear, usable
 from channelfold.passes.sparsify import Sparsify
 from channelfold.passes.sparsify import ratios as layer_ratios
 from channelfold.passes.sparsify.layers import Layer, observers, shared, weights_of
@@ -78,18 +78,7 @@ class Work(Sparsify):
         return outcome
 
     def _layers(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Layer]:
-        usable = []
-        for node in live_linears(graph):
-            try:
-                linear = view(graph, node)
-                reason = self._why_not(linear)
-            except Refused as error:
-                reason = str(error)
-            if reason:
-                outcome.refuse(node.name, f"{node.op} stays dense: {reason}", reason)
-            else:
-                usable.append(linear)
-        for layer in shared(usable):
+        for layer in shared(list(usable(graph, outcome, self._why_not, "stays dense"))):
             try:
                 layer.check_growth()
             except Refused as error:
