@@ -97,6 +97,11 @@ class Operator:
         return several and (self.moves or (bool(self.scale) and not self.joins))
 
     @property
+    def source(self) -> int | None:
+        """The one input whose channels its result has; None where several inputs are alike."""
+        return None if self.data == EVERY or self.merges else self.data[0]
+
+    @property
     def norm_axis(self) -> int:
         """The axis of the channels that a norm has gamma for."""
         return 1 if self.kind in ("batch_norm", "instance_norm", "group_norm") else -1

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 
@@ -29,7 +30,7 @@ class FoldPad(Pass):
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
-        found = [node for node in graph.nodes if node.op == "Pad" and edit.is_standard(node)]
+        found = [node for node in graph.nodes if operator(node).kind == "pad"]
         if found:
             infer_shapes(graph)
         for node in reversed(found):  # of two Pads in a row, the second makes way for the first
