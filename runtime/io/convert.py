@@ -15,6 +15,7 @@ weight has one form.
 
 from __future__ import annotations
 
+import itertools
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -101,6 +102,8 @@ class _Importer:
         self.folder = folder
         self.opsets = [onnx.helper.make_opsetid(o.domain, o.version) for o in model.opset_import]
         self.opset = next((o.version for o in self.opsets if o.domain in _STANDARD), None)
+        self._named = set(_node_names(model.graph))  # in the file, and by now
+        self._used: set[str] = set()
 
     def run(self, path: Path | None, weights: Mapping[str, Values]) -> gs.Graph:
         constants = {name: gs.Constant(name, values) for name, values in weights.items()}
@@ -142,7 +145,7 @@ class _Importer:
         nodes = [
             node
             for index, source in enumerate(proto.node)
-            if (node := self._node(source, f"{source.op_type}_{index}", scope, info)) is not None
+            if (node := self._node(source, self._name(source, index), scope, info)) is not None
         ]
         outputs = [_lookup(value.name, local, local, info) for value in proto.output]
         for tensor in outputs:
@@ -151,6 +154,16 @@ class _Importer:
         graph = gs.Graph(nodes, graph_inputs, outputs, proto.name, proto.doc_string, self.opset, self.opsets)
         vars(graph)["carried"] = Carried(graph=keep)
         return graph
+
+    def _name(self, proto: onnx.NodeProto, index: int) -> str:
+        """The name of a node in the file, or one that no other node of the model has: reports name nodes by it."""
+        name = base = proto.name or f"{proto.op_type}_{index}"
+        numbers = itertools.count(1)
+        while name in (self._used if name == proto.name else self._named):
+            name = f"{base}_{next(numbers)}"
+        self._used.add(name)
+        self._named.add(name)
+        return name
 
     def _node(self, proto: onnx.NodeProto, name: str, scope: ChainMap, info: dict) -> gs.Node | None:
         attributes = (attribute.name for attribute in proto.attribute)
@@ -169,7 +182,7 @@ class _Importer:
         domain = proto.domain if proto.HasField("domain") else None
         node = gs.Node(
             proto.op_type,
-            proto.name or name,
+            name,
             attrs,
             [_lookup(n, scope, local, info) for n in proto.input],
             [_lookup(n, local, local, info) for n in proto.output],
@@ -208,6 +221,13 @@ class _Importer:
         for tensor in _tensors(message):
             tensor.CopyFrom(self.folder.inlined(tensor))
         return message
+
+
+def _node_names(graph: onnx.GraphProto) -> Iterator[str]:
+    for node in graph.node:
+        yield node.name
+        for attribute in node.attribute:
+            yield from _node_names(attribute.g)
 
 
 def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
@@ -325,6 +345,7 @@ class _Places:
 
     def __init__(self, graph: gs.Graph):
         self.names: dict[int, str] = {}
+        self.nodes: set[str] = set()
         self.small: dict[int, list[gs.Constant]] = {}
         self.large: list[gs.Constant] = []
         owners: dict[str, set[int]] = {}
@@ -353,6 +374,14 @@ class _Places:
 
     def name(self, tensor: Any) -> str:
         return self.names.get(id(tensor)) or tensor.name
+
+    def node_name(self, node: gs.Node) -> str:
+        """A name that no node written before has: ONNX Runtime refuses a file in which two nodes share one."""
+        name = node.name
+        while name in self.nodes:
+            name += "_"
+        self.nodes.update({name} if name else ())
+        return name
 
 
 def _tensors_of(graph: gs.Graph) -> Iterator[gs.Tensor]:
@@ -401,7 +430,7 @@ def _write_node(node: gs.Node, proto: onnx.NodeProto, places: _Places) -> None:
         kept = [attribute for attribute in keep.attribute if _is_empty(node.attrs.get(attribute.name, []))]
         del proto.attribute[:]
         proto.attribute.extend(kept)
-    _set(proto, op_type=node.op, name=node.name, domain=node.domain)
+    _set(proto, op_type=node.op, name=places.node_name(node), domain=node.domain)
     proto.input.extend(places.name(tensor) for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)
     kept = {attribute.name for attribute in proto.attribute}

@@ -208,10 +208,10 @@ def stored(graph: gs.Graph, values: np.ndarray, name: str = "") -> np.ndarray | 
 
 
 def free_name(graph: gs.Graph, name: str) -> str:
-    """``name``, or ``name_1``, ``name_2`` … when a tensor of the graph or its subgraphs has it already."""
+    """``name``, or ``name_1``, ``name_2`` … when a tensor or node of the graph or its subgraphs has it already."""
     taken: set[str] | None = vars(graph).get("_names")
     if taken is None:
-        taken = {t for g in all_graphs(graph) for t in g.tensors()}
+        taken = {t for g in all_graphs(graph) for t in (*g.tensors(), *(node.name for node in g.nodes))}
         vars(graph)["_names"] = taken
     free, number = name, 0
     while free in taken:
