@@ -45,8 +45,9 @@ from channelfold.runtime.io.session import Session
 from channelfold.runtime.io.weights import SPILL_LIMIT, MappedFile, MappedValues, Scratch, packed, read
 
 __all__ = [
-    "Carried", "MappedValues", "all_graphs", "check", "constant", "export", "free_name", "import_model", "infer_shapes",
-    "load", "open_model", "packed", "raise_opset", "read", "save", "session", "stored", "weightless", "writing",
+    "Carried", "MappedValues", "all_graphs", "check", "constant", "drop_stale_shapes", "export", "free_name",
+    "import_model", "infer_shapes", "load", "open_model", "packed", "raise_opset", "read", "save", "session", "stored",
+    "weightless", "writing",
 ]  # fmt: skip
 
 EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data
@@ -256,6 +257,46 @@ def infer_shapes(graph: gs.Graph) -> None:
             tensor.dtype = dtype if tensor.dtype is None else tensor.dtype
             if shape is not None and id(tensor) not in declared:
                 tensor.shape = [None if isinstance(d, str) and d.startswith("unk__") else d for d in shape]
+
+
+def drop_stale_shapes(graph: gs.Graph) -> str:
+    """Forgets what the file says of shapes inside the graph when that contradicts what follows from its inputs.
+
+    Who edits a model's inputs, most often to open the batch, leaves the old sizes behind (value_info). Returns one such
+    tensor, in words; empty when nothing contradicts.
+    """
+    model = weightless(graph)
+    declared = {
+        v.name: tensor_type(v.type.tensor_type)[1] for v in model.graph.value_info if v.type.HasField("tensor_type")
+    }
+    if not declared:
+        return ""
+    model.graph.ClearField("value_info")
+    for value in model.graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # as in infer_shapes
+        return ""
+    open_sizes = {dim for tensor in graph.inputs for dim in tensor.shape or () if isinstance(dim, str)}
+    found = ""
+    for value in inferred.graph.value_info:
+        old, new = declared.get(value.name), tensor_type(value.type.tensor_type)[1]
+        if old is None or new is None:
+            continue
+        pairs = list(zip(old, new, strict=False))
+        if len(old) != len(new) or any(
+            isinstance(a, int) and a != b and (isinstance(b, int) or b in open_sizes) for a, b in pairs
+        ):
+            found = f"{value.name!r} is {old} in value_info and {new} by the inputs"
+            break
+    if found:
+        outputs = {id(tensor) for tensor in graph.outputs}
+        for tensor in graph.tensors().values():
+            if isinstance(tensor, gs.Variable) and tensor.inputs and id(tensor) not in outputs:
+                tensor.shape = None
+    return found
 
 
 def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -> Session:

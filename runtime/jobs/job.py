@@ -66,6 +66,8 @@ class Job:
             "latency": [],
             "warnings": [],
         }
+        if stale := files.drop_stale_shapes(self.graph):
+            self.warn(f"The file contradicts itself, so the shapes that its value_info names were not used: {stale}")
 
     def open(self, role: str, source: Any, random: int | None = None) -> Data | None:
         """The data for a role, from a source or ``random`` samples; None when there is neither."""
