@@ -18,11 +18,11 @@ from channelfold.runtime.data.sources import Data, load_script, open_data, rando
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.engine.run import EngineSession
-from channelfold.runtime.engine.squeeze import name_squeezed_axes, squeezes_without_axes
+from channelfold.runtime.engine.squeeze import name_squeezed_axes, name_unequal_sizes, squeezes_without_axes
 from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
 from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import computes_as_written, model_facts, required_inputs
-from channelfold.runtime.io.session import Session
+from channelfold.runtime.io.session import Session, TensorSpec
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.stats import compare
 from channelfold.runtime.stats.compare import Gates
@@ -169,7 +169,13 @@ class Job:
         ranges = {**tensorrt.default_shapes(open_inputs, self.calibration), **shapes}
         with self._repaired(model, ranges) as source:
             built = tensorrt.build(
-                source, engine, sm=sm, shapes=ranges, sparse_weights=sparse_weights, progress=self.progress
+                source,
+                engine,
+                sm=sm,
+                shapes=ranges,
+                values=tensorrt.default_values(open_inputs, self.calibration),
+                sparse_weights=sparse_weights,
+                progress=self.progress,
             )
         entry = _engine_entry(built, inspection.int8_nodes(files.load(model)))
         entry["accuracy"] = self._proved_engine(built)
@@ -190,17 +196,21 @@ class Job:
 
     @contextlib.contextmanager
     def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:
-        """The model as TensorRT can take it: itself, or a temporary copy in which every Squeeze names its axes."""
+        """The model as TensorRT can take it: itself, or a temporary copy.
+
+        In that every Squeeze names its axes, and open sizes that share a name but not their ranges have names of their
+        own (exporters call several ``?`` or ``None``): TensorRT takes equal names for equal sizes.
+        """
         graph = files.load(model)
+        ranges = {s.name: ranges[s.name] for s in self.inputs if s.name in ranges and _is_open(s)}  # others are values
         sentences: list[str] = []
         if squeezes_without_axes(graph):
-            fixed = {
-                s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in self.inputs if s.name not in ranges
-            }
+            fixed = {s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in self.inputs if not _is_open(s)}
             low = fixed | {name: tuple(seen.min) for name, seen in ranges.items()}
             high = fixed | {name: tuple(seen.max) for name, seen in ranges.items()}
             sentences = name_squeezed_axes(graph, low, high)
-        if not sentences:
+        renamed = name_unequal_sizes(graph, ranges)
+        if not sentences and not renamed:
             yield model
             return
         self.warn(*(f"engine: {sentence}" for sentence in sentences))
@@ -248,6 +258,10 @@ class Job:
 
     def warn(self, *texts: str) -> None:
         self.record["warnings"] += [text for text in texts if text not in self.record["warnings"]]
+
+
+def _is_open(spec: TensorSpec) -> bool:
+    return not all(isinstance(dim, int) for dim in spec.shape)
 
 
 def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:

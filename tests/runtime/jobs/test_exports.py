@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 from channelfold.runtime import jobs
+from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io.session import Session
 from channelfold.tests.graphs import random
 
@@ -83,3 +85,26 @@ def test_sequences_and_maps(samples, tmp_path):
     ):
         run()
         assert [spec.name for spec in Session(out).outputs] == ["maps", "y"]
+
+
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra rtx")
+
+
+@needs_rtx
+def test_an_input_that_holds_sizes(tmp_path):
+    text = """m (float[N,4,8,8] x, int64[2] size) => (float[N,4,H,W] y) {
+        c = Conv<pads=[1,1,1,1]>(x, K)  s = Shape(c)  nc = Slice(s, zero, two)  sizes = Concat<axis=0>(nc, size)
+        y = Resize<mode="linear">(c, , , sizes) }"""
+    path = written(tmp_path / "m.onnx", text, K=(4, 4, 3, 3), zero=np.array([0]), two=np.array([2]))
+    x = random((1, 4, 8, 8), "x").astype(np.float32)
+    feeds = [{"x": x, "size": np.array(size)} for size in ([12, 12], [20, 16])]
+    assert jobs.build(path, tmp_path / "e.engine", sm=89, data=feeds)["engines"]
+    with pytest.raises(UsageError, match="'size', which holds sizes, the values"):
+        jobs.build(path, tmp_path / "e.engine", sm=89, shapes=["x:1x4x8x8:1x4x8x8:2x4x8x8"])
+
+
+@needs_rtx
+def test_open_sizes_that_share_a_name_and_nothing_else(tmp_path):
+    text = "m (float[1,3,q,q] x) => (float[1,3,a,b] y) { y = Relu(x) }"
+    path = written(tmp_path / "m.onnx", text)
+    assert jobs.build(path, tmp_path / "e.engine", sm=89, shapes=["x:1x3x48x48:1x3x48x192:1x3x48x320"])["engines"]
