@@ -15,7 +15,6 @@ weight has one form.
 
 from __future__ import annotations
 
-import itertools
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import weights
+from channelfold.runtime.io.names import NodeNames
 from channelfold.runtime.io.weights import DataFolder, MappedFile, Scratch, Values
 
 G_LOGGER.severity = G_LOGGER.ERROR
@@ -102,8 +102,7 @@ class _Importer:
         self.folder = folder
         self.opsets = [onnx.helper.make_opsetid(o.domain, o.version) for o in model.opset_import]
         self.opset = next((o.version for o in self.opsets if o.domain in _STANDARD), None)
-        self._named = set(_node_names(model.graph))  # in the file, and by now
-        self._used: set[str] = set()
+        self.names = NodeNames(model.graph)
 
     def run(self, path: Path | None, weights: Mapping[str, Values]) -> gs.Graph:
         constants = {name: gs.Constant(name, values) for name, values in weights.items()}
@@ -145,7 +144,7 @@ class _Importer:
         nodes = [
             node
             for index, source in enumerate(proto.node)
-            if (node := self._node(source, self._name(source, index), scope, info)) is not None
+            if (node := self._node(source, self.names.of(source, index), scope, info)) is not None
         ]
         outputs = [_lookup(value.name, local, local, info) for value in proto.output]
         for tensor in outputs:
@@ -154,16 +153,6 @@ class _Importer:
         graph = gs.Graph(nodes, graph_inputs, outputs, proto.name, proto.doc_string, self.opset, self.opsets)
         vars(graph)["carried"] = Carried(graph=keep)
         return graph
-
-    def _name(self, proto: onnx.NodeProto, index: int) -> str:
-        """The name of a node in the file, or one that no other node of the model has: reports name nodes by it."""
-        name = base = proto.name or f"{proto.op_type}_{index}"
-        numbers = itertools.count(1)
-        while name in (self._used if name == proto.name else self._named):
-            name = f"{base}_{next(numbers)}"
-        self._used.add(name)
-        self._named.add(name)
-        return name
 
     def _node(self, proto: onnx.NodeProto, name: str, scope: ChainMap, info: dict) -> gs.Node | None:
         attributes = (attribute.name for attribute in proto.attribute)
@@ -221,13 +210,6 @@ class _Importer:
         for tensor in _tensors(message):
             tensor.CopyFrom(self.folder.inlined(tensor))
         return message
-
-
-def _node_names(graph: onnx.GraphProto) -> Iterator[str]:
-    for node in graph.node:
-        yield node.name
-        for attribute in node.attribute:
-            yield from _node_names(attribute.g)
 
 
 def _tensors(message: Any) -> Iterator[onnx.TensorProto]:

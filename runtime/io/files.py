@@ -45,9 +45,9 @@ from channelfold.runtime.io.session import Session
 from channelfold.runtime.io.weights import SPILL_LIMIT, MappedFile, MappedValues, Scratch, packed, read
 
 __all__ = [
-    "Carried", "MappedValues", "all_graphs", "check", "constant", "drop_stale_shapes", "export", "free_name",
-    "import_model", "infer_shapes", "load", "open_model", "packed", "raise_opset", "read", "save", "session", "stored",
-    "weightless", "writing",
+    "Carried", "MappedValues", "all_graphs", "carried", "check", "constant", "drop_stale_shapes", "export",
+    "free_name", "import_model", "infer_shapes", "is_known", "load", "open_model", "packed", "raise_opset", "read",
+    "reads", "save", "session", "stored", "weightless", "writing",
 ]  # fmt: skip
 
 EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data
@@ -310,10 +310,12 @@ def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -
 
 
 def open_model(model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.ndarray]], **options: Any) -> Session:
-    """A session on what ``export`` gave, possibly with nodes added.
+    """A session on what ``export`` gave, possibly with nodes and other outputs.
 
-    Large weights that are in memory alone, or whose file has been replaced, are written to disk for it.
+    Operators that ONNX Runtime does not know (TensorRT plugins) are left out where no output depends on them. Large
+    weights that are in memory alone, or whose file has been replaced, are written to disk for it.
     """
+    _leave_out_unknown(model)
     root = Path(tempfile.gettempdir()).anchor
     scratch, inline = Scratch(), []
     for proto, values in weights:
@@ -328,6 +330,41 @@ def open_model(model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.
     skeleton = io.BytesIO()
     wire.write_inline(model, inline, skeleton)
     return Session(skeleton.getvalue(), folder=root, **options)
+
+
+def is_known(domain: str | None, op: str) -> bool:
+    """Whether an operator is one of ONNX or of ONNX Runtime, not of a vendor or of the model itself."""
+    domain = "" if domain in (None, "ai.onnx") else domain
+    if domain in ("", "ai.onnx.ml"):
+        return onnx.defs.has(op, domain)
+    return domain.startswith(("com.microsoft", "com.ms.", "ai.onnx.", "org.pytorch."))
+
+
+def _leave_out_unknown(model: onnx.ModelProto) -> None:
+    own = {(function.domain, function.name) for function in model.functions}
+    nodes = model.graph.node
+    if all(is_known(node.domain, node.op_type) or (node.domain, node.op_type) in own for node in nodes):
+        return
+    writers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    needed: set[int] = set()
+    pending = [value.name for value in model.graph.output]
+    while pending:
+        index = writers.get(pending.pop())
+        if index is not None and index not in needed:
+            needed.add(index)
+            pending += reads(nodes[index])
+    for index in reversed(range(len(nodes))):
+        if index not in needed:
+            del nodes[index]
+
+
+def reads(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that a node and the nodes of its subgraphs read."""
+    yield from node.input
+    for attribute in node.attribute:
+        yield from (output.name for output in attribute.g.output)
+        for inner in attribute.g.node:
+            yield from reads(inner)
 
 
 def _is_reachable(file: MappedFile | Scratch, root: str) -> bool:

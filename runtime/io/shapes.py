@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io.files import export, open_model, weightless
+from channelfold.runtime.io.front import behind_of, unknown
 from channelfold.runtime.io.session import Feed
 
 Shape = tuple[int, ...]
@@ -48,14 +49,15 @@ def _types_on(graph: gs.Graph, inputs: Mapping[str, Shape]) -> dict[str, onnx.Ty
 def measured_shapes(graph: gs.Graph, feed: Feed) -> dict[str, Shape]:
     """The shape of every tensor of the graph (bodies of subgraphs left out) when the model runs on ``feed``.
 
-    What ONNX shape inference cannot tell is measured in ONNX Runtime. Sequences, maps and optionals have no shape.
-    Raises ModelError when the model does not run.
+    What ONNX shape inference cannot tell is measured in ONNX Runtime, as far as that knows the operators. Sequences,
+    maps and optionals have no shape. Raises ModelError when the model does not run.
     """
     types = _types_on(graph, {name: values.shape for name, values in feed.items()})
     known = _known(types)
     others = {name for name, kind in types.items() if kind.WhichOneof("value") not in (None, "tensor_type")}
     others |= known.keys() | {""}
-    names = [t.name for node in graph.nodes for t in node.outputs if t.name not in others]
+    behind = behind_of(graph, unknown(graph))
+    names = [t.name for n in graph.nodes for t in n.outputs if t.name not in others and id(t) not in behind]
     if not names:
         return known
     model, weights = export(graph)

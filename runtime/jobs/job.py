@@ -22,6 +22,7 @@ from channelfold.runtime.engine.squeeze import name_squeezed_axes, name_unequal_
 from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
 from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import computes_as_written, model_facts, required_inputs
+from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Session, TensorSpec
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.stats import compare
@@ -105,6 +106,9 @@ class Job:
         Exact steps have been verified one by one: for them the calibration data are run again only if a gate needs it.
         """
         check_output(out, self.model)
+        exact = all(step.kind == "exact" for step in passes)
+        if (self.evaluation or not exact) and self.record["model"]["bytes"] <= verify.LARGE:
+            self._session(self.model, optimize=False)  # what cannot be compared has to be known before the work
         if counted:
             self.record["model"] |= inspection.costs(self.graph)
         context = Context(self.calibration, self.progress, self.seed)
@@ -120,7 +124,6 @@ class Job:
         written = files.load(out)
         self.record["output"] = model_facts(out, written) | (inspection.costs(written) if counted else {})
         del written
-        exact = all(step["kind"] == "exact" for step in steps)
         if self.evaluation or not exact or (gated and self.calibration):
             self.prove(out)
 
@@ -135,12 +138,12 @@ class Job:
             data = data.first(SEEN)
             self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
         self.record["data"]["evaluation"] = data.description
-        reference, exact = Session(self.model, exact=True), Session(candidate, exact=True)
+        reference, exact = self._session(self.model, exact=True), self._session(candidate, exact=True)
         if computes_as_written(files.load(candidate)):
             self.comparison = compare.compare(reference, exact, data, self.progress)
             self.record["accuracy"] = self.comparison.to_json()
         else:  # the file is for ONNX Runtime, so how this machine runs it counts as well
-            found = compare.compare_all(reference, [Session(candidate), exact], data, self.progress)
+            found = compare.compare_all(reference, [self._session(candidate), exact], data, self.progress)
             self.comparison = found[0]
             self.record["accuracy"] = found[0].to_json() | {"exact": found[1].to_json()}
             if lost := compare.saturation(*found):
@@ -148,6 +151,18 @@ class Job:
         level, reasons = compare.verdict(self.comparison)
         if level != "ok":
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+
+    def _session(self, path: Path, **options: Any) -> Session | Front:
+        """The model in ONNX Runtime, or what stands in front of the operators that ONNX Runtime does not know."""
+        try:
+            return Session(path, **options)
+        except ModelError:
+            if not unknown(files.load(path)):
+                raise
+        front = Front(path, **options)
+        said = f"ONNX Runtime does not know {', '.join(front.operators)}, so the outputs were compared in front of it"
+        self.warn(f"{said}, and what it computes from them was not")
+        return front
 
     def build(
         self,
@@ -188,7 +203,7 @@ class Job:
         if data is None or tensorrt.local_gpu()[0] is None or built.sm not in (None, tensorrt.local_gpu()[0]):
             return None
         with EngineSession(built.path, built.backend) as engine:
-            found = compare.compare(Session(self.model, exact=True), engine, data, self.progress)
+            found = compare.compare(self._session(self.model, exact=True), engine, data, self.progress)
         level, reasons = compare.verdict(found)
         if level != "ok":
             self.warn(f"THE ENGINE'S OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
@@ -249,7 +264,7 @@ class Job:
             return None
         try:
             probes = random_data(self.inputs, PROBES, seed=self.seed)
-            Session(self.model).run(next(iter(probes)))
+            self._session(self.model).run(next(iter(probes)))
         except (DataError, ModelError) as error:
             self.warn(f"The outputs were not compared, for the model does not run on random inputs: {error} {hint}")
             return None

@@ -117,3 +117,12 @@ def test_what_contradicts_the_inputs_is_forgotten(said, stale):
     assert bool(found) is bool(stale)
     inside = {"r": None, "s": None} if stale else {}
     assert {name: tensor.shape for name, tensor in graph.tensors().items()} == before | inside
+
+
+def test_operators_that_nobody_knows_have_no_shapes_and_functions_of_the_file_do():
+    text = """<ir_version: 8, opset_import: ["" : 17, "vendor" : 1, "local" : 1]>
+        m (float[N,4] x) => (float[] y, float[] z) { a = local.twice(x)  r = Relu(a)  y = vendor.Op(r)  z = Neg(r) }
+        <opset_import: ["" : 17], domain: "local"> twice (p) => (q) { q = Add(p, p) }"""
+    graph = files.import_model(onnx.parser.parse_model(text))
+    shapes = measured_shapes(graph, {"x": np.zeros((3, 4), np.float32)})
+    assert shapes == {"x": (3, 4), "a": (3, 4), "r": (3, 4), "z": (3, 4)}

@@ -12,7 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 from channelfold.runtime import jobs
-from channelfold.runtime.errors import UsageError
+from channelfold.runtime.errors import ModelError, UsageError
 from channelfold.runtime.io.session import Session
 from channelfold.tests.graphs import random
 
@@ -108,3 +108,34 @@ def test_open_sizes_that_share_a_name_and_nothing_else(tmp_path):
     text = "m (float[1,3,q,q] x) => (float[1,3,a,b] y) { y = Relu(x) }"
     path = written(tmp_path / "m.onnx", text)
     assert jobs.build(path, tmp_path / "e.engine", sm=89, shapes=["x:1x3x48x48:1x3x48x192:1x3x48x320"])["engines"]
+
+
+PLUGIN = """m (float[1,16,8,8] x) => (float[1,10] scores, int32[1] number, float[1,16,8,8] y) {
+    c = Conv<pads=[1,1,1,1]>(x, W)  r = Relu(c)  y = Conv(r, V)  t = Reshape(y, shape)
+    number, scores = PLUGIN(t, r) }"""
+
+
+@pytest.mark.parametrize("plugin", ["EfficientNMS_TRT", "vendor.Decode"])
+def test_what_stands_in_front_of_a_plugin_is_quantized_and_compared(plugin, tmp_path):
+    constants = {"W": (32, 16, 3, 3), "V": (16, 32, 1, 1), "shape": np.array([1, 16, 64])}
+    imports = '"" : 17, "vendor" : 1'
+    path = written(tmp_path / "m.onnx", PLUGIN.replace("PLUGIN", plugin), imports, **constants)
+    data = {"x": random((8, 16, 8, 8), "x").astype(np.float32)}
+    record = jobs.quantize(path, tmp_path / "q.onnx", calibration=data)
+    assert record["steps"][-1]["facts"]["quantized"] == 2
+    op = plugin.split(".")[-1]
+    assert any(f"does not know {op}" in text for text in record["warnings"])
+    compared = {output["name"]: output["snr"] for output in record["accuracy"]["outputs"]}
+    assert compared.keys() == {"y", f"{op} 0 input 0", f"{op} 0 input 1"}
+    assert all(20 < snr < 70 for snr in compared.values())
+    assert onnx.load(tmp_path / "q.onnx").graph.node[-1].op_type == op
+    jobs.prune(path, tmp_path / "p.onnx", calibration=data, options={"ratio": 0.3})
+
+
+def test_a_model_that_onnxruntime_refuses_is_refused_before_the_work(samples, tmp_path):
+    path = written(tmp_path / "m.onnx", TWO.replace("Relu(a)", "Conv(a, W)"), W=(32, 64), V=(64, 32))
+    seen = []
+    with pytest.raises(ModelError):
+        jobs.quantize(path, tmp_path / "q.onnx", calibration=samples, progress=lambda stage, *_: seen.append(stage))
+    assert set(seen) == {"load"}
+    assert not (tmp_path / "q.onnx").exists()
