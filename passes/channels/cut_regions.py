@@ -354,11 +354,11 @@ class _Tracer(Classes):
 
     def _role(self, node: gs.Node, port: int, axis: int) -> tuple[str, gs.Node]:
         """Whether a constant is a weight that makes the channels or sums over them, and whose."""
-        if node.op == "Gather" and port == 0:
+        known = operator(node)
+        if known.kind == "gather" and port == 0:
             return "out" if axis > 0 else "", node
         if _is_weight(node, port):
             return self._weight_role(node, port, axis), node
-        known = operator(node)
         if (known.copies or known.kind in ("quantize", "transpose")) and port == 0:
             for result in self._moved_to(node, axis):
                 for layer in edit.consumers(node.outputs[0]):
@@ -377,7 +377,7 @@ class _Tracer(Classes):
         shape, source = self.table.shape(node.inputs[port]), self.table.shape(node.inputs[0])
         if shape is None or source is None or (node.op == "MatMul" and axis < len(shape) - 2):
             return ""
-        if node.op in ("Conv", "ConvTranspose") and 1 < int(node.attrs.get("group", 1)) == source[1]:
+        if operator(node).kind == "conv" and 1 < int(node.attrs.get("group", 1)) == source[1]:
             return ""  # depthwise: its channels come from before
         summed = any((m.port, m.axis) == (port, axis) for link in self.table.of(node).summed for m in link)
         return "in" if summed else "out"

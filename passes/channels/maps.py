@@ -35,9 +35,8 @@ _FOLLOWED = (  # kinds of operators that ``image`` knows
 def data_input(node: gs.Node) -> int | None:
     """Which input of a node ``image`` can follow to its output; None where there is none."""
     known = operator(node)
-    if not known.scale or known.kind not in _FOLLOWED or known.joins or len(known.data) > 1 + (known.kind == "pad"):
-        return None
-    return known.data[0] if edit.has_input(node, known.data[0]) else None
+    source = known.source if known.scale and known.kind in _FOLLOWED else None
+    return source if source is not None and edit.has_input(node, source) else None
 
 
 def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.ndarray:

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.fold import FoldPad
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 
@@ -21,7 +22,7 @@ from channelfold.runtime.io.files import infer_shapes
 class Work(FoldPad):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
-        found = [node for node in graph.nodes if node.op == "Pad" and edit.is_standard(node)]
+        found = [node for node in graph.nodes if operator(node).kind == "pad"]
         if found:
             infer_shapes(graph)
         for node in reversed(found):  # of two Pads in a row, the second makes way for the first

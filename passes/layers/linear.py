@@ -375,7 +375,7 @@ def _apply(node: gs.Node, values: np.ndarray) -> np.ndarray:
         return values.transpose(node.attrs.get("perm"))
     if node.op == "Cast":
         return values.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
-    if node.op == "Identity":
+    if operator(node).elementwise:
         return values
     if node.op == "Flatten":
         axis = node.attrs.get("axis", 1)

@@ -45,7 +45,7 @@ _BETWEEN = (
     "LeakyRelu",
     "Sigmoid",
 )
-_FUSED_ACTIVATIONS = ("Relu", "Clip")
+_FUSED_ACTIVATIONS = ("Relu", "Clip")  # by onnxruntime, into what precedes them
 # What onnxruntime carries out on int8 as it is, where the scale before and behind is the same.
 _MOVING = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
