@@ -78,7 +78,10 @@ class NodeEdit:
 
 @dataclass
 class Region:
-    """Everything that has the channels of one tensor: labels 1 .. ``size``; ``fixed``: why a label stays, or ""."""
+    """Everything that has the channels of one tensor: labels 1 .. ``size``; ``fixed``: why a label stays, or "".
+
+    ``stops``: the nodes that do not let the channels through.
+    """
 
     size: int
     fixed: list[str]
@@ -86,6 +89,7 @@ class Region:
     parts: list[Part]
     reads: list[Read]
     edits: list[NodeEdit]
+    stops: list[gs.Node]
 
     @property
     def free(self) -> np.ndarray:
@@ -110,7 +114,7 @@ class Region:
         parts = [replace(part, node=nodes[part.node.name], layer=nodes[part.layer.name]) for part in self.parts]
         reads = [replace(read, node=nodes[read.node.name]) for read in self.reads]
         edits = [replace(edit, node=nodes[edit.node.name], source=source(edit.source)) for edit in self.edits]
-        return Region(self.size, self.fixed, axes, parts, reads, edits)
+        return Region(self.size, self.fixed, axes, parts, reads, edits, [])
 
     @property
     def reduced(self) -> str:
@@ -143,6 +147,7 @@ class _Tracer(Classes):
     pending: list[tuple[int, int]] = field(default_factory=list)
     waiting: list[tuple[gs.Node, int]] = field(default_factory=list)
     chosen: dict[tuple[int, int], Link] = field(default_factory=dict)
+    stops: list[gs.Node] = field(default_factory=list)
     chose: bool = False
 
     def trace(self, tensor: gs.Tensor, axis: int) -> Region:
@@ -214,15 +219,15 @@ class _Tracer(Classes):
         try:
             links = self.table.of(node)
         except Refused as error:
-            self.pin(labels, str(error))
+            self._stop(node, labels, str(error))
             return
         reason = links.blocked.get((port, axis))
         known = reason is not None
         if reason is not None:
-            self.pin(labels, reason)
+            self._stop(node, labels, reason)
         for member, why in links.pinned:
             if (member.port, member.axis) == (port, axis):
-                self.pin(labels[member.at], why)
+                self._stop(node, labels[member.at], why)
         for link in (*links.links, *links.summed):
             known |= self._follow(node, link, port, axis, labels)
         for number, alternatives in enumerate(links.choices):
@@ -230,7 +235,11 @@ class _Tracer(Classes):
                 known = True
                 self._decide(node, number, alternatives, port, axis, labels)
         if not known:
-            self.pin(labels, f"{node.op} reads it" if port >= 0 else f"{node.op} writes it")
+            self._stop(node, labels, f"{node.op} reads it" if port >= 0 else f"{node.op} writes it")
+
+    def _stop(self, node: gs.Node, labels: np.ndarray, reason: str) -> None:
+        self.stops.append(node)
+        self.pin(labels, reason)
 
     def _follow(self, node: gs.Node, link: Link, port: int, axis: int, labels: np.ndarray) -> bool:
         """Gives the labels of one member of a link to the others; returns whether there was such a member."""
@@ -309,15 +318,15 @@ class _Tracer(Classes):
             if what == "size":
                 reason = self._wrong_source(source_of_size(node, holder, axis, shape_of), labels)
                 if reason:
-                    self.pin(labels, f"{node.op} {node.name!r} {reason}")
+                    self._stop(node, labels, f"{node.op} {node.name!r} {reason}")
             elif what == "shape":
                 readers = readers_of_size(graph, node, axis, shape_of)
                 if readers is None:
-                    self.pin(labels, f"its size, read by {node.name!r}, is computed with")
+                    self._stop(node, labels, f"its size, read by {node.name!r}, is computed with")
                 for reader, element in readers or ():
                     along = self._along(reader, -1, element)
                     if along is None or len(along) != len(labels):
-                        self.pin(labels, f"its size is used in the shape of {reader.name!r}")
+                        self._stop(node, labels, f"its size is used in the shape of {reader.name!r}")
                     else:
                         self.merge(along, labels)
 
@@ -346,7 +355,7 @@ class _Tracer(Classes):
         ]
         edits = [self._node_edit(*found[:2], renumber(found[2])) for found in self._edits() if found[1][0] != "shape"]
         fixed = self.reasons(self.pins, renumber, size)
-        return Region(size, fixed, axes, parts, list(self._reads(renumber)), edits)
+        return Region(size, fixed, axes, parts, list(self._reads(renumber)), edits, self.stops)
 
     def _node_edit(self, node: gs.Node, found: Edit, labels: np.ndarray) -> NodeEdit:
         what, holder, _, axis = found

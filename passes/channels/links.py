@@ -45,9 +45,9 @@ _REDUCTIONS = (
 _SUMS = ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")  # to which zeros add nothing
 
 
-def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape]) -> Links:
+def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], picks: bool = False) -> Links:
     """The links of a node. Raises Refused, with the reason, where nothing is known of the operator or a shape."""
-    ports = Ports(graph, node, shapes)
+    ports = Ports(graph, node, shapes, picks)
     if edit.is_standard(node):
         rule = _RULES.get(node.op)
     else:
@@ -59,17 +59,20 @@ def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape]) -> Lin
 
 
 class LinkTable:
-    """The links of every node of a graph, looked up once. ``shapes``: of all tensors for some input, by name."""
+    """The links of every node of a graph, looked up once. ``shapes``: of all tensors for some input, by name.
 
-    def __init__(self, graph: gs.Graph, shapes: Mapping[str, Shape]):
-        self.graph, self.shapes = graph, shapes
+    ``picks``: the indices of a Gather make channels of their own, as rows of a weight do, of those that they pick.
+    """
+
+    def __init__(self, graph: gs.Graph, shapes: Mapping[str, Shape], picks: bool = False):
+        self.graph, self.shapes, self.picks = graph, shapes, picks
         self._known: dict[int, Links | str] = {}
 
     def of(self, node: gs.Node) -> Links:
         """Raises Refused, with the reason."""
         if id(node) not in self._known:
             try:
-                self._known[id(node)] = links_of(self.graph, node, self.shapes)
+                self._known[id(node)] = links_of(self.graph, node, self.shapes, self.picks)
             except Refused as error:
                 self._known[id(node)] = str(error)
         found = self._known[id(node)]

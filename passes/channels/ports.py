@@ -44,10 +44,13 @@ class Links:
 
 
 class Ports:
-    """A node, the shapes at its ports, and the links found so far. Axes may count from the end."""
+    """A node, the shapes at its ports, and the links found so far. Axes may count from the end.
 
-    def __init__(self, graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape]):
-        self.graph, self.node, self._shapes = graph, node, shapes
+    ``picks``: see ``LinkTable``.
+    """
+
+    def __init__(self, graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], picks: bool = False):
+        self.graph, self.node, self._shapes, self.picks = graph, node, shapes, picks
         self.found = Links()
 
     def tensor(self, port: int) -> gs.Tensor:

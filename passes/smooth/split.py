@@ -226,16 +226,13 @@ def _complete(graph: gs.Graph, shapes: dict[str, Shape]) -> None:
 def _repeat(graph: gs.Graph, readers: list[Linear], parts: np.ndarray, shapes: dict[str, Shape]) -> None:
     """Lets each channel of what ``readers`` read stand ``parts`` times."""
     readers = [view(graph, linear.node) for linear in readers]
+    for linear in readers:
+        linear.set_weight(linear.weight() / parts.reshape(-1, *[1] * len(linear.kernel)))
     try:
         width = read_by(graph, readers[0], shapes)
     except Refused:
         width = gathered(graph, readers, shapes)
-    index = np.repeat(np.arange(len(parts)), parts.astype(int))
-    width.resize(
-        lambda rows: rows[index],
-        lambda columns: (columns / parts.reshape(-1, *[1] * (columns.ndim - 1)))[index],
-        shapes,
-    )
+    width.repeat(parts, shapes)
 
 
 def _decibels(signal: float, noise: float) -> float:
