@@ -80,7 +80,8 @@ class NodeEdit:
 class Region:
     """Everything that has the channels of one tensor: labels 1 .. ``size``; ``fixed``: why a label stays, or "".
 
-    ``stops``: the nodes that do not let the channels through.
+    ``stops``: the nodes that do not let the channels through; ``blocks``: those that give several positions on one side
+    for one on the other, as a Reshape into heads.
     """
 
     size: int
@@ -90,6 +91,7 @@ class Region:
     reads: list[Read]
     edits: list[NodeEdit]
     stops: list[gs.Node]
+    blocks: list[gs.Node]
 
     @property
     def free(self) -> np.ndarray:
@@ -114,7 +116,7 @@ class Region:
         parts = [replace(part, node=nodes[part.node.name], layer=nodes[part.layer.name]) for part in self.parts]
         reads = [replace(read, node=nodes[read.node.name]) for read in self.reads]
         edits = [replace(edit, node=nodes[edit.node.name], source=source(edit.source)) for edit in self.edits]
-        return Region(self.size, self.fixed, axes, parts, reads, edits, [])
+        return Region(self.size, self.fixed, axes, parts, reads, edits, [], [])
 
     @property
     def reduced(self) -> str:
@@ -148,6 +150,7 @@ class _Tracer(Classes):
     waiting: list[tuple[gs.Node, int]] = field(default_factory=list)
     chosen: dict[tuple[int, int], Link] = field(default_factory=dict)
     stops: list[gs.Node] = field(default_factory=list)
+    blocks: list[gs.Node] = field(default_factory=list)
     chose: bool = False
 
     def trace(self, tensor: gs.Tensor, axis: int) -> Region:
@@ -247,6 +250,8 @@ class _Tracer(Classes):
         if not mine:
             return False
         values = labels if mine[0].at is None else labels[mine[0].at]
+        if any(m.at is not None and np.unique(m.at).size < m.at.size for m in link):
+            self.blocks.append(node)
         for member in link:
             if member is mine[0]:
                 continue
@@ -355,7 +360,7 @@ class _Tracer(Classes):
         ]
         edits = [self._node_edit(*found[:2], renumber(found[2])) for found in self._edits() if found[1][0] != "shape"]
         fixed = self.reasons(self.pins, renumber, size)
-        return Region(size, fixed, axes, parts, list(self._reads(renumber)), edits, self.stops)
+        return Region(size, fixed, axes, parts, list(self._reads(renumber)), edits, self.stops, self.blocks)
 
     def _node_edit(self, node: gs.Node, found: Edit, labels: np.ndarray) -> NodeEdit:
         what, holder, _, axis = found

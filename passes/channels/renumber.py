@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Refused
+from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.cut_regions import NodeEdit, Region
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.sizes import Written
@@ -49,22 +49,24 @@ class Numbering:
     def positions(self, labels: np.ndarray) -> np.ndarray:
         """Which position of an axis stands at each one afterwards. Raises Refused where that is not certain.
 
-        Of a label that stands more than once along an axis only a cut is: its copies may belong in blocks or in turns.
+        For a label that stands more than once along an axis no other is known to come in the same order.
         """
         counts = self.counts[labels - 1]
         own = np.repeat(np.arange(labels.size), counts)  # whose place it is
         turn = np.arange(own.size) - np.repeat(np.cumsum(counts) - counts, counts)
         source = self.source[(np.cumsum(self.counts) - self.counts)[labels[own] - 1] + turn]
         times = np.bincount(labels, minlength=self.counts.size + 1)
-        moved, several = source != labels[own], times[labels[own]] > 1
-        if (moved & (several | (times[source] != 1))).any() or (counts[own] > 1)[several].any():
+        moved = source != labels[own]
+        if (moved & ((times[labels[own]] > 1) | (times[source] != 1))).any():
             raise Refused("its channels stand in groups or blocks")
         where = np.zeros(times.size, np.int64)
         where[labels] = np.arange(labels.size)
         return np.where(moved, where[source], own)
 
     def check(self, region: Region) -> None:
-        """Raises Refused with the reason where a label that is fixed would not stay as it is."""
+        """Raises Refused with the reason where a label that is fixed would move, or copies belong in blocks."""
+        for node in region.blocks if self.counts.max(initial=0) > 1 else ():
+            raise InBetween(node.op)
         stays = self.counts == 1
         stays[stays] = self.source[(np.cumsum(self.counts) - 1)[stays]] == np.flatnonzero(stays) + 1
         for reason in filter(None, (region.fixed[label] for label in np.flatnonzero(~stays))):

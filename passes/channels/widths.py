@@ -13,7 +13,7 @@ the channels is a writer, too: its indices are its rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit, InBetween, Refused
-from channelfold.passes.channels.cut_regions import Part, Region, best_trace
+from channelfold.passes.channels.cut_regions import Region, best_trace
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.renumber import Numbering, renumber
@@ -37,7 +37,7 @@ Blend = Callable[[np.ndarray], np.ndarray]  # of an array (channels, …), to on
 
 @dataclass
 class Width:
-    """Tensors that have their channels in common, ``channels`` of them, and the linears that write and read them."""
+    """Tensors that have their channels in common, labels 1 .. ``channels`` of a region, and what writes and reads them."""
 
     graph: gs.Graph
     region: Region
@@ -46,26 +46,21 @@ class Width:
     readers: list[Linear]
 
     @property
-    def axes(self) -> dict[tuple[int, int], tuple[gs.Tensor, np.ndarray]]:
-        return self.region.axes
-
-    @property
-    def rows(self) -> list[Part]:
-        """Everything that makes a channel what it is."""
-        return [part for part in self.region.parts if part.role != "in"]
+    def linears(self) -> list[Linear]:
+        """Each once: one may read the channels and write them."""
+        return list({id(linear.node): linear for linear in (*self.writers, *self.readers)}.values())
 
     @property
     def vectors(self) -> list[tuple[gs.Node, int, int]]:
         """Constants along the channels beside the weights, as (node, input, axis from the end)."""
         parts = [part for part in self.region.parts if not part.role]
-        return [(part.node, part.input, part.axis - part.node.inputs[part.input].values.ndim) for part in parts]
+        return [(part.node, part.input, part.axis - len(part.node.inputs[part.input].shape)) for part in parts]
 
     @property
     def between(self) -> list[gs.Node]:
         """The nodes between the linears."""
-        ends = [*self.writers, *self.readers]
-        own = {id(node) for linear in ends for node in (linear.node, *linear.chain)}
-        found = {id(n): n for tensor, _ in self.axes.values() for n in (*tensor.inputs, *tensor.outputs)}
+        own = {id(node) for linear in self.linears for node in (linear.node, *linear.chain)}
+        found = {id(n): n for tensor, _ in self.region.axes.values() for n in (*tensor.inputs, *tensor.outputs)}
         return [node for key, node in found.items() if key not in own]
 
     @property
@@ -73,6 +68,11 @@ class Width:
         """Whether nothing but sums of all channels stands between writers and readers."""
         whole = all(len(part.labels) == self.channels for part in self.region.parts)
         return whole and all(edit.is_standard(node) and node.op in _SUMS for node in self.between)
+
+    def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Everything that makes a channel what it is: labels (n,) and values (n, …)."""
+        for part in (part for part in self.region.parts if part.role != "in"):
+            yield part.labels, np.moveaxis(np.asarray(edit.value(part.node.inputs[part.input])), part.axis, 0)
 
     def columns(self) -> np.ndarray:
         """The weights that read the channels, (outputs, channels); each place of a kernel counts as an output."""
@@ -86,22 +86,23 @@ class Width:
         renumber(self.graph, [(self.region, Numbering.repeating(counts))], shapes=shapes)
         self.channels = int(counts.sum())
 
-    def blended(self, rows: Blend | None, columns: Blend, shapes: dict[str, Shape]) -> Width:
-        """The same group, in which ``rows`` has mapped what writes the channels, and ``columns`` what reads them.
+    def blended(self, rows: Blend, columns: Blend, shapes: dict[str, Shape]) -> Width:
+        """The group when ``columns`` has mapped what reads it and, where it is linear, ``rows`` what writes it.
 
         Raises Refused, with nothing changed, where a value does not fit its type.
         """
-        writes = []
-        readers, writers = ({id(linear.node) for linear in ends} for ends in (self.readers, self.writers))
+        writes: list[Callable[[], object]] = []
+        writers = {id(linear.node) for linear in self.writers} if self.linear else set()
         try:
-            for linear in {id(linear.node): linear for linear in (*self.writers, *self.readers)}.values():
-                weight = linear.weight()
-                if id(linear.node) in readers:
+            for linear in self.linears:
+                weight, reads = linear.weight(), any(linear.node is reader.node for reader in self.readers)
+                if reads:
                     weight = columns(weight.swapaxes(0, 1)).swapaxes(0, 1)
-                if rows is not None and id(linear.node) in writers:
+                if id(linear.node) in writers:
                     weight = rows(weight)
-                writes.append(partial(linear.set_weight, cast(weight, linear.dtype)))
-            for node, port, axis in self.vectors if rows is not None else ():
+                if reads or id(linear.node) in writers:
+                    writes.append(partial(linear.set_weight, cast(weight, linear.dtype)))
+            for node, port, axis in self.vectors if self.linear else ():
                 old = np.asarray(edit.value(node.inputs[port]))
                 new = cast(np.moveaxis(rows(np.moveaxis(old, axis, 0)), 0, axis), old.dtype)
                 writes.append(partial(edit.set_constant, self.graph, node, port, new, f"{node.inputs[port].name}_mean"))
@@ -124,19 +125,17 @@ def follow(
     shape = table.shape(tensor)
     if shape is None:
         raise Refused(f"the shape of {tensor.name!r} is unknown")
-    region = best_trace(table, tensor, axis)
+    region = best_trace(table, tensor, axis % len(shape))
     width = Width(graph, region, shape[axis], *_linears(graph, region))
     _check(width, through)
-    for linear in (*width.writers, *width.readers):
+    for linear in width.linears:
         check_growth(linear)
     return width
 
 
 def read_by(graph: gs.Graph, linear: Linear, shapes: dict[str, Shape], through: Collection[str] | None = None) -> Width:
     """The group of what a linear reads. Raises Refused as ``follow``, and where linears read other tensors of it."""
-    if linear.data.name not in shapes:
-        raise Refused(f"the shape of {linear.data.name!r} is unknown")
-    width = follow(graph, linear.data, linear.in_axis % len(shapes[linear.data.name]), shapes, through)
+    width = follow(graph, linear.data, linear.in_axis, shapes, through)
     if any(reader.data is not linear.data for reader in width.readers):
         raise Refused("linears read its channels from several tensors")
     return width
@@ -195,26 +194,19 @@ def _view(graph: gs.Graph, node: gs.Node, verb: str) -> Linear:
 
 def _check(width: Width, through: Collection[str] | None) -> None:
     """Raises Refused where the channels of a group cannot each be repeated or dropped."""
-    for node in width.region.stops:
+    for node in (*width.region.stops, *width.region.blocks):
         raise InBetween(node.op)
     for node in width.between:
-        if through is not None and node.op not in through:
+        own = [*map(id, (*node.inputs, *node.outputs))]
+        wide = {labels.max() > width.channels for (key, _), (_, labels) in width.region.axes.items() if key in own}
+        if len(wide) > 1 or (through is not None and node.op not in through):
             raise InBetween(node.op)
-        if len({_is_single(width, labels) for tensor, labels in width.axes.values()
-                if any(tensor is t for t in (*node.inputs, *node.outputs))}) > 1:  # fmt: skip
-            raise InBetween(node.op)
-    for tensor, _ in width.axes.values():
+    for tensor, _ in width.region.axes.values():
         if edit.is_output(width.graph, tensor):
             raise Refused("it is an output of the graph")
         if edit.producer(tensor) is None:
             raise Refused("an input of the graph feeds it")
     if reason := next(filter(None, width.region.fixed), ""):
         raise Refused(reason)
-    along = [labels for _, labels in width.axes.values()] + [part.labels for part in width.region.parts]
-    if not all(_is_single(width, labels) for labels in along):
-        raise Refused("its channels stand in groups or blocks")
-
-
-def _is_single(width: Width, labels: np.ndarray) -> bool:
-    """Whether each position of an axis is a channel of its own, out of those of the group."""
-    return labels.max() <= width.channels and np.unique(labels).size == labels.size
+    if width.region.size != width.channels:
+        raise Refused("its channels are bound to each other, or to others")

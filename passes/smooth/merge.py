@@ -32,7 +32,6 @@ from channelfold.passes.channels.widths import Width, read_by
 from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS
 from channelfold.runtime.errors import DataError, UsageError
-from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.stats.statistics import ChannelStatistics, observe
@@ -117,7 +116,7 @@ class MergeChannels(Pass):
         if change > self.max_change:
             raise Refused(f"merging {len(merger.kept)} pairs changes its outputs by {change:.2g} (max_change)")
         mean = width.linear
-        width = width.blended(merger.rows if mean else None, merger.columns, shapes)
+        width = width.blended(merger.rows, merger.columns, shapes)
         width.repeat(merger.stays(before), shapes)
         how = "by their mean" if mean else "one for both"
         what = f"{before} -> {width.channels} channels, {len(merger.kept)} pairs merged {how}, outputs {change:.2g} off"
@@ -202,10 +201,9 @@ def _copies(width: Width) -> np.ndarray:
     """How many channels equal each one, itself included, (channels,); 1 for those that nothing reads."""
     columns = width.columns().T
     channels = [hashlib.blake2b() for _ in range(width.channels)]
-    made = [(p.labels - 1, np.moveaxis(np.asarray(edit.value(p.node.inputs[p.input])), p.axis, 0)) for p in width.rows]
-    for places, part in (*made, (np.arange(width.channels), columns)):
-        for place, values in zip(places, part, strict=True):
-            channels[place].update(values.tobytes())
+    for labels, values in (*width.rows(), (np.arange(width.channels) + 1, columns)):
+        for label, row in zip(labels, values, strict=True):
+            channels[label - 1].update(row.tobytes())
     digests = [channel.digest() for channel in channels]
     counts = Counter(digests)
     return np.where(columns.any(axis=1), [counts[digest] for digest in digests], 1)

@@ -19,7 +19,7 @@ def group(body, signature=TOKENS, **given):
 
 
 def names(width) -> str:
-    return " ".join(sorted(tensor.name for tensor, _ in width.axes.values()))
+    return " ".join(sorted(tensor.name for tensor, _ in width.region.axes.values()))
 
 
 def test_a_gated_hidden_layer():
