@@ -9,7 +9,7 @@ every channel alike; where channels are repeated, the columns of W2 are to be di
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,23 +81,15 @@ def renumber(
 ) -> None:
     """Gives the labels of regions other places. Raises Refused, with nothing changed, and OutputError.
 
-    ``suffix``: of the names of the new constants; without one they keep the old name where nobody else reads that.
-    ``shapes``, of tensors by name, are brought up to date.
+    ``suffix``: see ``index_constants``. ``shapes``, of tensors by name, are brought up to date.
     """
-    held: dict[tuple[int, int], tuple[gs.Node, dict[int, np.ndarray]]] = {}
+    places = []
     for region, numbering in changes:
         numbering.check(region)
         for _, labels in region.axes.values():
             numbering.positions(labels)
-        for part in region.parts:
-            node, axes = held.setdefault((id(part.node), part.input), (part.node, {}))
-            at = numbering.positions(part.labels)
-            axes[part.axis] = np.intersect1d(axes[part.axis], at) if part.axis in axes else at
-    made: dict[tuple, gs.Constant] = {}
-    for (_, port), (node, axes) in held.items():
-        changed = {a: at for a, at in axes.items() if not _is_whole(at, node.inputs[port].shape[a])}
-        if changed:
-            _index(graph, node, port, changed, suffix, made)
+        places += [(part.node, part.input, part.axis, numbering.positions(part.labels)) for part in region.parts]
+    index_constants(graph, places, suffix)
     for region, numbering in changes:
         for found in region.edits:
             if not _is_whole(numbering.positions(found.labels), found.labels.size):
@@ -110,35 +102,39 @@ def renumber(
                 shapes[tensor.name] = (*shapes[tensor.name][:axis], size, *shapes[tensor.name][axis + 1 :])
 
 
+def index_constants(graph: gs.Graph, places: Iterable[tuple[gs.Node, int, int, np.ndarray]], suffix: str = "") -> None:
+    """Takes of constants, (node, input, axis, positions), what is to stand along an axis. Raises OutputError.
+
+    Those who shared a constant and get the same share the new one. ``suffix``: of its name; without one it keeps the
+    name of the old one where nobody else reads that.
+    """
+    held: dict[tuple[int, int], tuple[gs.Node, dict[int, np.ndarray]]] = {}
+    for node, port, axis, positions in places:
+        axes = held.setdefault((id(node), port), (node, {}))[1]
+        if not _is_whole(positions, node.inputs[port].shape[axis]):
+            axes[axis] = np.intersect1d(axes[axis], positions) if axis in axes else positions  # two cuts are one
+    made: dict[tuple, gs.Constant] = {}
+    for (_, port), (node, axes) in held.items():
+        old = node.inputs[port]
+        key = (id(old), *((axis, axes[axis].tobytes()) for axis in sorted(axes)))
+        if key in made:
+            edit.set_input(node, port, made[key])
+            continue
+        values = edit.value(old) if axes else None
+        if values is None:
+            continue
+        for axis, positions in axes.items():
+            values = values.take(positions, axis)
+        values = np.ascontiguousarray(values)
+        if suffix:
+            made[key] = constant(graph, f"{old.name}{suffix}", values)
+            edit.set_input(node, port, made[key])
+        else:
+            made[key] = edit.set_constant(graph, node, port, values, f"{old.name}_resized")
+
+
 def _is_whole(positions: np.ndarray, size: int) -> bool:
     return np.array_equal(positions, np.arange(size))
-
-
-def _index(
-    graph: gs.Graph,
-    node: gs.Node,
-    port: int,
-    axes: Mapping[int, np.ndarray],
-    suffix: str,
-    made: dict[tuple, gs.Constant],
-) -> None:
-    """Indexes a constant along its axes; those who shared it and get the same share the new one."""
-    old = node.inputs[port]
-    assert isinstance(old, gs.Constant)
-    key = (id(old), *((axis, axes[axis].tobytes()) for axis in sorted(axes)))
-    if key in made:
-        edit.set_input(node, port, made[key])
-        return
-    values = edit.value(old)
-    assert values is not None
-    for axis, positions in axes.items():
-        values = values.take(positions, axis)
-    values = np.ascontiguousarray(values)
-    if suffix:
-        made[key] = constant(graph, f"{old.name}{suffix}", values)
-        edit.set_input(node, port, made[key])
-    else:
-        made[key] = edit.set_constant(graph, node, port, values, f"{old.name}_resized")
 
 
 def _edit(graph: gs.Graph, found: NodeEdit, numbering: Numbering) -> None:

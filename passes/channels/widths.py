@@ -37,7 +37,7 @@ Blend = Callable[[np.ndarray], np.ndarray]  # of an array (channels, …), to on
 
 @dataclass
 class Width:
-    """Tensors that have their channels in common, labels 1 .. ``channels`` of a region, and what writes and reads them."""
+    """Tensors with the same channels, labels 1 .. ``channels`` of a region, and the linears that make and read them."""
 
     graph: gs.Graph
     region: Region
