@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Refused
+from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Classes
 from channelfold.passes.channels.ports import Edit, Link
@@ -80,8 +80,7 @@ class NodeEdit:
 class Region:
     """Everything that has the channels of one tensor: labels 1 .. ``size``; ``fixed``: why a label stays, or "".
 
-    ``stops``: the nodes that do not let the channels through; ``blocks``: those that give several positions on one side
-    for one on the other, as a Reshape into heads.
+    ``blocks``: the nodes with several positions on one side for one on the other, as a Reshape into heads.
     """
 
     size: int
@@ -90,7 +89,6 @@ class Region:
     parts: list[Part]
     reads: list[Read]
     edits: list[NodeEdit]
-    stops: list[gs.Node]
     blocks: list[gs.Node]
 
     @property
@@ -116,7 +114,8 @@ class Region:
         parts = [replace(part, node=nodes[part.node.name], layer=nodes[part.layer.name]) for part in self.parts]
         reads = [replace(read, node=nodes[read.node.name]) for read in self.reads]
         edits = [replace(edit, node=nodes[edit.node.name], source=source(edit.source)) for edit in self.edits]
-        return Region(self.size, self.fixed, axes, parts, reads, edits, [], [])
+        blocks = [nodes[node.name] for node in self.blocks]
+        return Region(self.size, self.fixed, axes, parts, reads, edits, blocks)
 
     @property
     def reduced(self) -> str:
@@ -125,7 +124,10 @@ class Region:
 
 
 def best_trace(table: LinkTable, tensor: gs.Tensor, axis: int) -> Region:
-    """The region of an axis, with the alternative of its reshapes that leaves something to choose from."""
+    """The region of an axis, with the alternative of its reshapes that leaves something to choose from.
+
+    Raises Refused where the table is one of single channels and an operator does not let all of them through.
+    """
     best: Region | None = None
     for choice in range(CHOICES):
         tracer = _Tracer(table=table, choice=choice)
@@ -149,7 +151,6 @@ class _Tracer(Classes):
     pending: list[tuple[int, int]] = field(default_factory=list)
     waiting: list[tuple[gs.Node, int]] = field(default_factory=list)
     chosen: dict[tuple[int, int], Link] = field(default_factory=dict)
-    stops: list[gs.Node] = field(default_factory=list)
     blocks: list[gs.Node] = field(default_factory=list)
     chose: bool = False
 
@@ -224,7 +225,7 @@ class _Tracer(Classes):
         except Refused as error:
             self._stop(node, labels, str(error))
             return
-        reason = links.blocked.get((port, axis))
+        reason = links.blocked.get((port, axis)) or (self.table.single and links.reduced.get((port, axis))) or None
         known = reason is not None
         if reason is not None:
             self._stop(node, labels, reason)
@@ -241,7 +242,8 @@ class _Tracer(Classes):
             self._stop(node, labels, f"{node.op} reads it" if port >= 0 else f"{node.op} writes it")
 
     def _stop(self, node: gs.Node, labels: np.ndarray, reason: str) -> None:
-        self.stops.append(node)
+        if self.table.single:
+            raise InBetween(node.op)
         self.pin(labels, reason)
 
     def _follow(self, node: gs.Node, link: Link, port: int, axis: int, labels: np.ndarray) -> bool:
@@ -360,7 +362,7 @@ class _Tracer(Classes):
         ]
         edits = [self._node_edit(*found[:2], renumber(found[2])) for found in self._edits() if found[1][0] != "shape"]
         fixed = self.reasons(self.pins, renumber, size)
-        return Region(size, fixed, axes, parts, list(self._reads(renumber)), edits, self.stops, self.blocks)
+        return Region(size, fixed, axes, parts, list(self._reads(renumber)), edits, self.blocks)
 
     def _node_edit(self, node: gs.Node, found: Edit, labels: np.ndarray) -> NodeEdit:
         what, holder, _, axis = found

@@ -88,7 +88,7 @@ def _gather(p: Ports) -> None:
             p.link((1, axis), (-1, along + axis))
         p.block(along, "Gather picks from it at run time", 0)
         return
-    if p.picks and picked.ndim == 1 and not isinstance(p.tensor(0), gs.Constant):
+    if p.single and picked.ndim == 1 and not isinstance(p.tensor(0), gs.Constant):
         p.link((1, 0), (-1, along))
         return
     picked = picked % p.shape(0)[along]

@@ -45,9 +45,9 @@ _REDUCTIONS = (
 _SUMS = ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")  # to which zeros add nothing
 
 
-def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], picks: bool = False) -> Links:
+def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], single: bool = False) -> Links:
     """The links of a node. Raises Refused, with the reason, where nothing is known of the operator or a shape."""
-    ports = Ports(graph, node, shapes, picks)
+    ports = Ports(graph, node, shapes, single)
     if edit.is_standard(node):
         rule = _RULES.get(node.op)
     else:
@@ -61,18 +61,19 @@ def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], picks:
 class LinkTable:
     """The links of every node of a graph, looked up once. ``shapes``: of all tensors for some input, by name.
 
-    ``picks``: the indices of a Gather make channels of their own, as rows of a weight do, of those that they pick.
+    ``single``: for channels that are to go or to be repeated one by one whatever the others do. The indices of a Gather
+    then make channels of their own, as rows of a weight do.
     """
 
-    def __init__(self, graph: gs.Graph, shapes: Mapping[str, Shape], picks: bool = False):
-        self.graph, self.shapes, self.picks = graph, shapes, picks
+    def __init__(self, graph: gs.Graph, shapes: Mapping[str, Shape], single: bool = False):
+        self.graph, self.shapes, self.single = graph, shapes, single
         self._known: dict[int, Links | str] = {}
 
     def of(self, node: gs.Node) -> Links:
         """Raises Refused, with the reason."""
         if id(node) not in self._known:
             try:
-                self._known[id(node)] = links_of(self.graph, node, self.shapes, self.picks)
+                self._known[id(node)] = links_of(self.graph, node, self.shapes, self.single)
             except Refused as error:
                 self._known[id(node)] = str(error)
         found = self._known[id(node)]

@@ -46,11 +46,11 @@ class Links:
 class Ports:
     """A node, the shapes at its ports, and the links found so far. Axes may count from the end.
 
-    ``picks``: see ``LinkTable``.
+    ``single``: see ``LinkTable``.
     """
 
-    def __init__(self, graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], picks: bool = False):
-        self.graph, self.node, self._shapes, self.picks = graph, node, shapes, picks
+    def __init__(self, graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], single: bool = False):
+        self.graph, self.node, self._shapes, self.single = graph, node, shapes, single
         self.found = Links()
 
     def tensor(self, port: int) -> gs.Tensor:

@@ -86,26 +86,29 @@ class Width:
         renumber(self.graph, [(self.region, Numbering.repeating(counts))], shapes=shapes)
         self.channels = int(counts.sum())
 
-    def blended(self, rows: Blend, columns: Blend, shapes: dict[str, Shape]) -> Width:
-        """The group when ``columns`` has mapped what reads it and, where it is linear, ``rows`` what writes it.
+    def blended(self, rows: Blend | None, columns: Blend, shapes: dict[str, Shape]) -> Width:
+        """The group when ``columns`` has mapped what reads it and ``rows`` what writes it, for a group that is linear.
 
         Raises Refused, with nothing changed, where a value does not fit its type.
         """
         writes: list[Callable[[], object]] = []
-        writers = {id(linear.node) for linear in self.writers} if self.linear else set()
+        writers = {id(linear.node) for linear in self.writers} if rows else set()
         try:
             for linear in self.linears:
                 weight, reads = linear.weight(), any(linear.node is reader.node for reader in self.readers)
                 if reads:
                     weight = columns(weight.swapaxes(0, 1)).swapaxes(0, 1)
-                if id(linear.node) in writers:
+                if rows and id(linear.node) in writers:
                     weight = rows(weight)
                 if reads or id(linear.node) in writers:
                     writes.append(partial(linear.set_weight, cast(weight, linear.dtype)))
-            for node, port, axis in self.vectors if self.linear else ():
-                old = np.asarray(edit.value(node.inputs[port]))
-                new = cast(np.moveaxis(rows(np.moveaxis(old, axis, 0)), 0, axis), old.dtype)
-                writes.append(partial(edit.set_constant, self.graph, node, port, new, f"{node.inputs[port].name}_mean"))
+            if rows:
+                for node, port, axis in self.vectors:
+                    old = np.asarray(edit.value(node.inputs[port]))
+                    new = cast(np.moveaxis(rows(np.moveaxis(old, axis, 0)), 0, axis), old.dtype)
+                    writes.append(
+                        partial(edit.set_constant, self.graph, node, port, new, f"{node.inputs[port].name}_mean")
+                    )
         except DoesNotFit as error:
             raise Refused(str(error)) from None
         for write in writes:
@@ -121,7 +124,7 @@ def follow(
     ``through``: the operators that may stand in it, by default all that treat every channel alike. Raises Refused, with
     the reason, where its width cannot change.
     """
-    table = LinkTable(graph, shapes, picks=True)
+    table = LinkTable(graph, shapes, single=True)
     shape = table.shape(tensor)
     if shape is None:
         raise Refused(f"the shape of {tensor.name!r} is unknown")
@@ -170,8 +173,6 @@ def _linears(graph: gs.Graph, region: Region) -> tuple[list[Linear], list[Linear
     writers = [_view(graph, n, "writes") for n in layers.get("out", {}).values() if n.op in LINEAR_OPS]
     readers: dict[int, Linear] = {}
     for read in region.reads:
-        if read.reduced:
-            raise InBetween(read.node.op)
         linear = _view(graph, read.node, "reads")
         if linear.weight_input != read.port:  # or else it is what stands in front of a weight
             readers[id(read.node)] = linear
@@ -194,7 +195,7 @@ def _view(graph: gs.Graph, node: gs.Node, verb: str) -> Linear:
 
 def _check(width: Width, through: Collection[str] | None) -> None:
     """Raises Refused where the channels of a group cannot each be repeated or dropped."""
-    for node in (*width.region.stops, *width.region.blocks):
+    for node in width.region.blocks:
         raise InBetween(node.op)
     for node in width.between:
         own = [*map(id, (*node.inputs, *node.outputs))]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import DoesNotFit, InBetween, Refusal, Refused
+from channelfold.passes.base import DoesNotFit, Refusal, Refused
 from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.channels.widths import Width, read_by
 from channelfold.passes.layers.linear import Linear, cast, check_growth, live_linears, view
@@ -175,8 +175,6 @@ def _follows_activation(linear: Linear) -> bool:
 def _ffn(graph: gs.Graph, down: Linear, shapes: dict[str, Shape]) -> Ffn:
     """The FFN that ends in ``down``. Raises Refused with the reason where there is none."""
     width = read_by(graph, down, shapes, _HIDDEN)
-    if any(node.op == "Gather" for node, *_ in width.vectors):
-        raise InBetween("a Gather of its channels")
     if len(width.readers) > 1:
         raise Refused(f"{len(width.readers)} linears read the hidden channels")
     if len({id(up.node) for up in width.writers}) not in (1, 2):
@@ -230,7 +228,7 @@ def _parallel(graph: gs.Graph, ffn: Ffn) -> Linear | None:
     return None
 
 
-_HIDDEN = {*ELEMENTWISE, *VENDOR_ELEMENTWISE, *POOLS, *RESHAPES, "Gather", "Transpose"}
+_HIDDEN = {*ELEMENTWISE, *VENDOR_ELEMENTWISE, *POOLS, *RESHAPES, "Transpose"}
 _ACTIVATIONS = (
     "Relu", "LeakyRelu", "PRelu", "Elu", "Celu", "Selu", "Gelu", "QuickGelu", "Sigmoid", "HardSigmoid", "HardSwish",
     "Swish", "Mish", "Softplus", "Softsign", "Tanh", "Erf", "Clip", "Max", "Min", "Pow", "Div", "ThresholdedRelu",

@@ -116,7 +116,7 @@ class MergeChannels(Pass):
         if change > self.max_change:
             raise Refused(f"merging {len(merger.kept)} pairs changes its outputs by {change:.2g} (max_change)")
         mean = width.linear
-        width = width.blended(merger.rows, merger.columns, shapes)
+        width = width.blended(merger.rows if mean else None, merger.columns, shapes)
         width.repeat(merger.stays(before), shapes)
         how = "by their mean" if mean else "one for both"
         what = f"{before} -> {width.channels} channels, {len(merger.kept)} pairs merged {how}, outputs {change:.2g} off"

@@ -226,12 +226,11 @@ def _complete(graph: gs.Graph, shapes: dict[str, Shape]) -> None:
 def _repeat(graph: gs.Graph, readers: list[Linear], parts: np.ndarray, shapes: dict[str, Shape]) -> None:
     """Lets each channel of what ``readers`` read stand ``parts`` times."""
     readers = [view(graph, linear.node) for linear in readers]
-    for linear in readers:
-        linear.set_weight(linear.weight() / parts.reshape(-1, *[1] * len(linear.kernel)))
     try:
         width = read_by(graph, readers[0], shapes)
     except Refused:
         width = gathered(graph, readers, shapes)
+    width = width.blended(None, lambda columns: columns / parts.reshape(-1, *[1] * (columns.ndim - 1)), shapes)
     width.repeat(parts, shapes)
 
 

@@ -95,9 +95,6 @@ def test_what_is_split_and_merged_is_the_same_graph(name, counts):
     text, old, feed = listing(graph), constants(graph), feeds(graph)
     before, shapes = run(graph, feed), measured_shapes(graph, feed)
 
-    def unchanged(rows):
-        return rows
-
     def divided(columns):
         return columns / counts[:, None]
 
@@ -106,14 +103,14 @@ def test_what_is_split_and_merged_is_the_same_graph(name, counts):
         new[first] = np.add.reduceat(columns, first)
         return new
 
-    width_of(graph, shapes).blended(unchanged, divided, shapes).repeat(counts, shapes)
+    width_of(graph, shapes).blended(None, divided, shapes).repeat(counts, shapes)
     assert_same(before, run(graph, feed))
     measured = measured_shapes(graph, feed)
     assert all(shapes[tensor.name] == measured[tensor.name] for node in graph.nodes for tensor in node.outputs)
     assert shapes["h"][-1] == counts.sum()
     first = np.cumsum(counts) - counts
     stays = np.isin(np.arange(counts.sum()), first)
-    width_of(graph, shapes).blended(unchanged, summed, shapes).repeat(stays, shapes)
+    width_of(graph, shapes).blended(None, summed, shapes).repeat(stays, shapes)
     assert listing(graph) == text
     for key, values in constants(graph).items():
         np.testing.assert_allclose(values, old[key], rtol=1e-15)
