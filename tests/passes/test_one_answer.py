@@ -10,7 +10,7 @@ from channelfold.passes.base import Refusal, Refused
 from channelfold.passes.channels.cut_regions import best_trace
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.widths import read_by
-from channelfold.passes.ffn.ffn import find_ffns
+from channelfold.passes.ffn.blocks import find_ffns
 from channelfold.passes.ffn.pairs import Pairs
 from channelfold.passes.layers.linear import view
 from channelfold.runtime.io.shapes import measured_shapes
