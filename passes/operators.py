@@ -45,7 +45,7 @@ RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax")
 
 
-ATTENTIONS = ("Attention", "MultiHeadAttention")  # linear in the values, which are their third input
+ATTENTIONS = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 
 
 POOLS = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")

@@ -25,6 +25,8 @@ from channelfold.passes.operators import RECURRENT
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
+_HEADS = {"num_heads", "q_num_heads", "kv_num_heads", "qkv_hidden_sizes"}
+
 Cut = tuple[Region, np.ndarray]  # a region and which of its labels stay, (size,) bool
 
 
@@ -86,6 +88,12 @@ def _edit(graph: gs.Graph, found: NodeEdit, stays: np.ndarray) -> None:
         node.attrs["num_groups"] = groups * left // stays.size
     elif found.what == "hidden":
         node.attrs["hidden_size"] = left
+    elif found.what == "heads":
+        for name in _HEADS & node.attrs.keys():
+            new = np.asarray(node.attrs[name]) * left // stays.size
+            node.attrs[name] = new.tolist()
+    elif found.what == "scale":
+        node.attrs.setdefault("scale", stays.size**-0.5)
     elif found.what == "size":
         _set_size(graph, found, left)
     elif found.what == "gather":

@@ -29,7 +29,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
-from channelfold.passes.channels import link_moves
+from channelfold.passes.channels import link_moves, links_attention
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.ports import Links, Ports
 from channelfold.passes.operators import ELEMENTWISE, LAST_AXIS_NORMS, RECURRENT, VENDOR_ELEMENTWISE
@@ -229,13 +229,44 @@ def _gemm(p: Ports) -> None:
 def _matmul(p: Ports) -> None:
     left, right = p.shape(0), p.shape(1)
     if min(len(left), len(right)) < 2:
-        raise InBetween("MatMul with a vector")
-    p.link((0, -1), (1, -2), summed=True)
-    p.link((0, -2), (-1, -2))
-    p.link((1, -1), (-1, -1))
+        raise InBetween(f"{p.node.op} with a vector")
+    if p.attribute("transBatchA", 0) or p.attribute("transBatchB", 0):
+        raise InBetween(f"{p.node.op} with its batches in another place")
+    row, column = -2 - p.attribute("transA", 0), -1 - p.attribute("transB", 0)
+    p.link((0, -3 - row), (1, -3 - column), summed=True)
+    p.link((0, row), (-1, -2))
+    p.link((1, column), (-1, -1))
     for axis in range(-len(p.shape(-1)), -2):
         held = [(k, axis) for k, shape in enumerate((left, right)) if len(shape) >= -axis and shape[axis] > 1]
         p.link((-1, axis), *held)
+
+
+def einsum_terms(node: gs.Node) -> list[str]:
+    """The indices of each operand and, last, of the result. Raises Refused for "..." and for diagonals."""
+    equation = node.attrs["equation"].replace(" ", "")
+    operands, arrow, result = equation.partition("->")
+    if not arrow:
+        result = "".join(sorted(letter for letter in operands if operands.count(letter) == 1 and letter != ","))
+    found = [*operands.split(","), result]
+    if "." in equation or any(len({*term}) < len(term) for term in found):
+        raise InBetween(f"Einsum {equation!r}")
+    return found
+
+
+def _einsum(p: Ports) -> None:
+    """Every index is one link; those that the result lacks are summed over."""
+    *operands, result = einsum_terms(p.node)
+    for letter in sorted({*"".join(operands)}):
+        places = [(k, term.index(letter)) for k, term in enumerate(operands) if letter in term]
+        places = [(k, axis) for k, axis in places if p.shape(k)[axis] > 1]
+        written = [(-1, result.index(letter))] if letter in result else []
+        p.link(*places, *written, summed=not written)
+
+
+def _embedding(p: Ports) -> None:
+    """EmbedLayerNormalization: the sum of rows of up to three tables, and its norm."""
+    p.link((-1, 2), *((k, 1) for k in (2, 3, 4)), (5, 0), (6, 0), (-3, 2))
+    p.block(2, f"{p.node.op} normalizes over it", *(port for port in (-1, -3) if p.has(port)))
 
 
 def _recurrent(p: Ports) -> None:
@@ -265,6 +296,7 @@ def _dequantize(p: Ports) -> None:
 
 _RULES: dict[str, Callable[[Ports], None]] = (
     link_moves.RULES
+    | links_attention.RULES
     | dict.fromkeys(ELEMENTWISE, _elementwise)
     | dict.fromkeys(_POOLS, _pool)
     | dict.fromkeys(_SOFTMAX, _softmax)
@@ -275,6 +307,7 @@ _RULES: dict[str, Callable[[Ports], None]] = (
     | dict.fromkeys(RECURRENT, _recurrent)
     | dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), _dequantize)
     | {
+        "Einsum": _einsum,
         "Gemm": _gemm,
         "GroupNormalization": _group_norm,
         "LRN": _lrn,
@@ -282,6 +315,14 @@ _RULES: dict[str, Callable[[Ports], None]] = (
         "MatMul": _matmul,
     }
 )
-_VENDOR_RULES: dict[str, Callable[[Ports], None]] = dict.fromkeys(VENDOR_ELEMENTWISE, _elementwise) | dict.fromkeys(
-    _SKIP_NORMS, _last_axis_norm
+_VENDOR_RULES: dict[str, Callable[[Ports], None]] = (
+    dict.fromkeys(VENDOR_ELEMENTWISE, _elementwise)
+    | dict.fromkeys(_SKIP_NORMS, _last_axis_norm)
+    | links_attention.VENDOR_RULES
+    | {
+        "EmbedLayerNormalization": _embedding,
+        "FusedConv": _conv,
+        "FusedGemm": _gemm,
+        "FusedMatMul": _matmul,
+    }
 )

@@ -23,7 +23,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Refused
-from channelfold.passes.operators import ALONGSIDE, ATTENTIONS, POOLS, REDUCTIONS, RESHAPES
+from channelfold.passes.operators import ALONGSIDE, POOLS, REDUCTIONS, RESHAPES
 from channelfold.runtime.io import edit
 
 Shape = tuple[int, ...]
@@ -32,9 +32,8 @@ MOVES = ("Transpose", *RESHAPES, "Slice", "Gather", "Expand")
 
 def data_input(node: gs.Node) -> int | None:
     """Which input of a node ``image`` can follow to its output; None where there is none."""
-    if node.op in ATTENTIONS and edit.is_standard(node) == (node.op == "Attention"):
-        return 2 if edit.has_input(node, 2) else None
-    return 0 if edit.is_standard(node) and node.op in (*MOVES, *REDUCTIONS, *ALONGSIDE) else None
+    moved = edit.is_standard(node) and node.op in (*MOVES, *REDUCTIONS, *ALONGSIDE)
+    return 0 if moved or node.op == "RotaryEmbedding" else None
 
 
 def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.ndarray:
@@ -49,8 +48,6 @@ def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.
         return _gathered(node, index)
     if node.op == "Expand":
         return raised(index, len(result))
-    if node.op in ATTENTIONS:
-        return _attended(node, index, source)
     if node.op in REDUCTIONS:
         axes = _reduced_axes(node, len(source))
         if any(index.shape[axis] > 1 for axis in axes):
@@ -76,7 +73,7 @@ def preimage(
     if node.op in REDUCTIONS:
         axes = _reduced_axes(node, len(source))
         before = index if node.attrs.get("keepdims", 1) else np.expand_dims(index, axes)
-    elif node.op in ("Slice", "Gather", "Expand", *ATTENTIONS):
+    elif node.op in ("Slice", "Gather", "Expand"):
         wide = _wide_before(node, index, source, result)
         before = fresh([size if axis in wide else 1 for axis, size in enumerate(source)])
     else:
@@ -269,8 +266,6 @@ def _gathered(node: gs.Node, index: np.ndarray) -> np.ndarray:
 def _wide_before(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> set[int]:
     """The axes along which the data input of a node may have channels, from the map of the result."""
     wide = {axis for axis, size in enumerate(index.shape) if size > 1}
-    if node.op in ATTENTIONS:
-        return {1, 3} if len(source) == 4 else {2}
     if node.op == "Slice":
         single = {i for i, n in enumerate(result) if n == 1 < source[i] and isinstance(node.inputs[0].shape[i], int)}
         return wide | single
@@ -289,30 +284,3 @@ def _reduced_axes(node: gs.Node, rank: int) -> tuple[int, ...]:
     if axes is None or not axes.size:
         raise Refused(f"{node.op} names no constant axes")
     return tuple(sorted({int(axis) % rank for axis in axes}))
-
-
-def _attended(node: gs.Node, index: np.ndarray, values: Shape) -> np.ndarray:
-    """The map of what an attention operator returns, from that of its values.
-
-    (batch, kv heads, sequence, channels), or the heads within the last axis; every kv head serves as many consecutive
-    query heads. A cache and a bias would have to be scaled, too.
-    """
-    standard = edit.is_standard(node)
-    beside = (4, 5) if standard else (3, 6, 7)
-    if any(edit.has_input(node, i) for i in beside) or any(not t.is_empty() for t in node.outputs[1:]):
-        raise Refused(f"{node.op} has a cache or a bias")
-    if not standard and len(values) != 3:
-        raise Refused(f"{node.op} has values that are not of rank 3")
-    if len(values) == 4:
-        kv_heads, heads = values[1], edit.rank(node.inputs[0]) == 4 and node.inputs[0].shape[1]
-    else:
-        heads = node.attrs.get("q_num_heads" if standard else "num_heads")
-        kv_heads = node.attrs.get("kv_num_heads") if standard else heads
-    if any(index.shape[axis] > 1 for axis in {4: (0, 2), 3: (0, 1)}[len(values)]):
-        raise Refused(f"{node.op} does not keep its channels apart")
-    if not isinstance(heads, int) or not isinstance(kv_heads, int) or isinstance(heads, bool):
-        raise Refused(f"{node.op} has an unknown number of heads")
-    if len(values) == 4:
-        return np.repeat(np.broadcast_to(index, (1, kv_heads, 1, index.shape[3])), heads // kv_heads, axis=1)
-    by_head = np.broadcast_to(index, (1, 1, values[2])).reshape(1, 1, kv_heads, -1)
-    return np.repeat(by_head, heads // kv_heads, axis=2).reshape(1, 1, -1)
