@@ -33,7 +33,7 @@ from channelfold.passes.fold.affine import FoldAffine
 from channelfold.passes.fold.constants import FoldConstants
 from channelfold.passes.fold.identities import RemoveIdentities
 from channelfold.passes.fold.pad import FoldPad
-from channelfold.passes.operators import LINEAR_OPS
+from channelfold.passes.operators import operator
 from channelfold.passes.quantize.static import Quantize
 from channelfold.runtime.data.sources import open_data
 from channelfold.runtime.errors import DataError, ModelError
@@ -245,7 +245,7 @@ def _quantized(suite: Suite, case: Case, judge: str, before: list) -> str:
     source.write_bytes(case.model.SerializeToString())
     step = Quantize(min_activation_snr=0)
     graph = load(source)
-    if not any(node.op in LINEAR_OPS for node in graph.nodes):
+    if not any(operator(node).weighted for node in graph.nodes):
         return "no linear node"
     if judge not in ("reference", "own values"):
         return "not run"

@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.ports import Ports
-from channelfold.passes.operators import ATTENTIONS
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
 
@@ -68,9 +68,7 @@ def heads_of(p: Ports) -> Heads:
 
 
 def is_attention(node: gs.Node) -> bool:
-    return node.op in ATTENTIONS and (
-        node.domain == "com.microsoft" or (edit.is_standard(node) and node.op == "Attention")
-    )
+    return operator(node).kind in ("attention", "packed_attention")
 
 
 def rotary(p: Ports) -> tuple[Piece, int, int]:

@@ -20,8 +20,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Refused
 from channelfold.passes.channels.cut_regions import NodeEdit, Read, Region
 from channelfold.passes.channels.sizes import Written
-from channelfold.passes.operators import LAST_AXIS_NORMS as NORMS
-from channelfold.passes.operators import RECURRENT
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
@@ -179,7 +178,7 @@ def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
     """
     for region, keep in cuts:
         for part in region.parts:
-            if part.node.op in RECURRENT and (part.input, part.axis) == (2, 2):
+            if operator(part.node).gates and (part.input, part.axis) == (2, 2):
                 _forget(graph, part.node, _stays(keep, part.labels))
         for read in region.reads:
             stays = _stays(keep, read.labels)
@@ -187,9 +186,9 @@ def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
                 continue
             if not read.reduced:
                 _silence(graph, read, stays)
-            elif read.node.op in NORMS:
+            elif operator(read.node).kind == "norm" and operator(read.node).gamma == 1:
                 _norm_of_the_rest(graph, read, stays)
-            elif read.node.op.startswith("Reduce"):
+            elif operator(read.node).kind == "reduce":
                 _take(graph, read.node, read.port, read.axis, stays)
             else:
                 raise Refused(f"{read.node.op} without some of its channels")

@@ -24,11 +24,10 @@ from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Classes
 from channelfold.passes.channels.ports import Edit, Link
 from channelfold.passes.channels.sizes import Length, Source, readers_of_size, source_of_size
-from channelfold.passes.operators import LINEAR_OPS, RECURRENT
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
 CHOICES = 3  # alternatives of a Reshape that are tried
-_SEEN_THROUGH = ("Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -357,9 +356,10 @@ class _Tracer(Classes):
         """Whether a constant is a weight that makes the channels or sums over them, and whose."""
         if node.op == "Gather" and port == 0:
             return "out" if axis > 0 else "", node
-        if _is_weight(node, port):
+        if port in operator(node).weights:
             return self._weight_role(node, port, axis), node
-        if node.op in _SEEN_THROUGH and port == 0:
+        known = operator(node)
+        if (known.copies or known.kind in ("quantize", "transpose")) and port == 0:
             for result in self._moved_to(node, axis):
                 for layer in edit.consumers(node.outputs[0]):
                     for place in (k for k, other in enumerate(layer.inputs) if other is node.outputs[0]):
@@ -377,7 +377,7 @@ class _Tracer(Classes):
         shape, source = self.table.shape(node.inputs[port]), self.table.shape(node.inputs[0])
         if shape is None or source is None or (node.op == "MatMul" and axis < len(shape) - 2):
             return ""
-        if node.op in ("Conv", "ConvTranspose") and 1 < int(node.attrs.get("group", 1)) == source[1]:
+        if operator(node).kind in ("conv", "fused_conv") and 1 < int(node.attrs.get("group", 1)) == source[1]:
             return ""  # depthwise: its channels come from before
         summed = any((m.port, m.axis) == (port, axis) for link in self.table.of(node).summed for m in link)
         return "in" if summed else "out"
@@ -399,9 +399,3 @@ class _Tracer(Classes):
                         seen.add((id(node), port, axis))
                         rank = len(self.table.shape(tensor) or ())
                         yield Read(node, port, axis - rank, renumber(labels), reduced)
-
-
-def _is_weight(node: gs.Node, port: int) -> bool:
-    if node.op in RECURRENT:
-        return port in (1, 2)
-    return node.op in LINEAR_OPS and (port == 1 or (node.op == "MatMul" and port == 0))

@@ -58,5 +58,8 @@ def _rotary(p: Ports) -> None:
             p.link((-1, 3), (port, -1, half))
 
 
-RULES: dict[str, Callable[[Ports], None]] = {"Attention": _attention, "RotaryEmbedding": _rotary}
-VENDOR_RULES = RULES | dict.fromkeys(("MultiHeadAttention", "GroupQueryAttention"), _attention)
+RULES: dict[str, Callable[[Ports], None]] = {
+    "attention": _attention,
+    "packed_attention": _attention,
+    "rotary": _rotary,
+}

@@ -23,32 +23,39 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Refused
-from channelfold.passes.operators import ALONGSIDE, POOLS, REDUCTIONS, RESHAPES
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
 Shape = tuple[int, ...]
-MOVES = ("Transpose", *RESHAPES, "Slice", "Gather", "Expand")
+_FOLLOWED = (  # kinds of operators that ``image`` knows
+    "elementwise", "expand", "gather", "pad", "pool", "reduce", "reshape", "resize", "slice", "transpose",
+)  # fmt: skip
 
 
 def data_input(node: gs.Node) -> int | None:
     """Which input of a node ``image`` can follow to its output; None where there is none."""
-    moved = edit.is_standard(node) and node.op in (*MOVES, *REDUCTIONS, *ALONGSIDE)
-    return 0 if moved or node.op == "RotaryEmbedding" else None
+    known = operator(node)
+    if known.kind == "rotary":
+        return 0
+    if not known.scale or known.kind not in _FOLLOWED or known.joins or len(known.data) > 1 + (known.kind == "pad"):
+        return None
+    return known.data[0] if edit.has_input(node, known.data[0]) else None
 
 
 def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.ndarray:
     """The map of a node's result, of shape ``result``, from that of its data input, of shape ``source``."""
-    if node.op == "Transpose":
+    kind = operator(node).kind
+    if kind == "transpose":
         return index.transpose(node.attrs.get("perm"))
-    if node.op in RESHAPES:
+    if kind == "reshape":
         return reshaped(index, source, result, node.op)
-    if node.op == "Slice":
+    if kind == "slice":
         return index[_slices(node, index.shape, source)]
-    if node.op == "Gather":
+    if kind == "gather":
         return _gathered(node, index)
-    if node.op == "Expand":
+    if kind == "expand":
         return raised(index, len(result))
-    if node.op in REDUCTIONS:
+    if kind == "reduce":
         axes = _reduced_axes(node, len(source))
         if any(index.shape[axis] > 1 for axis in axes):
             raise Refused(f"{node.op} reduces the channel axis")
@@ -66,14 +73,15 @@ def preimage(
     The second equals ``index``, or its classes are to be merged with those of ``index``. ``fresh`` gives new classes,
     by shape, to channels that the node drops or repeats.
     """
-    if node.op == "Transpose":
+    kind = operator(node).kind
+    if kind == "transpose":
         return index.transpose(np.argsort(node.attrs.get("perm") or range(len(source))[::-1])), index
-    if node.op in RESHAPES:
+    if kind == "reshape":
         return reshaped(index, result, source, node.op), index
-    if node.op in REDUCTIONS:
+    if kind == "reduce":
         axes = _reduced_axes(node, len(source))
         before = index if node.attrs.get("keepdims", 1) else np.expand_dims(index, axes)
-    elif node.op in ("Slice", "Gather", "Expand"):
+    elif kind in ("slice", "gather", "expand"):
         wide = _wide_before(node, index, source, result)
         before = fresh([size if axis in wide else 1 for axis, size in enumerate(source)])
     else:
@@ -83,9 +91,10 @@ def preimage(
 
 def mixed_axes(node: gs.Node, source: Shape, result: Shape) -> set[int]:
     """The axes along which each value of a result comes from several of the source, which are to be of one class."""
-    if node.op in POOLS:
+    kind = operator(node).kind
+    if kind == "pool":
         return set(range(2, len(source)))
-    if node.op != "Resize":
+    if kind != "resize":
         return set()
     scales = edit.argument(node, 2 if len(node.inputs) > 2 else 1, "scales")
     known = scales is not None and len(scales) == len(source)
@@ -266,10 +275,11 @@ def _gathered(node: gs.Node, index: np.ndarray) -> np.ndarray:
 def _wide_before(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> set[int]:
     """The axes along which the data input of a node may have channels, from the map of the result."""
     wide = {axis for axis, size in enumerate(index.shape) if size > 1}
-    if node.op == "Slice":
+    kind = operator(node).kind
+    if kind == "slice":
         single = {i for i, n in enumerate(result) if n == 1 < source[i] and isinstance(node.inputs[0].shape[i], int)}
         return wide | single
-    if node.op == "Expand":
+    if kind == "expand":
         more = index.ndim - len(source)
         return {axis - more for axis in wide}
     axis = int(node.attrs.get("axis", 0)) % len(source)

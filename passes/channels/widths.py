@@ -23,19 +23,9 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import DoesNotFit, InBetween, Refused
 from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.layers.linear import Linear, cast, check_growth, view
-from channelfold.passes.operators import LINEAR_OPS
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
-
-_LINEAR_BINARY = ("Add", "Sub")
-_BINARY = (*_LINEAR_BINARY, "Mul", "Div", "Pow", "Max", "Min", "PRelu")
-_UNARY = (
-    "Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Mish",
-    "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
-)  # fmt: skip
-_KEEPING = ("Identity", "Cast", "Neg", "Dropout")  # unary and linear
-_VENDOR = ("Gelu", "QuickGelu")  # of com.microsoft
-_POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 
 Columns = Callable[[np.ndarray], np.ndarray]
 
@@ -193,7 +183,7 @@ class _Tracer:
     def writes(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> bool:
         """Whether the group begins at a node that writes a tensor of it."""
         rank = len(_shape(self.shapes, tensor))
-        if node.op == "Gather" and edit.is_standard(node):
+        if operator(node).kind == "gather":
             index = edit.value(node.inputs[1])
             if index is None or index.ndim != 1 or int(node.attrs.get("axis", 0)) % rank != axis:
                 raise InBetween("Gather")
@@ -219,7 +209,7 @@ class _Tracer:
         return True
 
     def linear(self, node: gs.Node, verb: str) -> Linear | None:
-        if node.op not in LINEAR_OPS:
+        if not operator(node).weighted:
             return None
         try:
             linear = view(self.graph, node)
@@ -234,22 +224,22 @@ class _Tracer:
         if id(node) in self.passed:
             return
         self.passed.add(id(node))
-        vendor = node.domain == "com.microsoft" and node.op in _VENDOR
-        if not (vendor or edit.is_standard(node)) or any(not t.is_empty() for t in node.outputs[1:]):
+        known = operator(node)
+        if any(not t.is_empty() for t in node.outputs[1:]):
             raise InBetween(f"{node.op}")
-        if node.op in _BINARY:
+        self.width.linear = self.width.linear and known.linear and known.kind != "pool"
+        if known.elementwise:
             self.operands(node, axis - len(_shape(self.shapes, tensor)))
             return
-        self.width.linear = self.width.linear and node.op in (*_KEEPING, "Transpose")
         source, result = node.inputs[0], node.outputs[0]
         if any(t is tensor for t in node.inputs[1:]):
             raise InBetween(f"{node.op}")
-        if node.op == "Transpose":
+        if known.kind == "transpose":
             perm = list(node.attrs.get("perm") or range(len(_shape(self.shapes, source)))[::-1])
             before = axis if tensor is source else perm[axis]
             self.visit(source, before)
             self.visit(result, perm.index(before))
-        elif vendor or node.op in (*_UNARY, *_KEEPING) or (node.op in _POOLS and axis == 1):
+        elif known.kind == "pool" and axis == 1:
             self.visit(source, axis)
             self.visit(result, axis)
         else:
@@ -257,7 +247,6 @@ class _Tracer:
 
     def operands(self, node: gs.Node, axis: int) -> None:
         """Passes a node whose operands are broadcast to each other; ``axis`` counts from the end."""
-        self.width.linear = self.width.linear and node.op in _LINEAR_BINARY
         for place, tensor in enumerate([*node.inputs, node.outputs[0]]):
             shape = _shape(self.shapes, tensor)
             if len(shape) < -axis or shape[axis] == 1:

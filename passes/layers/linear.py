@@ -25,11 +25,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit, Refused, TwoActivations
-from channelfold.passes.operators import LINEAR_OPS, SKIP_NORMS, UNBIASED_NORMS
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, read
-
-_SEEN_THROUGH = ("Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 
 @dataclass
@@ -64,7 +62,7 @@ class Linear:
 
     @property
     def is_conv(self) -> bool:
-        return self.node.op in ("Conv", "ConvTranspose")
+        return operator(self.node).kind == "conv"
 
     @property
     def dtype(self) -> np.dtype:
@@ -262,7 +260,7 @@ class Linear:
 
 def view(graph: gs.Graph, node: gs.Node) -> Linear:
     """The view of a linear node of ``graph``. Raises Refused with the reason when it has none."""
-    if node.op not in LINEAR_OPS or not edit.is_standard(node):
+    if not operator(node).weighted:
         raise Refused(f"{node.op} is not a linear operator")
     index = 1
     if node.op == "MatMul" and _resolve(node.inputs[0]) and not _resolve(node.inputs[1]):
@@ -351,9 +349,9 @@ def _resolve(tensor: gs.Tensor) -> tuple[gs.Constant, list[gs.Node]] | None:
     chain: list[gs.Node] = []
     while not isinstance(tensor, gs.Constant):
         node = edit.producer(tensor)
-        if node is None or node.op not in _SEEN_THROUGH or not edit.is_standard(node):
+        if node is None or not (operator(node).copies or operator(node).kind == "transpose"):
             return None
-        if not all(isinstance(t, gs.Constant) for t in node.inputs[1:]):
+        if not all(isinstance(t, gs.Constant) for t in node.inputs[1:]) or operator(node).random:
             return None
         chain.append(node)
         tensor = node.inputs[0]
@@ -378,6 +376,9 @@ def _apply(node: gs.Node, values: np.ndarray) -> np.ndarray:
         return values.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
     if node.op == "Identity":
         return values
+    if node.op == "Flatten":
+        axis = node.attrs.get("axis", 1)
+        return values.reshape(math.prod(values.shape[:axis]), math.prod(values.shape[axis:]))
     given = edit.argument(node, 1, "shape" if node.op == "Reshape" else "axes")
     if node.op == "Squeeze":
         return values.squeeze(None if given is None else tuple(map(int, given)))
@@ -403,7 +404,7 @@ def live_linears(graph: gs.Graph) -> list[gs.Node]:
         readers = [reader for tensor in node.outputs for reader in tensor.outputs]
         if all(id(reader) in dead for reader in readers) and not any(edit.is_output(graph, t) for t in node.outputs):
             dead.add(id(node))
-    return [node for node in graph.nodes if node.op in LINEAR_OPS and id(node) not in dead]
+    return [node for node in graph.nodes if operator(node).weighted and id(node) not in dead]
 
 
 def blocks(linear: Linear) -> list[tuple[slice, slice]]:
@@ -428,10 +429,11 @@ def norm_parameters(node: gs.Node, scale: np.ndarray, shift: np.ndarray) -> list
 
     A beta is added where a shift needs one. Raises DoesNotFit.
     """
-    first = 2 if node.op in SKIP_NORMS else 1
+    known = operator(node)
+    first = known.gamma
     gamma = np.asarray(edit.value(node.inputs[first]))
     changed = [(first, gamma.astype(np.float64) * scale)]
-    if node.op not in UNBIASED_NORMS:  # what follows gamma there is a bias in front of the norm
+    if known.beta:
         beta = edit.value(node.inputs[first + 1]) if edit.has_input(node, first + 1) else None
         if beta is not None or np.any(shift):
             changed.append((first + 1, (0.0 if beta is None else beta.astype(np.float64)) * scale + shift))

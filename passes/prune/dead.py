@@ -33,7 +33,7 @@ from channelfold.passes.channels.groups import Group, find_groups
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.layers.linear import Linear, blocks, cast, view
-from channelfold.passes.operators import RECURRENT
+from channelfold.passes.operators import operator
 from channelfold.passes.prune import allocation
 from channelfold.passes.prune.costs import GroupCosts, Kind
 from channelfold.runtime.data.probes import shapes_of
@@ -221,7 +221,7 @@ class _Judged:
         held = np.zeros(region.size, bool)
         for (_, axis), (tensor, labels) in region.axes.items():
             cell = edit.producer(tensor)
-            if cell is not None and cell.op in RECURRENT and axis == len(shapes[tensor.name]) - 1:
+            if cell is not None and operator(cell).gates and axis == len(shapes[tensor.name]) - 1:
                 held[labels[~constants.along(cell.inputs[2], 2).zero()] - 1] = True
         return cls(region, [_Sum.of(graph, read, constants) for read in region.reads], held)
 

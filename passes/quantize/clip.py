@@ -27,6 +27,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.layers.linear import Linear, check_growth, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits, quantized_matrix
+from channelfold.passes.operators import operator
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
@@ -34,7 +35,6 @@ from channelfold.runtime.stats.statistics import ChannelStatistics, observe
 
 _RATIOS = tuple(1 - i / 20 for i in range(1, 10))
 _CHUNK = 1 << 22  # values that are in work at a time
-_ATTENTIONS = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,10 @@ def score_projections(graph: gs.Graph) -> set[int]:
     """Ids of the nodes that queries and keys are projected with: see the docstring of the module."""
     found: set[int] = set()
     for node in graph.nodes:
-        if node.op in _ATTENTIONS and edit.is_standard(node) == (node.op == "Attention"):
+        kind = operator(node).kind
+        if kind == "attention":
             found |= _sources(graph, node.inputs[:2])[0]
-        elif node.op in ("MatMul", "Einsum") and not _is_linear(graph, node):
+        elif kind in ("einsum", "matmul") and not _is_linear(graph, node):
             linears, softmax = _sources(graph, node.inputs)
             if not softmax:
                 found |= linears
@@ -202,10 +203,11 @@ def _sources(graph: gs.Graph, tensors: list[gs.Tensor]) -> tuple[set[int], bool]
         if id(node) in seen:
             continue
         seen.add(id(node))
-        softmax |= node.op == "Softmax"
+        kind = operator(node).kind
+        softmax |= kind == "softmax"
         if _is_linear(graph, node):
             linears.add(id(node))
-        elif node.op not in ("Softmax", "MatMul", "Einsum", *_ATTENTIONS):
+        elif kind not in ("attention", "einsum", "matmul", "softmax"):
             pending += [source for tensor in node.inputs if (source := edit.producer(tensor)) is not None]
     return linears, softmax
 

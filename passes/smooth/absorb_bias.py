@@ -28,7 +28,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.layers.affine import Vector, after
 from channelfold.passes.layers.linear import Linear, cast, linears, view
-from channelfold.passes.operators import LINEAR_OPS
+from channelfold.passes.operators import operator
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
@@ -138,11 +138,11 @@ def _readers(graph: gs.Graph, tensor: gs.Tensor, axis: int) -> list[tuple[Linear
         if edit.is_output(graph, tensor):
             raise Refused("an output of the graph follows it")
         for node in edit.consumers(tensor):
-            if node.op in ("Shape", "Size") and edit.is_standard(node):
+            if operator(node).asks_shape:
                 continue
             if not edit.in_graph(graph, node):
                 raise Refused("a subgraph reads it")
-            if node.op in LINEAR_OPS:
+            if operator(node).weighted:
                 found.append((_reader(graph, node, tensor, v), v))
                 continue
             if [i for i, read in enumerate(node.inputs) if read is tensor] != [0]:

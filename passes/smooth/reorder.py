@@ -27,6 +27,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Context, Outcome, Pass, Refused
 from channelfold.passes.channels.scale_regions import End, Region, Shape, trace
 from channelfold.passes.layers.linear import Linear, check_growth, linears, view
+from channelfold.passes.operators import operator
 from channelfold.runtime.data.sources import random_data
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.facts import required_inputs
@@ -84,7 +85,7 @@ class ReorderChannels(Pass):
 
 
 def _multiplies_activations(node: gs.Node) -> bool:
-    return node.op == "MatMul" and edit.is_standard(node) and not any(isinstance(t, gs.Constant) for t in node.inputs)
+    return operator(node).kind == "matmul" and not any(isinstance(t, gs.Constant) for t in node.inputs)
 
 
 def _why_unreached(graph: gs.Graph, product: gs.Node, shapes: dict[str, Shape]) -> str:
@@ -195,9 +196,9 @@ def _check_operands(graph: gs.Graph, region: Region, heads: _Heads, shapes: dict
             continue
         varied = [axis - index.ndim for axis, size in enumerate(index.shape) if size > 1]
         for node in [*tensor.inputs, *edit.consumers(tensor)]:
-            if node.op == "Gather" and _picks_channels(node, region):
+            if operator(node).kind == "gather" and _picks_channels(node, region):
                 raise Refused("Gather picks its channels one by one")
-            if node.op not in ("Mul", "Div", "Add", "Sub") or id(node) in biases:
+            if not operator(node).arithmetic or id(node) in biases:
                 continue
             for other in [t for t in node.inputs if not isinstance(t, gs.Constant) and id(t) not in region.places]:
                 shape = shapes[other.name]

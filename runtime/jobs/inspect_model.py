@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Outcome, Refused
 from channelfold.passes.layers.linear import Linear, linears, view
-from channelfold.passes.operators import LINEAR_OPS
+from channelfold.passes.operators import operator
 from channelfold.passes.quantize.static import Quantize
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
@@ -30,7 +30,7 @@ def int8_nodes(graph: gs.Graph) -> list[str]:
         node.name
         for part in all_graphs(graph)
         for node in part.nodes
-        if node.op in LINEAR_OPS and all(_is_dequantized(tensor) for tensor in node.inputs[:2])
+        if operator(node).weighted and all(_is_dequantized(tensor) for tensor in node.inputs[:2])
     ]
 
 
@@ -61,7 +61,7 @@ def inspect(
     entries: list[dict[str, Any]] = [
         {**_linear(graph, node), "quantizable": id(node) in quantizable, "reason": reasons.get(node.name, "")}
         for node in graph.nodes
-        if node.op in LINEAR_OPS
+        if operator(node).weighted
     ]
     if data is not None:
         ratios = _outlier_ratios(graph, data, progress)
@@ -80,7 +80,7 @@ def inspect(
 def costs(graph: gs.Graph) -> dict[str, int | None]:
     """``parameters`` and ``macs`` of a graph, as ``inspect`` counts them. Fills in its shapes."""
     infer_shapes(graph)
-    macs = [_linear(graph, node)["macs"] for node in graph.nodes if node.op in LINEAR_OPS]
+    macs = [_linear(graph, node)["macs"] for node in graph.nodes if operator(node).weighted]
     return {
         "parameters": sum(_elements(c.shape) or 0 for c in _constants(graph) if _is_parameter(c)),
         "macs": sum(macs) if None not in macs else None,
