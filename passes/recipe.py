@@ -44,7 +44,11 @@ from channelfold.passes.base import Pass
 from channelfold.runtime.errors import ChannelfoldError, UsageError, nearest
 
 _QUANTIZATIONS = ("quantize", "quantize-weights")
-_ANYWHERE = ("fold-constants", "remove-identities")  # they do not touch weights behind DequantizeLinear
+_ANYWHERE = (
+    "rewrite-einsum",
+    "fold-constants",
+    "remove-identities",
+)  # they do not touch weights behind DequantizeLinear
 _TAKEN_BACK = {
     ("smooth", "fold-affine"): "folds the Mul nodes that allow_insert lets it insert back into the weights",
     ("smooth", "reparameterize-ffn"): "multiplies the weights it has scaled with each other",
@@ -73,6 +77,7 @@ class _Registry(Mapping[str, type[Pass]]):
 
 PASSES: Mapping[str, type[Pass]] = _Registry(
     {
+        "rewrite-einsum": "fold.einsum:RewriteEinsum",
         "fold-constants": "fold.constants:FoldConstants",
         "remove-identities": "fold.identities:RemoveIdentities",
         "fold-pad": "fold.pad:FoldPad",
@@ -95,8 +100,8 @@ PASSES: Mapping[str, type[Pass]] = _Registry(
     }
 )
 
-_FOLD = ("fold-constants", "remove-identities", "fold-pad", "fold-affine")
-_REPARAM = ("fold-constants", "remove-identities", "reparameterize-ffn", "fold-pad", "fold-affine")
+_FOLD = ("rewrite-einsum", "fold-constants", "remove-identities", "fold-pad", "fold-affine")
+_REPARAM = ("rewrite-einsum", "fold-constants", "remove-identities", "reparameterize-ffn", "fold-pad", "fold-affine")
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "fold": _FOLD,
     "reparam": _REPARAM,

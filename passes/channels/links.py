@@ -236,7 +236,7 @@ def einsum_terms(node: gs.Node) -> list[str]:
         result = "".join(sorted(letter for letter in operands if operands.count(letter) == 1 and letter != ","))
     found = [*operands.split(","), result]
     if "." in equation or any(len({*term}) < len(term) for term in found):
-        raise InBetween(f"Einsum {equation!r}")
+        raise InBetween("Einsum with an ellipsis or a diagonal")
     return found
 
 

@@ -47,8 +47,6 @@ def test_values_scale_the_result_and_keys_the_queries(node, values, scores):
     narrow = 32 if "Multi" in node else 16
     given = {"Wq": (8, 32), "Wk": (8, narrow), "Wv": (8, narrow), "Wo": (32, 3)} | LENGTHS
     graph = make(f"{QKV} o = {node} y = MatMul(o, Wo)", **given)
-        f"{QKV} o = {node} y = MatMul(o, Wo)", Wq=(8, 32), Wk=(8, narrow), Wv=(8, narrow), Wo=(32, 3), **LENGTHS
-    )
     assert (moved(graph, "o"), moved(graph, "k")) == (values, scores)
     assert moved(graph, "q") == scores
 
