@@ -30,7 +30,7 @@ from open_set import DEFAULT
 from channelfold.passes.base import Context
 from channelfold.passes.channels.cut import cut, mask
 from channelfold.passes.channels.groups import find_groups
-from channelfold.passes.prune.prune import Prune
+from channelfold.passes.prune import Prune
 from channelfold.passes.recipe import load_recipe
 from channelfold.runtime.data.probes import random_feeds, shapes_of
 from channelfold.runtime.data.sources import Data, open_data
@@ -41,7 +41,7 @@ from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.jobs.inspect_model import costs
 from channelfold.runtime.stats.bench import latencies
 from channelfold.tests.channel_cuts import random_keep, regions_of
-from channelfold.tests.passes.test_prunable import COUNTS, NORMED, counts, graph_of, image, logits, random_weights
+from channelfold.tests.passes.prune.topologies import COUNTS, NORMED, counts, graph_of, image, logits, random_weights
 
 OPEN = (
     "crepe_tiny",
@@ -86,7 +86,7 @@ def slice_row(folder: Path, name: str) -> dict[str, Any]:
     original = graph_of(name, random_weights(1 if name in NORMED else 2)) if light else folded(folder / f"{name}.onnx")
     before, output = Snapshot.of(original), logits(original) if light else original.outputs[0].name
     feed = image(original) if light else next(iter(random_feeds(required_inputs(original), 0)))
-    shapes, worst = shapes_of(original, Context()), 0.0
+    shapes, worst = shapes_of(original), 0.0
     began = time.perf_counter()
     groups = find_groups(original, shapes)
     seconds = time.perf_counter() - began
@@ -241,7 +241,7 @@ def speed_row(folder: Path, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         paths = {"before": Path(scratch, "before.onnx"), "after": Path(scratch, "after.onnx")}
         save(original, paths["before"])
-        known_shapes = shapes_of(original, Context())
+        known_shapes = shapes_of(original)
         began = time.process_time()
         find_groups(original, known_shapes)
         grouped = time.process_time() - began

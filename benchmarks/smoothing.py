@@ -235,7 +235,8 @@ def plant(model: Path, data: Path, output: Path, insert: bool, first: int) -> di
     from channelfold.runtime.io import files
     from channelfold.runtime.io.facts import required_inputs
     from channelfold.runtime.io.shapes import measured_shapes
-    from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+    from channelfold.runtime.stats.channels import ChannelStatistics
+    from channelfold.runtime.stats.observe import by_name, observe
 
     graph = files.load(model)
     files.infer_shapes(graph)
@@ -257,7 +258,7 @@ def plant(model: Path, data: Path, output: Path, insert: bool, first: int) -> di
             continue
     readers = [[(end, end.linear) for end in region.readers() if end.linear is not None] for region in regions]
     observers = {linear.data.name: ChannelStatistics(linear.in_axis) for ends in readers for _, linear in ends}
-    observe(graph, observers, samples.first(first or len(samples)))
+    observe(graph, by_name(observers.items()), samples.first(first or len(samples)))
     rng = np.random.default_rng(0)
     facts = {"regions": 0, "classes": 0, "shifted": 0}
     for region, ends in zip(regions, readers, strict=True):

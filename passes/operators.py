@@ -37,7 +37,7 @@ class Operator:
     ``neutral``: the second operand that leaves the first one as it is. ``rectifies``: negative values come out smaller
     than positive ones. ``sums``: zeros add nothing to what it reduces. ``random``: two runs may differ.
     ``gamma``: the input of a norm that scales its result, by channel; ``beta``: whether a shift is the next one.
-    ``gates``: of a recurrent cell, the blocks of rows in its weights.
+    ``gates``: of a recurrent cell, the blocks of rows in its weights. ``sized``: the input that is the result's shape.
     """
 
     kind: str = ""
@@ -54,6 +54,7 @@ class Operator:
     gamma: int = 0
     beta: bool = False
     gates: int = 0
+    sized: int | None = None
 
     @property
     def elementwise(self) -> bool:
@@ -101,6 +102,11 @@ class Operator:
         return several and (self.moves or (bool(self.scale) and not self.joins))
 
     @property
+    def source(self) -> int | None:
+        """The one input whose channels its result has; None where several inputs are alike."""
+        return None if self.data == EVERY or self.merges else self.data[0]
+
+    @property
     def norm_axis(self) -> int:
         """The axis of the channels that a norm has gamma for."""
         return 1 if self.kind in ("batch_norm", "instance_norm", "group_norm") else -1
@@ -116,8 +122,8 @@ _WEIGHTS = {
 }  # fmt: skip
 
 
-def _move(kind: str, data: tuple[int, ...] = (0,), shift: bool = True) -> Operator:
-    return Operator(kind, data, linear=True, scale="any", shift=shift, moves=True)
+def _move(kind: str, data: tuple[int, ...] = (0,), shift: bool = True, sized: int | None = None) -> Operator:
+    return Operator(kind, data, linear=True, scale="any", shift=shift, moves=True, sized=sized)
 
 
 _ELEMENTWISE = Operator("elementwise")
@@ -178,24 +184,26 @@ _STANDARD = {
     "ArgMax ArgMin TopK": Operator("along_axis"),
 
     "Transpose": _move("transpose"),
-    "Flatten Reshape Squeeze Unsqueeze": _move("reshape"),
+    "Flatten Squeeze Unsqueeze": _move("reshape"),
+    "Reshape": _move("reshape", sized=1),
     "Concat": _move("concat", EVERY),
     "Split": _move("split"),
     "Slice": _move("slice"),
     "Gather": _move("gather"),
-    "Expand": _move("expand"),
+    "Expand": _move("expand", sized=1),
     "Tile": _move("tile"),
     "Pad": _move("pad", (0, 2), shift=False),
     "DepthToSpace SpaceToDepth": Operator("depth_to_space", linear=True, scale="any", shift=True),
     "GatherElements GatherND": _move(""),
     "ScatterElements ScatterND": _move("", (0, 2)),
-    "Resize Upsample": Operator("resize", linear=True, scale="any", shift=True),
+    "Resize": Operator("resize", linear=True, scale="any", shift=True, sized=3),
+    "Upsample": Operator("resize", linear=True, scale="any", shift=True),
     "GridSample RoiAlign": Operator("sampled", linear=True, scale="any"),
     "MaxRoiPool": Operator("sampled", scale="positive"),
 
     "Shape": Operator("shape"),
     "Size": Operator("size"),
-    "ConstantOfShape": Operator("constant_of_shape"),
+    "ConstantOfShape": Operator("constant_of_shape", sized=0),
     "DequantizeLinear QuantizeLinear": Operator("quantize"),
     "DynamicQuantizeLinear": Operator("dynamic_quantize"),
     "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike": Operator(random=True),

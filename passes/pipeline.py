@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -43,8 +43,7 @@ WHOLE = "(whole graph)"  # what a record names where no single node is to blame
 class RaiseOpset(Pass):
     """Raises the graph to an opset with ONNX's version converter. The pipeline runs it for passes that need it."""
 
-    name: ClassVar[str] = "raise-opset"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
+    name, kind = "raise-opset", "exact"
 
     opset: int
 

@@ -25,7 +25,7 @@ from channelfold.passes.layers.linear import blocks, view
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
-from channelfold.runtime.io.files import export, session
+from channelfold.runtime.io.files import alone, export, session
 
 
 @dataclass(frozen=True)
@@ -200,17 +200,10 @@ class ConstantChannels:
 
     def _run(self, node: gs.Node, feed: dict[int, np.ndarray]) -> np.ndarray | None:
         """The first output of a node on other inputs, None where nothing can run it."""
-        inputs: list[gs.Tensor] = [
-            gs.Variable(f"x{k}", feed[k].dtype, feed[k].shape) if k in feed else gs.Variable.empty()
-            for k in range(len(node.inputs))
-        ]
-        result = gs.Variable("y", node.outputs[0].dtype or next(iter(feed.values())).dtype)
-        copy = gs.Node(node.op, "node", dict(node.attrs), inputs, [result], domain=node.domain)
-        given = [t for t in inputs if not t.is_empty()]
-        part = gs.Graph([copy], given, [result], opset=self._graph.opset, import_domains=self._graph.import_domains)
-        named = {f"x{k}": values for k, values in feed.items()}
+        kind = node.outputs[0].dtype or next(iter(feed.values())).dtype
+        part, named = alone(self._graph, node, feed, [kind])
         try:
-            return np.asarray(session(part, optimize=False).run(named)["y"])
+            return np.asarray(session(part, optimize=False).run(named)["o0"])
         except ModelError:  # ONNX Runtime has no kernel for this type
             return _evaluated(part, named)
 

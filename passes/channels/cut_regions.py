@@ -354,11 +354,11 @@ class _Tracer(Classes):
 
     def _role(self, node: gs.Node, port: int, axis: int) -> tuple[str, gs.Node]:
         """Whether a constant is a weight that makes the channels or sums over them, and whose."""
-        if node.op == "Gather" and port == 0:
-            return "out" if axis > 0 else "", node
-        if port in operator(node).weights:
-            return self._weight_role(node, port, axis), node
         known = operator(node)
+        if known.kind == "gather" and port == 0:
+            return "out" if axis > 0 else "", node
+        if port in known.weights:
+            return self._weight_role(node, port, axis), node
         if (known.copies or known.kind in ("quantize", "transpose")) and port == 0:
             for result in self._moved_to(node, axis):
                 for layer in edit.consumers(node.outputs[0]):

@@ -32,7 +32,7 @@ from channelfold.passes.layers.affine import find_affine
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
-from channelfold.runtime.io.files import free_name, session
+from channelfold.runtime.io.files import alone, free_name, session
 from channelfold.runtime.io.shapes import LazyShapes
 
 NOWHERE = -1  # the place of constants among data
@@ -319,18 +319,8 @@ class Reader:
 
     def run(self, node: gs.Node, feed: Mapping[int, np.ndarray]) -> list[np.ndarray]:
         """The outputs of one node for inputs by position, whatever types it had before."""
-        inputs = [
-            gs.Variable(f"i{i}", feed[i].dtype, feed[i].shape) if i in feed else gs.Variable.empty()
-            for i in range(len(node.inputs))
-        ]
-        outputs = [gs.Variable(f"o{i}", np.int64) for i in range(len(node.outputs))]
-        copy = gs.Node(node.op, node.name, dict(node.attrs), inputs, outputs, node.domain)
-        part = self._part([copy], [inputs[i] for i in feed], outputs)
-        found = session(part, optimize=False).run({f"i{i}": np.ascontiguousarray(array) for i, array in feed.items()})
-        return [found[t.name] for t in outputs]
-
-    def _part(self, nodes: list[gs.Node], inputs: list[gs.Variable], outputs: list[gs.Tensor]) -> gs.Graph:
-        return gs.Graph(nodes, inputs, outputs, opset=self.graph.opset, import_domains=self.graph.import_domains)
+        part, named = alone(self.graph, node, feed, [np.dtype(np.int64)] * len(node.outputs))
+        return list(session(part, optimize=False).run(named).values())
 
     # ---- what does not depend on the roots ---------------------------------------------------------------------------
 
@@ -369,7 +359,8 @@ class Reader:
             return
         order = {id(node): place for place, node in enumerate(self.graph.nodes)}
         nodes = sorted({id(node): node for node in nodes}.values(), key=lambda node: order[id(node)])
-        part = self._part(nodes, list(known.values()), [tensor])
+        opset, domains = self.graph.opset, self.graph.import_domains
+        part = gs.Graph(nodes, list(known.values()), [tensor], opset=opset, import_domains=domains)
         try:
             computed = session(part, optimize=False).run({name: self.values[name] for name in known})
         except ModelError as error:

@@ -37,9 +37,8 @@ def data_input(node: gs.Node) -> int | None:
     known = operator(node)
     if known.kind == "rotary":
         return 0
-    if not known.scale or known.kind not in _FOLLOWED or known.joins or len(known.data) > 1 + (known.kind == "pad"):
-        return None
-    return known.data[0] if edit.has_input(node, known.data[0]) else None
+    source = known.source if known.scale and known.kind in _FOLLOWED else None
+    return source if source is not None and edit.has_input(node, source) else None
 
 
 def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.ndarray:

@@ -16,8 +16,6 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
-_SHAPED = {"Reshape": 1, "Expand": 1, "Resize": 3, "ConstantOfShape": 0}  # the input that is a shape
-
 ShapeOf = Callable[[gs.Tensor], tuple[int, ...] | None]
 
 
@@ -149,7 +147,7 @@ def readers_of_size(graph: gs.Graph, node: gs.Node, axis: int, shape_of: ShapeOf
             for port in (k for k, other in enumerate(reader.inputs) if other is tensor):
                 if not edit.in_graph(graph, reader) or not edit.is_standard(reader):
                     return None
-                if _SHAPED.get(reader.op) == port:
+                if operator(reader).sized == port:
                     found.append((reader, element))
                     continue
                 moved = _moved(reader, port, element, shape_of)

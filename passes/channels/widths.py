@@ -227,7 +227,7 @@ class _Tracer:
         known = operator(node)
         if any(not t.is_empty() for t in node.outputs[1:]):
             raise InBetween(f"{node.op}")
-        self.width.linear = self.width.linear and known.linear and known.kind != "pool"
+        self.width.linear = self.width.linear and known.linear
         if known.elementwise:
             self.operands(node, axis - len(_shape(self.shapes, tensor)))
             return

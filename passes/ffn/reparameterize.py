@@ -25,14 +25,14 @@ weights to rewrite.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.cones import cone
 from channelfold.passes.channels.functions import CONSTANT, MIXED, Function, Functions
+from channelfold.passes.ffn import ReparameterizeFfn
 from channelfold.passes.ffn.pairs import Pair, Pairs
 from channelfold.passes.layers.affine import Affine, as_affine
 from channelfold.passes.layers.linear import Linear, cast
@@ -41,16 +41,7 @@ from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, infer_shapes
 
 
-@dataclass(frozen=True)
-class ReparameterizeFfn(Pass):
-    """Folds FFN channels that bypass the activation into one dense layer beside the others."""
-
-    name: ClassVar[str] = "reparameterize-ffn"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-    needs_opset: ClassVar[int] = 7  # before it, constants broadcast by attributes, and norms train by default
-
-    always: bool = False
-
+class Work(ReparameterizeFfn):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome, pairs, nodes = Outcome(), Pairs(graph, ctx.calibration), list(graph.nodes)

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
+from channelfold.passes.fold import FoldAffine
 from channelfold.passes.layers.affine import Affine, Vector, after, as_affine, before, find_affine
 from channelfold.passes.layers.linear import Linear, cast, check_growth, norm_parameters, view
 from channelfold.passes.operators import operator
@@ -47,16 +47,7 @@ class _Way:
         return not (self.no_scale and np.any(part[0] != 1)) and not (self.no_shift and np.any(part[1] != 0))
 
 
-@dataclass(frozen=True)
-class FoldAffine(Pass):
-    """Folds BatchNormalization and other constant channel-wise scales and shifts into neighbouring weights."""
-
-    name: ClassVar[str] = "fold-affine"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
-    def opset_for(self, graph: gs.Graph) -> int:
-        return 7  # before it, constants broadcast by attributes, and BatchNormalization is in training by default
-
+class Work(FoldAffine):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()

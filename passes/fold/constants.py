@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome
+from channelfold.passes.fold import FoldConstants
 from channelfold.passes.layers.linear import GROWTH_LIMIT
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
@@ -31,13 +32,7 @@ from channelfold.runtime.io.files import infer_shapes, session, stored
 _BATCH = 1 << 26  # bytes of values that are computed in one session
 
 
-@dataclass(frozen=True)
-class FoldConstants(Pass):
-    """Computes everything that depends on constants alone, once."""
-
-    name: ClassVar[str] = "fold-constants"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
+class Work(FoldConstants):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()

@@ -16,31 +16,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.links import einsum_terms
+from channelfold.passes.fold import RewriteEinsum
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, infer_shapes
 
-_OPSET = 13  # at which the axes of Unsqueeze are an input
 _HELD = {"Reshape": "shape", "Unsqueeze": "axes"}
 
 
-@dataclass(frozen=True)
-class RewriteEinsum(Pass):
-    """Writes Einsum as the Transpose, Mul or MatMul that it is."""
-
-    name: ClassVar[str] = "rewrite-einsum"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
-    def opset_for(self, graph: gs.Graph) -> int:
-        return _OPSET if _einsums(graph) else 0
-
+class Work(RewriteEinsum):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
         found = _einsums(graph)
@@ -141,6 +131,8 @@ def _write(graph: gs.Graph, node: gs.Node, plan: _Plan) -> list[str]:
     def add(op: str, inputs: list[gs.Tensor], values: list[int] | None = None) -> gs.Variable:
         name = f"{node.name}_{op.lower()}"
         attrs = {"perm": values} if op == "Transpose" else {}
+        if op == "Unsqueeze" and graph.opset < 13:
+            attrs = {"axes": values}
         if values is not None and not attrs:
             inputs = [*inputs, constant(graph, f"{name}_{_HELD[op]}", np.array(values, np.int64))]
         result = gs.Variable(free_name(graph, name), output.dtype)

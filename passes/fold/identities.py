@@ -8,14 +8,12 @@ Where both ends carry names that callers use (an input that is passed to an outp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
-
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome
+from channelfold.passes.fold import RemoveIdentities
 from channelfold.passes.operators import EVERY, operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
@@ -23,13 +21,7 @@ from channelfold.runtime.io.files import infer_shapes
 _SIZE_LIMIT = 1 << 16  # elements of a constant that is looked through for anything but zeros or ones
 
 
-@dataclass(frozen=True)
-class RemoveIdentities(Pass):
-    """Removes nodes that return what they are given, and nodes nobody reads."""
-
-    name: ClassVar[str] = "remove-identities"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
+class Work(RemoveIdentities):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()

@@ -178,7 +178,7 @@ def after(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
 def passes(node: gs.Node, v: Vector) -> Vector:
     """What a node asks of a map on its first input, so that the map may be on its output instead. Raises Refused."""
     op, known = node.op, operator(node)
-    kept = known.scale and known.kind in _PASSED and not known.joins and not known.merges and op != "Cast"
+    kept = known.scale and known.kind in _PASSED and known.source == 0 and op != "Cast"
     if not kept or any(not t.is_empty() for t in node.outputs[1:]):  # what a Cast rounds to is another number
         raise InBetween(op)
     if known.kind == "pool" and v.axis is not None and v.axis > 1:

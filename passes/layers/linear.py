@@ -17,6 +17,7 @@ Gather keeps E.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -24,7 +25,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import DoesNotFit, Refused, TwoActivations
+from channelfold.passes.base import DoesNotFit, Outcome, Refused, TwoActivations
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, read
@@ -376,7 +377,7 @@ def _apply(node: gs.Node, values: np.ndarray) -> np.ndarray:
         return values.transpose(node.attrs.get("perm"))
     if node.op == "Cast":
         return values.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
-    if node.op == "Identity":
+    if operator(node).elementwise:
         return values
     if node.op == "Flatten":
         axis = node.attrs.get("axis", 1)
@@ -414,6 +415,20 @@ def _holds_weight(node: gs.Node) -> bool:
     known = operator(node)
     held = (node.inputs[i] for i in known.weights if edit.has_input(node, i))
     return known.kind != "embedding" and any(isinstance(tensor, gs.Constant) for tensor in held)
+
+
+def usable(graph: gs.Graph, outcome: Outcome, why_not: Callable[[Linear], str], says: str) -> Iterator[Linear]:
+    """The live linears with a weight that ``why_not`` has nothing against; refuses the others: ``says``, and why."""
+    for node in live_linears(graph):
+        try:
+            linear = view(graph, node)
+            reason = why_not(linear)
+        except Refused as error:
+            reason = str(error)
+        if reason:
+            outcome.refuse(node.name, f"{node.op} {says}: {reason}", reason)
+        else:
+            yield linear
 
 
 def blocks(linear: Linear) -> list[tuple[slice, slice]]:

@@ -22,6 +22,7 @@ from functools import cached_property
 
 import numpy as np
 
+from channelfold.passes.layers.formats import Format
 from channelfold.passes.layers.linear import Linear
 
 ROWS = 256  # of the sample that errors are measured on
@@ -37,6 +38,11 @@ class Bits:
     activation: int = 8
     weight: int = 8
     group: int = 0
+
+    @property
+    def format(self) -> Format:
+        """Of the weight: symmetric per output channel, asymmetric in groups."""
+        return Format(self.weight, self.group, symmetric=not self.group)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class LayerError:
         scale = np.asarray(scale, np.float32)
         moved = (self.rows - np.asarray(shift, np.float32)) / scale
         weight = self.matrix * scale
-        error = _energy(moved @ (quantized_matrix(weight, self.bits) - weight).T) * SYSTEMATIC
+        error = _energy(moved @ (self.bits.format.rounded(weight) - weight).T) * SYSTEMATIC
         if self.bits.activation:
             error += _energy((quantized_activation(moved, self.bits.activation) - moved) @ weight.T)
         return float(self._row_weights @ error) / 2
@@ -97,25 +103,6 @@ def quantized_activation(values: np.ndarray, bits: int) -> np.ndarray:
     levels = 2 ** (bits - 1) - 1
     step = np.float32(max(float(np.abs(values).max(initial=0.0)) / levels, 1e-30))
     return np.rint(values / step) * step
-
-
-def quantized_matrix(matrix: np.ndarray, bits: Bits) -> np.ndarray:
-    """Symmetric per output channel, or asymmetric round-to-nearest in groups of ``bits.group`` inputs."""
-    if not bits.group:
-        levels = 2 ** (bits.weight - 1) - 1
-        step = np.maximum(np.abs(matrix).max(axis=1, keepdims=True) / levels, np.float32(1e-30))
-        return np.rint(matrix / step) * step
-    outs, ins = matrix.shape
-    groups = -(-ins // bits.group)
-    padded = np.zeros((outs, groups * bits.group), np.float32)
-    padded[:, :ins] = matrix
-    parts = padded.reshape(outs, groups, bits.group)
-    low, high = np.minimum(parts.min(axis=2), 0)[..., None], np.maximum(parts.max(axis=2), 0)[..., None]
-    levels = 2**bits.weight - 1
-    step = np.maximum((high - low) / levels, np.float32(1e-30))
-    zero = np.rint(-low / step)
-    rounded = (np.clip(np.rint(parts / step) + zero, 0, levels) - zero) * step
-    return rounded.reshape(outs, -1)[:, :ins]
 
 
 def _some(matrix: np.ndarray) -> np.ndarray:

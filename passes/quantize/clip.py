@@ -16,59 +16,37 @@ Source: Lin et al., AWQ, MLSys 2024, and its released code.
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
-from channelfold.passes.layers.linear import Linear, check_growth, live_linears, view
-from channelfold.passes.layers.quantization_error import ROWS, Bits, quantized_matrix
+from channelfold.passes.base import Context, Outcome, Refused
+from channelfold.passes.layers.linear import Linear, check_growth, usable, view
+from channelfold.passes.layers.quantization_error import ROWS, Bits
 from channelfold.passes.operators import operator
-from channelfold.runtime.errors import DataError, UsageError
+from channelfold.passes.quantize import ClipWeights
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import by_name, observe
 
 _RATIOS = tuple(1 - i / 20 for i in range(1, 10))
 _CHUNK = 1 << 22  # values that are in work at a time
 
 
-@dataclass(frozen=True)
-class ClipWeights(Pass):
-    """Clips the weights of linears without a kernel for a quantizer of ``weight_bits`` in groups of ``group_size``.
-
-    ``group_size`` 0: one symmetric scale per output channel. ``exclude``: patterns of node names (``*`` and ``?``).
-    Raises UsageError for an option out of its range.
-    """
-
-    name: ClassVar[str] = "clip-weights"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "calibrated"
-
-    weight_bits: int = 4
-    group_size: int = 128
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("weight_bits", 2, 16), ("group_size", 0, 1 << 20)):
-            if not low <= getattr(self, name) <= high:
-                raise UsageError(f"{name!r} is {getattr(self, name)}", f"Expected {low} to {high}")
-
+class Work(ClipWeights):
     @property
     def bits(self) -> Bits:
         return Bits(0, self.weight_bits, self.group_size)
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        if ctx.calibration is None:
-            raise DataError("Clipping weights needs calibration data", "Give some with --calibration")
         outcome = Outcome()
         infer_shapes(graph)
-        sites = list(self._sites(graph, outcome))
+        scores = score_projections(graph)
+        sites = list(usable(graph, outcome, lambda linear: self._why_not(linear, scores), "stays as it is"))
         observers = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites}
-        observe(graph, observers, ctx.calibration, ctx.progress)
+        observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
         facts = []
         for number, site in enumerate(sites):
             ctx.progress("Clipping weights", number, len(sites))
@@ -79,23 +57,11 @@ class ClipWeights(Pass):
         outcome.facts = {"sites": facts}
         return outcome
 
-    def _sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Linear]:
-        scores = score_projections(graph)
-        for node in live_linears(graph):
-            try:
-                linear = view(graph, node)
-                reason = "it projects queries or keys" if id(node) in scores else self._why_not(linear)
-            except Refused as error:
-                reason = str(error)
-            if reason:
-                outcome.refuse(node.name, f"{node.op} stays as it is: {reason}", reason)
-            else:
-                yield linear
-
-    def _why_not(self, linear: Linear) -> str:
-        pattern = next((p for p in self.exclude if fnmatch.fnmatchcase(linear.name, p)), None)
-        if pattern is not None:
-            return f"excluded by pattern {pattern!r}"
+    def _why_not(self, linear: Linear, scores: set[int]) -> str:
+        if id(linear.node) in scores:
+            return "it projects queries or keys"
+        if reason := self.patterns.why_not(linear.name):
+            return reason
         if any(size > 1 for size in linear.kernel):
             return "it has a kernel"
         return "it has groups" if linear.groups > 1 else ""
@@ -143,7 +109,7 @@ def clipped_matrix(
         exact = part.astype(np.float32) @ flat.T
         signal += np.square(exact, dtype=np.float64).sum()
         for place, values in enumerate((part, new[start : start + step])):
-            error = quantized_matrix(values.astype(np.float32), bits) @ flat.T - exact
+            error = bits.format.rounded(values.astype(np.float32)) @ flat.T - exact
             noise[place] += np.square(error, dtype=np.float64).sum()
         clipped += int(better.sum())
     before, after = noise / signal if signal else np.zeros(2)
@@ -158,7 +124,7 @@ def _limits(part: np.ndarray, inputs: np.ndarray, bits: Bits) -> tuple[np.ndarra
 
     def errors(limits: np.ndarray) -> np.ndarray:
         bounds = np.repeat(limits, size, axis=1)[:, :ins]
-        lost = _grouped(quantized_matrix(np.clip(part, -bounds, bounds), bits) - part, size)
+        lost = _grouped(bits.format.rounded(np.clip(part, -bounds, bounds)) - part, size)
         made = lost.transpose(1, 0, 2) @ by_group  # (groups, out, n)
         return np.einsum("gon,gon->og", made, made, dtype=np.float64)
 

@@ -25,15 +25,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit
+from channelfold.passes.layers.formats import INT8, SCALES, positive_scale
 from channelfold.passes.layers.linear import Linear, linears, live_linears
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
-
-_CHUNK = 1 << 22  # weight values quantized at once
-_SMALLEST = {  # scale of each type; 2^-17 is not normal in float16, but 127 s is still off by s / 2 at most
-    np.dtype(np.float16): 2.0**-17,
-    np.dtype(np.float32): 2.0**-126,
-}
 
 
 @dataclass(frozen=True)
@@ -51,33 +46,6 @@ class Range:
         return scale, np.array(np.clip(np.rint(-self.low / float(scale)), 0, 255), np.uint8)
 
 
-def positive_scale(limit: np.ndarray | float, levels: int, dtype: np.dtype) -> np.ndarray:
-    """limit / levels in ``dtype``, which is float32 or float16; never zero."""
-    return np.maximum(np.asarray(limit, np.float64) / levels, _SMALLEST[np.dtype(dtype)]).astype(dtype)
-
-
-def quantize_weight(
-    weight: np.ndarray, dtype: np.dtype, floor: np.ndarray | float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric int8 per output channel of a weight (out, ...): (values int8, scales (out,) in ``dtype``).
-
-    No scale is below ``floor``, (out,) or a scalar.
-    """
-    limits = np.broadcast_to(np.asarray(floor, np.float64) * 127, weight.shape[:1])
-    outs = weight.shape[0]
-    rows = max(1, _CHUNK // max(1, weight[0].size if outs else 1))
-    values = np.empty(weight.shape, np.int8)
-    scales = np.empty(outs, dtype)
-    for start in range(0, outs, rows):
-        part = np.asarray(weight[start : start + rows], np.float32)
-        peak = np.abs(part.reshape(part.shape[0], -1)).max(axis=1, initial=0.0)
-        scale = positive_scale(np.maximum(peak, limits[start : start + rows]), 127, dtype)
-        scales[start : start + rows] = scale
-        steps = np.asarray(scale, np.float32).reshape(-1, *[1] * (part.ndim - 1))
-        values[start : start + rows] = np.clip(np.rint(part / steps), -127, 127)
-    return values, scales
-
-
 def opset_of_scales(graph: gs.Graph) -> int:
     """The opset at which a DequantizeLinear by channel can have the types of this graph's weights as scales."""
     return 19 if any(linear.dtype == np.float16 for linear in linears(graph)) else 13
@@ -85,7 +53,7 @@ def opset_of_scales(graph: gs.Graph) -> int:
 
 def why_not_int8(linear: Linear) -> str:
     """Why a weight cannot be int8 by channel, whatever the target; empty when it can."""
-    if linear.dtype not in _SMALLEST:
+    if linear.dtype not in SCALES:
         return f"it computes in {linear.dtype}, expected float32 or float16"
     bias = linear.bias()
     if not np.isfinite(linear.weight()).all() or (bias is not None and not np.isfinite(bias).all()):
@@ -169,7 +137,7 @@ class Inserter:
         alpha = linear.node.attrs.get("alpha", 1.0) if linear.node.op == "Gemm" else 1.0
         floor = self._smallest_scale(linear, seen)
         weight = linear.weight()
-        values, scales = quantize_weight(weight, linear.dtype, floor)
+        values, scales = INT8.codes(weight, linear.dtype, floor)
         if mean is not None and (linear.node.op != "MatMul" or linear.bias_node is not None):
             steps = np.asarray(scales, np.float32).reshape(-1, *[1] * (weight.ndim - 1))
             old = linear.bias()

@@ -21,53 +21,31 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.channels.widths import Width, read_by
 from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS
-from channelfold.runtime.errors import DataError, UsageError
+from channelfold.passes.smooth import MergeChannels
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import by_name, observe
 
 
-@dataclass(frozen=True)
-class MergeChannels(Pass):
-    """Merges pairs of similar channels, where channels were split or the width is no multiple of ``align``.
-
-    ``align``: every width that is no multiple of it goes down to the next one; 0 brings what ``split-channels`` made
-    wider back to the width before. ``max_change``: of the outputs of the linears behind, squared, relative; a site past
-    it stays. Raises UsageError for an option out of its range.
-    """
-
-    name: ClassVar[str] = "merge-channels"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "calibrated"
-
-    align: int = 0
-    max_change: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.align < 0:
-            raise UsageError(f"'align' is {self.align}", "Expected 0 or more")
-        if not self.max_change >= 0:
-            raise UsageError(f"'max_change' is {self.max_change:g}", "Expected 0 or more")
-
+class Work(MergeChannels):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        feed = next(iter(ctx.calibration or ()), None)
-        if ctx.calibration is None or feed is None:
-            raise DataError("Merging channels needs calibration data", "Give some with --calibration")
         outcome = Outcome()
         infer_shapes(graph)
-        shapes = measured_shapes(graph, feed)
+        shapes = measured_shapes(graph, self.feed(ctx))
         sites = list(self._sites(graph, shapes, outcome))
         observers = {linear.data.name: ChannelStatistics(linear.in_axis, ROWS) for linear in sites}
-        observe(graph, observers, ctx.calibration, ctx.progress)
+        observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
         facts = []
         for number, linear in enumerate(sites):
             ctx.progress("Merging channels", number, len(sites))

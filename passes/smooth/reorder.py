@@ -19,15 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.scale_regions import End, Region, Shape, trace
 from channelfold.passes.layers.linear import Linear, check_growth, linears, view
 from channelfold.passes.operators import operator
+from channelfold.passes.smooth import ReorderChannels
 from channelfold.runtime.data.sources import random_data
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.facts import required_inputs
@@ -52,13 +53,7 @@ def block_floating_point(values: np.ndarray, block: int = BLOCK, mantissa: int =
     return (np.clip(np.rint(blocks / step), -limit, limit) * step).reshape(padded.shape)[..., :count]
 
 
-@dataclass(frozen=True)
-class ReorderChannels(Pass):
-    """Sorts the channels of keys and values by magnitude inside each attention head."""
-
-    name: ClassVar[str] = "reorder-channels"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
+class Work(ReorderChannels):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()

@@ -8,23 +8,22 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context
-from channelfold.runtime.data.sources import random_data
+from channelfold.runtime.data.sources import Data, random_data
 from channelfold.runtime.errors import DataError, ModelError
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.session import Feed, TensorSpec
 from channelfold.runtime.io.shapes import Shape, measured_shapes, shapes_on
 
 
-def shapes_of(graph: gs.Graph, ctx: Context) -> dict[str, Shape]:
-    """The shapes of all tensors, on a calibration sample or else on the first random feed that runs.
+def shapes_of(graph: gs.Graph, data: Data | None = None, seed: int = 0) -> dict[str, Shape]:
+    """The shapes of all tensors, on the first sample of ``data`` or else on the first random feed that runs.
 
     Where none does, what shape inference knows.
     """
-    if ctx.calibration is not None and (feed := next(iter(ctx.calibration), None)) is not None:
+    if data is not None and (feed := next(iter(data), None)) is not None:
         return measured_shapes(graph, feed)
     try:
-        for feed in random_feeds(required_inputs(graph), ctx.seed):
+        for feed in random_feeds(required_inputs(graph), seed):
             try:
                 return measured_shapes(graph, feed)
             except ModelError:

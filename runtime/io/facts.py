@@ -20,7 +20,7 @@ def required_inputs(graph: gs.Graph) -> tuple[TensorSpec, ...]:
     """The inputs that a feed must have, as ONNX Runtime would describe them, without opening a session."""
     carried = vars(graph).get("carried")
     defaults = {tensor.name for tensor in carried.graph.initializer} if carried else set()
-    return tuple(spec for spec in map(_spec, graph.inputs) if spec.name not in defaults)
+    return tuple(one for one in map(spec, graph.inputs) if one.name not in defaults)
 
 
 def model_facts(path: Path, graph: gs.Graph) -> dict[str, Any]:
@@ -42,6 +42,6 @@ def external_files(path: Path) -> list[Path]:
     return [path.parent / name for name in sorted(names - {path.name})]
 
 
-def _spec(tensor: Any) -> TensorSpec:
+def spec(tensor: Any) -> TensorSpec:
     dtype = tensor.dtype if isinstance(tensor.dtype, np.dtype) and tensor.dtype.kind != "V" else None
     return TensorSpec(tensor.name, dtype, tuple(tensor.shape or ()))

@@ -20,7 +20,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,12 +41,13 @@ from channelfold.runtime.io.convert import (
     tensor_type,
 )
 from channelfold.runtime.io.opset import raise_opset
-from channelfold.runtime.io.session import Session
+from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.weights import SPILL_LIMIT, MappedFile, MappedValues, Scratch, packed, read
 
 __all__ = [
-    "Carried", "MappedValues", "all_graphs", "check", "constant", "export", "free_name", "import_model", "infer_shapes",
-    "load", "open_model", "packed", "raise_opset", "read", "save", "session", "stored", "weightless", "writing",
+    "Carried", "MappedValues", "all_graphs", "alone", "check", "constant", "export", "free_name", "import_model",
+    "infer_shapes", "load", "open_model", "packed", "raise_opset", "read", "save", "session", "stored", "weightless",
+    "writing",
 ]  # fmt: skip
 
 EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data
@@ -266,6 +267,25 @@ def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -
         del model.graph.output[:]
         model.graph.output.extend(types.get(name) or onnx.ValueInfoProto(name=name) for name in outputs)
     return open_model(model, weights, **options)
+
+
+def alone(
+    graph: gs.Graph, node: gs.Node, feed: Mapping[int, np.ndarray], kinds: Sequence[np.dtype]
+) -> tuple[gs.Graph, Feed]:
+    """A graph of one node, with other inputs, and the feed for it.
+
+    ``feed``: the values of the inputs by position; the others are left out. ``kinds``: the types of the first outputs,
+    ``o0``, ``o1`` …
+    """
+    named = {f"i{place}": np.ascontiguousarray(values) for place, values in feed.items()}
+    inputs = [
+        gs.Variable(f"i{place}", feed[place].dtype, feed[place].shape) if place in feed else gs.Variable.empty()
+        for place in range(len(node.inputs))
+    ]
+    outputs = [gs.Variable(f"o{place}", kind) for place, kind in enumerate(kinds)]
+    copy = gs.Node(node.op, node.name, dict(node.attrs), inputs, outputs, node.domain)
+    given = [inputs[place] for place in feed]
+    return gs.Graph([copy], given, outputs, opset=graph.opset, import_domains=graph.import_domains), named
 
 
 def open_model(model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.ndarray]], **options: Any) -> Session:

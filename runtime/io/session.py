@@ -107,6 +107,11 @@ class Session:
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
 
+    def accepted(self, feed: Feed) -> Feed:
+        """The part of a feed that the model has inputs for; what nothing reads may have gone from it."""
+        known = {spec.name for spec in self.inputs}
+        return {name: values for name, values in feed.items() if name in known}
+
     def run(self, feed: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Runs one feed; returns the named outputs (all of them by default) by name. Raises ModelError."""
         names = list(outputs) if outputs is not None else [spec.name for spec in self.outputs]

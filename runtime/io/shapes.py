@@ -51,8 +51,7 @@ def measured_shapes(graph: gs.Graph, feed: Feed) -> dict[str, Shape]:
         model.graph.node.append(onnx.helper.make_node("Shape", [name], [f"{name}__shape"]))
         model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}__shape", onnx.TensorProto.INT64, None))
     session = open_model(model, weights, optimize=False)
-    inputs = {spec.name for spec in session.inputs}
-    found = session.run({name: values for name, values in feed.items() if name in inputs})
+    found = session.run(session.accepted(feed))
     return known | {name: tuple(map(int, found[f"{name}__shape"])) for name in names}
 
 

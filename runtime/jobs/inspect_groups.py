@@ -26,7 +26,7 @@ def describe(graph: gs.Graph, seed: int = 0) -> list[dict[str, Any]]:
     for step in load_recipe("fold").passes:
         step.apply(graph, Context())
     infer_shapes(graph)
-    shapes = shapes_of(graph, Context(seed=seed))
+    shapes = shapes_of(graph, seed=seed)
     groups = find_groups(graph, shapes)
     costs = GroupCosts(graph, groups, shapes)
     macs, parameters = (_alone(costs, kind, len(groups)) for kind in ("macs", "parameters"))

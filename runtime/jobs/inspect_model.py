@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Outcome, Refused
 from channelfold.passes.layers.linear import Linear, linears, view
 from channelfold.passes.operators import operator
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.quantize.static import Work
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
 from channelfold.runtime.io import edit
-from channelfold.runtime.io.facts import _spec, external_files
+from channelfold.runtime.io.facts import external_files, spec
 from channelfold.runtime.io.files import all_graphs, infer_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe, outlier_ratio
+from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
+from channelfold.runtime.stats.observe import by_name, observe
 
 
 def int8_nodes(graph: gs.Graph) -> list[str]:
@@ -56,7 +56,7 @@ def inspect(
     """
     infer_shapes(graph)
     refused = Outcome()
-    quantizable = {id(site.node) for site in Quantize()._sites(graph, refused)}
+    quantizable = {id(site.node) for site in Work().sites(graph, refused)}
     reasons = {refusal.node: refusal.code or refusal.reason for refusal in refused.refused}
     entries: list[dict[str, Any]] = [
         {**_linear(graph, node), "quantizable": id(node) in quantizable, "reason": reasons.get(node.name, "")}
@@ -68,8 +68,8 @@ def inspect(
         entries = [entry | {"outlier_ratio": ratios.get(entry["node"])} for entry in entries]
     norms = Counter(n.op for part in all_graphs(graph) for n in part.nodes if n.op.endswith("Normalization"))
     return {
-        "inputs": [str(_spec(tensor)) for tensor in graph.inputs],
-        "outputs": [str(_spec(tensor)) for tensor in graph.outputs],
+        "inputs": [str(spec(tensor)) for tensor in graph.inputs],
+        "outputs": [str(spec(tensor)) for tensor in graph.outputs],
         **costs(graph),
         "norms": dict(norms),
         "external_data": [{"path": str(f), "bytes": f.stat().st_size} for f in external_files(path)],
@@ -90,23 +90,10 @@ def costs(graph: gs.Graph) -> dict[str, int | None]:
 def _outlier_ratios(graph: gs.Graph, data: Data, progress: Callable[[str, int, int], None]) -> dict[str, float | None]:
     """``outlier_ratio`` of what each linear node reads, by the node's name."""
     found = [linear for linear in linears(graph) if isinstance(linear.data, gs.Variable)]
-    seen: dict[str, _ByAxis] = {}
-    for linear in found:
-        seen.setdefault(linear.data.name, _ByAxis()).axes[linear.in_axis] = ChannelStatistics(linear.in_axis)
-    observe(graph, seen, data, progress)
-    reached = [(linear.name, seen[linear.data.name].axes[linear.in_axis]) for linear in found]
+    seen = {(linear.data.name, linear.in_axis): ChannelStatistics(linear.in_axis) for linear in found}
+    observe(graph, by_name((name, statistics) for (name, _), statistics in seen.items()), data, progress)
+    reached = [(linear.name, seen[linear.data.name, linear.in_axis]) for linear in found]
     return {name: outlier_ratio(statistics.amax) for name, statistics in reached if statistics.positions}
-
-
-@dataclass(frozen=True)
-class _ByAxis:
-    """Shows a tensor to statistics of each axis that some linear node reads it along."""
-
-    axes: dict[int, ChannelStatistics] = field(default_factory=dict)
-
-    def add(self, values: np.ndarray) -> None:
-        for statistics in self.axes.values():
-            statistics.add(values)
 
 
 def _linear(graph: gs.Graph, node: gs.Node) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,26 @@ class GateMissed(GateError):
         self.record = record
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where data come from: paths, Python objects (``open_data``) or ``Data``.
+
+    ``random``: so many random samples, in place of the calibration data, or of those that ``diff`` evaluates on.
+    ``allow_script``: a path may be a Python script, which is run. ``seed``: of all that is random.
+    """
+
+    calibration: Any = None
+    evaluation: Any = None
+    random: int | None = None
+    allow_script: bool = False
+    seed: int = 0
+
+
 class Job:
     """A record in the making, and what fills it."""
 
-    def __init__(self, command: str, model: Path, progress: Progress, seed: int = 0, allow_script: bool = False):
-        self.model, self.progress, self.seed, self.allow_script = model, progress, seed, allow_script
+    def __init__(self, command: str, model: Path, progress: Progress, source: Source):
+        self.model, self.progress, self.source = model, progress, source
         progress("load", 0, 0)
         self.graph: gs.Graph = files.load(model)
         self.inputs = required_inputs(self.graph)
@@ -71,23 +87,18 @@ class Job:
         """The data for a role, from a source or ``random`` samples; None when there is neither."""
         if random and source is not None:
             raise UsageError(f"Both {role} data and --random were given", "Give one of them")
-        data = random_data(self.inputs, random, seed=self.seed) if random else self._opened(source)
+        data = random_data(self.inputs, random, seed=self.source.seed) if random else self._opened(source)
         if data is not None:
             self.record["data"][role] = data.description
             self.warn(*(f"{role} data: {note}" for note in data.notes))
         return data
 
-    def open_evaluation(self, source: Any) -> Data | None:
-        """The evaluation data, read once: what is wrong with a sample has to be known before the work, not after it."""
-        data = self.open("evaluation", source)
-        for _ in data or ():
+    def open_both(self) -> None:
+        """Opens the calibration and the evaluation data; of the latter what is wrong shows before the work."""
+        self.calibration = self.open("calibration", self.source.calibration, self.source.random)
+        self.evaluation = self.open("evaluation", self.source.evaluation)
+        for _ in self.evaluation or ():
             pass
-        return data
-
-    def open_both(self, calibration: Any, evaluation: Any, random: int | None = None) -> None:
-        """The calibration data, of which ``random`` samples may take the place, and the evaluation data."""
-        self.calibration = self.open("calibration", calibration, random)
-        self.evaluation = self.open_evaluation(evaluation)
 
     def transform(
         self,
@@ -105,7 +116,7 @@ class Job:
         check_output(out, self.model)
         if counted:
             self.record["model"] |= inspection.costs(self.graph)
-        context = Context(self.calibration, self.progress, self.seed)
+        context = Context(self.calibration, self.progress, self.source.seed)
         graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
         self.record["steps"] = steps
         if resumed := sum(step.get("resumed", False) for step in steps):
@@ -216,7 +227,7 @@ class Job:
         if source is None or isinstance(source, Data):
             return source
         if isinstance(source, str | Path) and Path(source).suffix == ".py":
-            if not self.allow_script:
+            if not self.source.allow_script:
                 raise UsageError(f"{source} is a Python script, and reading data from it runs it", "Add --allow-script")
             return load_script(source, self.inputs)
         return open_data(source, self.inputs)
@@ -228,7 +239,7 @@ class Job:
             self.warn(f"The outputs were not compared, for there are no data and the model is large. {hint}")
             return None
         try:
-            probes = random_data(self.inputs, PROBES, seed=self.seed)
+            probes = random_data(self.inputs, PROBES, seed=self.source.seed)
             Session(self.model).run(next(iter(probes)))
         except (DataError, ModelError) as error:
             self.warn(f"The outputs were not compared, for the model does not run on random inputs: {error} {hint}")

@@ -32,8 +32,9 @@ def run(
 ) -> jobs.Record:
     """Runs ``jobs.compress`` on the shipped network ``name`` and adds ``demo`` and ``latency`` to its record.
 
-    ``demo``: {model, stages: [{name, path, bytes, nodes, parameters, macs, accuracy (top-1, 0 to 1), agreement (with
-    the classes of float, 0 to 1), snr (dB; null for float)}], samples, folder, no_engines (why there are none, or "")}.
+    ``demo``: {model, description, stages: [{name, path, bytes, nodes, parameters, macs, accuracy (top-1, 0 to 1),
+    agreement (with the classes of float, 0 to 1), snr (dB; null for float)}], samples, folder, no_engines (why there
+    are none, or "")}.
     The stages are ``float``, ``folded`` (where channels were idle) and ``int8``.
 
     Raises UsageError when no network of that name ships.
@@ -50,8 +51,7 @@ def run(
         original,
         folder,
         RECIPE,
-        calibration=models.path(model.calibration),
-        evaluation=evaluation,
+        source=jobs.Source(models.path(model.calibration), evaluation),
         sms=sms,
         command=f"demo --model {name}",
         progress=progress,
@@ -67,6 +67,7 @@ def run(
     record["latency"] = [{"name": f"{t.name}, ONNX Runtime on the CPU", "ms": t.ms} for t in timed]
     record["demo"] = {
         "model": name,
+        "description": model.description,
         "stages": [_stage(stage, path, logits[stage], logits["float"], labels) for stage, path in files.items()],
         "samples": len(labels),
         "folder": str(folder),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.einsum import RewriteEinsum
+from channelfold.passes.fold import RewriteEinsum
 from channelfold.passes.layers.linear import linears
 from channelfold.runtime.io.files import check
 from channelfold.tests.graphs import assert_same, build, feeds, listing, ops, run
@@ -95,11 +95,10 @@ def test_refusals(equation, reason):
     assert rewritten(graph) == [f"Einsum {equation!r}: {reason}"]
 
 
-def test_unsqueeze_takes_its_axes_as_an_input():
-    graph = einsum("ab,ca->cab")
-    graph.opset = 12
-    assert RewriteEinsum().opset_for(graph) == 13
-    assert RewriteEinsum().opset_for(build("(float[2] x) => (float[2] y)", "y = Relu(x)")) == 0
+@pytest.mark.parametrize("opset", [12, 13])
+def test_unsqueeze_takes_its_axes_as_the_opset_has_them(opset):
+    graph = build("(float[2] x, float[3] y) => (float[2,3] z)", 'z = Einsum<equation="a,b->ab">(x, y)', opset=opset)
+    assert rewritten(graph) == ["Einsum 'a,b->ab': Unsqueeze, Unsqueeze, Mul"]
 
 
 @given(st.data())

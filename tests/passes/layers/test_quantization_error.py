@@ -12,7 +12,6 @@ from channelfold.passes.layers.quantization_error import (
     LayerError,
     matrix,
     quantized_activation,
-    quantized_matrix,
 )
 from channelfold.tests.graphs import build, feeds, random, run
 
@@ -40,20 +39,20 @@ def test_activations_are_rounded_to_steps_of_the_largest():
 
 
 def test_weights_are_rounded_by_row():
-    found = quantized_matrix(f32([[127, 0.4, -3.6], [1.27, 0.004, -0.036]]), Bits(8, 8))
+    found = Bits(8, 8).format.rounded(f32([[127, 0.4, -3.6], [1.27, 0.004, -0.036]]))
     assert found == pytest.approx(f32([[127, 0, -4], [1.27, 0, -0.04]]), rel=1e-6)
 
 
 def test_groups_have_ranges_and_zero_points_of_their_own():
     """Four bits in groups of two: [-7, 8] has steps of 1; [0, 30] and [-1, 0] keep zero and their end."""
     weight = f32([[-7, 8, 30, 0, -1, 0, 2.4]])
-    assert quantized_matrix(weight, Bits(0, 4, 2)) == pytest.approx(f32([[-7, 8, 30, 0, -1, 0, 2.4]]), rel=1e-6)
-    assert quantized_matrix(f32([[0, 15, 7.4, 0]]), Bits(0, 4, 4)).tolist() == [[0, 15, 7, 0]]
+    assert Bits(0, 4, 2).format.rounded(weight) == pytest.approx(f32([[-7, 8, 30, 0, -1, 0, 2.4]]), rel=1e-6)
+    assert Bits(0, 4, 4).format.rounded(f32([[0, 15, 7.4, 0]])).tolist() == [[0, 15, 7, 0]]
 
 
 @pytest.mark.parametrize("bits", [Bits(8, 8), Bits(8, 4, 3), Bits(8, 2), Bits(8, 3, 100)])
 def test_zeros_stay_zeros(bits):
-    assert not quantized_matrix(np.zeros((3, 7), np.float32), bits).any()
+    assert not bits.format.rounded(np.zeros((3, 7), np.float32)).any()
     assert not quantized_activation(np.zeros((3, 7), np.float32), 8).any()
 
 
@@ -61,7 +60,7 @@ def test_zeros_stay_zeros(bits):
 @pytest.mark.parametrize("group", [1, 5, 16, 64])
 def test_a_rounded_group_is_within_half_a_step(bits, group):
     weight = f32(random((9, 32), "w"))
-    lost = np.abs(quantized_matrix(weight, Bits(0, bits, group)) - weight)
+    lost = np.abs(Bits(0, bits, group).format.rounded(weight) - weight)
     for start in range(0, 32, group):
         part = weight[:, start : start + group]
         step = (np.maximum(part.max(axis=1), 0) - np.minimum(part.min(axis=1), 0)) / (2**bits - 1)

@@ -9,24 +9,16 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.layers.quantization_error import Bits, quantized_matrix
-from channelfold.passes.quantize.clip import ClipWeights, clipped_matrix, score_projections
+from channelfold.passes.layers.quantization_error import Bits
+from channelfold.passes.quantize import ClipWeights
+from channelfold.passes.quantize.clip import clipped_matrix, score_projections
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import check
 from channelfold.runtime.io.session import TensorSpec
-from channelfold.tests.graphs import build, changes, constants, feeds, listing, random, reasons, run
+from channelfold.tests.graphs import build, changes, constants, data_from, feeds, listing, random, reasons, run, samples
 
 TOKENS = "(float[N,T,32] x) => (float[] y)"
-
-
-def samples(graph: gs.Graph, count: int = 4, size: int = 8) -> Data:
-    made = []
-    for index in range(count):
-        rng = np.random.default_rng(index)
-        shapes = {t.name: [d if isinstance(d, int) else size for d in t.shape] for t in graph.inputs}
-        made.append({t.name: rng.standard_normal(shapes[t.name]).astype(t.dtype) for t in graph.inputs})
-    return Data([TensorSpec(k, v.dtype, v.shape) for k, v in made[0].items()], count, lambda: iter(made), "random")
 
 
 def clip(graph: gs.Graph, step: ClipWeights | None = None, data: Data | None = None) -> Outcome:
@@ -47,7 +39,7 @@ def planted(shape: tuple[int, int], name: str, factor: float = 6.0) -> np.ndarra
 
 def error_of(weight: np.ndarray, rows: np.ndarray, bits: Bits, old: np.ndarray) -> float:
     """Of a weight (out, in) quantized, as a share of the outputs of the old one."""
-    lost = rows @ (quantized_matrix(weight.astype(np.float32), bits) - old.astype(np.float32)).T
+    lost = rows @ (bits.format.rounded(weight.astype(np.float32)) - old.astype(np.float32)).T
     return float(np.square(lost).sum() / np.square(rows @ old.T).sum())
 
 
@@ -67,7 +59,7 @@ def test_the_limits_are_those_of_a_direct_search(bits, group):
             costs = []
             for i in range(10):
                 limit = peak * np.float32(1 - i / 20)
-                lost = quantized_matrix(np.clip(part, -limit, limit), Bits(0, bits, group and part.shape[1])) - part
+                lost = Bits(0, bits, group and part.shape[1]).format.rounded(np.clip(part, -limit, limit)) - part
                 costs.append(float(weights @ np.square(inputs @ lost[0])))
             limit = peak * np.float32(1 - int(np.argmin(costs)) / 20)
             expected = np.clip(part[0], -limit, limit)
@@ -252,7 +244,7 @@ def test_a_large_tied_weight_is_refused():
     embedding = planted((64, 5000), "E").T
     graph = build("(float[1] unused, int64[N,T] i) => (float[] y)", body, kind="float", E=embedding, g=64)
     made = [{"unused": np.zeros(1, np.float32), "i": np.arange(12).reshape(3, 4) + index} for index in range(3)]
-    data = Data([TensorSpec(k, v.dtype, v.shape) for k, v in made[0].items()], 3, lambda: iter(made), "ids")
+    data = data_from(*made)
     assert reasons(clip(graph, data=data)) == [
         "MatMul stays as it is: a new weight for MatMul_3 would make the file 1.3 MB larger "
         "(the old one has other readers or takes fewer bytes)"

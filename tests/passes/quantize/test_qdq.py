@@ -8,13 +8,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
+from channelfold.passes.layers.formats import INT8, positive_scale
 from channelfold.passes.layers.linear import linears
 from channelfold.passes.quantize.qdq import (
     Inserter,
     Range,
     opset_of_scales,
-    positive_scale,
-    quantize_weight,
     summary,
     weight_axis,
     why_not_int8,
@@ -67,7 +66,7 @@ def test_weights_are_rounded_by_channel(dtype, shape):
     """Half a step and the rounding of the comparison: float16 scales may clip the peak by another 127 * 2^-11 steps."""
     weight = random(shape, "w") * np.logspace(-3, 2, max(shape[0], 1))[: shape[0]].reshape(-1, *[1] * (len(shape) - 1))
     weight = weight.astype(dtype)
-    values, scales = quantize_weight(weight, dtype)
+    values, scales = INT8.codes(weight, dtype)
     assert (values.dtype, values.shape, scales.dtype, scales.shape) == (np.int8, shape, dtype, shape[:1])
     assert (scales > 0).all()
     assert values.min(initial=0) >= -127
@@ -82,31 +81,31 @@ def test_weights_are_rounded_by_channel(dtype, shape):
 def test_small_channels_of_float16_keep_their_precision():
     """2^-17 is 1.95 times the exact scale at a peak of 0.0005; with the smallest normal number it would be 15 times."""
     weight = (random((1, 64), "w") * 1e-3).astype(np.float16)
-    values, scales = quantize_weight(weight, HALF)
+    values, scales = INT8.codes(weight, HALF)
     noise = np.square(values * scales.astype(np.float64)[:, None] - weight.astype(np.float64)).sum()
     assert 10 * np.log10(np.square(weight.astype(np.float64)).sum() / noise) > 38
 
 
 def test_rounding_is_half_to_even():
-    values, scales = quantize_weight(np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5]], np.float32), FLOAT)
+    values, scales = INT8.codes(np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5]], np.float32), FLOAT)
     assert scales[0] == 1
     assert values.tolist() == [[127, 0, 2, 2, 0, -2]]
 
 
 def test_dead_channels_and_floors():
     weight = np.array([[0, 0], [1, -2], [1e-9, 0]], np.float32)
-    values, scales = quantize_weight(weight, FLOAT)
+    values, scales = INT8.codes(weight, FLOAT)
     assert values.tolist() == [[0, 0], [64, -127], [127, 0]]
     assert scales[0] == np.finfo(np.float32).tiny
-    _, scales = quantize_weight(weight, FLOAT, np.array([0.5, 0.0, 0.25]))
+    _, scales = INT8.codes(weight, FLOAT, np.array([0.5, 0.0, 0.25]))
     assert scales.tolist() == [0.5, np.float32(2 / 127), 0.25]
 
 
 def test_large_weights_are_quantized_in_parts(monkeypatch):
     weight = random((50, 30), "w").astype(np.float32)
-    whole = quantize_weight(weight, FLOAT)
-    monkeypatch.setattr("channelfold.passes.quantize.qdq._CHUNK", 100)
-    parts = quantize_weight(weight.T.copy().T, FLOAT)
+    whole = INT8.codes(weight, FLOAT)
+    monkeypatch.setattr("channelfold.passes.layers.formats._CHUNK", 100)
+    parts = INT8.codes(weight.T.copy().T, FLOAT)
     assert np.array_equal(whole[0], parts[0])
     assert np.array_equal(whole[1], parts[1])
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.recipe import make
-from channelfold.passes.smooth.reorder import ReorderChannels, block_floating_point
+from channelfold.passes.smooth import ReorderChannels
+from channelfold.passes.smooth.reorder import block_floating_point
 from channelfold.runtime.io.files import check
 from channelfold.tests.graphs import assert_same, build, changes, constants, feeds, listing, random, reasons, run
 
@@ -21,10 +22,7 @@ PROJECTED = """
     k1 = Add(k0, bk)
     v0 = MatMul(x, V)
     v1 = Add(v0, bv)"""
-FUSED = """
-    qkv0 = MatMul(x, W)
-    qkv = Add(qkv0, b)
-    q1, k1, v1 = Split<axis=-1>(qkv, sizes)"""
+FUSED = "qkv0 = MatMul(x, W)  qkv = Add(qkv0, b)  q1, k1, v1 = Split<axis=-1>(qkv, sizes)"
 SPLIT_HEADS = """
     q2 = Reshape(q1, q_shape)
     k2 = Reshape(k1, k_shape)

@@ -1,459 +1,46 @@
-"""Smoothing on small networks: exact in float64, better in int8, and what is left alone."""
+"""Smoothing on small networks: what a shift may add, options, what is left alone, and data."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from channelfold.passes.base import Context, Outcome
-from channelfold.passes.channels.rescale import rescale
-from channelfold.passes.channels.scale_regions import Region, trace
-from channelfold.passes.layers.linear import linears
-from channelfold.passes.layers.quantization_error import Bits, LayerError, quantized_matrix
-from channelfold.passes.quantize.static import Quantize
-from channelfold.passes.smooth.smooth import Smooth
+from channelfold.passes.base import Context
+from channelfold.passes.smooth import Smooth
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
-from channelfold.runtime.io.files import check, export
 from channelfold.runtime.io.session import TensorSpec
-from channelfold.runtime.io.shapes import shapes_on
-from channelfold.runtime.io.weights import tensor_proto
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
-from channelfold.tests import strategies
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import observe
 from channelfold.tests.graphs import (
     assert_same,
     build,
     changes,
     constants,
-    evaluator,
+    data_from,
     feeds,
     listing,
     positive,
     random,
     reasons,
     run,
+    samples,
 )
-from channelfold.tests.passes.channels.test_random_regions import difference, graphs
-
-TOKENS = "(float[N,T,16] x) => (float[] y)"
-HEADS = """
-    qh = Reshape(q, heads) kh = Reshape(k, heads) vh = Reshape(v, heads)
-    qt = Transpose<perm=[0,2,1,3]>(qh) kt = Transpose<perm=[0,2,3,1]>(kh) vt = Transpose<perm=[0,2,1,3]>(vh)
-    s0 = MatMul(qt, kt) s1 = Div(s0, root) p = Softmax<axis=-1>(s1) c0 = MatMul(p, vt)
-    c1 = Transpose<perm=[0,2,1,3]>(c0) c = Reshape(c1, whole)
-"""
-QKV = "q0 = MatMul({0}, Q) q = Add(q0, qb) k0 = MatMul({0}, K) k = Add(k0, kb) v0 = MatMul({0}, V) v = Add(v0, vb)"
-OUT = "o0 = MatMul(c, O) o = Add(o0, ob)"
-FFN = """
-    h0 = MatMul({0}, F) h = Add(h0, fb)
-    e0 = Div(h, two) e1 = Erf(e0) e2 = Add(e1, one) e3 = Mul(h, e2) e = Mul(e3, half)
-    f0 = MatMul(e, G) f = Add(f0, gb)
-"""
-GAMMAS = {"g1": positive(16, "g1"), "b1": 16, "g2": positive(16, "g2"), "b2": 16}
-ATTENTION = {
-    "heads": np.array([0, 0, 2, 8]),
-    "whole": np.array([0, 0, 16]),
-    "root": 2.8,
-    **{name: random((16, 16), name) / 4 for name in "QKVO"},
-    **dict.fromkeys(("qb", "kb", "vb", "ob"), 16),
-}
-GELU = {"F": random((16, 64), "F") / 4, "fb": 64, "G": random((64, 16), "G") / 8, "gb": 16}
-GELU |= {"two": 2**0.5, "one": 1.0, "half": 0.5}
-RMS = "{1}p = Mul({0}, {0}) {1}m = ReduceMean<axes=[-1]>({1}p) {1}a = Add({1}m, eps) {1}s = Sqrt({1}a)\n"
-RMS += "{1}d = Div({0}, {1}s) {1} = Mul({1}d, {1}g)\n"
-REPEATED = """
-    qh = Reshape(q, heads) kh = Reshape(k, pair) vh = Reshape(v, pair)
-    ke = Expand(kh, both) ve = Expand(vh, both) kg = Reshape(ke, heads) vg = Reshape(ve, heads)
-    qt = Transpose<perm=[0,2,1,3]>(qh) kt = Transpose<perm=[0,2,3,1]>(kg) vt = Transpose<perm=[0,2,1,3]>(vg)
-    s0 = MatMul(qt, kt) p = Softmax<axis=-1>(s0) c0 = MatMul(p, vt)
-    c1 = Transpose<perm=[0,2,1,3]>(c0) c = Reshape(c1, whole) o = MatMul(c, O)
-"""
-SWIGLU = "u = MatMul({0}, U) w = MatMul({0}, W) a0 = Sigmoid(w) a = Mul(a0, w) m = Mul(a, u) f = MatMul(m, D)"
-
-BLOCKS: dict[str, tuple[str, str, dict]] = {
-    "pre-LN": (
-        TOKENS,
-        f"n1 = LayerNormalization(x, g1, b1) {QKV.format('n1')} {HEADS} {OUT} r = Add(o, x)"
-        f" n2 = LayerNormalization(r, g2, b2) {FFN.format('n2')} y = Add(f, r)",
-        {**GAMMAS, **ATTENTION, **GELU},
-    ),
-    "post-LN": (
-        TOKENS,
-        f"n0 = LayerNormalization(x, g1, b1) {QKV.format('n0')} {HEADS} {OUT} r = Add(o, n0)"
-        f" n1 = LayerNormalization(r, g2, b2) {FFN.format('n1')} t = Add(f, n1)"
-        " y = LayerNormalization(t, g3, b3)",
-        {**GAMMAS, **ATTENTION, **GELU, "g3": positive(16, "g3"), "b3": 16},
-    ),
-    "RMS, SwiGLU, GQA": (
-        TOKENS,
-        RMS.format("x", "n") + f"q = MatMul(n, Q) k = MatMul(n, K) v = MatMul(n, V) {REPEATED} r = Add(o, x)\n"
-        + RMS.format("r", "l") + f"{SWIGLU.format('l')} y = Add(f, r)",
-        {
-            "ng": positive(16, "ng"), "lg": positive(16, "lg"), "eps": 1e-6, "heads": np.array([0, 0, 4, 4]),
-            "pair": np.array([0, 0, 2, 1, 4]), "both": np.array([1, 1, 1, 2, 1]), "whole": np.array([0, 0, 16]),
-            **{name: random((16, 8 if name in "KV" else 16), name) / 4 for name in "QKVO"},
-            "U": random((16, 32), "U") / 4, "W": random((16, 32), "W") / 4, "D": random((32, 16), "D") / 4,
-        },
-    ),
-    "conv": (
-        "(float[N,16,6,6] x) => (float[] y)",
-        """
-            n = BatchNormalization(x, g, b, m, v) a = Conv(n, A, ab) r = Relu(a) c = Conv<pads=[1,1,1,1]>(r, C, cb)
-            s = Relu(c) t = MaxPool<kernel_shape=[2,2]>(s) y = Conv(t, D, db)
-        """,
-        {
-            "g": positive(16, "g"), "b": 16, "m": 16, "v": positive(16, "v"), "A": random((24, 16, 1, 1), "A") / 4,
-            "ab": 24, "C": random((32, 24, 3, 3), "C") / 12, "cb": 32, "D": random((16, 32, 1, 1), "D") / 6, "db": 16,
-        },
-    ),
-    "fused qkv": (
-        TOKENS,
-        "n1 = LayerNormalization(x, g1, b1) z0 = MatMul(n1, Z) z = Add(z0, zb) q, k, v = Split<axis=2>(z, parts)"
-        f" {HEADS} {OUT} y = Add(o, x)",
-        {**GAMMAS, **ATTENTION, "Z": random((16, 48), "Z") / 4, "zb": 48, "parts": np.array([16, 16, 16])},
-    ),
-}  # fmt: skip
-METHODS = {
-    "auto": Smooth(),
-    "smoothquant": Smooth("smoothquant", alpha=0.7),
-    "smoothquant, searched": Smooth("smoothquant", search_alpha=True),
-    "os-plus": Smooth("os-plus"),
-    "awq": Smooth("awq", weight_bits=4, group_size=8),
-    "repq": Smooth("repq"),
-    "repq, median": Smooth("repq", aim="median"),
-    "outliertune": Smooth("outliertune"),
-    "fp4-shift": Smooth("fp4-shift"),
-}
-SEARCHED = ("auto", "smoothquant, searched", "os-plus", "awq")
-
-
-def block(name: str, kind: str = "float") -> gs.Graph:
-    signature, body, given = BLOCKS[name]
-    return build(signature, body, kind=kind, **given)
-
-
-def samples(graph: gs.Graph, count: int = 4, *, size: int = 8, make: Callable | None = None) -> Data:
-    """Normal random feeds; ``make(shape, rng)`` for other ones. Open dimensions get ``size``, or ``size(index)``."""
-    make = make or (lambda shape, rng: rng.standard_normal(shape))
-    made = []
-    for index in range(count):
-        rng = np.random.default_rng(index)
-        wide = size(index) if callable(size) else size
-        shapes = {t.name: [d if isinstance(d, int) else wide for d in t.shape] for t in graph.inputs}
-        made.append({t.name: np.asarray(make(shapes[t.name], rng), t.dtype) for t in graph.inputs})
-    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in made[0].items()]
-    return Data(specs, count, lambda: iter(made), "random samples")
-
-
-def smooth(graph: gs.Graph, step: Smooth | None = None, data: Data | None = None) -> Outcome:
-    """Applies the pass and asserts what always holds: a valid graph, facts that agree with what was changed."""
-    nodes = len(graph.nodes)
-    outcome = (step or Smooth()).apply(graph, Context(calibration=data or samples(graph)))
-    check(graph)
-    json.dumps(outcome.facts)
-    sites = outcome.facts["sites"]
-    assert [site["node"] for site in sites] == [change.node for change in outcome.changed]
-    assert len(graph.nodes) - nodes <= sum(site["inserted"] for site in sites)  # less what led to a weight
-    return outcome
-
-
-def snr(before: np.ndarray, after: np.ndarray) -> float:
-    lost = np.square(before.astype(np.float64) - after).sum()
-    return float(10 * np.log10(np.square(before.astype(np.float64)).sum() / lost)) if lost else np.inf
-
-
-def outputs(graph: gs.Graph, data: Data) -> np.ndarray:
-    return np.concatenate([run(graph, feed)["y"].reshape(-1) for feed in data])
-
-
-def regions(graph: gs.Graph) -> list[Region]:
-    """The regions that can be scaled without new nodes."""
-    shapes = shapes_on(graph, {name: values.shape for name, values in next(iter(samples(graph))).items()})
-    done: set[int] = set()
-    found = []
-    for linear in linears(graph):
-        if id(linear.data) not in done:
-            region = trace(graph, linear.data, linear.in_axis, shapes)
-            done |= {id(end.linear.data) for end in region.readers() if end.linear}
-            if not region.why_fixed(region.places[id(linear.data)][1]):
-                found.append(region)
-    return found
-
-
-def plant(graph: gs.Graph, shifted: bool = False) -> None:
-    """Makes an eighth of the channels of every region 20 to 200 times larger, and shifts all where that is free."""
-    for number, region in enumerate(regions(graph)):
-        rng = np.random.default_rng(number)
-        chosen = rng.choice(np.flatnonzero(region.free), max(1, region.size // 8), replace=False)
-        scale, shift = np.ones(region.size), None
-        scale[chosen] = 1 / np.geomspace(20, 200, len(chosen))
-        ends = [end.linear for end in region.ends if end.shifted and end.linear is not None]
-        if shifted and not region.no_shift and all(e.node.op != "MatMul" or e.bias_node is not None for e in ends):
-            shift = np.where(region.shiftable, 30 * rng.standard_normal(region.size), 0.0)
-        rescale(graph, region, scale, shift)
-
-
-# ---- exact ---------------------------------------------------------------------------------------------------------
-
-
-def observe_in_float64(graph: gs.Graph, observers: Mapping[str, ChannelStatistics], data: Data, progress) -> None:
-    """Statistics from the reference evaluator: ONNX Runtime has no Erf and no Conv in float64."""
-    model, large = export(graph)
-    model.graph.initializer.extend(tensor_proto(values, proto.name) for proto, values in large)
-    known = {value.name for value in (*model.graph.input, *model.graph.output)}
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in sorted({*observers} - known))
-    names = [value.name for value in model.graph.output]
-    for feed in data:
-        values = dict(feed) | dict(zip(names, evaluator(model).run(names, dict(feed)), strict=True))
-        for name, observer in observers.items():
-            observer.add(values[name].astype(np.float32))
-
-
-@pytest.mark.parametrize("insert", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", BLOCKS)
-def test_every_method_is_exact(name, method, insert, monkeypatch):
-    """To 1e-12 on inputs of other sizes than those of the calibration, too; without ``insert`` no node is added."""
-    monkeypatch.setattr("channelfold.passes.smooth.smooth.observe", observe_in_float64)
-    graph = block(name, "double")
-    plant(graph, shifted=True)
-    data = samples(graph, 2, size=3)
-    checked = [next(iter(data)), feeds(graph, size=5)]
-    before, nodes, old = [run(graph, feed) for feed in checked], len(graph.nodes), listing(graph)
-    outcome = smooth(graph, dataclasses.replace(METHODS[method], allow_insert=insert), data)
-    assert outcome.changed
-    for feed, values in zip(checked, before, strict=True):
-        assert_same(values, run(graph, feed), 1e-11 if insert else 1e-12)
-    if not insert:
-        assert [line.split("(")[0] for line in listing(graph).splitlines()] == [
-            line.split("(")[0] for line in old.splitlines()
-        ]
-        assert len(graph.nodes) == nodes
-
-
-@given(data=st.data(), method=st.sampled_from([*METHODS]), insert=st.booleans())
-@settings(max_examples=150, deadline=None, suppress_health_check=(HealthCheck.too_slow,))
-def test_random_networks(data, method, insert):
-    """Whatever the graph: no crash, the same outputs, and no node that was not asked for."""
-    graph = data.draw(strategies.graphs())
-    feed, before, nodes = feeds(graph), run(graph, feeds(graph)), len(graph.nodes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("channelfold.passes.smooth.smooth.observe", observe_in_float64)
-        smooth(graph, dataclasses.replace(METHODS[method], allow_insert=insert), samples(graph, 2, size=2))
-    assert_same(before, run(graph, feed), 1e-9)
-    assert insert or len(graph.nodes) <= nodes
-
-
-@given(made=graphs(), method=st.sampled_from([*METHODS]), insert=st.booleans())
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-def test_random_regions(made, method, insert):
-    """Attention, gates, joins and moves: regions that overlap, and nodes inserted inside of others."""
-    graph, values = made
-    feed, nodes = {"x": values["x"]}, len(graph.nodes)
-    both = [feed, {"x": -0.7 * values["x"]}]
-    data = Data([TensorSpec("x", values["x"].dtype, values["x"].shape)], 2, lambda: iter(both), "random samples")
-    before = run(graph, feed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("channelfold.passes.smooth.smooth.observe", observe_in_float64)
-        patch.setattr(
-            "channelfold.passes.smooth.smooth.measured_shapes",
-            lambda *_: {name: np.shape(v) for name, v in values.items()},
-        )
-        smooth(graph, dataclasses.replace(METHODS[method], allow_insert=insert), data)
-    assert difference(before, run(graph, feed)) <= 1e-6
-    assert insert or len(graph.nodes) <= nodes
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_second_run_stays_exact_and_changes_little(method):
-    graph = block("pre-LN")
-    plant(graph)
-    data = samples(graph)
-    before = outputs(graph, data)
-    first = smooth(graph, METHODS[method], data)
-    second = smooth(graph, METHODS[method], data)
-    assert snr(before, outputs(graph, data)) > 100
-    spread = {site["node"]: site["scale"][1] / site["scale"][0] for site in first.facts["sites"]}
-    for site in second.facts["sites"]:  # what powers of two of four exponents leave is for the second run
-        assert site["scale"][1] / site["scale"][0] < max(4.0, 0.5 * spread[site["node"]]) or method == "fp4-shift"
-
-
-# ---- planted outliers ----------------------------------------------------------------------------------------------
-
-
-def int8(graph: gs.Graph, data: Data) -> np.ndarray:
-    Quantize(min_activation_snr=0).apply(graph, Context(calibration=data))
-    return outputs(graph, data)
-
-
-_BASELINES: dict[str, tuple[np.ndarray, float]] = {}
-
-
-def baseline(name: str, data: Data) -> tuple[np.ndarray, float]:
-    """The float outputs of a block, and what int8 leaves of them in dB."""
-    if name not in _BASELINES:
-        exact = outputs(block(name), data)
-        _BASELINES[name] = exact, snr(exact, int8(block(name), data))
-    return _BASELINES[name]
-
-
-@pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("name", BLOCKS)
-def test_planted_outliers_ruin_int8(name, shifted):
-    graph = block(name)
-    data = samples(graph)
-    exact, unplanted = baseline(name, data)
-    plant(graph, shifted)
-    assert snr(exact, outputs(graph, data)) > 100  # the function is what it was
-    assert snr(exact, int8(graph, data)) < unplanted - 25
-
-
-RECOVERING = ["auto", "smoothquant", "smoothquant, searched", "os-plus", "repq", "repq, median", "outliertune"]
-
-
-@pytest.mark.parametrize("method", RECOVERING)
-@pytest.mark.parametrize("name", BLOCKS)
-def test_planted_scales_are_found(name, method):
-    """Within 1 dB of the network without outliers, or better. Searches leave convolutions with kernels alone."""
-    graph = block(name)
-    data = samples(graph)
-    exact, unplanted = baseline(name, data)
-    plant(graph)
-    outcome = smooth(graph, METHODS[method], data)
-    if name == "conv" and method in SEARCHED:
-        assert [site["tensor"] for site in outcome.facts["sites"]] == ["n", "t"]
-        return
-    assert snr(exact, int8(graph, data)) > unplanted - 1
-
-
-@pytest.mark.parametrize("method", ["auto", "os-plus", "repq", "repq, median", "outliertune"])
-@pytest.mark.parametrize("name", BLOCKS)
-def test_planted_shifts_are_found(name, method):
-    graph = block(name)
-    data = samples(graph)
-    exact, unplanted = baseline(name, data)
-    plant(graph, shifted=True)
-    outcome = smooth(graph, METHODS[method], data)
-    if name == "conv" and method in SEARCHED:
-        assert [site["tensor"] for site in outcome.facts["sites"]] == ["n", "t"]
-        return
-    assert snr(exact, int8(graph, data)) > unplanted - 1
-
-
-@pytest.mark.parametrize("method", ["auto", "os-plus", "repq", "outliertune"])
-def test_without_shift_planted_shifts_stay(method):
-    graph = block("pre-LN")
-    data = samples(graph)
-    exact, unplanted = baseline("pre-LN", data)
-    plant(graph, shifted=True)
-    bias = constants(graph)["qb"]
-    smooth(graph, dataclasses.replace(METHODS[method], shift=False), data)
-    np.testing.assert_array_equal(constants(graph)["qb"], bias)
-    assert snr(exact, int8(graph, data)) < unplanted - 10
-
-
-def test_powers_of_two_find_what_four_exponents_can():
-    """fp4-shift divides the largest channels by 8 at most: 200 becomes 25."""
-    graph = block("pre-LN")
-    data = samples(graph)
-    plant(graph)
-    outcome = smooth(graph, METHODS["fp4-shift"], data)
-    for site in outcome.facts["sites"]:
-        assert np.log2(site["scale"]).tolist() == [-3, 0]
-        assert site["outlier_ratio"][1] == pytest.approx(site["outlier_ratio"][0] / 8, rel=0.2)
-
-
-def test_awq_lowers_the_error_of_four_bits():
-    graph = block("pre-LN")
-    data = samples(graph, 16)
-    plant(graph)
-    for site in smooth(graph, METHODS["awq"], data).facts["sites"]:
-        before, after = site["output_snr_db"]
-        assert after > before
-
-
-@pytest.mark.parametrize("group", [0, 32])
-def test_awq_lowers_the_error_of_three_bits_where_one_channel_of_a_hundred_is_50_times_larger(group):
-    """On the outputs of rows that were not calibrated on; without quantization nothing changes."""
-    gamma = np.ones(128)
-    gamma[[17, 90]] = 50
-    body = "n = LayerNormalization(x, g)\n y = MatMul(n, W)"
-    signature = "(float[N,T,128] x) => (float[] y)"
-    graph = build(signature, body, kind="float", g=gamma, W=(128, 64))
-    data, other = samples(graph), {"x": random((9, 16, 128), "other").astype(np.float32)}
-    before = run(graph, other)["y"]
-    smooth(graph, Smooth("awq", weight_bits=3, group_size=group), data)
-    assert snr(before, run(graph, other)["y"]) > 100
-
-    def error(graph: gs.Graph) -> float:
-        (linear,) = linears(graph)
-        linear.set_weight(quantized_matrix(linear.weight(), Bits(0, 3, group)))
-        return -snr(before, run(graph, other)["y"])
-
-    assert error(graph) < error(build(signature, body, kind="float", g=gamma, W=(128, 64))) - 5
-
-
-# ---- what a search promises ----------------------------------------------------------------------------------------
-
-
-def site_errors(method: str, name: str, shifted: bool) -> dict[str, float]:
-    """The output SNR of every site after a method, by tensor; that before it where it was left alone."""
-    graph = block(name)
-    plant(graph, shifted)
-    return {site["tensor"]: site["output_snr_db"][1] for site in smooth(graph, METHODS[method]).facts["sites"]}
-
-
-@pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("name", ["pre-LN", "RMS, SwiGLU, GQA"])
-def test_auto_is_at_least_as_good_as_each_method_it_tries(name, shifted):
-    """At the first site, before which nothing differs, and by the numbers at all of them."""
-    auto = site_errors("auto", name, shifted)
-    for method in ("smoothquant, searched", "os-plus"):
-        other = site_errors(method, name, shifted)
-        assert set(auto) >= set(other)
-        for tensor, decibels in other.items():
-            assert auto[tensor] >= decibels - 1e-6, tensor
-
-
-@pytest.mark.parametrize("method", SEARCHED)
-def test_a_search_is_never_worse_than_no_scale(method):
-    """The error measured again on the graph as it came out, on all rows.
-
-    Without what would change the outputs that it is a share of: a shift, and the scale between v and o.
-    """
-    graph = block("pre-LN")
-    data = samples(graph, 2)
-    (o,) = (linear.name for linear in linears(graph) if linear.data.name == "c")
-    step = dataclasses.replace(METHODS[method], exclude=(o,), shift=False)
-    bits = Bits(0 if method == "awq" else 8, step.weight_bits, step.group_size)
-
-    def errors() -> dict[str, float]:
-        found = {}
-        observers = {name: ChannelStatistics(-1, 256) for name in ("n1", "c", "n2")}
-        observe(graph, observers, data)
-        for name, observer in observers.items():
-            readers = [linear for linear in linears(graph) if linear.data.name == name]
-            found[name] = -10 * np.log10(LayerError.of(readers, observer.sample(), bits).error())
-        return found
-
-    before = errors()
-    sites = {site["tensor"]: site["output_snr_db"] for site in smooth(graph, step, data).facts["sites"]}
-    after = errors()
-    assert sites
-    assert "c" not in sites
-    for name, decibels in sites.items():
-        assert decibels == pytest.approx([before[name], after[name]], abs=0.05)  # float32 decides some roundings
-        assert decibels[1] > decibels[0]
-    assert all(after[name] == pytest.approx(before[name], abs=0.05) for name in after if name not in sites)
-
+from channelfold.tests.passes.smooth.blocks import (
+    BLOCKS,
+    METHODS,
+    SEARCHED,
+    TOKENS,
+    block,
+    int8,
+    outputs,
+    plant,
+    smooth,
+    snr,
+)
 
 # ---- what a shift may and may not add ------------------------------------------------------------------------------
 
@@ -589,7 +176,7 @@ def test_alpha_decides_who_pays():
         data = samples(graph)
         outcome = smooth(graph, Smooth("smoothquant", alpha=alpha), data)
         seen = ChannelStatistics(-1)
-        observe(graph, {"n": seen}, data)
+        observe(graph, {"n": [seen]}, data)
         columns = np.abs(constants(graph)["W"]).max(axis=1)
         assert (seen.amax if alpha else columns) == pytest.approx(np.median(seen.amax if alpha else columns), rel=1e-5)
         assert changes(outcome)[0].startswith(
@@ -654,7 +241,7 @@ def test_a_tied_embedding_is_refused_for_what_its_copy_weighs():
     graph = build("(float[1] unused, int64[N,T] i) => (float[] y)", body, kind="float", E=(5000, 64), g=positive(64),
                   b=64)  # fmt: skip
     made = [{"unused": np.zeros(1, np.float32), "i": np.arange(12).reshape(3, 4) + index} for index in range(3)]
-    data = Data([TensorSpec(k, v.dtype, v.shape) for k, v in made[0].items()], 3, lambda: iter(made), "ids")
+    data = data_from(*made)
     before = constants(graph)
     for method in ("auto", "smoothquant"):
         (reason,) = reasons(smooth(graph, METHODS[method], data))

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.recipe import make
-from channelfold.passes.smooth.split import SplitChannels
+from channelfold.passes.smooth import SplitChannels
 from channelfold.runtime.data.sources import Data, random_data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.facts import required_inputs
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import observe
 from channelfold.tests.graphs import assert_same, build, changes, constants, feeds, listing, ops, random, reasons, run
 
 TOKENS = "(float[N,5,16] x) => (float[] y)"
@@ -50,7 +51,7 @@ def split(graph, rtol=None, samples=None, **options):
 
 def largest(graph, name) -> float:
     statistics = ChannelStatistics(-1)
-    observe(graph, {name: statistics}, data(graph))
+    observe(graph, {name: [statistics]}, data(graph))
     return float(statistics.amax.max())
 
 
