@@ -167,7 +167,7 @@ def decibels(reference: Path, candidate: Path, feeds: Path, first: int = 0) -> f
 
     session = Session(reference)
     data = open_data(feeds, session.inputs)
-    found = compare(session, Session(candidate), data.first(first or len(data)))
+    found = compare(session, Session(candidate, exact=True), data.first(first or len(data)))
     return min(output.snr for output in found.outputs if output.snr is not None)
 
 

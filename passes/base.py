@@ -132,7 +132,7 @@ class Pass:
     numerically after every run), ``calibrated`` (data-driven, approximate) or ``lossy``.
 
     ``apply`` edits ``graph`` in place and keeps no state. It rewrites a site fully or leaves it alone and refuses it
-    with the reason. ``needs_opset`` is the lowest opset it works at, ``opset_for`` the same for one graph where that
+    with the reason. ``needs_opset`` is the lowest opset it works at, ``least_opset`` the same for one graph where that
     depends on it; the pipeline raises the graph to it beforehand. ``needs_data``: what needs calibration data, as the
     error says it where there are none.
 
@@ -142,7 +142,7 @@ class Pass:
 
     name: ClassVar[str]
     kind: ClassVar[Literal["exact", "calibrated", "lossy"]]
-    does_it: ClassVar[str]
+    does_it: ClassVar[str] = ""
     needs_opset: ClassVar[int] = 0
     needs_data: ClassVar[str] = ""
 
@@ -150,13 +150,17 @@ class Pass:
         for name, option in options(type(self)).items():
             option.check(getattr(self, name))
 
-    def opset_for(self, graph: gs.Graph) -> int:
-        return self.needs_opset
-
     def work(self) -> Pass:
         """The same options in the class that does the work."""
-        module = importlib.import_module(f"{type(self).__module__}.{self.does_it}")
-        return module.Work(**vars(self))
+        module = importlib.import_module(f"{type(self).__module__}.{self.does_it}") if self.does_it else None
+        return module.Work(**vars(self)) if module else self
+
+    def opset_for(self, graph: gs.Graph) -> int:
+        """The lowest opset that the pass works at on a graph."""
+        return self.work().least_opset(graph)
+
+    def least_opset(self, graph: gs.Graph) -> int:
+        return self.needs_opset
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         if self.needs_data and ctx.calibration is None:

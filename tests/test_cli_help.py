@@ -69,7 +69,7 @@ def test_help_loads_click_and_little_else():
     loaded = imported("-m", "channelfold", "--help")
     assert {name.partition(".")[0] for name in loaded}.isdisjoint(HEAVY)
     assert {"click", "channelfold.cli"} <= loaded
-    assert len(loaded - imported("-c", "import click")) <= 60
+    assert len(loaded - imported("-c", "import click")) <= 70
 
 
 def test_the_package_itself_is_light():

@@ -37,24 +37,16 @@ class Prune(Pass):
     )
     ratio: float | None = option(None, "Share of every group's channels to remove.", low=0, below=1, expected=_SHARE)
     tolerance: float | None = option(
-        None,
-        "Squared error of any output that is allowed, relative to its variance, on the calibration data.",
-        above=0,
-        below=math.inf,
-        expected="more than 0: 0.05 is an error of 5 %",
+        None, "Squared error of any output at most, relative to its variance; needs data.", above=0, below=math.inf
     )
     importance: Literal["auto", "l1", "l2", "bn", "activation", "reconstruction"] = option(
         "auto", "How channels are ranked; auto is reconstruction, bn needs BatchNormalizations."
     )
     allocation: Literal["auto", "uniform", "ranked", "knapsack", "greedy"] = option(
-        "auto",
-        "How the budget is shared out: the same share everywhere, by one ranking of all channels, the best sum; "
-        "greedy: how a tolerance is.",
+        "auto", "How a budget is shared out: alike, by one ranking of all channels, the best sum; greedy: a tolerance."
     )
     compensate: Literal["auto", "none", "bias", "lstsq", "outputs"] = option(
-        "auto",
-        "How layers make up for what they no longer read: not at all, in the bias, by least squares; outputs then "
-        "corrects layer by layer what that leaves, which takes long.",
+        "auto", "How readers make up for it: not, in the bias, by least squares; outputs: then layer by layer, slower."
     )
     align: int = option(8, "Kept channels are multiples of it.", low=1)
     width: bool = option(False, "Also cut channels that a norm works on: the width of a transformer.")

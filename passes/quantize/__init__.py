@@ -8,13 +8,10 @@ clip-weights       w' = clip(w, -m, m),   m where the quantized outputs are best
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from channelfold.passes.base import Pass
 from channelfold.passes.options import option
-
-if TYPE_CHECKING:
-    import onnx_graphsurgeon as gs
 
 Calibrator = Literal["minmax", "percentile", "entropy", "mse"]
 
@@ -30,15 +27,14 @@ class Quantize(Pass):
     target: Literal["tensorrt", "onnxruntime"] = option("tensorrt", "Whose rules for QDQ nodes.")
     exclude: tuple[str, ...] = option((), "Nodes to leave in float: names, * and ? match.", metavar="PATTERN")
     exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float, such as MatMul.", metavar="OP")
-    min_activation_snr: float = option(15.0, "A node stays float when 8 bits give its input less.", metavar="DB")
+    min_activation_snr: float = option(
+        15.0, "Leave a node in float when 8 bits represent its input worse than this, in dB.", metavar="DB"
+    )
     percentile: float = option(99.999, "Of the calibrator percentile.", above=0, high=100, metavar="P")
     correct_bias: bool = option(True, "Make up in the biases for the mean error of rounded weights.")
     float_share: float = option(
         0.0, "Share of the linear nodes that may stay float because int8 changes their outputs most.", low=0, high=1
     )
-
-    def opset_for(self, graph: gs.Graph) -> int:
-        return self.work().opset_for(graph)
 
 
 @dataclass(frozen=True)
@@ -49,9 +45,6 @@ class QuantizeWeights(Pass):
 
     exclude: tuple[str, ...] = option((), "Nodes to leave in float: names, * and ? match.", metavar="PATTERN")
     exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float, such as MatMul.", metavar="OP")
-
-    def opset_for(self, graph: gs.Graph) -> int:
-        return self.work().opset_for(graph)
 
 
 @dataclass(frozen=True)

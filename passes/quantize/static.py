@@ -51,7 +51,7 @@ _MOVING = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
 class Work(Quantize):
-    def opset_for(self, graph: gs.Graph) -> int:
+    def least_opset(self, graph: gs.Graph) -> int:
         return opset_of_scales(graph)
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:

@@ -18,7 +18,7 @@ from channelfold.runtime.io import edit
 
 
 class Work(QuantizeWeights):
-    def opset_for(self, graph: gs.Graph) -> int:
+    def least_opset(self, graph: gs.Graph) -> int:
         return opset_of_scales(graph)
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:

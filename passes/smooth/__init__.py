@@ -11,13 +11,10 @@ reorder-channels   q . k = (P q) . (P k),   W_o v = (W_o P^T) (P v)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from channelfold.passes.base import Pass
 from channelfold.passes.options import option
-
-if TYPE_CHECKING:
-    import onnx_graphsurgeon as gs
 
 Aim = Literal["mean", "median", "clipped"]
 
@@ -53,9 +50,6 @@ class Equalize(Pass):
     allow_insert: bool = option(False, "A Clip from 0 may become a Relu and a Min with a bound by channel.")
     exclude: tuple[str, ...] = option((), "Nodes whose weights stay as they are.", metavar="PATTERN")
 
-    def opset_for(self, graph: gs.Graph) -> int:
-        return self.work().opset_for(graph)
-
 
 @dataclass(frozen=True)
 class AbsorbBias(Pass):
@@ -74,7 +68,12 @@ class SplitChannels(Pass):
     name, kind, does_it, needs_data = "split-channels", "exact", "split", "Splitting channels"
 
     max_extra: float = option(0.2, "Channels that may be added, as a share of those there are.", above=0)
-    min_gain: float = option(1.0, "What a split must gain, at least 3 where nodes go in.", low=0, metavar="DB")
+    min_gain: float = option(
+        1.0,
+        "What a split must gain for the quantized outputs, in dB; 3 at least where nodes go in.",
+        low=0,
+        metavar="DB",
+    )
     align: int = option(16, "Widths become multiples of it.", low=1)
     allow_insert: bool = option(False, "Where the writer cannot get wider, a Gather may repeat the channels.")
 

@@ -46,7 +46,7 @@ DEAD = 1e-6  # of the largest range on its side: a channel below it does nothing
 
 
 class Work(Equalize):
-    def opset_for(self, graph: gs.Graph) -> int:
+    def least_opset(self, graph: gs.Graph) -> int:
         return 13 if self.allow_insert and any(_is_relu_n(node) for node in graph.nodes) else 0
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:

@@ -30,6 +30,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import weights
+from channelfold.runtime.io.names import NodeNames
 from channelfold.runtime.io.weights import DataFolder, MappedFile, Scratch, Values
 
 G_LOGGER.severity = G_LOGGER.ERROR
@@ -101,6 +102,7 @@ class _Importer:
         self.folder = folder
         self.opsets = [onnx.helper.make_opsetid(o.domain, o.version) for o in model.opset_import]
         self.opset = next((o.version for o in self.opsets if o.domain in _STANDARD), None)
+        self.names = NodeNames(model.graph)
 
     def run(self, path: Path | None, weights: Mapping[str, Values]) -> gs.Graph:
         constants = {name: gs.Constant(name, values) for name, values in weights.items()}
@@ -142,7 +144,7 @@ class _Importer:
         nodes = [
             node
             for index, source in enumerate(proto.node)
-            if (node := self._node(source, f"{source.op_type}_{index}", scope, info)) is not None
+            if (node := self._node(source, self.names.of(source, index), scope, info)) is not None
         ]
         outputs = [_lookup(value.name, local, local, info) for value in proto.output]
         for tensor in outputs:
@@ -169,7 +171,7 @@ class _Importer:
         domain = proto.domain if proto.HasField("domain") else None
         node = gs.Node(
             proto.op_type,
-            proto.name or name,
+            name,
             attrs,
             [_lookup(n, scope, local, info) for n in proto.input],
             [_lookup(n, local, local, info) for n in proto.output],
@@ -325,6 +327,7 @@ class _Places:
 
     def __init__(self, graph: gs.Graph):
         self.names: dict[int, str] = {}
+        self.nodes: set[str] = set()
         self.small: dict[int, list[gs.Constant]] = {}
         self.large: list[gs.Constant] = []
         owners: dict[str, set[int]] = {}
@@ -353,6 +356,14 @@ class _Places:
 
     def name(self, tensor: Any) -> str:
         return self.names.get(id(tensor)) or tensor.name
+
+    def node_name(self, node: gs.Node) -> str:
+        """A name that no node written before has: ONNX Runtime refuses a file in which two nodes share one."""
+        name = node.name
+        while name in self.nodes:
+            name += "_"
+        self.nodes.update({name} if name else ())
+        return name
 
 
 def _tensors_of(graph: gs.Graph) -> Iterator[gs.Tensor]:
@@ -401,7 +412,7 @@ def _write_node(node: gs.Node, proto: onnx.NodeProto, places: _Places) -> None:
         kept = [attribute for attribute in keep.attribute if _is_empty(node.attrs.get(attribute.name, []))]
         del proto.attribute[:]
         proto.attribute.extend(kept)
-    _set(proto, op_type=node.op, name=node.name, domain=node.domain)
+    _set(proto, op_type=node.op, name=places.node_name(node), domain=node.domain)
     proto.input.extend(places.name(tensor) for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)
     kept = {attribute.name for attribute in proto.attribute}

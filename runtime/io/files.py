@@ -45,9 +45,9 @@ from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.weights import SPILL_LIMIT, MappedFile, MappedValues, Scratch, packed, read
 
 __all__ = [
-    "Carried", "MappedValues", "all_graphs", "alone", "check", "constant", "export", "free_name", "import_model",
-    "infer_shapes", "load", "open_model", "packed", "raise_opset", "read", "save", "session", "stored", "weightless",
-    "writing",
+    "Carried", "MappedValues", "all_graphs", "alone", "carried", "check", "constant", "drop_stale_shapes", "export",
+    "free_name", "import_model", "infer_shapes", "is_known", "load", "open_model", "packed", "raise_opset", "read",
+    "reads", "save", "session", "stored", "weightless", "writing",
 ]  # fmt: skip
 
 EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data
@@ -209,10 +209,10 @@ def stored(graph: gs.Graph, values: np.ndarray, name: str = "") -> np.ndarray | 
 
 
 def free_name(graph: gs.Graph, name: str) -> str:
-    """``name``, or ``name_1``, ``name_2`` … when a tensor of the graph or its subgraphs has it already."""
+    """``name``, or ``name_1``, ``name_2`` … when a tensor or node of the graph or its subgraphs has it already."""
     taken: set[str] | None = vars(graph).get("_names")
     if taken is None:
-        taken = {t for g in all_graphs(graph) for t in g.tensors()}
+        taken = {t for g in all_graphs(graph) for t in (*g.tensors(), *(node.name for node in g.nodes))}
         vars(graph)["_names"] = taken
     free, number = name, 0
     while free in taken:
@@ -259,6 +259,46 @@ def infer_shapes(graph: gs.Graph) -> None:
                 tensor.shape = [None if isinstance(d, str) and d.startswith("unk__") else d for d in shape]
 
 
+def drop_stale_shapes(graph: gs.Graph) -> str:
+    """Forgets what the file says of shapes inside the graph when that contradicts what follows from its inputs.
+
+    Who edits a model's inputs, most often to open the batch, leaves the old sizes behind (value_info). Returns one such
+    tensor, in words; empty when nothing contradicts.
+    """
+    model = weightless(graph)
+    declared = {
+        v.name: tensor_type(v.type.tensor_type)[1] for v in model.graph.value_info if v.type.HasField("tensor_type")
+    }
+    if not declared:
+        return ""
+    model.graph.ClearField("value_info")
+    for value in model.graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # as in infer_shapes
+        return ""
+    open_sizes = {dim for tensor in graph.inputs for dim in tensor.shape or () if isinstance(dim, str)}
+    found = ""
+    for value in inferred.graph.value_info:
+        old, new = declared.get(value.name), tensor_type(value.type.tensor_type)[1]
+        if old is None or new is None:
+            continue
+        pairs = list(zip(old, new, strict=False))
+        if len(old) != len(new) or any(
+            isinstance(a, int) and a != b and (isinstance(b, int) or b in open_sizes) for a, b in pairs
+        ):
+            found = f"{value.name!r} is {old} in value_info and {new} by the inputs"
+            break
+    if found:
+        outputs = {id(tensor) for tensor in graph.outputs}
+        for tensor in graph.tensors().values():
+            if isinstance(tensor, gs.Variable) and tensor.inputs and id(tensor) not in outputs:
+                tensor.shape = None
+    return found
+
+
 def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -> Session:
     """An ONNX Runtime session on a graph; ``outputs`` names any tensors of it. Weights in files stay there."""
     model, weights = export(graph)
@@ -289,10 +329,12 @@ def alone(
 
 
 def open_model(model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.ndarray]], **options: Any) -> Session:
-    """A session on what ``export`` gave, possibly with nodes added.
+    """A session on what ``export`` gave, possibly with nodes and other outputs.
 
-    Large weights that are in memory alone, or whose file has been replaced, are written to disk for it.
+    Operators that ONNX Runtime does not know (TensorRT plugins) are left out where no output depends on them. Large
+    weights that are in memory alone, or whose file has been replaced, are written to disk for it.
     """
+    _leave_out_unknown(model)
     root = Path(tempfile.gettempdir()).anchor
     scratch, inline = Scratch(), []
     for proto, values in weights:
@@ -307,6 +349,41 @@ def open_model(model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.
     skeleton = io.BytesIO()
     wire.write_inline(model, inline, skeleton)
     return Session(skeleton.getvalue(), folder=root, **options)
+
+
+def is_known(domain: str | None, op: str) -> bool:
+    """Whether an operator is one of ONNX or of ONNX Runtime, not of a vendor or of the model itself."""
+    domain = "" if domain in (None, "ai.onnx") else domain
+    if domain in ("", "ai.onnx.ml"):
+        return onnx.defs.has(op, domain)
+    return domain.startswith(("com.microsoft", "com.ms.", "ai.onnx.", "org.pytorch."))
+
+
+def _leave_out_unknown(model: onnx.ModelProto) -> None:
+    own = {(function.domain, function.name) for function in model.functions}
+    nodes = model.graph.node
+    if all(is_known(node.domain, node.op_type) or (node.domain, node.op_type) in own for node in nodes):
+        return
+    writers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    needed: set[int] = set()
+    pending = [value.name for value in model.graph.output]
+    while pending:
+        index = writers.get(pending.pop())
+        if index is not None and index not in needed:
+            needed.add(index)
+            pending += reads(nodes[index])
+    for index in reversed(range(len(nodes))):
+        if index not in needed:
+            del nodes[index]
+
+
+def reads(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that a node and the nodes of its subgraphs read."""
+    yield from node.input
+    for attribute in node.attribute:
+        yield from (output.name for output in attribute.g.output)
+        for inner in attribute.g.node:
+            yield from reads(inner)
 
 
 def _is_reachable(file: MappedFile | Scratch, root: str) -> bool:

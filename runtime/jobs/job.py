@@ -19,11 +19,12 @@ from channelfold.runtime.data.sources import Data, load_script, open_data, rando
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.engine.run import EngineSession
-from channelfold.runtime.engine.squeeze import name_squeezed_axes, squeezes_without_axes
+from channelfold.runtime.engine.squeeze import name_squeezed_axes, name_unequal_sizes, squeezes_without_axes
 from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
 from channelfold.runtime.io import files
-from channelfold.runtime.io.facts import model_facts, required_inputs
-from channelfold.runtime.io.session import Session
+from channelfold.runtime.io.facts import computes_as_written, model_facts, required_inputs
+from channelfold.runtime.io.front import Front, unknown
+from channelfold.runtime.io.session import Session, TensorSpec
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.stats import compare
 from channelfold.runtime.stats.compare import Gates
@@ -82,6 +83,8 @@ class Job:
             "latency": [],
             "warnings": [],
         }
+        if stale := files.drop_stale_shapes(self.graph):
+            self.warn(f"The file contradicts itself, so the shapes that its value_info names were not used: {stale}")
 
     def open(self, role: str, source: Any, random: int | None = None) -> Data | None:
         """The data for a role, from a source or ``random`` samples; None when there is neither."""
@@ -114,6 +117,9 @@ class Job:
         Exact steps have been verified one by one: for them the calibration data are run again only if a gate needs it.
         """
         check_output(out, self.model)
+        exact = all(step.kind == "exact" for step in passes)
+        if (self.evaluation or not exact) and self.record["model"]["bytes"] <= verify.LARGE:
+            self._session(self.model, optimize=False)  # what cannot be compared has to be known before the work
         if counted:
             self.record["model"] |= inspection.costs(self.graph)
         context = Context(self.calibration, self.progress, self.source.seed)
@@ -129,7 +135,6 @@ class Job:
         written = files.load(out)
         self.record["output"] = model_facts(out, written) | (inspection.costs(written) if counted else {})
         del written
-        exact = all(step["kind"] == "exact" for step in steps)
         if self.evaluation or not exact or (gated and self.calibration):
             self.prove(out)
 
@@ -144,11 +149,31 @@ class Job:
             data = data.first(SEEN)
             self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
         self.record["data"]["evaluation"] = data.description
-        self.comparison = compare.compare(Session(self.model), Session(candidate), data, self.progress)
-        self.record["accuracy"] = self.comparison.to_json()
+        reference, exact = self._session(self.model, exact=True), self._session(candidate, exact=True)
+        if computes_as_written(files.load(candidate)):
+            self.comparison = compare.compare(reference, exact, data, self.progress)
+            self.record["accuracy"] = self.comparison.to_json()
+        else:  # the file is for ONNX Runtime, so how this machine runs it counts as well
+            found = compare.compare_all(reference, [self._session(candidate), exact], data, self.progress)
+            self.comparison = found[0]
+            self.record["accuracy"] = found[0].to_json() | {"exact": found[1].to_json()}
+            if lost := compare.saturation(*found):
+                self.warn(lost)
         level, reasons = compare.verdict(self.comparison)
         if level != "ok":
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+
+    def _session(self, path: Path, **options: Any) -> Session | Front:
+        """The model in ONNX Runtime, or what stands in front of the operators that ONNX Runtime does not know."""
+        try:
+            return Session(path, **options)
+        except ModelError:
+            if not unknown(files.load(path)):
+                raise
+        front = Front(path, **options)
+        said = f"ONNX Runtime does not know {', '.join(front.operators)}, so the outputs were compared in front of it"
+        self.warn(f"{said}, and what it computes from them was not")
+        return front
 
     def build(
         self,
@@ -170,7 +195,13 @@ class Job:
         ranges = {**tensorrt.default_shapes(open_inputs, self.calibration), **shapes}
         with self._repaired(model, ranges) as source:
             built = tensorrt.build(
-                source, engine, sm=sm, shapes=ranges, sparse_weights=sparse_weights, progress=self.progress
+                source,
+                engine,
+                sm=sm,
+                shapes=ranges,
+                values=tensorrt.default_values(open_inputs, self.calibration),
+                sparse_weights=sparse_weights,
+                progress=self.progress,
             )
         entry = _engine_entry(built, inspection.int8_nodes(files.load(model)))
         entry["accuracy"] = self._proved_engine(built)
@@ -183,7 +214,7 @@ class Job:
         if data is None or tensorrt.local_gpu()[0] is None or built.sm not in (None, tensorrt.local_gpu()[0]):
             return None
         with EngineSession(built.path, built.backend) as engine:
-            found = compare.compare(Session(self.model), engine, data, self.progress)
+            found = compare.compare(self._session(self.model, exact=True), engine, data, self.progress)
         level, reasons = compare.verdict(found)
         if level != "ok":
             self.warn(f"THE ENGINE'S OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
@@ -191,17 +222,21 @@ class Job:
 
     @contextlib.contextmanager
     def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:
-        """The model as TensorRT can take it: itself, or a temporary copy in which every Squeeze names its axes."""
+        """The model as TensorRT can take it: itself, or a temporary copy.
+
+        In that every Squeeze names its axes, and open sizes that share a name but not their ranges have names of their
+        own (exporters call several ``?`` or ``None``): TensorRT takes equal names for equal sizes.
+        """
         graph = files.load(model)
+        ranges = {s.name: ranges[s.name] for s in self.inputs if s.name in ranges and _is_open(s)}  # others are values
         sentences: list[str] = []
         if squeezes_without_axes(graph):
-            fixed = {
-                s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in self.inputs if s.name not in ranges
-            }
+            fixed = {s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in self.inputs if not _is_open(s)}
             low = fixed | {name: tuple(seen.min) for name, seen in ranges.items()}
             high = fixed | {name: tuple(seen.max) for name, seen in ranges.items()}
             sentences = name_squeezed_axes(graph, low, high)
-        if not sentences:
+        renamed = name_unequal_sizes(graph, ranges)
+        if not sentences and not renamed:
             yield model
             return
         self.warn(*(f"engine: {sentence}" for sentence in sentences))
@@ -240,7 +275,7 @@ class Job:
             return None
         try:
             probes = random_data(self.inputs, PROBES, seed=self.source.seed)
-            Session(self.model).run(next(iter(probes)))
+            self._session(self.model).run(next(iter(probes)))
         except (DataError, ModelError) as error:
             self.warn(f"The outputs were not compared, for the model does not run on random inputs: {error} {hint}")
             return None
@@ -249,6 +284,10 @@ class Job:
 
     def warn(self, *texts: str) -> None:
         self.record["warnings"] += [text for text in texts if text not in self.record["warnings"]]
+
+
+def _is_open(spec: TensorSpec) -> bool:
+    return not all(isinstance(dim, int) for dim in spec.shape)
 
 
 def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:

@@ -19,7 +19,8 @@ not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
                                      sparsity, energy_kept}]}, each key where it applies to the pass; of
                                      approximate-ffn {ffns: [{node, branch, error; pairs of before and after: hidden,
                                      macs}]}
-    accuracy    Comparison.to_json()
+    accuracy    Comparison.to_json()   in exact arithmetic; of a file for ONNX Runtime as this machine runs it, and
+                                       under ``exact`` in exact arithmetic
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
     latency     [{name, ms}]         the first one is what the others are measured against
