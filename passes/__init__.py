@@ -17,18 +17,8 @@ PASSES: dict[str, type[Pass]] = {
     cls.name: cls
     for cls in (
         *(FoldConstants, RewriteEinsum, RemoveIdentities, FoldPad, FoldAffine, ReparameterizeFfn, Equalize),
-        *(
-            AbsorbBias,
-            Smooth,
-            MergeConvs,
-            SplitChannels,
-            MergeChannels,
-            ReorderChannels,
-            ClipWeights,
-            RemoveDeadChannels,
-            Prune,
-        ),
-        *(Sparsify, ApproximateFfn, Quantize, QuantizeWeights),
+        *(AbsorbBias, Smooth, MergeConvs, SplitChannels, MergeChannels, ReorderChannels, ClipWeights),
+        *(RemoveDeadChannels, Prune, Sparsify, ApproximateFfn, Quantize, QuantizeWeights),
     )
 }
 
