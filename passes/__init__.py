@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from channelfold.passes.base import Pass
 from channelfold.passes.ffn import ApproximateFfn, ReparameterizeFfn
-from channelfold.passes.fold import FoldAffine, FoldConstants, FoldPad, MergeConvs, RemoveIdentities
+from channelfold.passes.fold import FoldAffine, FoldConstants, FoldPad, MergeConvs, RemoveIdentities, RewriteEinsum
 from channelfold.passes.prune import Prune, RemoveDeadChannels
 from channelfold.passes.quantize import ClipWeights, Quantize, QuantizeWeights
 from channelfold.passes.smooth import AbsorbBias, Equalize, MergeChannels, ReorderChannels, Smooth, SplitChannels
@@ -16,14 +16,14 @@ from channelfold.passes.sparsify import Sparsify
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
     for cls in (
-        *(FoldConstants, RemoveIdentities, FoldPad, FoldAffine, ReparameterizeFfn, Equalize, AbsorbBias, Smooth),
-        *(MergeConvs, SplitChannels, MergeChannels, ReorderChannels, ClipWeights, RemoveDeadChannels, Prune),
-        *(Sparsify, ApproximateFfn, Quantize, QuantizeWeights),
+        *(FoldConstants, RewriteEinsum, RemoveIdentities, FoldPad, FoldAffine, ReparameterizeFfn, Equalize),
+        *(AbsorbBias, Smooth, MergeConvs, SplitChannels, MergeChannels, ReorderChannels, ClipWeights),
+        *(RemoveDeadChannels, Prune, Sparsify, ApproximateFfn, Quantize, QuantizeWeights),
     )
 }
 
-_FOLD = ("fold-constants", "remove-identities", "fold-pad", "fold-affine")
-_REPARAM = ("fold-constants", "remove-identities", "reparameterize-ffn", "fold-pad", "fold-affine")
+_FOLD = ("rewrite-einsum", "fold-constants", "remove-identities", "fold-pad", "fold-affine")
+_REPARAM = ("rewrite-einsum", "fold-constants", "remove-identities", "reparameterize-ffn", "fold-pad", "fold-affine")
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "fold": _FOLD,
     "reparam": _REPARAM,

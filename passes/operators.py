@@ -67,6 +67,11 @@ class Operator:
         return self.kind in ("conv", "gemm", "matmul")
 
     @property
+    def weights(self) -> tuple[int, ...]:
+        """The inputs that are weights where they are constant: what has channels in rows and columns."""
+        return _WEIGHTS.get(self.kind, ())
+
+    @property
     def asks_shape(self) -> bool:
         """Whether it looks at the shape of its input alone."""
         return self.kind in ("shape", "size")
@@ -109,6 +114,12 @@ class Operator:
     def inputs(self, node: gs.Node) -> tuple[int, ...]:
         """The inputs of a node of this operator that hold data."""
         return self.data or tuple(range(len(node.inputs)))
+
+
+_WEIGHTS = {
+    "conv": (1,), "gemm": (1,), "matmul": (0, 1), "einsum": (0, 1, 2), "recurrent": (1, 2), "embedding": (2, 3, 4),
+    "fused_conv": (1,), "fused_gemm": (1,), "fused_matmul": (0, 1), "packed_attention": (1,),
+}  # fmt: skip
 
 
 def _move(kind: str, data: tuple[int, ...] = (0,), shift: bool = True, sized: int | None = None) -> Operator:
@@ -205,7 +216,10 @@ _MICROSOFT = {
     "SkipSimplifiedLayerNormalization": Operator("norm", gamma=2),
     "EmbedLayerNormalization": Operator("embedding", gamma=5, beta=True),
     "GroupQueryAttention MultiHeadAttention": Operator("attention", (2,), scale="any"),
-    "Attention PackedAttention": Operator("packed_attention"),
+    "Attention": Operator("packed_attention"),
+    "FusedConv": Operator("fused_conv"),  # with an activation, as the next one
+    "FusedGemm": Operator("fused_gemm"),
+    "FusedMatMul": Operator("fused_matmul"),
     "RotaryEmbedding": Operator("rotary"),
     "DequantizeLinear QuantizeLinear": Operator("quantize"),
 }
@@ -231,12 +245,12 @@ NOT_LOOKED_AT = {  # by domain; to all of them everything is unknown, and what d
     "com.microsoft": (
         "BiasAdd BiasDropout BiasSoftmax BiasSplitGelu BitmaskBiasDropout BitmaskDropout CDist ComplexMul "
         "ConvTransposeWithDynamicPads CropAndResize DecoderAttention DecoderMaskedMultiHeadAttention "
-        "DecoderMaskedSelfAttention DynamicQuantizeLSTM DynamicQuantizeMatMul ExpandDims FusedConv FusedGemm "
-        "FusedMatMul FusedMatMulActivation GatedRelativePositionBias GatherBlockQuantized GatherND GemmFastGelu "
+        "DecoderMaskedSelfAttention DynamicQuantizeLSTM DynamicQuantizeMatMul ExpandDims "
+        "FusedMatMulActivation GatedRelativePositionBias GatherBlockQuantized GatherND GemmFastGelu "
         "GemmFloat8 GemmaRotaryEmbedding GridSample GroupNorm Inverse LongformerAttention MatMulBnb4 MatMulFpQ4 "
         "MatMulInteger16 MatMulIntegerToFloat MatMulNBits MoE MulInteger NhwcConv NhwcFusedConv NhwcMaxPool "
-        "PackedMultiHeadAttention Pad PagedAttention QAttention QEmbedLayerNormalization QGemm QLinearAdd "
-        "QLinearAveragePool QLinearConcat QLinearConv QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul "
+        "PackedAttention PackedMultiHeadAttention Pad PagedAttention QAttention QEmbedLayerNormalization QGemm "
+        "QLinearAdd QLinearAveragePool QLinearConcat QLinearConv QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul "
         "QLinearReduceMean QLinearSigmoid QLinearSoftmax QLinearWhere QMoE QOrderedAttention QOrderedGelu "
         "QOrderedLayerNormalization QOrderedLongformerAttention QOrderedMatMul QuantizeWithOrder DequantizeWithOrder "
         "Range ReduceSumInteger RelativePositionBias RemovePadding RestorePadding SkipGroupNorm SparseAttention "

@@ -43,7 +43,8 @@ from channelfold.passes.options import options as options_of
 from channelfold.runtime.errors import ChannelfoldError, UsageError, nearest
 
 _QUANTIZATIONS = ("quantize", "quantize-weights")
-_ANYWHERE = ("fold-constants", "remove-identities")  # they do not touch weights behind DequantizeLinear
+# they do not touch weights behind DequantizeLinear
+_ANYWHERE = ("rewrite-einsum", "fold-constants", "remove-identities")
 _TAKEN_BACK = {
     ("smooth", "fold-affine"): "folds the Mul nodes that allow_insert lets it insert back into the weights",
     ("smooth", "reparameterize-ffn"): "multiplies the weights it has scaled with each other",

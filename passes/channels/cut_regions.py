@@ -373,7 +373,7 @@ class _Tracer(Classes):
         known = operator(node)
         if known.kind == "gather" and port == 0:
             return "out" if axis > 0 else "", node
-        if _is_weight(node, port):
+        if port in known.weights:
             return self._weight_role(node, port, axis), node
         if (known.copies or known.kind in ("quantize", "transpose")) and port == 0:
             for result in self._moved_to(node, axis):
@@ -393,7 +393,7 @@ class _Tracer(Classes):
         shape, source = self.table.shape(node.inputs[port]), self.table.shape(node.inputs[0])
         if shape is None or source is None or (node.op == "MatMul" and axis < len(shape) - 2):
             return ""
-        if operator(node).kind == "conv" and 1 < int(node.attrs.get("group", 1)) == source[1]:
+        if operator(node).kind in ("conv", "fused_conv") and 1 < int(node.attrs.get("group", 1)) == source[1]:
             return ""  # depthwise: its channels come from before
         summed = any((m.port, m.axis) == (port, axis) for link in self.table.of(node).summed for m in link)
         return "in" if summed else "out"
@@ -415,10 +415,3 @@ class _Tracer(Classes):
                         seen.add((id(node), port, axis))
                         rank = len(self.table.shape(tensor) or ())
                         yield Read(node, port, axis - rank, renumber(labels), reduced)
-
-
-def _is_weight(node: gs.Node, port: int) -> bool:
-    known = operator(node)
-    if known.gates:
-        return port in (1, 2)
-    return known.weighted and (port == 1 or (known.kind == "matmul" and port == 0))

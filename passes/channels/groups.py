@@ -105,8 +105,8 @@ def _written(graph: gs.Graph, table: LinkTable) -> Iterator[tuple[gs.Tensor, int
         if tensor is None or shape is None:
             continue
         axis = _written_axis(node, len(shape), table)
-        if axis is not None:
-            yield tensor, axis
+        for own in [axis] if axis is not None else sorted(_made_axes(node, table)):
+            yield tensor, own
 
 
 def _written_axis(node: gs.Node, rank: int, table: LinkTable) -> int | None:
@@ -122,6 +122,23 @@ def _written_axis(node: gs.Node, rank: int, table: LinkTable) -> int | None:
             return None
     embedding = known.kind == "gather" and isinstance(node.inputs[0], gs.Constant) and len(node.inputs[0].shape) == 2
     return rank - 1 if known.kind == "gemm" or known.gates or embedding else None
+
+
+def _made_axes(node: gs.Node, table: LinkTable) -> set[int]:
+    """The axes of the first output that a constant weight makes, of operators that are no layer of their own."""
+    known = operator(node)
+    if known.weighted or known.gates or not known.weights:
+        return set()
+    try:
+        links = table.of(node).links
+    except Refused:
+        return set()
+    found = set()
+    for link in links:
+        inputs = {m.port for m in link if m.port in (0, *known.weights)}
+        if inputs and all(isinstance(node.inputs[port], gs.Constant) for port in inputs):
+            found |= {m.axis for m in link if m.port == -1}
+    return found
 
 
 def _groups(region: Region) -> list[Group]:

@@ -29,7 +29,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
-from channelfold.passes.channels import link_moves
+from channelfold.passes.channels import link_moves, links_attention
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.ports import Links, Ports
 from channelfold.passes.operators import operator
@@ -178,7 +178,7 @@ def _reduction(p: Ports) -> None:
 
 
 def _conv(p: Ports) -> None:
-    """W is (out, in / groups, *kernel), of ConvTranspose (in, out / groups, *kernel)."""
+    """W is (out, in / groups, *kernel), of ConvTranspose (in, out / groups, *kernel). FusedConv adds its input 3."""
     groups, ins, outs = p.attribute("group", 1), p.shape(0)[1], p.shape(-1)[1]
     transposed = p.node.op == "ConvTranspose"
     if groups == ins and groups > 1:
@@ -190,7 +190,7 @@ def _conv(p: Ports) -> None:
             p.link((0, 1), (1, 0))
             p.link((0, 1, of), (-1, 1), (2, 0))
         else:
-            p.link((0, 1, of), (-1, 1), *weight, (2, 0))
+            p.link((0, 1, of), (-1, 1), *weight, (2, 0), (3, 1))
         p.edit("group", 0, 0, 1)
     else:
         inner, outer = np.arange(ins) % (ins // groups), np.arange(outs) % (outs // groups)
@@ -199,7 +199,7 @@ def _conv(p: Ports) -> None:
             p.link((-1, 1), (2, 0), *([(1, 1)] if groups == 1 else [(1, 1, outer)]))
         else:
             p.link((0, 1), *([(1, 1)] if groups == 1 else [(1, 1, inner)]), summed=True)
-            p.link((-1, 1), (1, 0), (2, 0))
+            p.link((-1, 1), (1, 0), (2, 0), (3, 1))
         if groups > 1:
             p.link((0, 1), (0, 1, inner))
             p.link((-1, 1), (-1, 1, outer))
@@ -220,13 +220,44 @@ def _gemm(p: Ports) -> None:
 def _matmul(p: Ports) -> None:
     left, right = p.shape(0), p.shape(1)
     if min(len(left), len(right)) < 2:
-        raise InBetween("MatMul with a vector")
-    p.link((0, -1), (1, -2), summed=True)
-    p.link((0, -2), (-1, -2))
-    p.link((1, -1), (-1, -1))
+        raise InBetween(f"{p.node.op} with a vector")
+    if p.attribute("transBatchA", 0) or p.attribute("transBatchB", 0):
+        raise InBetween(f"{p.node.op} with its batches in another place")
+    row, column = -2 - p.attribute("transA", 0), -1 - p.attribute("transB", 0)
+    p.link((0, -3 - row), (1, -3 - column), summed=True)
+    p.link((0, row), (-1, -2))
+    p.link((1, column), (-1, -1))
     for axis in range(-len(p.shape(-1)), -2):
         held = [(k, axis) for k, shape in enumerate((left, right)) if len(shape) >= -axis and shape[axis] > 1]
         p.link((-1, axis), *held)
+
+
+def einsum_terms(node: gs.Node) -> list[str]:
+    """The indices of each operand and, last, of the result. Raises Refused for "..." and for diagonals."""
+    equation = node.attrs["equation"].replace(" ", "")
+    operands, arrow, result = equation.partition("->")
+    if not arrow:
+        result = "".join(sorted(letter for letter in operands if operands.count(letter) == 1 and letter != ","))
+    found = [*operands.split(","), result]
+    if "." in equation or any(len({*term}) < len(term) for term in found):
+        raise InBetween("Einsum with an ellipsis or a diagonal")
+    return found
+
+
+def _einsum(p: Ports) -> None:
+    """Every index is one link; those that the result lacks are summed over."""
+    *operands, result = einsum_terms(p.node)
+    for letter in sorted({*"".join(operands)}):
+        places = [(k, term.index(letter)) for k, term in enumerate(operands) if letter in term]
+        places = [(k, axis) for k, axis in places if p.shape(k)[axis] > 1]
+        written = [(-1, result.index(letter))] if letter in result else []
+        p.link(*places, *written, summed=not written)
+
+
+def _embedding(p: Ports) -> None:
+    """EmbedLayerNormalization: the sum of rows of up to three tables, and its norm."""
+    p.link((-1, 2), *((k, 1) for k in (2, 3, 4)), (5, 0), (6, 0), (-3, 2))
+    p.block(2, f"{p.node.op} normalizes over it", *(port for port in (-1, -3) if p.has(port)))
 
 
 def _recurrent(p: Ports) -> None:
@@ -254,20 +285,29 @@ def _dequantize(p: Ports) -> None:
         p.link((0, axis), (-1, axis), *vectors)
 
 
-_RULES: dict[str, Callable[[Ports], None]] = link_moves.RULES | {  # by kind of operator
-    "batch_norm": _channel_norm,
-    "conv": _conv,
-    "elementwise": _elementwise,
-    "gemm": _gemm,
-    "group_norm": _group_norm,
-    "instance_norm": _channel_norm,
-    "lp_norm": _lp_norm,
-    "lrn": _lrn,
-    "matmul": _matmul,
-    "norm": _last_axis_norm,
-    "pool": _pool,
-    "quantize": _dequantize,
-    "recurrent": _recurrent,
-    "reduce": _reduction,
-    "softmax": _softmax,
-}
+_RULES: dict[str, Callable[[Ports], None]] = (
+    link_moves.RULES
+    | links_attention.RULES
+    | {  # by kind
+        "batch_norm": _channel_norm,
+        "conv": _conv,
+        "einsum": _einsum,
+        "elementwise": _elementwise,
+        "fused_conv": _conv,
+        "fused_gemm": _gemm,
+        "fused_matmul": _matmul,
+        "embedding": _embedding,
+        "gemm": _gemm,
+        "group_norm": _group_norm,
+        "instance_norm": _channel_norm,
+        "lp_norm": _lp_norm,
+        "lrn": _lrn,
+        "matmul": _matmul,
+        "norm": _last_axis_norm,
+        "pool": _pool,
+        "quantize": _dequantize,
+        "recurrent": _recurrent,
+        "reduce": _reduction,
+        "softmax": _softmax,
+    }
+)

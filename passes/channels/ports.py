@@ -23,7 +23,9 @@ class Member:
 
 
 Link = tuple[Member, ...]
-Edit = tuple[str, int, int, int]  # what ("size", "group", "slice", "gather", "split", "hidden"), its input, port, axis
+Edit = tuple[
+    str, int, int, int
+]  # what ("size", "group", "slice", "gather", "split", "hidden", "heads", "scale"), its input, port, axis
 
 
 @dataclass

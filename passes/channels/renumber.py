@@ -22,6 +22,8 @@ from channelfold.passes.channels.sizes import Written
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
+_HEADS = {"num_heads", "q_num_heads", "kv_num_heads", "qkv_hidden_sizes"}
+
 
 @dataclass(frozen=True)
 class Numbering:
@@ -147,6 +149,11 @@ def _edit(graph: gs.Graph, found: NodeEdit, numbering: Numbering) -> None:
         node.attrs["num_groups"] = int(node.attrs["num_groups"]) * left // labels.size
     elif found.what == "hidden":
         node.attrs["hidden_size"] = left
+    elif found.what == "heads":
+        for name in _HEADS & node.attrs.keys():
+            node.attrs[name] = (np.asarray(node.attrs[name]) * left // labels.size).tolist()
+    elif found.what == "scale":
+        node.attrs.setdefault("scale", labels.size**-0.5)
     elif found.what == "size":
         _set_size(graph, found, left)
     elif found.what == "gather":

@@ -31,6 +31,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused, TwoActivations
+from channelfold.passes.channels.attention import is_attention
 from channelfold.passes.channels.maps import (
     Classes,
     Shape,
@@ -41,7 +42,9 @@ from channelfold.passes.channels.maps import (
     preimage,
     raised,
 )
+from channelfold.passes.channels.ports import Ports
 from channelfold.passes.channels.region import Cut, End, Region
+from channelfold.passes.channels.scale_attention import attended, turned
 from channelfold.passes.layers.affine import Vector, passes
 from channelfold.passes.layers.linear import Linear, view
 from channelfold.passes.operators import operator
@@ -92,8 +95,9 @@ class _Place:
 class _Tracer(Classes):
     """Follows maps from tensor to tensor, over every node once.
 
-    ``related``: by node, the tensors whose maps it ties together. ``choices``: the products of two activations where
-    either could take the scale; ``instead`` is one where it is the one that is not tried first.
+    ``related``: by node, the tensors whose maps it ties together, the queries and keys of attention apart (True).
+    ``choices``: the products of two activations where either could take the scale; ``instead`` is one where it is the
+    one that is not tried first.
     """
 
     graph: gs.Graph
@@ -105,7 +109,7 @@ class _Tracer(Classes):
     pending: list[_Place] = field(default_factory=list)
     ends: list[End] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
-    related: dict[int, list[gs.Tensor]] = field(default_factory=dict)
+    related: dict[tuple[int, bool], list[gs.Tensor]] = field(default_factory=dict)
     deferred: list[tuple[_Place, gs.Node | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -171,6 +175,9 @@ class _Tracer(Classes):
             else:
                 self.pin(place.index, str(error))
 
+    def ports(self, node: gs.Node) -> Ports:
+        return Ports(self.graph, node, self.shapes)
+
     def writer(self, tensor: gs.Tensor) -> gs.Node:
         if edit.is_output(self.graph, tensor):
             raise Refused("it is an output of the graph")
@@ -187,7 +194,8 @@ class _Tracer(Classes):
             raise Refused(f"{node.op} reads it twice")
         if self.reads(node, place) if forward else self.writes(node, place):
             return
-        known = self.related.get(id(node), [])
+        half = forward and is_attention(node) and edit.has_input(node, 2) and node.inputs[2] is not place.tensor
+        known = self.related.get((id(node), half), [])
         if any(place.tensor is tensor for tensor in known):
             return
         if known:
@@ -195,7 +203,7 @@ class _Tracer(Classes):
         if self.insert and not self.is_near(node, place, forward):
             raise Refused(f"{node.op} {'follows' if forward else 'precedes'} it")
         moves = self.moves(node, place, forward)
-        self.related[id(node)] = [place.tensor, *(tensor for tensor, _, _ in moves)]
+        self.related[id(node), half] = [place.tensor, *(tensor for tensor, _, _ in moves)]
         for move in moves:
             self.visit(*move)
 
@@ -275,6 +283,10 @@ class _Tracer(Classes):
 
     def moves(self, node: gs.Node, place: _Place, forward: bool) -> list[Move]:
         """The tensors that a node ties to one of its inputs (``forward``) or to its output."""
+        if is_attention(node):
+            if place.shifted:
+                self.forbid_shift(place.index, f"a shift does not pass {node.op}")
+            return [(*move, False) for move in attended(self, self.ports(node), place.tensor, place.index)]
         data = data_input(node)
         if data is not None and not (forward and node.inputs[data] is not place.tensor):
             return self.moved(node, node.inputs[data], place, forward)
@@ -297,6 +309,8 @@ class _Tracer(Classes):
         shapes = self.shape(source), self.shape(result)
         mixed = mixed_axes(node, *shapes)
         index = self.fitted(place.index, [1 if i in mixed else n for i, n in enumerate(place.index.shape)])
+        if operator(node).kind == "rotary":
+            turned(self, self.ports(node), index)
         shifted = self.shift_passes(node, index, place.shifted)
         if forward:
             return [(result, image(node, index, *shapes), shifted)]
@@ -370,6 +384,7 @@ class _Tracer(Classes):
             if known.weighted or known.gamma or (operand is not None and self.takes_scale(node, operand)):
                 return True
             data = 0 if known.kind in ("concat", "split") else data_input(node) if operand is None else 1 - operand
+            data = 2 if is_attention(node) and edit.has_input(node, 2) else data
             if data is None:
                 return False
             tensor = node.inputs[data]

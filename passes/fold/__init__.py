@@ -1,5 +1,6 @@
-"""Exact folds: the same function in fewer nodes.
+"""Exact folds: the same function in fewer nodes, or in nodes that the others know.
 
+rewrite-einsum      Einsum = Transpose, Mul or MatMul
 fold-constants      f(c1, c2, …) = c
 remove-identities   Identity(x), x + 0, x * 1, … = x
 fold-pad            Conv(pads=p)(Pad(q)(x)) = Conv(pads=p + q)(x)
@@ -13,6 +14,13 @@ from dataclasses import dataclass
 
 from channelfold.passes.base import Pass
 from channelfold.passes.options import option
+
+
+@dataclass(frozen=True)
+class RewriteEinsum(Pass):
+    """Writes Einsum as the Transpose, Mul or MatMul that it is."""
+
+    name, kind, does_it = "rewrite-einsum", "exact", "einsum"
 
 
 @dataclass(frozen=True)

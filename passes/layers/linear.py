@@ -276,6 +276,8 @@ class Linear:
 
 def view(graph: gs.Graph, node: gs.Node) -> Linear:
     """The view of a linear node of ``graph``. Raises Refused with the reason when it has none."""
+    if not operator(node).weighted and operator(node).weights:
+        raise Refused(f"its weight has a form that only {node.op} reads")
     if not operator(node).weighted:
         raise Refused(f"{node.op} is not a linear operator")
     index = 1
@@ -414,13 +416,20 @@ def _drop_unread(graph: gs.Graph, node: gs.Node) -> bool:
 
 
 def live_linears(graph: gs.Graph) -> list[gs.Node]:
-    """The linear nodes whose results are needed, in order."""
+    """The nodes that multiply by a weight and whose results are needed, in order; not all of them have a view."""
     dead: set[int] = set()
     for node in reversed(graph.nodes):
         readers = [reader for tensor in node.outputs for reader in tensor.outputs]
         if all(id(reader) in dead for reader in readers) and not any(edit.is_output(graph, t) for t in node.outputs):
             dead.add(id(node))
-    return [node for node in graph.nodes if operator(node).weighted and id(node) not in dead]
+    return [node for node in graph.nodes if id(node) not in dead and (operator(node).weighted or _holds_weight(node))]
+
+
+def _holds_weight(node: gs.Node) -> bool:
+    """Whether it multiplies by a constant in a way of its own, as recurrent cells and some attention do."""
+    known = operator(node)
+    held = (node.inputs[i] for i in known.weights if edit.has_input(node, i))
+    return known.kind != "embedding" and any(isinstance(tensor, gs.Constant) for tensor in held)
 
 
 def usable(graph: gs.Graph, outcome: Outcome, why_not: Callable[[Linear], str], says: str) -> Iterator[Linear]:

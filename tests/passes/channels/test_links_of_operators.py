@@ -25,9 +25,9 @@ from channelfold.tests.channel_cuts import Feed, groups_of, random_keep, regions
 
 UNSEEN = {  # their cases are of other types, of one channel, or of numbers that are not finite; see test_links
     "And", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Cast", "Celu", "ConstantOfShape", "Conv", "CumSum",
-    "DepthToSpace", "DequantizeLinear", "Equal", "GlobalLpPool", "GridSample", "MaxRoiPool", "Mod", "Not", "Or", "Pad",
-    "QuantizeLinear", "ReduceLogSum", "ReduceLogSumExp", "Resize", "RoiAlign", "Shrink", "SimplifiedLayerNormalization",
-    "SpaceToDepth", "Upsample", "Where", "Xor",
+    "DepthToSpace", "DequantizeLinear", "Einsum", "Equal", "GlobalLpPool", "GridSample", "MaxRoiPool", "Mod", "Not",
+    "Or", "Pad", "QuantizeLinear", "ReduceLogSum", "ReduceLogSumExp", "Resize", "RoiAlign", "Shrink",
+    "SimplifiedLayerNormalization", "SpaceToDepth", "Upsample", "Where", "Xor",
 }  # fmt: skip
 CASES = 4  # that are tried of an operator and axis, until one is proven
 
