@@ -40,14 +40,16 @@ from channelfold.runtime.io.convert import (
     import_model,
     tensor_type,
 )
+from channelfold.runtime.io.names import reads
 from channelfold.runtime.io.opset import raise_opset
 from channelfold.runtime.io.session import Session
+from channelfold.runtime.io.validate import validate
 from channelfold.runtime.io.weights import SPILL_LIMIT, MappedFile, MappedValues, Scratch, packed, read
 
 __all__ = [
     "Carried", "MappedValues", "all_graphs", "carried", "check", "constant", "drop_stale_shapes", "export",
     "free_name", "import_model", "infer_shapes", "is_known", "load", "open_model", "packed", "raise_opset", "read",
-    "reads", "save", "session", "stored", "weightless", "writing",
+    "save", "session", "stored", "weightless", "writing",
 ]  # fmt: skip
 
 EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data
@@ -55,14 +57,16 @@ PROTOBUF_LIMIT = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
 
-def load(path: str | os.PathLike[str]) -> gs.Graph:
-    """The graph of an ONNX file of any size; its large weights stay on disk.
+def load(path: str | os.PathLike[str], *, strict: bool = False) -> gs.Graph:
+    """The graph of an ONNX file of any size; its large weights stay on disk. ``strict``: see ``validate``.
 
     Raises ModelError for a file that is missing, truncated or not ONNX, and for external data that are missing, too
     short, or lie outside the model's folder.
     """
     path = Path(path)
     model, file = _read(path)
+    if strict:
+        validate(model, path)
     return import_model(model, path, file)
 
 
@@ -356,15 +360,6 @@ def _leave_out_unknown(model: onnx.ModelProto) -> None:
     for index in reversed(range(len(nodes))):
         if index not in needed:
             del nodes[index]
-
-
-def reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The names that a node and the nodes of its subgraphs read."""
-    yield from node.input
-    for attribute in node.attribute:
-        yield from (output.name for output in attribute.g.output)
-        for inner in attribute.g.node:
-            yield from reads(inner)
 
 
 def _is_reachable(file: MappedFile | Scratch, root: str) -> bool:

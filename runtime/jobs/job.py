@@ -49,7 +49,7 @@ class Job:
     def __init__(self, command: str, model: Path, progress: Progress, seed: int = 0, allow_script: bool = False):
         self.model, self.progress, self.seed, self.allow_script = model, progress, seed, allow_script
         progress("load", 0, 0)
-        self.graph: gs.Graph = files.load(model)
+        self.graph: gs.Graph = files.load(model, strict=True)
         self.inputs = required_inputs(self.graph)
         self.calibration: Data | None = None
         self.evaluation: Data | None = None
