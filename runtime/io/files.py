@@ -93,12 +93,30 @@ def _read(path: Path) -> tuple[onnx.ModelProto, MappedFile]:
         ) from None
 
 
+_FOREIGN = (b"PK", b"\x93NUMPY", b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"%PDF", b"\x1f\x8b", b"BM")
+
+
+def is_of_kind(path: Path, kind: str) -> bool:
+    """Whether a file may be replaced by ``an ONNX file``, ``an engine`` or ``a report``: it is one, or empty."""
+    if not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if kind == "a report":
+        return b'"schema"' in start and b'"tool"' in start
+    try:
+        is_model = _read(path)[0].HasField("graph")
+    except ModelError:
+        is_model = False
+    return is_model if kind == "an ONNX file" else not is_model and not start.startswith(_FOREIGN) and b"\0" in start
+
+
 def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
     """Writes ``graph`` to ``path``; its weights go beside it (``NAME.data``) when they pass 1.8 GB or are asked to.
 
     Raises OutputError when the file cannot be written; what was there before is then still there, and nothing else.
     """
-    path = Path(path)
+    path = _target(path)
     model, large = export_skeleton(graph)
     size = sum(_weights.packed_nbytes(proto) for proto, _ in large)
     size += model.ByteSize()
@@ -118,6 +136,11 @@ def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None
         undo.pop_all()
     for old in stale:
         old.unlink(missing_ok=True)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The file that is written: a link stays, and what it leads to is replaced."""
+    return Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
 
 
 def _write_data(
@@ -169,9 +192,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Raises OutputError for anything the file system refuses.
     """
-    path = Path(path)
+    given, path = Path(path), _target(path)
     temporary = path.parent / f".channelfold-{secrets.token_hex(4)}.tmp"
     try:
+        if path != given and Path("/dev") in (given.absolute().parent, path.parent):
+            raise OutputError(f"Cannot write {given}: it is a device", "Give the path of a file.")
         if path.exists() and not path.is_file():
             what = "a folder" if path.is_dir() else "not a regular file"
             raise OutputError(f"Cannot write {path}: it is {what}", "Give the path of a file.")

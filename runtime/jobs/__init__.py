@@ -80,7 +80,9 @@ def compress(
     out = out_dir / "model.onnx"
     job = Job(command, model, progress, seed, allow_script)
     job.warn(*loaded.warnings)
+    job.sources.append(Path(recipe))
     job.open_both(calibration, evaluation, random)
+    job.check_output(out_dir / "report.json", "a report")
     job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
     terminal.write_json(job.record, out_dir / "report.json")
     for sm in sms:
