@@ -28,7 +28,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.runtime.errors import ModelError, OutputError, VerificationError
+from channelfold.runtime.errors import ModelError, OutputError, VerificationError, nearest_path
 from channelfold.runtime.io import weights as _weights
 from channelfold.runtime.io import wire
 from channelfold.runtime.io.convert import (
@@ -77,11 +77,15 @@ def _read(path: Path) -> tuple[onnx.ModelProto, MappedFile]:
         file = MappedFile(path)
         if not file.data:
             raise ModelError(f"{path} is empty", "Export the model again.")
+        if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors", ".h5", ".keras", ".pb", ".tflite"):
+            raise ModelError(f"{path} is not ONNX", "Export the network first, for example with torch.onnx.export.")
         if file.data[:24] == b"version https://git-lfs.":
             raise ModelError(f"{path} is a Git LFS pointer, not the model", "Run: git lfs pull")
         return onnx.ModelProto.FromString(wire.skeleton(file.data, _weights.OWN_FILE)), file
     except FileNotFoundError:
-        raise ModelError(f"{path} does not exist", "Check the path of the model.") from None
+        hint = nearest_path(path)
+        hint = hint if hint.startswith("Did") else "Check the path of the model."
+        raise ModelError(f"{path} does not exist", hint) from None
     except OSError as error:
         reason = error.strerror or error
         raise ModelError(f"{path} cannot be read ({reason})", "Give the path of an .onnx file.") from None
@@ -140,7 +144,10 @@ def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None
 
 def _target(path: str | os.PathLike[str]) -> Path:
     """The file that is written: a link stays, and what it leads to is replaced."""
-    return Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
+    with contextlib.suppress(OSError):  # a name too long, of which writing will tell
+        if Path(path).is_symlink():
+            return Path(path).resolve()
+    return Path(path)
 
 
 def _write_data(

@@ -78,3 +78,43 @@ def test_an_empty_path_of_data(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(UsageError, match="empty"):
         jobs.quantize(DIGITS, "q.onnx", calibration="")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda f: (f / "d.py").write_text("import sys\ndef load_data():\n    sys.exit(0)\n") and f / "d.py", "line 3"),
+        (lambda f: (f / "image.png").write_bytes(b"x") and f, "holds 1 images"),
+        (lambda f: f / "samples.npz", "Did you mean .*sample.npz"),
+        (lambda f: f / "negative.npy", "announces the shape"),
+    ],
+)
+def test_data_that_cannot_be_read(make, says, tmp_path):
+    (tmp_path / "only").mkdir()
+    np.savez(tmp_path / "sample.npz", **SAMPLES) if "sample" in says else None
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 1, 8, 8), }"
+    head = b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + header + b"\n"
+    if "shape" in says:
+        (tmp_path / "negative.npy").write_bytes(head)
+    with pytest.raises(ChannelfoldError, match=says):
+        jobs.quantize(DIGITS, tmp_path / "only" / "q.onnx", calibration=make(tmp_path), allow_script=True)
+
+
+def test_an_array_without_a_name_is_that_of_the_only_input(tmp_path):
+    np.savez(tmp_path / "c.npz", SAMPLES["image"])
+    assert jobs.quantize(DIGITS, tmp_path / "q.onnx", calibration=tmp_path / "c.npz")["steps"][-1]["changed"]
+
+
+def test_models_that_are_none(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    (tmp_path / "model.pt").write_bytes(b"PK")
+    with pytest.raises(ChannelfoldError, match=r"Did you mean .*model\.onnx"):
+        jobs.inspect(tmp_path / "modle.onnx")
+    with pytest.raises(ChannelfoldError, match="Export the network first"):
+        jobs.inspect(tmp_path / "model.pt")
+
+
+def test_a_recipe_nested_too_deep(tmp_path):
+    (tmp_path / "r.toml").write_text(f"a = {'[' * 3000}{']' * 3000}")
+    with pytest.raises(UsageError):
+        jobs.compress(DIGITS, tmp_path / "out", tmp_path / "r.toml")
