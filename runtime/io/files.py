@@ -47,9 +47,9 @@ from channelfold.runtime.io.validate import validate
 from channelfold.runtime.io.weights import SPILL_LIMIT, MappedFile, MappedValues, Scratch, packed, read
 
 __all__ = [
-    "Carried", "MappedValues", "all_graphs", "carried", "check", "constant", "drop_stale_shapes", "export",
-    "free_name", "import_model", "infer_shapes", "is_known", "load", "open_model", "packed", "raise_opset", "read",
-    "save", "session", "stored", "weightless", "writing",
+    "Carried", "MappedValues", "all_graphs", "carried", "check", "constant", "drop_stale_shapes", "export", "free_name",
+    "import_model", "infer_shapes", "is_known", "load", "open_model", "packed", "raise_opset", "read",
+    "remove_leftovers", "save", "session", "stored", "weightless", "writing",
 ]  # fmt: skip
 
 EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data
@@ -200,7 +200,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises OutputError for anything the file system refuses.
     """
     given, path = Path(path), _target(path)
-    temporary = path.parent / f".channelfold-{secrets.token_hex(4)}.tmp"
+    temporary = path.parent / f".channelfold-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    remove_leftovers(path.parent)
     try:
         if path != given and Path("/dev") in (given.absolute().parent, path.parent):
             raise OutputError(f"Cannot write {given}: it is a device", "Give the path of a file.")
@@ -224,6 +225,15 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the unfinished files of processes that were killed."""
+    with contextlib.suppress(OSError):
+        for file in folder.glob(".channelfold-*-*.tmp"):
+            owner = file.name.split("-")[1]
+            if owner.isdigit() and not Path("/proc", owner).exists() and Path("/proc/self").exists():
+                file.unlink(missing_ok=True)
 
 
 def constant(graph: gs.Graph, name: str, values: np.ndarray) -> gs.Constant:
@@ -345,13 +355,17 @@ def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -
     return open_model(model, weights, **options)
 
 
-def open_model(model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.ndarray]], **options: Any) -> Session:
+def open_model(
+    model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.ndarray]], *, whole: bool = False, **options: Any
+) -> Session:
     """A session on what ``export`` gave, possibly with nodes and other outputs.
 
-    Operators that ONNX Runtime does not know (TensorRT plugins) are left out where no output depends on them. Large
+    Operators that ONNX Runtime does not know (TensorRT plugins) are left out where no output depends on them, unless it
+    is to be the ``whole`` model. Large
     weights that are in memory alone, or whose file has been replaced, are written to disk for it.
     """
-    _leave_out_unknown(model)
+    if not whole:
+        _leave_out_unknown(model)
     root = Path(tempfile.gettempdir()).anchor
     scratch, inline = Scratch(), []
     for proto, values in weights:
