@@ -103,6 +103,8 @@ def loads(text: str, source: str = "recipe.toml") -> Recipe:
 
     try:
         table = tomllib.loads(text)
+    except RecursionError:
+        raise UsageError(f"{source} is nested too deep for a recipe", "Start every pass with [[pass]]") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{source} is not TOML: {error}", 'Text takes quotes, such as name = "fold-affine"') from None
     for key in table:

@@ -35,7 +35,7 @@ import onnx
 from channelfold.runtime.data.probes import SAMPLES, random_feeds
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, ModelError, VerificationError
-from channelfold.runtime.io.files import reads
+from channelfold.runtime.io.names import reads
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.io.weights import packed_nbytes

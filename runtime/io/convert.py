@@ -102,7 +102,6 @@ class _Importer:
         self.folder = folder
         self.opsets = [onnx.helper.make_opsetid(o.domain, o.version) for o in model.opset_import]
         self.opset = next((o.version for o in self.opsets if o.domain in _STANDARD), None)
-        self.names = NodeNames(model.graph)
 
     def run(self, path: Path | None, weights: Mapping[str, Values]) -> gs.Graph:
         constants = {name: gs.Constant(name, values) for name, values in weights.items()}
@@ -141,10 +140,11 @@ class _Importer:
             local[sparse.values.name] = gs.Constant(sparse.values.name, weights.sparse_values(self._inlined(sparse)))
         info = {value.name: value for value in (*proto.value_info, *proto.output, *inputs)}
         graph_inputs = [_lookup(value.name, local, local, info) for value in inputs]
+        names = NodeNames(proto)
         nodes = [
             node
             for index, source in enumerate(proto.node)
-            if (node := self._node(source, self.names.of(source, index), scope, info)) is not None
+            if (node := self._node(source, names.of(source, index), scope, info)) is not None
         ]
         outputs = [_lookup(value.name, local, local, info) for value in proto.output]
         for tensor in outputs:
@@ -327,7 +327,6 @@ class _Places:
 
     def __init__(self, graph: gs.Graph):
         self.names: dict[int, str] = {}
-        self.nodes: set[str] = set()
         self.small: dict[int, list[gs.Constant]] = {}
         self.large: list[gs.Constant] = []
         owners: dict[str, set[int]] = {}
@@ -357,14 +356,6 @@ class _Places:
     def name(self, tensor: Any) -> str:
         return self.names.get(id(tensor)) or tensor.name
 
-    def node_name(self, node: gs.Node) -> str:
-        """A name that no node written before has: ONNX Runtime refuses a file in which two nodes share one."""
-        name = node.name
-        while name in self.nodes:
-            name += "_"
-        self.nodes.update({name} if name else ())
-        return name
-
 
 def _tensors_of(graph: gs.Graph) -> Iterator[gs.Tensor]:
     """The tensors of a graph, inputs and outputs first; some more than once."""
@@ -377,8 +368,12 @@ def _tensors_of(graph: gs.Graph) -> Iterator[gs.Tensor]:
 
 def _write_graph(graph: gs.Graph, proto: onnx.GraphProto, places: _Places) -> None:
     _set(proto, name=graph.name or "graph", doc_string=graph.doc_string)
+    names: set[str] = set()
     for node in graph.nodes:
-        _write_node(node, proto.node.add(), places)
+        _write_node(node, written := proto.node.add(), places)
+        while written.name in names:  # a pass may have given the name of another node
+            written.name += "_"
+        names.update({written.name} if written.name else ())
     proto.input.extend(_value_info(tensor) for tensor in graph.inputs)
     proto.output.extend(_value_info(tensor) for tensor in graph.outputs)
     listed = {t.name for t in (*graph.inputs, *graph.outputs)} | {""}
@@ -412,7 +407,7 @@ def _write_node(node: gs.Node, proto: onnx.NodeProto, places: _Places) -> None:
         kept = [attribute for attribute in keep.attribute if _is_empty(node.attrs.get(attribute.name, []))]
         del proto.attribute[:]
         proto.attribute.extend(kept)
-    _set(proto, op_type=node.op, name=places.node_name(node), domain=node.domain)
+    _set(proto, op_type=node.op, name=node.name, domain=node.domain)
     proto.input.extend(places.name(tensor) for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)
     kept = {attribute.name for attribute in proto.attribute}

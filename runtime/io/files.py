@@ -28,7 +28,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.runtime.errors import ModelError, OutputError, VerificationError
+from channelfold.runtime.errors import ModelError, OutputError, VerificationError, nearest_path
 from channelfold.runtime.io import weights as _weights
 from channelfold.runtime.io import wire
 from channelfold.runtime.io.convert import (
@@ -40,14 +40,16 @@ from channelfold.runtime.io.convert import (
     import_model,
     tensor_type,
 )
+from channelfold.runtime.io.names import reads
 from channelfold.runtime.io.opset import raise_opset
 from channelfold.runtime.io.session import Feed, Session
+from channelfold.runtime.io.validate import validate
 from channelfold.runtime.io.weights import SPILL_LIMIT, MappedFile, MappedValues, Scratch, packed, read
 
 __all__ = [
     "Carried", "MappedValues", "all_graphs", "alone", "carried", "check", "constant", "drop_stale_shapes", "export",
     "free_name", "import_model", "infer_shapes", "is_known", "load", "open_model", "packed", "raise_opset", "read",
-    "reads", "save", "session", "stored", "weightless", "writing",
+    "remove_leftovers", "save", "session", "stored", "weightless", "writing",
 ]  # fmt: skip
 
 EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data
@@ -55,14 +57,16 @@ PROTOBUF_LIMIT = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
 
-def load(path: str | os.PathLike[str]) -> gs.Graph:
-    """The graph of an ONNX file of any size; its large weights stay on disk.
+def load(path: str | os.PathLike[str], *, strict: bool = False) -> gs.Graph:
+    """The graph of an ONNX file of any size; its large weights stay on disk. ``strict``: see ``validate``.
 
     Raises ModelError for a file that is missing, truncated or not ONNX, and for external data that are missing, too
     short, or lie outside the model's folder.
     """
     path = Path(path)
     model, file = _read(path)
+    if strict:
+        validate(model, path)
     return import_model(model, path, file)
 
 
@@ -73,11 +77,15 @@ def _read(path: Path) -> tuple[onnx.ModelProto, MappedFile]:
         file = MappedFile(path)
         if not file.data:
             raise ModelError(f"{path} is empty", "Export the model again.")
+        if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors", ".h5", ".keras", ".pb", ".tflite"):
+            raise ModelError(f"{path} is not ONNX", "Export the network first, for example with torch.onnx.export.")
         if file.data[:24] == b"version https://git-lfs.":
             raise ModelError(f"{path} is a Git LFS pointer, not the model", "Run: git lfs pull")
         return onnx.ModelProto.FromString(wire.skeleton(file.data, _weights.OWN_FILE)), file
     except FileNotFoundError:
-        raise ModelError(f"{path} does not exist", "Check the path of the model.") from None
+        hint = nearest_path(path)
+        hint = hint if hint.startswith("Did") else "Check the path of the model."
+        raise ModelError(f"{path} does not exist", hint) from None
     except OSError as error:
         reason = error.strerror or error
         raise ModelError(f"{path} cannot be read ({reason})", "Give the path of an .onnx file.") from None
@@ -89,12 +97,30 @@ def _read(path: Path) -> tuple[onnx.ModelProto, MappedFile]:
         ) from None
 
 
+_FOREIGN = (b"PK", b"\x93NUMPY", b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"%PDF", b"\x1f\x8b", b"BM")
+
+
+def is_of_kind(path: Path, kind: str) -> bool:
+    """Whether a file may be replaced by ``an ONNX file``, ``an engine`` or ``a report``: it is one, or empty."""
+    if not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if kind == "a report":
+        return b'"schema"' in start and b'"tool"' in start
+    try:
+        is_model = _read(path)[0].HasField("graph")
+    except ModelError:
+        is_model = False
+    return is_model if kind == "an ONNX file" else not is_model and not start.startswith(_FOREIGN) and b"\0" in start
+
+
 def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
     """Writes ``graph`` to ``path``; its weights go beside it (``NAME.data``) when they pass 1.8 GB or are asked to.
 
     Raises OutputError when the file cannot be written; what was there before is then still there, and nothing else.
     """
-    path = Path(path)
+    path = _target(path)
     model, large = export_skeleton(graph)
     size = sum(_weights.packed_nbytes(proto) for proto, _ in large)
     size += model.ByteSize()
@@ -114,6 +140,14 @@ def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None
         undo.pop_all()
     for old in stale:
         old.unlink(missing_ok=True)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The file that is written: a link stays, and what it leads to is replaced."""
+    with contextlib.suppress(OSError):  # a name too long, of which writing will tell
+        if Path(path).is_symlink():
+            return Path(path).resolve()
+    return Path(path)
 
 
 def _write_data(
@@ -165,9 +199,12 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Raises OutputError for anything the file system refuses.
     """
-    path = Path(path)
-    temporary = path.parent / f".channelfold-{secrets.token_hex(4)}.tmp"
+    given, path = Path(path), _target(path)
+    temporary = path.parent / f".channelfold-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    remove_leftovers(path.parent)
     try:
+        if path != given and Path("/dev") in (given.absolute().parent, path.parent):
+            raise OutputError(f"Cannot write {given}: it is a device", "Give the path of a file.")
         if path.exists() and not path.is_file():
             what = "a folder" if path.is_dir() else "not a regular file"
             raise OutputError(f"Cannot write {path}: it is {what}", "Give the path of a file.")
@@ -188,6 +225,15 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the unfinished files of processes that were killed."""
+    with contextlib.suppress(OSError):
+        for file in folder.glob(".channelfold-*-*.tmp"):
+            owner = file.name.split("-")[1]
+            if owner.isdigit() and not Path("/proc", owner).exists() and Path("/proc/self").exists():
+                file.unlink(missing_ok=True)
 
 
 def constant(graph: gs.Graph, name: str, values: np.ndarray) -> gs.Constant:
@@ -328,13 +374,17 @@ def alone(
     return gs.Graph([copy], given, outputs, opset=graph.opset, import_domains=graph.import_domains), named
 
 
-def open_model(model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.ndarray]], **options: Any) -> Session:
+def open_model(
+    model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.ndarray]], *, whole: bool = False, **options: Any
+) -> Session:
     """A session on what ``export`` gave, possibly with nodes and other outputs.
 
-    Operators that ONNX Runtime does not know (TensorRT plugins) are left out where no output depends on them. Large
-    weights that are in memory alone, or whose file has been replaced, are written to disk for it.
+    Operators that ONNX Runtime does not know (TensorRT plugins) are left out where no output depends on them, unless it
+    is to be the ``whole`` model. Large weights that are in memory alone, or whose file has been replaced, are written
+    to disk for it.
     """
-    _leave_out_unknown(model)
+    if not whole:
+        _leave_out_unknown(model)
     root = Path(tempfile.gettempdir()).anchor
     scratch, inline = Scratch(), []
     for proto, values in weights:
@@ -375,15 +425,6 @@ def _leave_out_unknown(model: onnx.ModelProto) -> None:
     for index in reversed(range(len(nodes))):
         if index not in needed:
             del nodes[index]
-
-
-def reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The names that a node and the nodes of its subgraphs read."""
-    yield from node.input
-    for attribute in node.attribute:
-        yield from (output.name for output in attribute.g.output)
-        for inner in attribute.g.node:
-            yield from reads(inner)
 
 
 def _is_reachable(file: MappedFile | Scratch, root: str) -> bool:

@@ -1,4 +1,8 @@
-"""Names of nodes: reports, options and TensorRT's plans speak of nodes by them, so no two nodes share one."""
+"""Names in a file.
+
+Reports, options and TensorRT's plans speak of nodes by their names, and ONNX Runtime refuses a graph in which two nodes
+share one.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ import onnx
 
 
 class NodeNames:
-    """The names of a model's nodes: those of the file, and made up where a node has none or that of one before it."""
+    """The names of a graph's nodes: those of the file, and made up where a node has none or that of one before it."""
 
     def __init__(self, graph: onnx.GraphProto):
-        self._known = set(_names(graph))  # in the file, and by now
+        self._known = {node.name for node in graph.node}  # in the file, and by now
         self._used: set[str] = set()
 
     def of(self, node: onnx.NodeProto, index: int) -> str:
@@ -25,8 +29,10 @@ class NodeNames:
         return name
 
 
-def _names(graph: onnx.GraphProto) -> Iterator[str]:
-    for node in graph.node:
-        yield node.name
-        for attribute in node.attribute:
-            yield from _names(attribute.g)
+def reads(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that a node and the nodes of its subgraphs read."""
+    yield from node.input
+    for attribute in node.attribute:
+        yield from (output.name for output in attribute.g.output)
+        for inner in attribute.g.node:
+            yield from reads(inner)

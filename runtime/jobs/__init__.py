@@ -77,7 +77,9 @@ def compress(
     out = out_dir / "model.onnx"
     job = Job(command, model, progress, source)
     job.warn(*loaded.warnings)
+    job.sources.append(Path(recipe))
     job.open_both()
+    job.check_output(out_dir / "report.json", "a report")
     job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
     terminal.write_json(job.record, out_dir / "report.json")
     for sm in sms:

@@ -22,7 +22,7 @@ from channelfold.runtime.engine.run import EngineSession
 from channelfold.runtime.engine.squeeze import name_squeezed_axes, name_unequal_sizes, squeezes_without_axes
 from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
 from channelfold.runtime.io import files
-from channelfold.runtime.io.facts import computes_as_written, model_facts, required_inputs
+from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Session, TensorSpec
 from channelfold.runtime.jobs import inspect_model as inspection
@@ -65,8 +65,9 @@ class Job:
     def __init__(self, command: str, model: Path, progress: Progress, source: Source):
         self.model, self.progress, self.source = model, progress, source
         progress("load", 0, 0)
-        self.graph: gs.Graph = files.load(model)
+        self.graph: gs.Graph = files.load(model, strict=True)
         self.inputs = required_inputs(self.graph)
+        self.sources = [model, *external_files(model)]  # what the command reads, and must not write
         self.calibration: Data | None = None
         self.evaluation: Data | None = None
         self.comparison: compare.Comparison | None = None
@@ -116,7 +117,7 @@ class Job:
         ``counted``: the record says of both how many parameters and multiply-accumulates they have.
         Exact steps have been verified one by one: for them the calibration data are run again only if a gate needs it.
         """
-        check_output(out, self.model)
+        self.check_output(out, "an ONNX file")
         exact = all(step.kind == "exact" for step in passes)
         if (self.evaluation or not exact) and self.record["model"]["bytes"] <= verify.LARGE:
             self._session(self.model, optimize=False)  # what cannot be compared has to be known before the work
@@ -137,6 +138,20 @@ class Job:
         del written
         if self.evaluation or not exact or (gated and self.calibration):
             self.prove(out)
+
+    def check_output(self, out: Path, kind: str) -> None:
+        """Raises before hours of work what would make writing the result fail, or destroy a file, at their end."""
+        if out.is_dir():
+            raise OutputError(f"{out} is a folder", "Give the name of a file")
+        for source in filter(Path.exists, self.sources if out.exists() else ()):
+            if out.samefile(source):
+                what = "the model itself, and is needed to compare with" if source == self.model else "what is read"
+                raise UsageError(f"{out} is {what}", "Give another output")
+            if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+                raise UsageError(f"{out} is one of the files in {source}, which are read", "Give another output")
+        if out.is_file() and not files.is_of_kind(out, kind):
+            raise OutputError(f"{out} is there, and is not {kind}", "Remove it, or give another output")
+        check_folder(out.parent)
 
     def prove(self, candidate: Path) -> None:
         """Compares the original's outputs with the candidate's."""
@@ -184,7 +199,7 @@ class Job:
         sparse_weights: bool = False,
     ) -> None:
         """Builds an engine and reads its plan."""
-        check_output(engine, model)
+        self.check_output(engine, "an engine")
         unknown = sorted(shapes.keys() - {spec.name for spec in self.inputs})
         if unknown:
             raise UsageError(
@@ -261,6 +276,10 @@ class Job:
     def _opened(self, source: Any) -> Data | None:
         if source is None or isinstance(source, Data):
             return source
+        if isinstance(source, str | Path):
+            if not str(source):
+                raise UsageError("The path of the data is empty", "Is the variable that should hold it set?")
+            self.sources.append(Path(source))
         if isinstance(source, str | Path) and Path(source).suffix == ".py":
             if not self.source.allow_script:
                 raise UsageError(f"{source} is a Python script, and reading data from it runs it", "Add --allow-script")
@@ -309,15 +328,6 @@ def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
         "backend": f"{engine.backend} {engine.version}",
         "plan": plan,
     }
-
-
-def check_output(out: Path, model: Path) -> None:
-    """Raises before hours of work what would make writing the result fail at their end."""
-    if out.is_dir():
-        raise OutputError(f"{out} is a folder", "Give the name of a file")
-    if out.exists() and model.exists() and out.samefile(model):
-        raise UsageError(f"{out} is the model itself, and is needed to compare with", "Give another output")
-    check_folder(out.parent)
 
 
 def check_folder(folder: Path) -> None:

@@ -54,7 +54,7 @@ def write_json(record: Mapping[str, Any], path: str | Path) -> None:
 
     Raises OutputError when the file cannot be written.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     text = to_json(record) + "\n"
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

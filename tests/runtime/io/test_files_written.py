@@ -178,6 +178,16 @@ def test_errors_at_any_flush_leave_nothing(path, graph, monkeypatch, external, f
         save(graph, path, external=external)
 
 
+def test_what_killed_processes_left_is_removed(path, graph):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, written = (path.with_name(f".channelfold-{pid}-0a.tmp") for pid in (dead.pid, os.getpid()))
+    for file in (left, written):
+        file.write_bytes(b"half")
+    save(graph, path)
+    assert files_beside(path) == [written.name, "model.onnx"]
+
+
 def test_writing_vanishes_on_any_error(path):
     path.write_text("old")
 
