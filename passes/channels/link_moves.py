@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.maps import Shape
@@ -85,6 +86,9 @@ def _gather(p: Ports) -> None:
         for axis in range(more):
             p.link((1, axis), (-1, along + axis))
         p.block(along, "Gather picks from it at run time", 0)
+        return
+    if p.single and picked.ndim == 1 and not isinstance(p.tensor(0), gs.Constant):
+        p.link((1, 0), (-1, along))
         return
     picked = picked % p.shape(0)[along]
     if picked.ndim == 1:

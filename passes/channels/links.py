@@ -35,9 +35,9 @@ from channelfold.passes.channels.ports import Links, Ports
 from channelfold.passes.operators import operator
 
 
-def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape]) -> Links:
+def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], single: bool = False) -> Links:
     """The links of a node. Raises Refused, with the reason, where nothing is known of the operator or a shape."""
-    ports = Ports(graph, node, shapes)
+    ports = Ports(graph, node, shapes, single)
     rule = _RULES.get(operator(node).kind)
     if rule is None or any(isinstance(value, gs.Graph) for value in node.attrs.values()):
         raise Refused(f"{node.op} reads or writes it")
@@ -46,17 +46,21 @@ def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape]) -> Lin
 
 
 class LinkTable:
-    """The links of every node of a graph, looked up once. ``shapes``: of all tensors for some input, by name."""
+    """The links of every node of a graph, looked up once. ``shapes``: of all tensors for some input, by name.
 
-    def __init__(self, graph: gs.Graph, shapes: Mapping[str, Shape]):
-        self.graph, self.shapes = graph, shapes
+    ``single``: for channels that are to go or to be repeated one by one whatever the others do. The indices of a Gather
+    then make channels of their own, as rows of a weight do.
+    """
+
+    def __init__(self, graph: gs.Graph, shapes: Mapping[str, Shape], single: bool = False):
+        self.graph, self.shapes, self.single = graph, shapes, single
         self._known: dict[int, Links | str] = {}
 
     def of(self, node: gs.Node) -> Links:
         """Raises Refused, with the reason."""
         if id(node) not in self._known:
             try:
-                self._known[id(node)] = links_of(self.graph, node, self.shapes)
+                self._known[id(node)] = links_of(self.graph, node, self.shapes, self.single)
             except Refused as error:
                 self._known[id(node)] = str(error)
         found = self._known[id(node)]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import DoesNotFit, InBetween, Refusal, Refused, TwoActivations
+from channelfold.passes.base import DoesNotFit, Refusal, Refused, TwoActivations
 from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.channels.widths import Width, read_by
 from channelfold.passes.layers.linear import Linear, cast, check_growth, live_linears, view
@@ -99,8 +99,9 @@ class Ffn:
         except DoesNotFit as error:
             raise Refused(str(error)) from None
         self.width = read_by(graph, down, shapes)  # an FFN that ends where this one begins may have a new bias by now
-        self.width.resize(lambda rows: rows[kept], lambda old: matrix.T.reshape(len(kept), *old.shape[1:]), shapes)
+        self.width.repeat(np.isin(np.arange(self.hidden), kept), shapes)
         self.down = view(graph, self.down.node)
+        self.down.set_weight(matrix.reshape(*matrix.shape, *[1] * len(down.kernel)))
         self.down.set_bias(bias)
         shapes[self.down.node.outputs[0].name] = shapes[self.down.output.name]
         if branch is not None and self.parallel is not None:
@@ -139,7 +140,7 @@ class Ffn:
         edit.insert_after(graph, linear, gs.Node("Add", own.name, {}, [own, branch], [result]))
 
 
-def find_ffns(graph: gs.Graph, shapes: Mapping[str, Shape], refused: list[Refusal]) -> list[Ffn]:
+def find_ffns(graph: gs.Graph, shapes: dict[str, Shape], refused: list[Refusal]) -> list[Ffn]:
     """Every FFN of the graph, in order. ``refused`` takes up what follows an activation and yet is none, with why.
 
     ``shapes``: of all tensors for some input, by name. In a chain of linears and activations every linear between two
@@ -210,11 +211,9 @@ def _sources(node: gs.Node) -> list[gs.Tensor]:
     return [tensor for tensor in data if not isinstance(tensor, gs.Constant)]
 
 
-def _ffn(graph: gs.Graph, down: Linear, shapes: Mapping[str, Shape]) -> Ffn:
+def _ffn(graph: gs.Graph, down: Linear, shapes: dict[str, Shape]) -> Ffn:
     """The FFN that ends in ``down``. Raises Refused with the reason where there is none."""
-    width = read_by(graph, down, shapes)
-    if width.gathers:
-        raise InBetween("a Gather of its channels")
+    width = read_by(graph, down, shapes, _HIDDEN)
     if len(width.readers) > 1:
         raise Refused(f"{len(width.readers)} linears read the hidden channels")
     if len({id(up.node) for up in width.writers}) not in (1, 2):
@@ -239,7 +238,7 @@ def _why_no_branch(ffn: Ffn, shapes: Mapping[str, Shape]) -> str:
     up, down = ffn.ups[0], ffn.down
     if up.node.op != down.node.op or up.weight_input != down.weight_input or up.in_axis != down.in_axis:
         return f"{up.node.op} begins it and {down.node.op} ends it, with their channels on different axes or ends"
-    if any(node.op == "Transpose" for tensor, _ in ffn.width.axes.values() for node in tensor.inputs):
+    if any(node.op == "Transpose" for node in ffn.width.between):
         return "a Transpose is in between"
     axis, hidden, data = up.in_axis, shapes[down.data.name], shapes[up.data.name]
     if len(data) != len(hidden) or np.delete(data, axis).tolist() != np.delete(hidden, axis).tolist():
@@ -266,3 +265,6 @@ def _parallel(graph: gs.Graph, ffn: Ffn) -> Linear | None:
                 if alone and not linear.padded:
                     return linear
     return None
+
+
+_HIDDEN = ("elementwise", "pool", "reshape", "transpose")

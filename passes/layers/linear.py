@@ -161,6 +161,21 @@ class Linear:
         self.bias_node = gs.Node("Add", name, inputs=inputs, outputs=[old])
         edit.insert_after(self.graph, self.node, self.bias_node)
 
+    def places(self, role: str) -> list[tuple[gs.Node, int, int]]:
+        """The constants along its output ("out") or input channels ("in"), as (node, input, axis), without groups.
+
+        The weight is first put where the node reads it.
+        """
+        if self.chain:
+            self.set_weight(self.weight())
+        found = [(self.node, self.weight_input, int(self._stored_as_out_in() != (role == "out")))]
+        bias = self._bias_tensor() if role == "out" else None
+        if bias is not None and math.prod(bias.shape) > 1:
+            node = self.bias_node or self.node
+            port = 2 if self.bias_node is None else _constant_index(node)
+            found.append((node, port, len(bias.shape) + (self.out_axis if self.bias_node is not None else -1)))
+        return found
+
     def rescaled(
         self,
         *,

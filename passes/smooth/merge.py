@@ -93,8 +93,10 @@ class Work(MergeChannels):
         change = merger.change(rows, weights, columns)
         if change > self.max_change:
             raise Refused(f"merging {len(merger.kept)} pairs changes its outputs by {change:.2g} (max_change)")
-        width.resize(merger.rows, merger.columns, shapes)
-        how = "by their mean" if width.linear else "one for both"
+        mean = width.linear
+        width = width.blended(merger.rows if mean else None, merger.columns, shapes)
+        width.repeat(merger.stays(before), shapes)
+        how = "by their mean" if mean else "one for both"
         what = f"{before} -> {width.channels} channels, {len(merger.kept)} pairs merged {how}, outputs {change:.2g} off"
         outcome.change(linear.name, f"{linear.data.name}: {what}")
         return {
@@ -102,7 +104,7 @@ class Work(MergeChannels):
             "tensor": linear.data.name,
             "width": [before, width.channels],
             "relative_change": change,
-            "mean": width.linear,
+            "mean": mean,
         }
 
 
@@ -115,23 +117,28 @@ class _Merger:
     factors: np.ndarray | None
 
     def rows(self, old: np.ndarray) -> np.ndarray:
-        """What writes the channels, (channels, …)."""
+        """What writes the channels, (channels, …), before some go."""
+        new = old.astype(np.float64)
         if self.factors is None:
-            old = old.astype(np.float64)
-            old[self.kept] = (old[self.kept] + old[self.gone]) / 2
-        return np.delete(old, self.gone, axis=0)
+            new[self.kept] = (new[self.kept] + new[self.gone]) / 2
+        return new
 
     def columns(self, old: np.ndarray) -> np.ndarray:
-        """What reads the channels, (channels, …)."""
+        """What reads the channels, (channels, …), before some go."""
         new = old.astype(np.float64)
         factors = np.ones(len(self.kept)) if self.factors is None else self.factors
         new[self.kept] += new[self.gone] * factors.reshape(-1, *[1] * (new.ndim - 1))
-        return np.delete(new, self.gone, axis=0)
+        return new
+
+    def stays(self, channels: int) -> np.ndarray:
+        """Which channels are left, (channels,) bool."""
+        return ~np.isin(np.arange(channels), self.gone)
 
     def change(self, rows: np.ndarray, weights: np.ndarray, matrix: np.ndarray) -> float:
         """The squared change of the outputs, ``matrix`` (out, channels) times ``rows``, relative to their squares."""
         old = rows @ matrix.T
-        new = self.rows(rows.T).T @ self.columns(matrix.T)
+        stays = self.stays(matrix.shape[1])
+        new = self.rows(rows.T)[stays].T @ self.columns(matrix.T)[stays]
         signal = float(weights @ (old**2).sum(axis=1, dtype=np.float64))
         return float(weights @ ((new - old) ** 2).sum(axis=1)) / signal if signal > 0 else 0.0
 
@@ -172,9 +179,9 @@ def _copies(width: Width) -> np.ndarray:
     """How many channels equal each one, itself included, (channels,); 1 for those that nothing reads."""
     columns = width.columns().T
     channels = [hashlib.blake2b() for _ in range(width.channels)]
-    for part in (*width.rows(), columns):
-        for channel, values in zip(channels, part, strict=True):
-            channel.update(values.tobytes())
+    for labels, values in (*width.rows(), (np.arange(width.channels) + 1, columns)):
+        for label, row in zip(labels, values, strict=True):
+            channels[label - 1].update(row.tobytes())
     digests = [channel.digest() for channel in channels]
     counts = Counter(digests)
     return np.where(columns.any(axis=1), [counts[digest] for digest in digests], 1)

@@ -17,7 +17,7 @@ Source: K-sort, for block floating point caches of keys; the order of values is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Refused
+from channelfold.passes.channels.renumber import index_constants
 from channelfold.passes.channels.scale_regions import End, Region, Shape, trace
-from channelfold.passes.layers.linear import Linear, check_growth, linears, view
+from channelfold.passes.layers.linear import check_growth, linears, view
 from channelfold.passes.operators import operator
 from channelfold.passes.smooth import ReorderChannels
 from channelfold.runtime.data.sources import random_data
@@ -164,10 +165,12 @@ def _sort(
     kind = "keys" if index.shape[-2] > 1 else "values"
     after = np.take_along_axis(weights, order[:, :, None], axis=1)
     errors = [_relative_error(weights), _relative_error(after)]
-    writes = _planned(graph, region, heads, order)
+    ends = [end for end in region.ends if heads.touch(end.index)]
+    for end in ends:
+        _check_constant(end)
     if (order != np.arange(order.shape[1])).any():
-        for write in writes:
-            write()
+        for end in ends:
+            _sort_end(graph, end, heads.positions(end.index, order))
         what = f"{kind}, {order.shape[0]} heads of {order.shape[1]} channels sorted"
         outcome.change(product.name, f"{what}; block floating point error {errors[0]:.3g} -> {errors[1]:.3g}")
     norms = np.sqrt((after**2).sum(axis=2))
@@ -227,40 +230,31 @@ def _weights(graph: gs.Graph, region: Region, heads: _Heads, signed: np.ndarray)
     raise Refused("no single linear writes all of its heads")
 
 
-def _planned(graph: gs.Graph, region: Region, heads: _Heads, order: np.ndarray) -> list[Callable[[], object]]:
-    """The writes that sort heads. Raises Refused where a weight cannot be written."""
-    writes, ends = [], [end for end in region.ends if heads.touch(end.index)]
-    for end in ends:
-        if end.linear is None:
-            writes.append(_planned_term(graph, end, heads, order))
-            continue
-        if end.linear.groups > 1:
-            raise Refused(f"{end.node.op} works in groups")
+def _check_constant(end: End) -> None:
+    """Raises Refused where the constants at an end cannot be written."""
+    if end.linear is None:
+        if math.prod(end.node.inputs[_constant_port(end)].shape) not in (1, end.index.size):
+            raise Refused(f"{end.node.op} adds a constant that is not one value for each of its channels")
+    elif end.linear.groups > 1:
+        raise Refused(f"{end.node.op} works in groups")
+    else:
         check_growth(end.linear)
-        writes.append(lambda end=end: _permute(view(graph, end.node), end, heads.positions(end.index, order)))
-    return writes
 
 
-def _permute(linear: Linear, end: End, positions: np.ndarray) -> None:
-    if end.role == "in":
-        linear.set_weight(linear.weight()[:, positions])
+def _sort_end(graph: gs.Graph, end: End, positions: np.ndarray) -> None:
+    """Sorts the constants at an end: of a linear along its channels, of a sum all values, however they lie."""
+    if end.linear is not None:
+        index_constants(graph, [(*place, positions) for place in view(graph, end.node).places(end.role)])
         return
-    bias = linear.bias()
-    linear.set_weight(linear.weight()[positions])
-    if bias is not None:
-        linear.set_bias(bias[positions])
+    port = _constant_port(end)
+    old = np.asarray(edit.value(end.node.inputs[port]))
+    if old.size > 1:
+        new = old.reshape(-1)[positions].reshape(old.shape)
+        edit.set_constant(graph, end.node, port, new, f"{end.node.inputs[port].name}_sorted")
 
 
-def _planned_term(graph: gs.Graph, end: End, heads: _Heads, order: np.ndarray) -> Callable[[], object]:
-    """The write of a constant that is added to the channels."""
-    place = next(i for i, t in enumerate(end.node.inputs) if isinstance(t, gs.Constant))
-    old = np.asarray(edit.value(end.node.inputs[place]))
-    if old.size == 1:
-        return lambda: None
-    if old.size != end.index.size:
-        raise Refused(f"{end.node.op} adds a constant that is not one value for each of its channels")
-    new = old.reshape(-1)[heads.positions(end.index, order)].reshape(old.shape)
-    return lambda: edit.set_constant(graph, end.node, place, new, f"{end.node.inputs[place].name}_sorted")
+def _constant_port(end: End) -> int:
+    return next(i for i, t in enumerate(end.node.inputs) if isinstance(t, gs.Constant))
 
 
 def _relative_error(weights: np.ndarray) -> float:

@@ -203,12 +203,8 @@ def _repeat(graph: gs.Graph, readers: list[Linear], parts: np.ndarray, shapes: d
         width = read_by(graph, readers[0], shapes)
     except Refused:
         width = gathered(graph, readers, shapes)
-    index = np.repeat(np.arange(len(parts)), parts.astype(int))
-    width.resize(
-        lambda rows: rows[index],
-        lambda columns: (columns / parts.reshape(-1, *[1] * (columns.ndim - 1)))[index],
-        shapes,
-    )
+    width = width.blended(None, lambda columns: columns / parts.reshape(-1, *[1] * (columns.ndim - 1)), shapes)
+    width.repeat(parts, shapes)
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -150,6 +150,14 @@ def test_one_weight_for_queries_keys_and_values(body):
         assert (np.diff(head_norms(old[:, part], groups)) > 0).any()
 
 
+def test_a_bias_behind_the_split_into_heads():
+    body = (PROJECTED + SPLIT_HEADS + WHOLE).replace("keys = Identity(kt)", "keys = Add(kt, late)")
+    graph = attention(4, 4, body=body, late=(1, 4, 8, 1))
+    old = constants(graph)["late"]
+    assert len(reorder(graph).changed) == 2
+    assert (constants(graph)["late"] != old).any()
+
+
 def test_heads_that_a_gather_repeats():
     body = PROJECTED + SPLIT_HEADS + "\n queries = Identity(q)\n keys = Gather<axis=1>(kt, twice)"
     graph = attention(4, 2, body=body + "\n values = Gather<axis=1>(v, twice)", twice=np.array([0, 0, 1, 1]))
