@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +99,8 @@ def load_recipe(source: str | Path) -> Recipe:
 
 def loads(text: str, source: str = "recipe.toml") -> Recipe:
     """The recipe in a TOML text; ``source`` is the file it comes from, for messages. Raises UsageError."""
+    import tomllib  # which help has no use for
+
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -134,7 +134,7 @@ def unfused_norm(b: Builder, x: str):
 def split(b: Builder, x: str):
     shape = b.values[x].shape
     axis = b.pick(*range(len(shape)), len(shape) - 1, 1)
-    if shape[axis] < 2:
+    if axis >= len(shape) or shape[axis] < 2:
         return None
     n = b.pick(*range(1, shape[axis]))
     made = b.add("Split", [x, b.ints(n, shape[axis] - n)], outputs=2, axis=axis)
