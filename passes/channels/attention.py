@@ -62,9 +62,8 @@ def heads_of(p: Ports) -> Heads:
     """The heads of an attention operator. Raises Refused, with the reason, where they are not known."""
     if edit.is_standard(p.node):
         return _attention(p)
-    return {"Attention": _packed_weight, "MultiHeadAttention": _multi_head, "GroupQueryAttention": _grouped}[p.node.op](
-        p
-    )
+    rule = {"Attention": _packed_weight, "MultiHeadAttention": _multi_head, "GroupQueryAttention": _grouped}
+    return rule[p.node.op](p)
 
 
 def is_attention(node: gs.Node) -> bool:

@@ -50,8 +50,8 @@ def _rotary(p: Ports) -> None:
         pairs = partners(p, shape[3], turned)
         p.link((0, 3), (-1, 3))
         p.link((0, 3), (0, 3, pairs))
-        if turned < shape[3]:
-            p.block(3, f"{p.node.op} turns a part of it")
+        if turned < shape[3] or p.attribute("rotary_embedding_dim", 0):
+            p.block(3, f"{p.node.op} says how many channels it turns")
             return
         half = np.unique(np.minimum(np.arange(turned), pairs), return_inverse=True)[1]
         for port in (cosines, cosines + 1):

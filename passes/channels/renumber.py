@@ -22,7 +22,7 @@ from channelfold.passes.channels.sizes import Written
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
-_HEADS = {"num_heads", "q_num_heads", "kv_num_heads", "qkv_hidden_sizes"}
+_HEADS = {"num_heads", "q_num_heads", "kv_num_heads", "qkv_hidden_sizes"}  # attributes in proportion to heads
 
 
 @dataclass(frozen=True)

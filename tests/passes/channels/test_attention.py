@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from channelfold.passes.channels.links import links_of
 from channelfold.tests.channel_cuts import (
     OUT,
     Case,
@@ -18,6 +19,7 @@ from channelfold.tests.channel_cuts import (
     summary,
     written,
 )
+from channelfold.tests.graphs import build
 
 S = np.s_
 TOKENS = "(float[2,5,8] x) => (float[2,5,2] y)"
@@ -253,3 +255,19 @@ def test_random_heads(case, seed):
     (heads,) = (group for group in groups_of(graph) if written(group) == ("o" if case.name == "packed" else "q"))
     assert heads.units == attrs.get("kv_num_heads", attrs.get("num_heads"))
     assert_slice_equals_mask(case.make, seed=seed)
+
+
+def test_heads_of_packed_inputs_and_caches_go_together():
+    """No kernel of the CPU reads packed inputs: told by the links alone."""
+    signature = "(float[2,5,3,3,4] p, float[2,3,5,4] k, float[2,3,5,4] v, float[36] b) => (float[2,5,12] o)"
+    packed = build(signature, "o = com.microsoft.MultiHeadAttention<num_heads=3>(p, , , b)", **VENDOR)
+    cross = build(
+        signature.replace("[2,5,3,3,4] p", "[2,5,12] p"),
+        "o = com.microsoft.MultiHeadAttention<num_heads=3>(p, k, v, b)",
+        **VENDOR,
+    )
+    for graph, axes in ((packed, {0: 2}), (cross, {0: 2, 1: 1, 2: 1})):
+        shapes = {tensor.name: tuple(tensor.shape) for tensor in (*graph.inputs, *graph.outputs)}
+        links = links_of(graph, graph.nodes[0], shapes).links
+        assert {link[1].port: link[1].axis for link in links} == axes | {-1: 2, 3: 0}
+        assert all(set(link[0].at.tolist()) == {0, 4, 8} for link in links)

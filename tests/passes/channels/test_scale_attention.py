@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from channelfold.passes.base import Refused
+from channelfold.passes import PASSES
+from channelfold.passes.base import Context, Refused
 from channelfold.passes.channels.rescale import rescale
 from channelfold.passes.channels.scale_regions import reach, trace
 from channelfold.passes.layers.linear import linears
+from channelfold.runtime.data.sources import random_data
+from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.shapes import measured_shapes
-from channelfold.tests.graphs import assert_same, build, feeds, run
+from channelfold.tests.graphs import assert_same, build, feeds, positive, run
 
 TOKENS = "(float[1,5,8] x) => (float[1,5,3] y)"
 QKV = "q = MatMul(x, Wq) k = MatMul(x, Wk) v = MatMul(x, Wv) "
@@ -19,13 +22,16 @@ GROUPED = "com.microsoft.GroupQueryAttention<num_heads=4, kv_num_heads=2"
 TURNED = {"W": (8, 128), "cos": (9, 8), "sin": (9, 8), "Wo": (64, 3)} | LENGTHS
 
 
+VENDOR = {"opset": 23, "kind": "float", "domains": '"com.microsoft" : 1'}
+
+
 def make(body, **given):
-    return build(TOKENS, body, opset=23, kind="float", domains='"com.microsoft" : 1', **given)
+    return build(TOKENS, body, **VENDOR, **given)
 
 
-def moved(graph, start: str) -> str:
+def moved(graph, start: str, feed: dict[str, np.ndarray] | None = None) -> str:
     """Moves a random scale through the region of a tensor; returns its writers and readers, and its classes."""
-    feed = feeds(graph)
+    feed = feed or feeds(graph)
     region = trace(graph, graph.tensors()[start], -1, measured_shapes(graph, feed))
     before = run(graph, feed)
     assert region.free.all(), region.fixed
@@ -71,6 +77,22 @@ def test_a_rotary_embedding_mixes_pairs(interleaved, turned):
     given = {"s": np.array([0, 0, 2, 8]), "back": np.array([0, 0, 16]), "Wo": (16, 3)}
     graph = make(body, Wq=(8, 16), Wk=(8, 16), Wv=(8, 16), cos=(1, 5, half), sin=(1, 5, half), **given)
     assert moved(graph, "k") == moved(graph, "q") == f"out k, out q: {16 - turned}"
+
+
+def test_an_embedding_with_a_norm_takes_a_scale():
+    body = "i = Cast<to=6>(x) e, z = com.microsoft.EmbedLayerNormalization(i, , words, places, , g, b)"
+    body += " y = MatMul(e, Wo)"
+    given = {"words": (9, 8), "places": (4, 8), "g": positive(8), "b": 8, "Wo": (8, 3)}
+    graph = build("(float[1,4] x) => (float[1,4,3] y)", body, **VENDOR, **given)
+    assert moved(graph, "e", {"x": np.array([[1, 4, 0, 8]], np.float32)}) == "in y, norm e: 8"
+
+
+@pytest.mark.parametrize("op", ["quantize", "smooth", "sparsify"])
+def test_a_weight_inside_attention_is_refused_by_name(op):
+    graph = make("o = com.microsoft.Attention<num_heads=2>(x, W, b) y = MatMul(o, Wo)", W=(8, 96), b=96, Wo=(32, 3))
+    outcome = PASSES[op]().apply(graph, Context(calibration=random_data(required_inputs(graph), 2)))
+    (refused,) = (refusal for refusal in outcome.refused if refusal.node == graph.nodes[0].name)
+    assert refused.reason.endswith("its weight has a form that only Attention reads")
 
 
 @pytest.mark.parametrize(
