@@ -1,6 +1,8 @@
-"""What several test files need: two models compared by meaning."""
+"""What several test files need: command lines run in this process, two models compared by meaning."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -8,10 +10,38 @@ import pytest
 from hypothesis import settings
 from onnx import numpy_helper
 
+from channelfold import cli
+
 # The same examples every time; --hypothesis-profile=explore draws new ones.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", derandomize=False, deadline=None)
 settings.load_profile("same")
+
+
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """Runs a command line in this process: exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*args: str | Path) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = cli._main([str(arg) for arg in args])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fails(run):
+    """Runs a command line that must fail with one line on stderr and nothing on stdout; returns that line."""
+
+    def fails(code: int, *args: str | Path) -> str:
+        found, out, err = run(*args)
+        assert (found, out, err.count("\n")) == (code, "", 1), err
+        assert err.startswith("error: ")
+        return err
+
+    return fails
 
 
 @pytest.fixture(scope="session")

@@ -108,12 +108,18 @@ def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     return ReferenceEvaluator(model, new_ops=[ConvTranspose])
 
 
+def whole(graph: gs.Graph) -> onnx.ModelProto:
+    """The model of a graph, with its large weights inside."""
+    model, large = export(graph)
+    model.graph.initializer.extend(tensor_proto(values, proto.name) for proto, values in large)
+    return model
+
+
 def run(graph: gs.Graph, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The outputs: float32 and float16 graphs in ONNX Runtime, others on the reference evaluator."""
     if graph.inputs[0].dtype in ("float32", "float16"):
         return session(graph, optimize=False).run(feed)
-    model, large = export(graph)
-    model.graph.initializer.extend(tensor_proto(values, proto.name) for proto, values in large)
+    model = whole(graph)
     names = [t.name for t in graph.outputs]
     return dict(zip(names, evaluator(model).run(None, dict(feed)), strict=True))
 

@@ -16,10 +16,10 @@ from channelfold.runtime.io.files import import_model
 from channelfold.tests.graphs import evaluator
 
 OPSET = 18
-_OPSETS = [helper.make_opsetid("", OPSET)]
+OPSETS = [helper.make_opsetid("", OPSET)]
 
 
-class _Builder:
+class Builder:
     def __init__(self, draw, seed: int):
         self.draw = draw
         self.rng = np.random.default_rng(seed)
@@ -79,7 +79,7 @@ class _Builder:
         ]
         graph = helper.make_graph([node], "g", types, [onnx.ValueInfoProto(name=n) for n in names])
         try:
-            model = helper.make_model(graph, opset_imports=_OPSETS, ir_version=10)
+            model = helper.make_model(graph, opset_imports=OPSETS, ir_version=10)
             inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
             with np.errstate(all="ignore"):
                 made = evaluator(model).run(None, feed)
@@ -98,7 +98,7 @@ class _Builder:
         return names[0]
 
 
-def _arithmetic(b: _Builder, x: str) -> str | None:
+def arithmetic(b: Builder, x: str) -> str | None:
     shape = b.values[x].shape
     op = b.pick("Mul", "Add", "Sub", "Div")
     kind = b.pick("axis", "axis", "axis", "axis", "scalar", "neutral", "wide", "full")
@@ -123,7 +123,7 @@ def _arithmetic(b: _Builder, x: str) -> str | None:
     return b.add(op, inputs[::-1] if b.chance() and op != "Div" else inputs)
 
 
-def _batchnorm(b: _Builder, x: str) -> str | None:
+def batchnorm(b: Builder, x: str) -> str | None:
     shape = b.values[x].shape
     if len(shape) < 2:
         return None
@@ -132,7 +132,7 @@ def _batchnorm(b: _Builder, x: str) -> str | None:
     return b.add("BatchNormalization", [x, *map(b.constant, parameters)], epsilon=1e-3)
 
 
-def _conv(b: _Builder, x: str) -> str | None:
+def conv(b: Builder, x: str) -> str | None:
     shape = b.values[x].shape
     if len(shape) not in (3, 4):
         return None
@@ -155,13 +155,13 @@ def _conv(b: _Builder, x: str) -> str | None:
     return b.add(op, inputs, **attrs)
 
 
-def _padded_conv(b: _Builder, x: str) -> str | None:
+def _padded_conv(b: Builder, x: str) -> str | None:
     size = len(b.values[x].shape)
     padded = b.add("Pad", [x, b.constant(np.array([b.pick(0, 1, 2) if i % size > 1 else 0 for i in range(2 * size)]))])
-    return (padded and _conv(b, padded)) or padded
+    return (padded and conv(b, padded)) or padded
 
 
-def _matmul(b: _Builder, x: str) -> str | None:
+def matmul(b: Builder, x: str) -> str | None:
     shape = b.values[x].shape
     n = b.pick(1, 2, 3, 4)
     if b.pick(True, True, False):
@@ -176,7 +176,7 @@ def _matmul(b: _Builder, x: str) -> str | None:
     return b.add("Add", inputs[::-1] if b.chance() else inputs) or out
 
 
-def _gemm(b: _Builder, x: str) -> str | None:
+def gemm(b: Builder, x: str) -> str | None:
     shape = b.values[x].shape
     if len(shape) != 2:
         return None
@@ -191,7 +191,7 @@ def _gemm(b: _Builder, x: str) -> str | None:
     )
 
 
-def _norm(b: _Builder, x: str) -> str | None:
+def norm(b: Builder, x: str) -> str | None:
     shape = b.values[x].shape
     if b.chance() and len(shape) > 2:
         return b.add(
@@ -203,7 +203,7 @@ def _norm(b: _Builder, x: str) -> str | None:
     return b.add("LayerNormalization", [x, *parameters], axis=axis, epsilon=1e-2)
 
 
-def _pool(b: _Builder, x: str) -> str | None:
+def pool(b: Builder, x: str) -> str | None:
     axes = len(b.values[x].shape) - 2
     if not 1 <= axes <= 3:  # ONNX Runtime pools up to three
         return None
@@ -218,14 +218,14 @@ def _pool(b: _Builder, x: str) -> str | None:
     return b.add(op, [x], outputs=b.pick(1, 1, 2) if op == "MaxPool" else 1, **attrs)
 
 
-def _pad(b: _Builder, x: str) -> str | None:
+def pad(b: Builder, x: str) -> str | None:
     size = len(b.values[x].shape)
     pads = [b.pick(0, 0, 1, -1) if i % size > 1 or b.pick(*[False] * 5, True) else 0 for i in range(2 * size)]
     inputs = [x, b.constant(np.array(pads)), *([b.constant(np.array(b.pick(0.0, 0.0, 1.0)))] if b.chance() else [])]
     return b.add("Pad", inputs, mode=b.pick("constant", "constant", "constant", "edge"))
 
 
-def _rearrange(b: _Builder, x: str) -> str | None:
+def rearrange(b: Builder, x: str) -> str | None:
     shape = b.values[x].shape
     match b.pick(
         "Transpose", "Transpose", "Reshape", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "ReduceMean"
@@ -248,7 +248,7 @@ def _rearrange(b: _Builder, x: str) -> str | None:
     return b.add("ReduceMean", [x, b.constant(np.array(axes))], keepdims=b.pick(0, 1))
 
 
-def _new_shape(b: _Builder, shape: tuple[int, ...]) -> list[int]:
+def _new_shape(b: Builder, shape: tuple[int, ...]) -> list[int]:
     """A shape of the same volume: axes merged, or one split, perhaps with a 0 or -1 in it."""
     new = list(shape)
     place = b.pick(*range(len(new)))
@@ -263,7 +263,7 @@ def _new_shape(b: _Builder, shape: tuple[int, ...]) -> list[int]:
     return new
 
 
-def _elementwise(b: _Builder, x: str) -> str | None:
+def elementwise(b: Builder, x: str) -> str | None:
     op = b.pick("Relu", "Relu", "LeakyRelu", "PRelu", "Sigmoid", "Neg", "Identity", "Dropout", "Clip", "Cast")
     if op == "LeakyRelu":
         return b.add(op, [x], alpha=b.pick(0.1, -0.5, 1.5))
@@ -276,13 +276,13 @@ def _elementwise(b: _Builder, x: str) -> str | None:
     return b.add(op, [x], **({"to": TensorProto.DOUBLE} if op == "Cast" else {}))
 
 
-def _combine(b: _Builder, x: str) -> str | None:
+def _combine(b: Builder, x: str) -> str | None:
     others = [n for n in b.pool if b.values[n].shape == b.values[x].shape]
     op, other = b.pick("Add", "Mul", "Concat"), b.pick(*others)
     return b.add(op, [x, other], **({"axis": b.pick(0, 1)} if op == "Concat" else {}))
 
 
-def _decomposed_norm(b: _Builder, x: str) -> str | None:
+def _decomposed_norm(b: Builder, x: str) -> str | None:
     axes = b.constant(np.array([-1]))
     mean = b.add("ReduceMean", [x, axes])
     centered = mean and b.add("Sub", [x, mean])
@@ -295,16 +295,16 @@ def _decomposed_norm(b: _Builder, x: str) -> str | None:
     return scaled and b.add("Add", [scaled, b.constant(b.vector(b.values[x].shape[-1]))])
 
 
-_AFFINE = (_arithmetic, _arithmetic, _batchnorm)
-_LINEAR = (_conv, _conv, _padded_conv, _matmul, _matmul, _gemm, _norm)
-_BETWEEN = (_pool, _pad, _rearrange, _rearrange, _elementwise)
+_AFFINE = (arithmetic, arithmetic, batchnorm)
+_LINEAR = (conv, conv, _padded_conv, matmul, matmul, gemm, norm)
+_BETWEEN = (pool, pad, rearrange, rearrange, elementwise)
 _OTHER = (_combine, _decomposed_norm)
 
 
 @st.composite
 def graphs(draw, *, steps: int = 10) -> gs.Graph:
     """A random graph of convolutions, products, norms and what stands between them, with one input and some outputs."""
-    b = _Builder(draw, draw(st.integers(0, 2**32 - 1)))
+    b = Builder(draw, draw(st.integers(0, 2**32 - 1)))
     shape = draw(st.sampled_from([(2, 3, 4, 4), (2, 4, 5, 3), (1, 2, 6), (2, 6, 4), (2, 4), (3, 3), (3, 3, 3), (4,)]))
     b.values["x"] = b.rng.standard_normal(shape)
     b.pool.append("x")
@@ -325,4 +325,4 @@ def graphs(draw, *, steps: int = 10) -> gs.Graph:
         [helper.make_tensor_value_info(n, TensorProto.DOUBLE, [None] * b.values[n].ndim) for n in outputs],
         [numpy_helper.from_array(v, n) for n, v in b.constants.items()],
     )
-    return import_model(helper.make_model(graph, opset_imports=_OPSETS, ir_version=10))
+    return import_model(helper.make_model(graph, opset_imports=OPSETS, ir_version=10))

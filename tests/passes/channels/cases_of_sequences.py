@@ -1,20 +1,10 @@
-"""Groups of attention, recurrent cells and quantized weights, by hand-made graphs (see ``test_channel_groups``)."""
+"""Groups of channels of attention, recurrent cells and quantized weights."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from channelfold.tests.channel_cuts import (
-    OUT,
-    Case,
-    assert_slice_equals_mask,
-    assert_slice_equals_zeros,
-    groups_of,
-    ints,
-    named,
-    summary,
-)
+from channelfold.tests.channel_cuts import OUT, Case, ints, named
 from channelfold.tests.graphs import random
 
 S = np.s_
@@ -40,7 +30,7 @@ ATTEND = """
     y = MatMul(o3, Wo)
 """
 
-CASES = [
+SEQUENCES = [
     Case(
         "attention: whole heads of q, k and v",
         TOKENS,
@@ -225,20 +215,3 @@ CASES = [
         named(kind="float"),
     ),
 ]  # fmt: skip
-
-
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
-def case(request) -> Case:
-    return request.param
-
-
-def test_groups(case):
-    assert summary(groups_of(case.make())) == case.groups
-
-
-def test_slicing_is_masking(case):
-    assert assert_slice_equals_mask(case.make)
-
-
-def test_slicing_is_zeros_put_in_by_hand(case):
-    assert_slice_equals_zeros(case)

@@ -1,0 +1,73 @@
+"""Samples for a graph, a graph quantized with all that always holds, and what is lost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Context, Outcome
+from channelfold.passes.quantize.static import Quantize
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.io.files import check
+from channelfold.runtime.io.session import TensorSpec
+from channelfold.tests.graphs import build, random
+
+
+def samples(graph: gs.Graph, count: int = 4, *, size: int = 2, make=None) -> Data:
+    """Normal random feeds; ``make(shape, rng)`` for other ones. Open dimensions get ``size``."""
+    make = make or (lambda shape, rng: rng.standard_normal(shape))
+    feeds = []
+    for index in range(count):
+        rng = np.random.default_rng(index)
+        shapes = {t.name: [d if isinstance(d, int) else size for d in t.shape] for t in graph.inputs}
+        feeds.append({t.name: np.asarray(make(shapes[t.name], rng), t.dtype) for t in graph.inputs})
+    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in feeds[0].items()]
+    return Data(specs, count, lambda: iter(feeds), "random samples")
+
+
+def quantize(graph: gs.Graph, step: Quantize | None = None, data: Data | None = None) -> Outcome:
+    """Quantizes and asserts what always holds: a valid graph, the same inputs and outputs, facts that are JSON."""
+    sides = [(t.name, t.dtype, t.shape) for t in (*graph.inputs, *graph.outputs)]
+    outcome = (step or Quantize()).apply(graph, Context(calibration=data or samples(graph)))
+    check(graph)
+    assert sides == [(t.name, t.dtype, t.shape) for t in (*graph.inputs, *graph.outputs)]
+    json.dumps(outcome.facts)
+    assert outcome.facts["quantized"] == len(outcome.changed) == len(outcome.facts["quantized_nodes"])
+    assert [change.node for change in outcome.changed] == outcome.facts["quantized_nodes"]
+    assert outcome.facts["linears"] == len(outcome.changed) + len(outcome.refused)
+    return outcome
+
+
+def snr(before: dict, after: dict) -> float:
+    noise = sum(np.square(before[name].astype(np.float64) - after[name]).sum() for name in before)
+    signal = sum(np.square(before[name].astype(np.float64)).sum() for name in before)
+    return float(10 * np.log10(signal / noise)) if noise else np.inf
+
+
+def network() -> gs.Graph:
+    """Convolutions with a residual, pools and a classifier, 16 channels wide from the start."""
+    weights: dict[str, Any] = {"W1": (32, 16, 3, 3), "W2": (32, 32, 3, 3), "W3": (24, 32)}
+    for name, shape in weights.items():
+        weights[name] = np.sqrt(2 / np.prod(shape[1:])) * random(shape, name)
+    return build(
+        "(float[N,16,8,8] x) => (float[] y)",
+        """
+        c1 = Conv<pads=[1,1,1,1]>(x, W1, b1)
+        r1 = Relu(c1)
+        p = MaxPool<kernel_shape=[2,2],strides=[2,2]>(r1)
+        c2 = Conv<pads=[1,1,1,1]>(p, W2, b2)
+        s = Add(c2, p)
+        r2 = Relu(s)
+        g = GlobalAveragePool(r2)
+        f = Flatten(g)
+        y = Gemm<transB=1>(f, W3, b3)
+        """,
+        kind="float",
+        **weights,
+        b1=0.1 * random(32, "b1"),
+        b2=0.1 * random(32, "b2"),
+        b3=0.1 * random(24, "b3"),
+    )
