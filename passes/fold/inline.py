@@ -9,7 +9,6 @@ weights. A function of another opset than the model's is converted; one that can
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 
 import onnx
@@ -28,14 +27,13 @@ def apply(graph: gs.Graph, ctx: Context) -> Outcome:
         return outcome
     calls = _calls(graph, own.header)
     model, large = export_skeleton(graph)
+    for function in model.functions:
+        _relabel(function, graph.opset)
     inlined = onnx.inliner.inline_local_functions(model)
-    if inlined.functions:
-        with contextlib.suppress(Exception):  # what the version converter does not know stays a function
-            inlined = onnx.inliner.inline_local_functions(model, convert_version=True)
     left = {(function.domain, function.name) for function in inlined.functions}
     for (domain, name), (node, count) in calls.items():
         if (domain, name) in left:
-            outcome.refuse(node, f"{name}: the function cannot be brought to the opset of the model", "another opset")
+            outcome.refuse(node, f"{name}: the function is of another opset than the model", "another opset")
         else:
             outcome.change(node, f"{name}: {count} call{'s' * (count > 1)} replaced by the nodes of the function")
     if outcome.changed:
@@ -51,3 +49,19 @@ def _calls(graph: gs.Graph, header: onnx.ModelProto) -> dict[tuple[str, str], tu
     nodes = [node for part in all_graphs(graph) for node in part.nodes if (node.domain or "", node.op) in known]
     counts = Counter((node.domain or "", node.op) for node in nodes)
     return {key: (next(n.name for n in nodes if (n.domain or "", n.op) == key), count) for key, count in counts.items()}
+
+
+def _relabel(function: onnx.FunctionProto, opset: int) -> None:
+    """Gives a function the opset of the model where that changes none of its operators."""
+    for used in function.opset_import:
+        if used.domain in ("", "ai.onnx") and used.version != opset:
+            ops = {node.op_type for node in function.node if node.domain == used.domain}
+            if all(_since(op, used.version) == _since(op, opset) for op in ops):
+                used.version = opset
+
+
+def _since(op: str, opset: int) -> int:
+    try:
+        return onnx.defs.get_schema(op, opset, "").since_version
+    except onnx.defs.SchemaError:
+        return -opset
