@@ -11,6 +11,7 @@ import errno
 import functools
 import importlib
 import io
+import json
 import os
 import shlex
 import sys
@@ -21,8 +22,11 @@ from typing import Any, NoReturn
 import click
 
 from channelfold import __version__
+from channelfold.passes import BUILT_IN, PASSES
+from channelfold.passes import recipe as recipes
 from channelfold.runtime import flags as opt
 from channelfold.runtime.errors import ChannelfoldError, OutputError, nearest
+from channelfold.runtime.report.names import one_line, safe
 from channelfold.runtime.report.progress import Progress
 
 DEMO_SMS = (86, 89)
@@ -61,8 +65,8 @@ def cli() -> None:
 # ---- running a job -----------------------------------------------------------------------------------------------
 
 
-def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., Any]], click.Command]:
-    """Makes a command of a function that returns a record, for which module ``runtime.report.<show>`` has ``render``.
+def _command(example: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Makes a command of a function that returns a record.
 
     Adds --json and --debug, passes ``progress`` and ends the help with the example.
     """
@@ -75,9 +79,9 @@ def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., An
                 with Progress() as progress, contextlib.redirect_stdout(sys.stderr):
                     record = function(jobs, progress=progress, **options)
             except jobs.GateMissed as missed:
-                _print(missed.record, show, as_json)
+                _print(missed.record, as_json)
                 raise
-            _print(record, show, as_json)
+            _print(record, as_json)
 
         command = cli.command(name=function.__name__, epilog=f"\b\nExample:\n  {example}")(run)
         command.params += [
@@ -89,18 +93,17 @@ def _command(example: str, show: str = "terminal") -> Callable[[Callable[..., An
     return register
 
 
-def _print(record: dict[str, Any], show: str, as_json: bool) -> None:
+def _print(record: dict[str, Any], as_json: bool) -> None:
     """The record to stdout. Warnings go to stderr as well, unless stdout is a terminal, which shows them already."""
     from rich.console import Console
 
-    from channelfold.runtime.report.terminal import to_json
+    from channelfold.runtime.report.terminal import render, to_json
 
     try:
         if as_json:
             click.echo(to_json(record))
         else:
-            console = Console(width=None if sys.stdout.isatty() else 10_000)
-            importlib.import_module(f"channelfold.runtime.report.{show}").render(record, console)
+            render(record, Console(width=None if sys.stdout.isatty() else 10_000))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has had enough, which click takes quietly
         raise
@@ -113,8 +116,10 @@ def _print(record: dict[str, Any], show: str, as_json: bool) -> None:
 
 
 def _say(label: str, text: str, color: str) -> None:
+    """Prints one line of at most 500 characters, which nothing in ``text`` can break or forge."""
     plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
-    click.echo(f"{label if plain else click.style(label, fg=color, bold=True)} {text}", err=True)
+    line = one_line(text, 499 - len(label))
+    click.echo(f"{label if plain else click.style(label, fg=color, bold=True)} {line}", err=True)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -133,17 +138,18 @@ def _main(args: list[str]) -> int:
         return 130
     except Exception as error:
         if "--debug" in args:
-            traceback.print_exc()
+            # indented, so that no line of a message passes for one of ours
+            click.echo("\n  ".join(map(safe, traceback.format_exc().splitlines())), err=True)
         message, code = _explained(error, args)
         _say("error:", message, "red")
         return code
 
 
 def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
-    """What to tell the user about an error, in one line, and the exit code."""
+    """What to tell the user about an error, and the exit code."""
     match error:
         case ChannelfoldError():
-            return " ".join(str(error).split()), error.exit_code
+            return str(error), error.exit_code
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else "channelfold"
             message = error.format_message()
@@ -163,19 +169,28 @@ def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
         if "--debug" in args
         else "Run again with --debug, and report what it shows"
     )
-    return f"{type(error).__name__}: {' '.join(str(error).split())}. This is a bug in channelfold. {hint}", 1
+    return f"{type(error).__name__}: {error}. This is a bug in channelfold. {hint}", 1
 
 
-def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a job from the options of its command: those of passes are ``options``, the others stay."""
+def _source(jobs: Any, options: dict[str, Any]) -> Any:
+    """The data of a command, taken out of its options."""
     names = ("calibration", "evaluation", "random", "allow_script", "seed")
-    return {name: options.pop(name) for name in names if name in options} | {"options": opt.given(options)}
+    return jobs.Source(**{name: options.pop(name) for name in names if name in options})
 
 
-def _split(jobs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Gates, and the options given for passes."""
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Only what the user gave, so that defaults stand in one place: the pass or the recipe."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+def _settings(jobs: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a job from the options of its command: ``source``, and ``options`` of its passes."""
+    return {"source": _source(jobs, options), "options": _given(options)}
+
+
+def _gates(jobs: Any, options: dict[str, Any]) -> Any:
     names = ("min_snr", "min_cosine", "min_agreement", "max_rel")
-    return jobs.Gates(*(options.pop(name, None) for name in names)), opt.given(options)
+    return jobs.Gates(*(options.pop(name) for name in names))
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
@@ -189,53 +204,42 @@ def _split(jobs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     default="int8",
     show_default=True,
     metavar="RECIPE",
-    help="int8 (fold, then quantize), int8-smooth, fold, int8-weights, or the path of a TOML file.",
+    help=f"{', '.join(BUILT_IN)}, or the path of a TOML file.",
 )
-@opt.calibration
-@opt.evaluation
-@opt.random
-@opt.allow_script
+@opt.source
 @click.option("--sm", "sms", multiple=True, type=int, metavar="SM", help=f"{opt.SM} Repeatable.")
 @opt.shape
 @opt.gates
-@opt.quantizer
-@opt.seed
+@opt.of("quantize")
 def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **options: Any) -> Any:
     """Run a recipe on MODEL, compare with the original, build engines.
 
     Writes DIR/model.onnx, DIR/model.sm89.engine for --sm 89, and DIR/report.json. An interrupted command goes on
     where it stopped when it is repeated. Options of passes replace those in the recipe.
     """
-    names = ("calibration", "evaluation", "random", "allow_script", "sms", "shapes", "seed")
-    settings = {name: options.pop(name) for name in names}
-    gates, overrides = _split(jobs, options)
+    settings = {name: options.pop(name) for name in ("sms", "shapes")}
+    settings |= {"source": _source(jobs, options), "gates": _gates(jobs, options), "overrides": _given(options)}
     command = shlex.join(click.get_current_context().obj)
-    return jobs.compress(
-        model, output, recipe, gates=gates, overrides=overrides, command=command, progress=progress, **settings
-    )
+    return jobs.compress(model, output, recipe, command=command, progress=progress, **settings)
 
 
 @_command("channelfold fold model.onnx -o folded.onnx")
 @opt.model
 @opt.output
 @opt.seed
-def fold(jobs: Any, progress: Any, model: str, output: str, seed: int) -> Any:
+def fold(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
     """Fold normalizations and channel-wise scales into weights.
 
     The result computes the same function, with fewer nodes; every step is checked by running it.
     """
-    return jobs.fold(model, output, seed=seed, progress=progress)
+    return jobs.fold(model, output, source=_source(jobs, options), progress=progress)
 
 
 @_command("channelfold smooth model.onnx -o smooth.onnx --calibration samples.npz")
 @opt.model
 @opt.output
-@opt.calibration
-@opt.evaluation
-@opt.random
-@opt.allow_script
-@opt.smoother
-@opt.seed
+@opt.source
+@opt.of_methods()
 def smooth(jobs: Any, progress: Any, model: str, output: str, method: str, **options: Any) -> Any:
     """Scale the channels of activations, so that quantizing MODEL loses less.
 
@@ -255,18 +259,15 @@ def smooth(jobs: Any, progress: Any, model: str, output: str, method: str, **opt
       split-merge  splits channels that stand out into several
       reorder      sorts channels in attention heads; needs no data
     """
-    return jobs.smooth(model, output, method, progress=progress, **_settings(options))
+    return jobs.smooth(model, output, method, progress=progress, **_settings(jobs, options))
 
 
-@_command("channelfold prune model.onnx -o cut.onnx --keep-macs 0.5 --calibration x.npz", show="groups")
+@_command("channelfold prune model.onnx -o cut.onnx --keep-macs 0.5 --calibration x.npz")
 @opt.model
 @opt.output
-@opt.calibration
-@opt.evaluation
-@opt.random
-@opt.allow_script
-@opt.pruner
-@opt.seed
+@opt.source
+@click.option("--dead", is_flag=True, help="Remove channels that nothing uses or that never change, which is exact.")
+@opt.of("prune", without=["verify"])
 def prune(jobs: Any, progress: Any, model: str, output: str, dead: bool, **options: Any) -> Any:
     """Remove channels from MODEL: a smaller graph, not a masked one.
 
@@ -275,25 +276,21 @@ def prune(jobs: Any, progress: Any, model: str, output: str, dead: bool, **optio
     as the command fold does; that the cut equals the same channels silenced is checked by running both. Quantize
     afterwards.
 
-    
+    \b
     Importance of channels:
       reconstruction  error of the layers that read them, the other channels refitted; without data from weights
       activation      error of the layers that read them, each channel by itself; needs data
       l1, l2          magnitude of all weights that write and read them
       bn              gamma of the BatchNormalizations they pass
     """
-    return jobs.prune(model, output, dead=dead, progress=progress, **_settings(options))
+    return jobs.prune(model, output, dead=dead, progress=progress, **_settings(jobs, options))
 
 
 @_command("channelfold sparsify model.onnx -o sparse.onnx --calibration samples.npz")
 @opt.model
 @opt.output
-@opt.calibration
-@opt.evaluation
-@opt.random
-@opt.allow_script
-@opt.sparsifier
-@opt.seed
+@opt.source
+@opt.of("sparsify")
 def sparsify(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
     """Set weights of MODEL to zero, without removing channels.
 
@@ -313,18 +310,16 @@ def sparsify(jobs: Any, progress: Any, model: str, output: str, **options: Any) 
       equal-slope   where the next tile costs least
       ecoflap       by how much the outputs move when a layer's weights do; needs data
     """
-    return jobs.sparsify(model, output, progress=progress, **_settings(options))
+    return jobs.sparsify(model, output, progress=progress, **_settings(jobs, options))
 
 
 @_command("channelfold reparam repavit.onnx -o folded.onnx")
 @opt.model
 @opt.output
-@opt.calibration
-@opt.evaluation
-@opt.random
-@opt.allow_script
-@opt.reparameterizer
-@opt.seed
+@opt.source
+@opt.of("reparameterize-ffn")
+@click.option("--approximate", is_flag=True, help="Then remove hidden channels; see above.")
+@opt.of("approximate-ffn", before="--approximate")
 def reparam(jobs: Any, progress: Any, model: str, output: str, approximate: bool, **options: Any) -> Any:
     """Make one dense layer of FFN channels that bypass the activation.
 
@@ -338,25 +333,22 @@ def reparam(jobs: Any, progress: Any, model: str, output: str, approximate: bool
       --keep-macs    share of the FFNs' multiply-accumulates
       --max-error    relative error of the outputs
     """
-    return jobs.reparam(model, output, approximate=approximate, progress=progress, **_settings(options))
+    return jobs.reparam(model, output, approximate=approximate, progress=progress, **_settings(jobs, options))
 
 
 @_command("channelfold quantize folded.onnx -o int8.onnx --calibration samples.npz")
 @opt.model
 @opt.output
-@opt.calibration
-@opt.random
-@opt.allow_script
+@opt.source
 @click.option("--weights-only", is_flag=True, help="Store weights as int8 and compute in float. Needs no data.")
-@opt.quantizer
-@opt.seed
+@opt.of("quantize")
 def quantize(jobs: Any, progress: Any, model: str, output: str, weights_only: bool, **options: Any) -> Any:
     """Quantize MODEL to int8 with QDQ nodes.
 
     Weights are quantized per output channel, activations per tensor with ranges from calibration data. For best
     accuracy fold first, or use compress, which does both.
     """
-    return jobs.quantize(model, output, weights_only=weights_only, progress=progress, **_settings(options))
+    return jobs.quantize(model, output, weights_only=weights_only, progress=progress, **_settings(jobs, options))
 
 
 @_command("channelfold build int8.onnx -o int8.engine --sm 89 --shape x:1x64:8x64:16x64")
@@ -364,89 +356,68 @@ def quantize(jobs: Any, progress: Any, model: str, output: str, weights_only: bo
 @click.option("-o", "--output", required=True, metavar="ENGINE", type=click.Path(), help="Engine file to write.")
 @click.option("--sm", type=int, metavar="SM", help=f"{opt.SM}  [default: the GPU of this machine]")
 @opt.shape
-@click.option("--data", metavar="DATA", type=click.Path(), help=f"Samples to take the shapes from: {opt.DATA}.")
+@opt.data("data", "calibration", f"Samples to take the shapes from: {opt.DATA}.")
 @opt.allow_script
 @click.option(
     "--sparse-weights", is_flag=True, help="Let weights that are 2:4 sparse run on sparse tensor cores, where faster."
 )
-def build(
-    jobs: Any,
-    progress: Any,
-    model: str,
-    output: str,
-    sm: int | None,
-    shapes: tuple[str, ...],
-    data: str | None,
-    allow_script: bool,
-    sparse_weights: bool,
-) -> Any:
+def build(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
     """Build a TensorRT engine from MODEL.
 
     Reads back from the engine which nodes run as int8. With the extra rtx (TensorRT-RTX) this needs no GPU.
     """
-    return jobs.build(
-        model,
-        output,
-        sm=sm,
-        shapes=shapes,
-        data=data,
-        allow_script=allow_script,
-        sparse_weights=sparse_weights,
-        progress=progress,
-    )
+    return jobs.build(model, output, source=_source(jobs, options), progress=progress, **options)
 
 
 @_command("channelfold diff model.onnx out/model.onnx --data test.npz --min-snr 20")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option("--data", metavar="DATA", type=click.Path(), help=f"Samples to run both models on: {opt.DATA}.")
+@opt.data("data", "evaluation", f"Samples to run both models on: {opt.DATA}.")
 @opt.random
 @opt.allow_script
 @opt.gates
 @opt.seed
-def diff(
-    jobs: Any,
-    progress: Any,
-    a: str,
-    b: str,
-    data: str | None,
-    random: int | None,
-    allow_script: bool,
-    seed: int,
-    **options: Any,
-) -> Any:
+def diff(jobs: Any, progress: Any, a: str, b: str, **options: Any) -> Any:
     """Compare the outputs of B with those of A on the same samples."""
-    gates, _ = _split(jobs, options)
-    return jobs.diff(
-        a, b, data=data, random=random, allow_script=allow_script, gates=gates, seed=seed, progress=progress
-    )
+    return jobs.diff(a, b, source=_source(jobs, options), gates=_gates(jobs, options), progress=progress)
 
 
-@_command("channelfold inspect model.onnx", show="inspection")
+@_command("channelfold inspect model.onnx")
 @opt.model
-@click.option(
-    "--calibration",
-    metavar="DATA",
-    type=click.Path(),
-    help=f"Samples to look for outlier channels on: the largest of an input against its median channel. {opt.DATA}.",
+@opt.data(
+    "calibration",
+    "calibration",
+    f"Samples to look for outlier channels on: the largest of an input against its median channel. {opt.DATA}.",
 )
 @opt.allow_script
-@click.option(
-    "--idle",
-    is_flag=True,
-    help="List the FFNs: channels that bypass the activation and, with data, that might as well.",
-)
+@click.option("--idle", is_flag=True, help="List the FFNs, and their channels that bypass the activation, or might.")
 @click.option("--groups", is_flag=True, help="List the channels that can be cut together, and why others stay.")
-def inspect(
-    jobs: Any, progress: Any, model: str, calibration: str | None, allow_script: bool, idle: bool, groups: bool
-) -> Any:
+def inspect(jobs: Any, progress: Any, model: str, **options: Any) -> Any:
     """Show what is in MODEL, and which linear nodes could be int8."""
-    return jobs.inspect(
-        model, calibration=calibration, allow_script=allow_script, idle=idle, groups=groups, progress=progress
-    )
+    return jobs.inspect(model, source=_source(jobs, options), progress=progress, **options)
 
 
-@_command("channelfold demo --model digits_repavit", show="demo")
+@cli.command(name="passes", epilog="\b\nExample:\n  channelfold passes quantize")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the passes as JSON.")
+@click.option("--markdown", is_flag=True, help="Print the page passes/README.md.")
+def list_passes(name: str | None, as_json: bool, markdown: bool) -> None:
+    """List the passes of recipes, or show the options of the pass NAME."""
+    if name and name not in PASSES:
+        raise click.UsageError(f"There is no pass {name!r}. {nearest(name, PASSES)}", click.get_current_context())
+    names = [name] if name else [*PASSES]
+    if as_json:
+        click.echo(json.dumps([recipes.describe(one) for one in names], indent=2))
+    elif markdown or name:
+        title = "# Passes and their options\n\nPrinted by `channelfold passes --markdown`.\n\n" if markdown else ""
+        click.echo(title + "\n".join(map(recipes.reference, names)), nl=False)
+    else:
+        formatter = click.HelpFormatter(max_width=100)
+        formatter.write_dl([(one, f"{cls.kind}: {recipes.describe(one)['summary']}") for one, cls in PASSES.items()])
+        click.echo(formatter.getvalue(), nl=False)
+
+
+@_command("channelfold demo --model digits_repavit")
 @opt.shipped
 @click.option(
     "-o", "--output", metavar="DIR", type=click.Path(), help="Folder to write to.  [default: a temporary one]"
@@ -461,9 +432,9 @@ def inspect(
     show_default=True,
     help=f"{opt.SM} Repeatable.",
 )
-def demo(jobs: Any, progress: Any, model: str, output: str | None, sms: tuple[int, ...]) -> Any:
+def demo(jobs: Any, progress: Any, output: str | None, **options: Any) -> Any:
     """Compress a small network that ships with channelfold.
 
     The networks read handwritten digits; their accuracy is measured before and after. Takes under a minute.
     """
-    return jobs.demo(output, model=model, sms=sms, progress=progress)
+    return jobs.demo(output, progress=progress, **options)

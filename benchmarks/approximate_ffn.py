@@ -102,7 +102,7 @@ class Bench:
 
     def load(self) -> None:
         """The graph as it was, to be cut again."""
-        from channelfold.passes.ffn.ffn import find_ffns
+        from channelfold.passes.ffn.blocks import find_ffns
         from channelfold.runtime.data.sources import open_data
         from channelfold.runtime.io import files
         from channelfold.runtime.io.facts import required_inputs
@@ -168,7 +168,7 @@ class Bench:
 
     def passed(self, share: float, output: Path) -> None:
         from channelfold.passes.base import Context
-        from channelfold.passes.ffn.approximate import ApproximateFfn
+        from channelfold.passes.ffn import ApproximateFfn
         from channelfold.runtime.data.sources import open_data
         from channelfold.runtime.io import files
         from channelfold.runtime.io.facts import required_inputs

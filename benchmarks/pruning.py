@@ -30,7 +30,7 @@ from open_set import DEFAULT
 from channelfold.passes.base import Context
 from channelfold.passes.channels.cut import cut, mask
 from channelfold.passes.channels.groups import find_groups
-from channelfold.passes.prune.prune import Prune
+from channelfold.passes.prune import Prune
 from channelfold.passes.recipe import load_recipe
 from channelfold.runtime.data.probes import random_feeds, shapes_of
 from channelfold.runtime.data.sources import Data, open_data
@@ -41,7 +41,7 @@ from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.jobs.inspect_model import costs
 from channelfold.runtime.stats.bench import latencies
 from channelfold.tests.channel_cuts import random_keep, regions_of
-from channelfold.tests.passes.test_prunable import COUNTS, NORMED, counts, graph_of, image, logits, random_weights
+from channelfold.tests.passes.prune.topologies import COUNTS, NORMED, counts, graph_of, image, logits, random_weights
 
 OPEN = (
     "crepe_tiny",

@@ -124,7 +124,7 @@ def timed(paths: Mapping[str, Path], threads: int, seconds: float, clock: Callab
 
 def fold(model: Path, out: Path) -> None:
     from channelfold.passes.base import Context
-    from channelfold.passes.ffn.reparameterize import ReparameterizeFfn
+    from channelfold.passes.ffn import ReparameterizeFfn
     from channelfold.runtime.io.files import load, save
 
     graph = load(model)

@@ -167,7 +167,7 @@ def decibels(reference: Path, candidate: Path, feeds: Path, first: int = 0) -> f
 
     session = Session(reference)
     data = open_data(feeds, session.inputs)
-    found = compare(session, Session(candidate), data.first(first or len(data)))
+    found = compare(session, Session(candidate, exact=True), data.first(first or len(data)))
     return min(output.snr for output in found.outputs if output.snr is not None)
 
 
@@ -235,7 +235,8 @@ def plant(model: Path, data: Path, output: Path, insert: bool, first: int) -> di
     from channelfold.runtime.io import files
     from channelfold.runtime.io.facts import required_inputs
     from channelfold.runtime.io.shapes import measured_shapes
-    from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+    from channelfold.runtime.stats.channels import ChannelStatistics
+    from channelfold.runtime.stats.observe import by_name, observe
 
     graph = files.load(model)
     files.infer_shapes(graph)
@@ -257,7 +258,7 @@ def plant(model: Path, data: Path, output: Path, insert: bool, first: int) -> di
             continue
     readers = [[(end, end.linear) for end in region.readers() if end.linear is not None] for region in regions]
     observers = {linear.data.name: ChannelStatistics(linear.in_axis) for ends in readers for _, linear in ends}
-    observe(graph, observers, samples.first(first or len(samples)))
+    observe(graph, by_name(observers.items()), samples.first(first or len(samples)))
     rng = np.random.default_rng(0)
     facts = {"regions": 0, "classes": 0, "shifted": 0}
     for region, ends in zip(regions, readers, strict=True):

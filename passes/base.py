@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import fnmatch
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from channelfold.runtime.errors import no_progress
+from channelfold.passes.options import options
+from channelfold.runtime.errors import DataError, no_progress
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_graphsurgeon as gs
 
     from channelfold.runtime.data.sources import Data
@@ -80,6 +84,26 @@ class DoesNotFit(Refused):
     """A value that a rewrite needs is not finite in the type that has to hold it."""
 
 
+@dataclass(frozen=True)
+class Patterns:
+    """Which sites a pass takes by their names: patterns (``*`` and ``?``); without ``include`` all but ``exclude``."""
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+
+    def why_not(self, *names: str) -> str:
+        """Why a site with these names is left alone; empty where it is not."""
+        if self.include and not _match(names, self.include):
+            return "not included by any pattern"
+        pattern = _match(names, self.exclude)
+        return f"excluded by pattern {pattern!r}" if pattern else ""
+
+
+def _match(names: Sequence[str], patterns: Sequence[str]) -> str:
+    """The first pattern that one of the names matches; empty for none."""
+    return next((p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)), "")
+
+
 @dataclass
 class Context:
     """What passes may use beside the graph.
@@ -92,6 +116,13 @@ class Context:
     progress: Callable[[str, int, int], None] = no_progress
     seed: int = 0
 
+    @property
+    def data(self) -> Data:
+        """The calibration data, for passes that need them."""
+        if self.calibration is None:
+            raise DataError("There are no calibration data", "Give some with --calibration")
+        return self.calibration
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -101,19 +132,61 @@ class Pass:
     numerically after every run), ``calibrated`` (data-driven, approximate) or ``lossy``.
 
     ``apply`` edits ``graph`` in place and keeps no state. It rewrites a site fully or leaves it alone and refuses it
-    with the reason. ``needs_opset`` is the lowest opset it works at, ``opset_for`` the same for one graph where that
-    depends on it; the pipeline raises the graph to it beforehand.
+    with the reason. ``needs_opset`` is the lowest opset it works at, ``least_opset`` the same for one graph where that
+    depends on it; the pipeline raises the graph to it beforehand. ``needs_data``: what needs calibration data, as the
+    error says it where there are none.
+
+    The class stands in the face of its family, ``passes/<family>/__init__.py``, which imports nothing heavy. Class
+    ``Work`` of the file ``does_it`` beside the face derives from it and does the work; that file is imported then.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Literal["exact", "calibrated", "lossy"]]
+    does_it: ClassVar[str] = ""
     needs_opset: ClassVar[int] = 0
+    needs_data: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, option in options(type(self)).items():
+            option.check(getattr(self, name))
+
+    def work(self) -> Pass:
+        """The same options in the class that does the work."""
+        module = importlib.import_module(f"{type(self).__module__}.{self.does_it}") if self.does_it else None
+        return module.Work(**vars(self)) if module else self
 
     def opset_for(self, graph: gs.Graph) -> int:
+        """The lowest opset that the pass works at on a graph."""
+        return self.work().least_opset(graph)
+
+    def least_opset(self, graph: gs.Graph) -> int:
         return self.needs_opset
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        raise NotImplementedError
+        if self.needs_data and ctx.calibration is None:
+            raise self.lacks_data
+        names, ops = [node.name for node in graph.nodes], {node.op for node in graph.nodes}
+        outcome = self.work().apply(graph, ctx)
+        patterns = (*self.patterns.include, *self.patterns.exclude)
+        lost = [f"no node is called {pattern!r}" for pattern in patterns if not _match(names, [pattern])]
+        lost += [f"there is no {op!r} node" for op in getattr(self, "exclude_ops", ()) if op not in ops]
+        outcome.warnings += [f"{what}, which include or exclude asks for" for what in lost]
+        return outcome
+
+    def feed(self, ctx: Context) -> dict[str, np.ndarray]:
+        """The first sample of the calibration data. Raises DataError where there is none."""
+        for feed in ctx.data:
+            return feed
+        raise self.lacks_data
+
+    @property
+    def lacks_data(self) -> DataError:
+        return DataError(f"{self.needs_data} needs calibration data", "Give some with --calibration")
+
+    @property
+    def patterns(self) -> Patterns:
+        """The patterns among the options."""
+        return Patterns(getattr(self, "include", ()), getattr(self, "exclude", ()))
 
     def options(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Pass
 from channelfold.runtime.errors import ChannelfoldError, OutputError
-from channelfold.runtime.io.files import load, save, writing
+from channelfold.runtime.io.files import load, remove_leftovers, save, writing
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -99,6 +99,7 @@ class Checkpoint:
 def clear(folder: str | Path) -> None:
     """Removes a checkpoint, and the folder when nothing else is in it."""
     folder = Path(folder)
+    remove_leftovers(folder)
     _remove([folder / MANIFEST, *_models(folder, "step-")])
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

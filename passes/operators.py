@@ -1,56 +1,264 @@
-"""What is known of operators."""
+"""What is known of operators, each said once: one row an operator.
+
+    operator(node).elementwise         instead of a set of names, with the domain looked at
+
+A row tells what an operator does to the channels of its data. What needs code (which channels of a Reshape go together,
+say) is found by ``kind``: operators of one kind share a rule in ``links``, ``maps`` and the like. Every claim of a row
+is tested by running the operator. Whoever adds an operator adds a row here, and a rule only if it moves channels.
+
+What a certain runtime makes of an operator is no fact about it and stands where it is needed.
+"""
 
 from __future__ import annotations
 
-NORMS = (
-    "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization", "InstanceNormalization", "BatchNormalization", "GroupNormalization",
-)  # fmt: skip
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_graphsurgeon as gs
+
+from channelfold.runtime.io import edit
+
+EVERY = ()  # as ``data``: all inputs, however many there are
 
 
-UNBIASED_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
+@dataclass(frozen=True)
+class Operator:
+    """One operator, at inference, with the attributes it has by default.
+
+    ``kind``: names the rules that follow its channels; "" where there are none. ``data``: the inputs that hold data,
+    not parameters. Of a function f of all data inputs together:
+
+        linear    f(x + y) + f(0) = f(x) + f(y)
+        scale     f(s x) = s f(x), with a scale by channel, of any sign or positive; "" where it does not pass
+        shift     f(x + z) = f(x) + z, with a shift by channel
+        moves     each element of f(x) is one of x, or a zero
+
+    ``arithmetic``: with a constant in the other's place it scales an operand, or shifts it if it is ``linear``.
+    ``neutral``: the second operand that leaves the first one as it is. ``rectifies``: negative values come out smaller
+    than positive ones. ``sums``: zeros add nothing to what it reduces. ``random``: two runs may differ.
+    ``gamma``: the input of a norm that scales its result, by channel; ``beta``: whether a shift is the next one.
+    ``gates``: of a recurrent cell, the blocks of rows in its weights. ``sized``: the input that is the result's shape.
+    """
+
+    kind: str = ""
+    data: tuple[int, ...] = (0,)
+    linear: bool = False
+    scale: Literal["any", "positive", ""] = ""
+    shift: bool = False
+    moves: bool = False
+    arithmetic: bool = False
+    neutral: float | None = None
+    rectifies: bool = False
+    sums: bool = False
+    random: bool = False
+    gamma: int = 0
+    beta: bool = False
+    gates: int = 0
+    sized: int | None = None
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it treats every element alike, whatever its channel. Operands are broadcast to each other."""
+        return self.kind == "elementwise"
+
+    @property
+    def weighted(self) -> bool:
+        """Whether it multiplies by a weight as a linear layer does."""
+        return self.kind in ("conv", "gemm", "matmul")
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """The inputs that are weights where they are constant: what has channels in rows and columns."""
+        return _WEIGHTS.get(self.kind, ())
+
+    @property
+    def asks_shape(self) -> bool:
+        """Whether it looks at the shape of its input alone."""
+        return self.kind in ("shape", "size")
+
+    @property
+    def copies(self) -> bool:
+        """Whether its result holds the elements of its input in their order, perhaps in another type or shape."""
+        same = self.elementwise and self.data == (0,) and self.linear and self.shift
+        return same or self.kind == "reshape"
+
+    @property
+    def adds(self) -> bool:
+        return self.arithmetic and self.linear
+
+    @property
+    def multiplies(self) -> bool:
+        return self.arithmetic and not self.linear
+
+    @property
+    def joins(self) -> bool:
+        """Whether one scale for all of its operands, which are broadcast to each other, is one of its result."""
+        return self.elementwise and self.data == EVERY and bool(self.scale)
+
+    @property
+    def merges(self) -> bool:
+        """Whether its result holds elements of several inputs, each from one of them."""
+        several = len(self.data) != 1 and self.kind != "pad"
+        return several and (self.moves or (bool(self.scale) and not self.joins))
+
+    @property
+    def source(self) -> int | None:
+        """The one input whose channels its result has; None where several inputs are alike."""
+        return None if self.data == EVERY or self.merges else self.data[0]
+
+    @property
+    def norm_axis(self) -> int:
+        """The axis of the channels that a norm has gamma for."""
+        return 1 if self.kind in ("batch_norm", "instance_norm", "group_norm") else -1
+
+    def inputs(self, node: gs.Node) -> tuple[int, ...]:
+        """The inputs of a node of this operator that hold data."""
+        return self.data or tuple(range(len(node.inputs)))
 
 
-SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
-
-
-OVER_AXIS_1 = ("InstanceNormalization", "BatchNormalization", "GroupNormalization")
-
-
-ELEMENTWISE = {
-    "Abs", "Acos", "Acosh", "Add", "And", "Asin", "Asinh", "Atan", "Atanh", "BitwiseAnd", "BitwiseNot", "BitwiseOr",
-    "BitwiseXor", "Cast", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Dropout", "Elu", "Equal", "Erf", "Exp",
-    "Floor", "Gelu", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu",
-    "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mish", "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pow",
-    "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt",
-    "Sub", "Sum", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Where", "Xor",
+_WEIGHTS = {
+    "conv": (1,), "gemm": (1,), "matmul": (0, 1), "einsum": (0, 1, 2), "recurrent": (1, 2), "embedding": (2, 3, 4),
+    "fused_conv": (1,), "fused_gemm": (1,), "fused_matmul": (0, 1), "packed_attention": (1,),
 }  # fmt: skip
 
 
-VENDOR_ELEMENTWISE = {"BiasGelu", "FastGelu", "Gelu", "QuickGelu"}  # of com.microsoft; FastGelu and BiasGelu add a bias
+def _move(kind: str, data: tuple[int, ...] = (0,), shift: bool = True, sized: int | None = None) -> Operator:
+    return Operator(kind, data, linear=True, scale="any", shift=shift, moves=True, sized=sized)
 
 
-LAST_AXIS_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+_ELEMENTWISE = Operator("elementwise")
+_OF_SEVERAL = Operator("elementwise", EVERY)
+_ACTIVATION = Operator("elementwise", rectifies=True)
+_RECTIFIER = Operator("elementwise", scale="positive", rectifies=True)
+_NORM = Operator("norm", gamma=1, beta=True)
+
+_STANDARD = {
+    "Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Cos Cosh Exp Floor": _ELEMENTWISE,
+    "IsInf IsNaN Log Not Reciprocal Round Shrink Sign Sin Sinh Softsign Sqrt Tan Tanh": _ELEMENTWISE,
+    "And BitwiseAnd BitwiseOr BitwiseXor Equal Greater GreaterOrEqual Less LessOrEqual Mod Or Xor":
+        _OF_SEVERAL,
+    "Celu Clip Elu Erf Gelu HardSigmoid HardSwish Mish Selu Sigmoid Softplus Swish ThresholdedRelu": _ACTIVATION,
+    "LeakyRelu PRelu Relu": _RECTIFIER,
+    "Abs": Operator("elementwise", scale="positive"),
+    "Neg": Operator("elementwise", linear=True, scale="any"),
+    "Cast": Operator("elementwise", linear=True, scale="any", shift=True),
+    "Identity": _move("elementwise"),
+    "Dropout": Operator("elementwise", linear=True, scale="any", shift=True, moves=True, random=True),
+    "Add Sub": Operator("elementwise", EVERY, linear=True, scale="any", arithmetic=True, neutral=0),
+    "Mul Div": Operator("elementwise", EVERY, arithmetic=True, neutral=1),
+    "Pow": Operator("elementwise", EVERY, neutral=1),
+    "Sum": Operator("elementwise", EVERY, linear=True, scale="any"),
+    "Mean": Operator("elementwise", EVERY, linear=True, scale="any", shift=True),
+    "Max Min": Operator("elementwise", EVERY, scale="positive", shift=True),
+    "Where": Operator("elementwise", (1, 2), scale="any", shift=True),
+
+    "Conv ConvTranspose": Operator("conv", linear=True),
+    "Gemm": Operator("gemm", linear=True),
+    "MatMul": Operator("matmul", linear=True),
+    "Einsum": Operator("einsum"),
+    "LSTM": Operator("recurrent", gates=4),
+    "GRU": Operator("recurrent", gates=3),
+    "RNN": Operator("recurrent", gates=1),
+    "Attention": Operator("attention", (2,), scale="any"),
+    "RotaryEmbedding": Operator("rotary"),
+
+    "LayerNormalization": _NORM,
+    "RMSNormalization SimplifiedLayerNormalization": Operator("norm", gamma=1),
+    "BatchNormalization": Operator("batch_norm", linear=True, gamma=1, beta=True),
+    "InstanceNormalization": Operator("instance_norm", gamma=1, beta=True),
+    "GroupNormalization": Operator("group_norm", gamma=1, beta=True),
+    "LpNormalization": Operator("lp_norm"),
+    "LRN": Operator("lrn"),
+    "Hardmax LogSoftmax Softmax": Operator("softmax"),
+
+    "AveragePool GlobalAveragePool": Operator("pool", linear=True, scale="any", shift=True),
+    "GlobalMaxPool MaxPool": Operator("pool", scale="positive", shift=True),
+    "GlobalLpPool LpPool": Operator("pool", scale="positive"),
+    "ReduceMean": Operator("reduce", linear=True, scale="any", shift=True),
+    "ReduceMax ReduceMin": Operator("reduce", scale="positive", shift=True),
+    "ReduceSum": Operator("reduce", linear=True, scale="any", sums=True),
+    "ReduceL1 ReduceL2": Operator("reduce", scale="positive", sums=True),
+    "ReduceSumSquare": Operator("reduce", sums=True),
+    "ReduceLogSum ReduceLogSumExp ReduceProd": Operator("reduce"),
+    "CumSum": Operator("along_axis", linear=True, scale="any"),
+    "ArgMax ArgMin TopK": Operator("along_axis"),
+
+    "Transpose": _move("transpose"),
+    "Flatten Squeeze Unsqueeze": _move("reshape"),
+    "Reshape": _move("reshape", sized=1),
+    "Concat": _move("concat", EVERY),
+    "Split": _move("split"),
+    "Slice": _move("slice"),
+    "Gather": _move("gather"),
+    "Expand": _move("expand", sized=1),
+    "Tile": _move("tile"),
+    "Pad": _move("pad", (0, 2), shift=False),
+    "DepthToSpace SpaceToDepth": Operator("depth_to_space", linear=True, scale="any", shift=True),
+    "GatherElements GatherND": _move(""),
+    "ScatterElements ScatterND": _move("", (0, 2)),
+    "Resize": Operator("resize", linear=True, scale="any", shift=True, sized=3),
+    "Upsample": Operator("resize", linear=True, scale="any", shift=True),
+    "GridSample RoiAlign": Operator("sampled", linear=True, scale="any"),
+    "MaxRoiPool": Operator("sampled", scale="positive"),
+
+    "Shape": Operator("shape"),
+    "Size": Operator("size"),
+    "ConstantOfShape": Operator("constant_of_shape", sized=0),
+    "DequantizeLinear QuantizeLinear": Operator("quantize"),
+    "DynamicQuantizeLinear": Operator("dynamic_quantize"),
+    "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike": Operator(random=True),
+}  # fmt: skip
+
+_MICROSOFT = {
+    "BiasGelu FastGelu": Operator("elementwise", EVERY, rectifies=True),  # the second input is a bias
+    "Gelu QuickGelu": _ACTIVATION,
+    "SkipLayerNormalization": Operator("norm", gamma=2, beta=True),  # what follows them is a bias in front of it
+    "SkipSimplifiedLayerNormalization": Operator("norm", gamma=2),
+    "EmbedLayerNormalization": Operator("embedding", gamma=5, beta=True),
+    "GroupQueryAttention MultiHeadAttention": Operator("attention", (2,), scale="any"),
+    "Attention": Operator("packed_attention"),
+    "FusedConv": Operator("fused_conv"),  # with an activation, as the next one
+    "FusedGemm": Operator("fused_gemm"),
+    "FusedMatMul": Operator("fused_matmul"),
+    "RotaryEmbedding": Operator("rotary"),
+    "DequantizeLinear QuantizeLinear": Operator("quantize"),
+}
+
+OPERATORS = {
+    (domain, op): row
+    for domain, rows in (("", _STANDARD), ("com.microsoft", _MICROSOFT))
+    for ops, row in rows.items()
+    for op in ops.split()
+}
+_UNKNOWN = Operator()
+
+NOT_LOOKED_AT = {  # by domain; to all of them everything is unknown, and what depends on them is refused by name
+    "": (
+        "AffineGrid BitCast BitShift BlackmanWindow CastLike CausalConvWithState CenterCropPad Col2Im Compress "
+        "ConcatFromSequence Constant ConvInteger CumProd DFT DeformConv Det EyeLike HammingWindow HannWindow If "
+        "ImageDecoder LinearAttention Loop MatMulInteger MaxUnpool MeanVarianceNormalization MelWeightMatrix "
+        "NegativeLogLikelihoodLoss NonMaxSuppression NonZero OneHot Optional OptionalGetElement OptionalHasElement "
+        "QLinearConv QLinearMatMul Range RegexFullMatch ReverseSequence STFT Scan Scatter SequenceAt SequenceConstruct "
+        "SequenceEmpty SequenceErase SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss SplitToSequence "
+        "StringConcat StringNormalizer StringSplit SwiGLU TensorScatter TfIdfVectorizer Trilu Unique"
+    ),
+    "com.microsoft": (
+        "BiasAdd BiasDropout BiasSoftmax BiasSplitGelu BitmaskBiasDropout BitmaskDropout CDist ComplexMul "
+        "ConvTransposeWithDynamicPads CropAndResize DecoderAttention DecoderMaskedMultiHeadAttention "
+        "DecoderMaskedSelfAttention DynamicQuantizeLSTM DynamicQuantizeMatMul ExpandDims "
+        "FusedMatMulActivation GatedRelativePositionBias GatherBlockQuantized GatherND GemmFastGelu "
+        "GemmFloat8 GemmaRotaryEmbedding GridSample GroupNorm Inverse LongformerAttention MatMulBnb4 MatMulFpQ4 "
+        "MatMulInteger16 MatMulIntegerToFloat MatMulNBits MoE MulInteger NhwcConv NhwcFusedConv NhwcMaxPool "
+        "PackedAttention PackedMultiHeadAttention Pad PagedAttention QAttention QEmbedLayerNormalization QGemm "
+        "QLinearAdd QLinearAveragePool QLinearConcat QLinearConv QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul "
+        "QLinearReduceMean QLinearSigmoid QLinearSoftmax QLinearWhere QMoE QOrderedAttention QOrderedGelu "
+        "QOrderedLayerNormalization QOrderedLongformerAttention QOrderedMatMul QuantizeWithOrder DequantizeWithOrder "
+        "Range ReduceSumInteger RelativePositionBias RemovePadding RestorePadding SkipGroupNorm SparseAttention "
+        "SparseToDenseMatMul TransposeMatMul Trilu Unique"
+    ),
+}
 
 
-RECURRENT = {"LSTM": 4, "GRU": 3, "RNN": 1}
-
-
-LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
-
-RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
-
-
-REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax")
-
-
-ATTENTIONS = ("Attention", "MultiHeadAttention")  # linear in the values, which are their third input
-
-
-POOLS = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")
-
-
-ALONGSIDE = (  # what keeps every channel where it is
-    *POOLS, "Identity", "Dropout", "Relu", "LeakyRelu", "PRelu", "Pad", "Neg", "Abs", "Cast", "Resize",
-)  # fmt: skip
+def operator(node: gs.Node) -> Operator:
+    """What is known of a node's operator: an empty row where it has none, as the functions of a model have."""
+    return OPERATORS.get(("" if edit.is_standard(node) else node.domain, node.op), _UNKNOWN)

@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -43,8 +43,7 @@ WHOLE = "(whole graph)"  # what a record names where no single node is to blame
 class RaiseOpset(Pass):
     """Raises the graph to an opset with ONNX's version converter. The pipeline runs it for passes that need it."""
 
-    name: ClassVar[str] = "raise-opset"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
+    name, kind = "raise-opset", "exact"
 
     opset: int
 
@@ -222,8 +221,9 @@ def _spec(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...] |
 
 
 def _refine(was: list, now: list) -> bool:
-    """Whether shapes are the same or merely better known: a number, or at least a name, where there was none."""
-    if [spec[:2] for spec in was] != [spec[:2] for spec in now]:
+    """Whether types and shapes are the same or merely better known: a number, or at least a name, where none was."""
+    same = [old[0] == new[0] and old[1] in ("", "undefined", new[1]) for old, new in zip(was, now, strict=False)]
+    if len(was) != len(now) or not all(same):
         return False
     pairs = [(old[2], new[2]) for old, new in zip(was, now, strict=True) if old[2] is not None]
     return all(

@@ -28,82 +28,28 @@ find out what a pass is worth.
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import itertools
 import json
-import tomllib
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from channelfold.passes import BUILT_IN, PASSES
 from channelfold.passes.base import Pass
+from channelfold.passes.options import found
+from channelfold.passes.options import options as options_of
 from channelfold.runtime.errors import ChannelfoldError, UsageError, nearest
 
 _QUANTIZATIONS = ("quantize", "quantize-weights")
-_ANYWHERE = ("fold-constants", "remove-identities")  # they do not touch weights behind DequantizeLinear
+# they do not touch weights behind DequantizeLinear
+_ANYWHERE = ("rewrite-einsum", "fold-constants", "remove-identities")
 _TAKEN_BACK = {
     ("smooth", "fold-affine"): "folds the Mul nodes that allow_insert lets it insert back into the weights",
     ("smooth", "reparameterize-ffn"): "multiplies the weights it has scaled with each other",
     ("smooth", "equalize"): "gives the channels that both find other scales, which suit the weights alone",
     ("reorder-channels", "smooth"): "scales channels that are sorted by their size",
     ("reorder-channels", "equalize"): "scales channels that are sorted by their size",
-}
-
-
-class _Registry(Mapping[str, type[Pass]]):
-    """Pass classes by name, imported when they are asked for."""
-
-    def __init__(self, places: dict[str, str]):
-        self._places = places
-
-    def __getitem__(self, name: str) -> type[Pass]:
-        module, _, attribute = self._places[name].partition(":")
-        return getattr(importlib.import_module(f"channelfold.passes.{module}"), attribute)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-PASSES: Mapping[str, type[Pass]] = _Registry(
-    {
-        "fold-constants": "fold.constants:FoldConstants",
-        "remove-identities": "fold.identities:RemoveIdentities",
-        "fold-pad": "fold.pad:FoldPad",
-        "fold-affine": "fold.affine:FoldAffine",
-        "reparameterize-ffn": "ffn.reparameterize:ReparameterizeFfn",
-        "equalize": "smooth.equalize:Equalize",
-        "absorb-bias": "smooth.absorb_bias:AbsorbBias",
-        "smooth": "smooth.smooth:Smooth",
-        "merge-convs": "fold.convs:MergeConvs",
-        "split-channels": "smooth.split:SplitChannels",
-        "merge-channels": "smooth.merge:MergeChannels",
-        "reorder-channels": "smooth.reorder:ReorderChannels",
-        "clip-weights": "quantize.clip:ClipWeights",
-        "remove-dead-channels": "prune.dead:RemoveDeadChannels",
-        "prune": "prune.prune:Prune",
-        "sparsify": "sparsify.sparsify:Sparsify",
-        "approximate-ffn": "ffn.approximate:ApproximateFfn",
-        "quantize": "quantize.static:Quantize",
-        "quantize-weights": "quantize.weights:QuantizeWeights",
-    }
-)
-
-_FOLD = ("fold-constants", "remove-identities", "fold-pad", "fold-affine")
-_REPARAM = ("fold-constants", "remove-identities", "reparameterize-ffn", "fold-pad", "fold-affine")
-BUILT_IN: dict[str, tuple[str, ...]] = {
-    "fold": _FOLD,
-    "reparam": _REPARAM,
-    "int8": (*_FOLD, "quantize"),
-    "int8-reparam": (*_REPARAM, "quantize"),
-    "int8-smooth": (*_FOLD, "smooth", "quantize"),
-    "int8-weights": (*_FOLD, "quantize-weights"),
 }
 
 
@@ -153,8 +99,12 @@ def load_recipe(source: str | Path) -> Recipe:
 
 def loads(text: str, source: str = "recipe.toml") -> Recipe:
     """The recipe in a TOML text; ``source`` is the file it comes from, for messages. Raises UsageError."""
+    import tomllib  # which help has no use for
+
     try:
         table = tomllib.loads(text)
+    except RecursionError:
+        raise UsageError(f"{source} is nested too deep for a recipe", "Start every pass with [[pass]]") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{source} is not TOML: {error}", 'Text takes quotes, such as name = "fold-affine"') from None
     for key in table:
@@ -162,11 +112,11 @@ def loads(text: str, source: str = "recipe.toml") -> Recipe:
             raise UsageError(f"{source} has an unknown key {key!r}", nearest(key, ("name", "pass")))
     name, entries = table.get("name", Path(source).stem), table.get("pass")
     if not isinstance(name, str):
-        raise UsageError(f"{source}: 'name' is {_found(name)}, expected a string", f'Write name = "{name}"')
+        raise UsageError(f"{source}: 'name' is {found(name)}, expected a string", f'Write name = "{name}"')
     if isinstance(entries, dict):
         raise UsageError(f"{source} has one table [pass], expected a list of them", "Write [[pass]]")
     if not isinstance(entries, list) or not entries:
-        what = " has no [[pass]]" if entries is None else f": 'pass' is {_found(entries)}, expected tables"
+        what = " has no [[pass]]" if entries is None else f": 'pass' is {found(entries)}, expected tables"
         raise UsageError(
             f"{source}{what}", f'Start every pass with [[pass]] and name = "...". Passes: {", ".join(PASSES)}'
         )
@@ -193,22 +143,17 @@ def make(name: str, options: Mapping[str, Any], where: str = "") -> Pass:
     if name not in PASSES:
         raise UsageError(f"{where} is unknown", nearest(name, PASSES))
     cls = PASSES[name]
-    kinds = _options(cls)
-    values = {}
-    for key, value in options.items():
-        if key not in kinds:
-            known = nearest(key, kinds) if kinds else "It has no options"
-            raise UsageError(f"{where} has no option {key!r}", known)
-        try:
-            values[key] = kinds[key].convert(value)
-        except TypeError:
-            kind = kinds[key]
-            offer = isinstance(value, str) and kind.item is str and kind.choices
-            close = nearest(value, kind.choices) if offer else f"Change {key!r}"
-            raise UsageError(f"{where}: {key!r} is {_found(value)}, expected {kind}", close) from None
-    for key in _needed(cls):
-        if key not in values:
-            raise UsageError(f"{where} lacks its option {key!r}", f"Give {kinds[key]}")
+    known = options_of(cls)
+    for key in options:
+        if key not in known:
+            raise UsageError(f"{where} has no option {key!r}", nearest(key, known) if known else "It has no options")
+    try:
+        values = {key: known[key].convert(value) for key, value in options.items()}
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    for key, one in known.items():
+        if one.needed and key not in values:
+            raise UsageError(f"{where} lacks its option {key!r}", f"Give {one}")
     try:
         return cls(**values)
     except (ChannelfoldError, ValueError) as error:  # the pass's own rules, in __post_init__
@@ -216,28 +161,34 @@ def make(name: str, options: Mapping[str, Any], where: str = "") -> Pass:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A pass for people: name, kind, needs_opset, summary, and its options with type, default and choices."""
+    """A pass for people: name, kind, needs_opset, summary, and its options as ``Option.describe`` has them."""
     cls = PASSES[name]
-    kinds = _options(cls)
-    options = [
-        {"name": f.name, "type": str(kinds[f.name]), "default": _default(f), "choices": list(kinds[f.name].choices)}
-        for f in dataclasses.fields(cls)
-    ]
     summary = (cls.__doc__ or "").strip().splitlines()[0]
+    options = [one.describe() for one in options_of(cls).values()]
     return {"name": name, "kind": cls.kind, "needs_opset": cls.needs_opset, "summary": summary, "options": options}
+
+
+def reference(name: str) -> str:
+    """A pass and its options as Markdown."""
+    found, lines = describe(name), []
+    for one in options_of(PASSES[name]).values():
+        usual = _toml(one.default) if one.item is bool else one.usual
+        facts = (str(one), one.bounds, f"default: {usual}" if usual else "")
+        lines.append(f"- `{one.name}`: {one.help} [{'; '.join(filter(None, facts))}]")
+    return "\n".join([f"## {name}", "", f"{found['summary']} ({found['kind']})", *([""] if lines else []), *lines, ""])
 
 
 def schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a recipe, for editors that check TOML."""
     entries = []
     for name, cls in PASSES.items():
-        properties = {key: kind.schema() for key, kind in _options(cls).items()}
+        known = options_of(cls)
         entries.append(
             {
                 "type": "object",
                 "description": describe(name)["summary"],
-                "properties": {"name": {"const": name}, **properties},
-                "required": ["name", *_needed(cls)],
+                "properties": {"name": {"const": name}} | {key: one.schema() for key, one in known.items()},
+                "required": ["name", *(key for key, one in known.items() if one.needed)],
                 "additionalProperties": False,
             }
         )
@@ -256,10 +207,10 @@ def schema() -> dict[str, Any]:
 
 def _pass(entry: Any, where: str) -> Pass:
     if not isinstance(entry, dict):
-        raise UsageError(f"{where} is {_found(entry)}, expected a table", "Write [[pass]] above its keys")
+        raise UsageError(f"{where} is {found(entry)}, expected a table", "Write [[pass]] above its keys")
     name = entry.get("name")
     if not isinstance(name, str):
-        what = "has no name" if name is None else f"is called {_found(name)}, expected a string"
+        what = "has no name" if name is None else f"is called {found(name)}, expected a string"
         raise UsageError(f"{where} {what}", f"Give one of: {', '.join(PASSES)}")
     return make(name, {key: value for key, value in entry.items() if key != "name"}, where)
 
@@ -275,85 +226,6 @@ def _check_order(passes: Sequence[Pass], source: str) -> None:
             )
         if step.name in _QUANTIZATIONS:
             quantized = quantized or (number, step.name)
-
-
-# ---- types -------------------------------------------------------------------------------------------------------
-
-_WORDS = {str: ("a string", "a list of strings"), bool: ("true or false", "a list of true and false"),
-          int: ("a whole number", "a list of whole numbers"), float: ("a number", "a list of numbers")}  # fmt: skip
-_JSON = {str: "string", bool: "boolean", int: "integer", float: "number"}
-
-
-@dataclass(frozen=True)
-class _Type:
-    """The type of an option: an ``item`` (str, bool, int, float), one of ``choices`` if there are any.
-
-    ``many``: any number of them. ``optional``: or None.
-    """
-
-    item: type
-    choices: tuple[Any, ...] = ()
-    many: bool = False
-    optional: bool = False
-
-    @classmethod
-    def of(cls, hint: Any) -> _Type:
-        """From an annotation: str, bool, int, float, Literal[...], tuple[X, ...], X | None."""
-        origin, args = typing.get_origin(hint), typing.get_args(hint)
-        if origin in (types.UnionType, typing.Union):
-            (hint,) = (arg for arg in args if arg is not type(None))
-            return dataclasses.replace(cls.of(hint), optional=True)
-        if origin is tuple:
-            return dataclasses.replace(cls.of(args[0]), many=True)
-        return cls(type(args[0]), args) if origin is Literal else cls(hint)
-
-    def convert(self, value: Any) -> Any:
-        """A TOML value as the field holds it. Raises TypeError where it does not fit."""
-        if value is None and self.optional:
-            return None
-        if self.many:
-            if not isinstance(value, list | tuple):
-                raise TypeError
-            one = dataclasses.replace(self, many=False, optional=False)
-            return tuple(one.convert(item) for item in value)
-        if self.item is float and isinstance(value, int | float) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) is not self.item:  # an int is no bool
-            raise TypeError
-        if self.choices and value not in self.choices:
-            raise TypeError
-        return value
-
-    def __str__(self) -> str:
-        if self.choices:
-            return f"{'a list of' if self.many else 'one of'} {', '.join(map(repr, self.choices))}"
-        return _WORDS[self.item][self.many]
-
-    def schema(self) -> dict[str, Any]:
-        one: dict[str, Any] = {"enum": list(self.choices)} if self.choices else {"type": _JSON[self.item]}
-        return {"type": "array", "items": one} if self.many else one
-
-
-def _options(cls: type[Pass]) -> dict[str, _Type]:
-    """The types of a pass's fields by name."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: _Type.of(hints[field.name]) for field in dataclasses.fields(cls)}
-
-
-def _needed(cls: type[Pass]) -> list[str]:
-    """The options that have no default."""
-    return [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-
-
-def _default(field: dataclasses.Field) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
-
-
-def _found(value: Any) -> str:
-    """A value as it stood in the file."""
-    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _toml(value: Any) -> str:

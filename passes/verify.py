@@ -35,6 +35,7 @@ import onnx
 from channelfold.runtime.data.probes import SAMPLES, random_feeds
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, ModelError, VerificationError
+from channelfold.runtime.io.names import reads
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.io.weights import packed_nbytes
@@ -47,6 +48,7 @@ LARGE = 1_000_000_000  # bytes of weights; running such a model takes minutes an
 _TYPE = onnx.TensorProto
 TOLERANCES: dict[int, float] = {_TYPE.DOUBLE: 1e-9, _TYPE.FLOAT: 1e-4, _TYPE.FLOAT16: 2e-2, _TYPE.BFLOAT16: 1e-1}
 
+# Where a rounding error becomes a step. How two runs are compared decides this, not the table of operators.
 _EDGES = {
     "ArgMax", "ArgMin", "BitShift", "Cast", "CastLike", "Ceil", "DynamicQuantizeLinear", "Equal", "Floor", "Greater",
     "GreaterOrEqual", "Hardmax", "Less", "LessOrEqual", "Mod", "NonMaxSuppression", "NonZero", "QuantizeLinear",
@@ -319,7 +321,7 @@ def _sources(node: onnx.NodeProto, writers: Mapping[str, onnx.NodeProto], errors
     """The nearest tensors with a known error that a node depends on, also through subgraphs."""
     found, seen, pending = set(), set(), [node]
     while pending:
-        for name in _reads(pending.pop()):
+        for name in reads(pending.pop()):
             if name in errors:
                 found.add(name)
             elif name in writers and name not in seen:
@@ -328,16 +330,9 @@ def _sources(node: onnx.NodeProto, writers: Mapping[str, onnx.NodeProto], errors
     return found
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    yield from node.input
-    for attribute in node.attribute:
-        for inner in attribute.g.node:
-            yield from _reads(inner)
-
-
 def _unchanged(node: onnx.NodeProto, old: onnx.NodeProto | None, before: Snapshot, after: Snapshot) -> bool:
     """Whether a node is in both graphs with the same attributes, inputs and constants: it made no error of its own."""
     if old is None or (node.op_type, list(node.input)) != (old.op_type, list(old.input)):
         return False
-    names = [name for name in _reads(node) if name]
+    names = [name for name in reads(node) if name]
     return list(node.attribute) == list(old.attribute) and all(before.same_constant(after, name) for name in names)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class ChannelfoldError(Exception):
@@ -65,6 +66,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}"
+
+
+def nearest_path(path: Path) -> str:
+    """``did you mean 'x'?`` for a path that does not exist: the nearest name of the same kind in its folder."""
+    if not path.parent.is_dir():
+        return f"There is no folder {path.parent} either"
+    names = [file.name for file in path.parent.iterdir() if file.suffix == path.suffix or file.is_dir()]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"Did you mean {str(path.parent / close[0])!r}?" if close else f"Check the name and the folder {path.parent}"
 
 
 def no_progress(stage: str, done: int, total: int) -> None:

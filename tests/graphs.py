@@ -13,7 +13,7 @@ fold is right to 1e-12 or wrong.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
@@ -23,7 +23,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.ops.op_conv_transpose import ConvTranspose as _ConvTranspose
 
 from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io.files import check, export, import_model, infer_shapes, session
+from channelfold.runtime.io.session import Feed, TensorSpec
 from channelfold.runtime.io.weights import tensor_proto
 
 RTOL = {"double": 1e-12, "float": 1e-6}  # of the largest output; a few times the rounding of one small convolution
@@ -91,6 +93,23 @@ def feeds(graph: gs.Graph, *, size: int = 2) -> dict[str, np.ndarray]:
         shape = [d if isinstance(d, int) else size for d in tensor.shape]
         made[tensor.name] = random(tuple(shape), tensor.name).astype(tensor.dtype)
     return made
+
+
+def data_from(*feeds: Feed) -> Data:
+    specs = [TensorSpec(name, values.dtype, values.shape) for name, values in feeds[0].items()]
+    return Data(specs, len(feeds), lambda: iter(feeds), "samples")
+
+
+def samples(graph: gs.Graph, count: int = 4, *, size: int | Callable[[int], int] = 8, make=None) -> Data:
+    """Normal random feeds; ``make(shape, rng)`` for other ones. Open dimensions get ``size``, or ``size(index)``."""
+    make = make or (lambda shape, rng: rng.standard_normal(shape))
+    made = []
+    for index in range(count):
+        rng = np.random.default_rng(index)
+        wide = size(index) if callable(size) else size
+        shapes = {t.name: [d if isinstance(d, int) else wide for d in t.shape] for t in graph.inputs}
+        made.append({t.name: np.asarray(make(shapes[t.name], rng), t.dtype) for t in graph.inputs})
+    return data_from(*made)
 
 
 class ConvTranspose(_ConvTranspose):

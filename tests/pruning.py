@@ -12,13 +12,12 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.channels.groups import Group, find_groups
-from channelfold.passes.prune.prune import Prune
+from channelfold.passes.prune import Prune
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io.files import check, load, save
-from channelfold.runtime.io.session import Feed, TensorSpec
 from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.jobs.inspect_model import costs
-from channelfold.tests.graphs import build, feeds, random, run
+from channelfold.tests.graphs import build, data_from, feeds, random, run
 
 CNN = """
     a = Conv<pads=[1,1,1,1]>(x, A, a0)
@@ -85,12 +84,7 @@ def data_of(graph: gs.Graph, count: int = 8, size: int = 8, seed: int = 0, order
         rng = np.random.default_rng((seed, index))
         shapes = {t.name: [d if isinstance(d, int) else size for d in t.shape] for t in graph.inputs}
         made.append({t.name: rng.standard_normal(shapes[t.name]).astype(t.dtype) for t in graph.inputs})
-    return data_from(made)
-
-
-def data_from(samples: Sequence[Feed]) -> Data:
-    specs = [TensorSpec(name, values.dtype, values.shape) for name, values in samples[0].items()]
-    return Data(specs, len(samples), lambda: iter(samples), "samples")
+    return data_from(*made)
 
 
 def prune(graph: gs.Graph, data: Data | None = None, **options) -> Outcome:

@@ -134,7 +134,7 @@ def unfused_norm(b: Builder, x: str):
 def split(b: Builder, x: str):
     shape = b.values[x].shape
     axis = b.pick(*range(len(shape)), len(shape) - 1, 1)
-    if shape[axis] < 2:
+    if axis >= len(shape) or shape[axis] < 2:
         return None
     n = b.pick(*range(1, shape[axis]))
     made = b.add("Split", [x, b.ints(n, shape[axis] - n)], outputs=2, axis=axis)
@@ -191,17 +191,9 @@ def binary(b: Builder, x: str):
 
 
 AFFINE = (strategies.arithmetic, strategies.arithmetic, strategies.batchnorm, strategies.norm, unfused_norm)
-
-
 BETWEEN = (strategies.pool, strategies.pad, strategies.elementwise, bounded, resize, reduce)
-
-
 MOVES = (strategies.rearrange, split, concat, gather, expand)
-
-
 JOINS = (binary, binary, binary, product, gated, attention, squeeze_and_excite)
-
-
 STEPS = st.lists(
     st.sampled_from([(linear,)] * 4 + [AFFINE, BETWEEN, MOVES, MOVES, JOINS, JOINS]), min_size=2, max_size=8
 )

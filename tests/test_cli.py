@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from channelfold import models
-from channelfold.tests.command_line import CALIBRATION, DIGITS, EVALUATION, REPAVIT
+from channelfold.tests.shipped import CALIBRATION, DIGITS, EVALUATION, REPAVIT
 
 # ---- what goes where ---------------------------------------------------------------------------------------------
 

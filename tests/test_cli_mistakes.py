@@ -14,7 +14,7 @@ import pytest
 
 from channelfold.runtime import jobs
 from channelfold.runtime.errors import ChannelfoldError
-from channelfold.tests.command_line import CALIBRATION, DIGITS, EVALUATION
+from channelfold.tests.shipped import CALIBRATION, DIGITS, EVALUATION
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def samples(tmp_path):
         (("compres", "m.onnx"), "No such command 'compres'. Did you mean 'compress'? See: channelfold --help"),
         (
             ("frobnicate",),
-            "Known: build, compress, demo, diff, fold, inspect, prune, quantize, reparam, smooth, sparsify. See",
+            "Known: build, compress, demo, diff, fold, inspect, passes, prune, quantize, reparam, smooth, sparsify.",
         ),
         (("fold", "m.onnx", "--outptu", "x"), "--output"),
         (("fold", "m.onnx"), "Missing option '-o' / '--output'. See: channelfold fold --help"),
@@ -148,8 +148,6 @@ def test_external_data_outside_the_folder(location, fails, external, tmp_path):
 # ---- broken data -------------------------------------------------------------------------------------------------
 
 GOOD = np.zeros((4, 1, 8, 8), np.float32)
-
-
 NAN = np.where(np.arange(4)[:, None, None, None] == 2, np.float32(np.nan), GOOD)
 
 

@@ -15,6 +15,7 @@ STOREYS = (  # from the ground up: a file imports from its own storey and those 
     "io",
     "data engine",
     "stats",
+    "options",
     "base operators numeric verify",
     "layers",
     "channels",

@@ -16,7 +16,7 @@ from rich.console import Console
 from channelfold import cli
 from channelfold.passes import recipe
 from channelfold.runtime import errors, jobs
-from channelfold.runtime.report.demo import render
+from channelfold.runtime.report.terminal import render
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

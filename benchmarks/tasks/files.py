@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.base import Feed, OpenSet, Task
+from tasks.base import Feed, OpenSet, Task, session
 
 TYPES = {
     ".py": "python", ".c": "c", ".h": "c", ".js": "javascript", ".ts": "typescript", ".json": "json", ".html": "html",
@@ -68,7 +68,9 @@ def detector(open_set: OpenSet, model: Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(own, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.onnx"))
         shutil.copy(model, Path(folder) / "model.onnx")
-        return Magika(model_dir=Path(folder))
+        detect = Magika(model_dir=Path(folder))
+    detect._onnx_session = session(model)
+    return detect
 
 
 def magika(open_set: OpenSet, model: Path) -> dict[str, Any]:

@@ -13,23 +13,10 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
 LARGEST_CONE, DEEPEST = 400, 200  # nodes; the masks of PyTorch's exporters take about 50
-
-MOVES = {  # the inputs that hold data, not parameters; None: all of them
-    "Identity": (0,), "Dropout": (0,), "Transpose": (0,), "Reshape": (0,), "Flatten": (0,), "Squeeze": (0,),
-    "Unsqueeze": (0,), "Expand": (0,), "Tile": (0,), "Slice": (0,), "Split": (0,), "Gather": (0,), "GatherND": (0,),
-    "GatherElements": (0,), "Pad": (0, 2), "Concat": None, "ScatterND": (0, 2), "ScatterElements": (0, 2),
-}  # fmt: skip
-ARITHMETIC = ("Add", "Sub", "Mul", "Div")
-ELEMENTWISE = {
-    *ARITHMETIC, "Neg", "Abs", "Cast", "Celu", "Clip", "Elu", "Equal", "Erf", "Exp", "Gelu", "Greater",
-    "GreaterOrEqual", "HardSigmoid", "HardSwish", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Min", "Mish",
-    "Not", "PRelu", "Pow", "Reciprocal", "Relu", "Selu", "Shrink", "Sigmoid", "Sign", "Softplus", "Softsign", "Sqrt",
-    "Swish", "Tanh", "ThresholdedRelu", "Where",
-}  # fmt: skip
-_CONTRIBUTED = ("Gelu", "FastGelu", "QuickGelu")  # of com.microsoft, without the bias that some of them take
 
 
 @dataclass(frozen=True)
@@ -48,22 +35,22 @@ class Cone:
     def linear(self) -> bool:
         """Whether nothing in it is nonlinear."""
         for node in self.nodes:
-            scaled = node.op in ("Mul", "Div") and any(isinstance(t, gs.Constant) for t in node.inputs)
-            if not scaled and node.op not in ("Add", "Sub", "Neg", "BatchNormalization", *MOVES):
+            scaled = operator(node).arithmetic and any(isinstance(t, gs.Constant) for t in node.inputs)
+            if not scaled and not operator(node).linear:
                 return False
         return True
 
     @property
     def varied(self) -> bool:
         """Whether anything in it may treat channels differently, or nothing in it is nonlinear."""
-        moved = any(n.op in MOVES and n.op not in ("Identity", "Dropout", "Transpose") for n in self.nodes)
+        kinds = {operator(n).kind for n in self.nodes if operator(n).moves}
         scaled = any(isinstance(t, gs.Constant) and math.prod(t.shape) > 1 for n in self.nodes for t in n.inputs)
-        return moved or scaled or self.linear or self.mixed
+        return bool(kinds - {"elementwise", "transpose"}) or scaled or self.linear or self.mixed
 
     @property
     def mixed(self) -> bool:
         """Whether it puts a tensor together from several."""
-        return any(n.op in ("Where", "Concat", "ScatterND", "ScatterElements") for n in self.nodes)
+        return any(operator(n).merges for n in self.nodes)
 
 
 def cone(graph: gs.Graph, target: gs.Tensor, is_root: Callable[[gs.Tensor], bool], roots: int) -> Cone:
@@ -91,7 +78,7 @@ def cone(graph: gs.Graph, target: gs.Tensor, is_root: Callable[[gs.Tensor], bool
         seen.add(id(node))
         if depth == DEEPEST or len(found.nodes) == LARGEST_CONE:
             raise Refused("too many nodes are in between", what="too many nodes")
-        if not is_shape(node):
+        if not operator(node).asks_shape:
             if edit.is_float(tensor) and not is_followed(node):
                 raise InBetween(f"{node.op}")
             for place, source in enumerate(node.inputs):
@@ -112,13 +99,7 @@ def cone(graph: gs.Graph, target: gs.Tensor, is_root: Callable[[gs.Tensor], bool
     return found
 
 
-def is_shape(node: gs.Node) -> bool:
-    """Whether a node looks at the shape of its input alone."""
-    return node.op in ("Shape", "Size") and edit.is_standard(node)
-
-
 def is_followed(node: gs.Node) -> bool:
     """Whether a node on floating point data keeps channels apart, or only moves them."""
-    if node.domain == "com.microsoft":
-        return node.op in _CONTRIBUTED and len(node.inputs) == 1
-    return edit.is_standard(node) and (node.op in ELEMENTWISE or node.op in MOVES or node.op == "BatchNormalization")
+    known = operator(node)
+    return known.elementwise or known.moves or known.kind == "batch_norm"

@@ -22,18 +22,10 @@ from channelfold.passes.base import Refused
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.ports import Link, Links, Member
 from channelfold.passes.layers.linear import blocks, view
-from channelfold.passes.operators import ELEMENTWISE, LINEAR_OPS, RESHAPES, VENDOR_ELEMENTWISE
+from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
-from channelfold.runtime.io.files import export, session
-
-_KEEPING_ZEROS = ("GlobalLpPool", "LpPool", "ReduceL1", "ReduceL2", "ReduceSum", "ReduceSumSquare")
-_MOVES = {
-    *RESHAPES, *_KEEPING_ZEROS, "AveragePool", "Concat", "DepthToSpace", "Dropout", "Expand", "Gather",
-    "GlobalAveragePool", "GlobalMaxPool", "Identity", "MaxPool", "Pad", "ReduceMax", "ReduceMean", "ReduceMin",
-    "Resize", "Slice", "SpaceToDepth", "Split", "Tile", "Transpose", "Upsample",
-}  # fmt: skip
-_SCALED = {"Mul": (0, 1), "BatchNormalization": (1,), "InstanceNormalization": (1,)}  # a zero in these inputs decides
+from channelfold.runtime.io.files import alone, export, session
 
 
 @dataclass(frozen=True)
@@ -87,20 +79,21 @@ class ConstantChannels:
 
     def _visit(self, node: gs.Node) -> None:
         """Notes what is known of the outputs of a node. Raises Refused where its links are not known."""
-        if node.op in LINEAR_OPS and edit.is_standard(node):
+        known = operator(node)
+        if known.weighted:
             self._linear(node)
             return
         sources = [t for t in node.inputs if id(t) in self._found]
-        table = node.op == "Gather" and isinstance(node.inputs[0], gs.Constant)
-        if not (sources or table or node.op in _SCALED) or not edit.is_float(node.outputs[0]):
+        table = known.kind == "gather" and isinstance(node.inputs[0], gs.Constant)
+        if not (sources or table or _deciding(node)) or not edit.is_float(node.outputs[0]):
             return
         links = self._table.of(node)
-        if edit.is_standard(node) and node.op in _MOVES:
+        if known.moves or (known.kind not in ("attention", "elementwise") and (known.scale or known.sums)):
             for port in range(len(node.outputs)):
                 self._move(node, links, port)
-        elif edit.is_standard(node) and node.op in ("BatchNormalization", "InstanceNormalization"):
+        elif known.gamma and _deciding(node):
             self._compute(node, links, [1])
-        elif node.op in (ELEMENTWISE if edit.is_standard(node) else VENDOR_ELEMENTWISE):
+        elif known.elementwise:
             self._compute(node, links, range(len(self._table.shape(node.outputs[0]) or ())))
 
     def _note(self, tensor: gs.Tensor, axis: int, known: Known) -> None:
@@ -148,7 +141,7 @@ class ConstantChannels:
         assert shape is not None
         known = _unknown(shape[out.axis], edit.dtype(node.outputs[-1 - out.port]))
         where, values = known.where.copy(), known.values.copy()
-        data = range(len(node.inputs)) if node.op == "Concat" else (0,)
+        data = operator(node).inputs(node)
         for link in (*links.links, *(link for choice in links.choices for link in choice)):
             sources = [m for m in link if m.port in data]
             for member in link:
@@ -175,7 +168,7 @@ class ConstantChannels:
             link = next((link for link in links.links if any((m.port, m.axis) == (-1, axis) for m in link)), ())
             operands = dict(self._operands(node, link))
             where = np.logical_and.reduce([np.broadcast_to(o.where, shape[axis]) for o in operands.values()])
-            for port in _SCALED.get(node.op, ()) if edit.is_standard(node) else ():
+            for port in _deciding(node):
                 where = where | operands[port].zero()
             if where.any():
                 members = {m.port: m.axis for m in link}
@@ -207,17 +200,10 @@ class ConstantChannels:
 
     def _run(self, node: gs.Node, feed: dict[int, np.ndarray]) -> np.ndarray | None:
         """The first output of a node on other inputs, None where nothing can run it."""
-        inputs: list[gs.Tensor] = [
-            gs.Variable(f"x{k}", feed[k].dtype, feed[k].shape) if k in feed else gs.Variable.empty()
-            for k in range(len(node.inputs))
-        ]
-        result = gs.Variable("y", node.outputs[0].dtype or next(iter(feed.values())).dtype)
-        copy = gs.Node(node.op, "node", dict(node.attrs), inputs, [result], domain=node.domain)
-        given = [t for t in inputs if not t.is_empty()]
-        part = gs.Graph([copy], given, [result], opset=self._graph.opset, import_domains=self._graph.import_domains)
-        named = {f"x{k}": values for k, values in feed.items()}
+        kind = node.outputs[0].dtype or next(iter(feed.values())).dtype
+        part, named = alone(self._graph, node, feed, [kind])
         try:
-            return np.asarray(session(part, optimize=False).run(named)["y"])
+            return np.asarray(session(part, optimize=False).run(named)["o0"])
         except ModelError:  # ONNX Runtime has no kernel for this type
             return _evaluated(part, named)
 
@@ -249,19 +235,28 @@ def _all_same(sources: Sequence[Known]) -> Known:
     return Known(where, first.values)
 
 
+def _deciding(node: gs.Node) -> tuple[int, ...]:
+    """The inputs of a node whose zeros make zeros, or a bias, whatever the others are."""
+    known = operator(node)
+    if known.kind in ("batch_norm", "instance_norm"):
+        return (known.gamma,)
+    return known.inputs(node) if node.op == "Mul" and known.elementwise else ()
+
+
 def _surviving(node: gs.Node) -> float | None:
     """The only value that a node leaves as it is; None when it leaves all of them. NaN: none."""
-    if node.op in _KEEPING_ZEROS:
-        return 0.0
-    if node.op == "Dropout":
+    known = operator(node)
+    if known.random:
         return np.nan if edit.has_input(node, 2) else None
     if node.op == "AveragePool":
         padded = any(node.attrs.get("pads") or ()) or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
         uneven = padded or node.attrs.get("ceil_mode", 0)
         return 0.0 if uneven and node.attrs.get("count_include_pad", 0) else None
-    if node.op == "Pad" and node.attrs.get("mode", "constant") == "constant":
+    if known.kind == "pad":
+        if node.attrs.get("mode", "constant") != "constant":
+            return None
         if not edit.has_input(node, 2):
             return float(node.attrs.get("value", 0.0))
         value = edit.scalar(node.inputs[2])
         return np.nan if value is None else value
-    return None
+    return None if known.shift else 0.0

@@ -19,16 +19,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Refused
+from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Classes
 from channelfold.passes.channels.ports import Edit, Link
 from channelfold.passes.channels.sizes import Length, Source, readers_of_size, source_of_size
-from channelfold.passes.operators import LINEAR_OPS, RECURRENT
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
 CHOICES = 3  # alternatives of a Reshape that are tried
-_SEEN_THROUGH = ("Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,10 @@ class NodeEdit:
 
 @dataclass
 class Region:
-    """Everything that has the channels of one tensor: labels 1 .. ``size``; ``fixed``: why a label stays, or ""."""
+    """Everything that has the channels of one tensor: labels 1 .. ``size``; ``fixed``: why a label stays, or "".
+
+    ``blocks``: the nodes with several positions on one side for one on the other, as a Reshape into heads.
+    """
 
     size: int
     fixed: list[str]
@@ -86,6 +88,7 @@ class Region:
     parts: list[Part]
     reads: list[Read]
     edits: list[NodeEdit]
+    blocks: list[gs.Node]
 
     @property
     def free(self) -> np.ndarray:
@@ -110,7 +113,8 @@ class Region:
         parts = [replace(part, node=nodes[part.node.name], layer=nodes[part.layer.name]) for part in self.parts]
         reads = [replace(read, node=nodes[read.node.name]) for read in self.reads]
         edits = [replace(edit, node=nodes[edit.node.name], source=source(edit.source)) for edit in self.edits]
-        return Region(self.size, self.fixed, axes, parts, reads, edits)
+        blocks = [nodes[node.name] for node in self.blocks]
+        return Region(self.size, self.fixed, axes, parts, reads, edits, blocks)
 
     @property
     def reduced(self) -> str:
@@ -119,7 +123,10 @@ class Region:
 
 
 def best_trace(table: LinkTable, tensor: gs.Tensor, axis: int) -> Region:
-    """The region of an axis, with the alternative of its reshapes that leaves something to choose from."""
+    """The region of an axis, with the alternative of its reshapes that leaves something to choose from.
+
+    Raises Refused where the table is one of single channels and an operator does not let all of them through.
+    """
     best: Region | None = None
     for choice in range(CHOICES):
         tracer = _Tracer(table=table, choice=choice)
@@ -143,6 +150,7 @@ class _Tracer(Classes):
     pending: list[tuple[int, int]] = field(default_factory=list)
     waiting: list[tuple[gs.Node, int]] = field(default_factory=list)
     chosen: dict[tuple[int, int], Link] = field(default_factory=dict)
+    blocks: list[gs.Node] = field(default_factory=list)
     chose: bool = False
 
     def trace(self, tensor: gs.Tensor, axis: int) -> Region:
@@ -214,15 +222,15 @@ class _Tracer(Classes):
         try:
             links = self.table.of(node)
         except Refused as error:
-            self.pin(labels, str(error))
+            self._stop(node, labels, str(error))
             return
-        reason = links.blocked.get((port, axis))
+        reason = links.blocked.get((port, axis)) or (self.table.single and links.reduced.get((port, axis))) or None
         known = reason is not None
         if reason is not None:
-            self.pin(labels, reason)
+            self._stop(node, labels, reason)
         for member, why in links.pinned:
             if (member.port, member.axis) == (port, axis):
-                self.pin(labels[member.at], why)
+                self._stop(node, labels[member.at], why)
         for link in (*links.links, *links.summed):
             known |= self._follow(node, link, port, axis, labels)
         for number, alternatives in enumerate(links.choices):
@@ -230,7 +238,12 @@ class _Tracer(Classes):
                 known = True
                 self._decide(node, number, alternatives, port, axis, labels)
         if not known:
-            self.pin(labels, f"{node.op} reads it" if port >= 0 else f"{node.op} writes it")
+            self._stop(node, labels, f"{node.op} reads it" if port >= 0 else f"{node.op} writes it")
+
+    def _stop(self, node: gs.Node, labels: np.ndarray, reason: str) -> None:
+        if self.table.single:
+            raise InBetween(node.op)
+        self.pin(labels, reason)
 
     def _follow(self, node: gs.Node, link: Link, port: int, axis: int, labels: np.ndarray) -> bool:
         """Gives the labels of one member of a link to the others; returns whether there was such a member."""
@@ -238,6 +251,8 @@ class _Tracer(Classes):
         if not mine:
             return False
         values = labels if mine[0].at is None else labels[mine[0].at]
+        if any(m.at is not None and np.unique(m.at).size < m.at.size for m in link):
+            self.blocks.append(node)
         for member in link:
             if member is mine[0]:
                 continue
@@ -309,15 +324,15 @@ class _Tracer(Classes):
             if what == "size":
                 reason = self._wrong_source(source_of_size(node, holder, axis, shape_of), labels)
                 if reason:
-                    self.pin(labels, f"{node.op} {node.name!r} {reason}")
+                    self._stop(node, labels, f"{node.op} {node.name!r} {reason}")
             elif what == "shape":
                 readers = readers_of_size(graph, node, axis, shape_of)
                 if readers is None:
-                    self.pin(labels, f"its size, read by {node.name!r}, is computed with")
+                    self._stop(node, labels, f"its size, read by {node.name!r}, is computed with")
                 for reader, element in readers or ():
                     along = self._along(reader, -1, element)
                     if along is None or len(along) != len(labels):
-                        self.pin(labels, f"its size is used in the shape of {reader.name!r}")
+                        self._stop(node, labels, f"its size is used in the shape of {reader.name!r}")
                     else:
                         self.merge(along, labels)
 
@@ -346,7 +361,7 @@ class _Tracer(Classes):
         ]
         edits = [self._node_edit(*found[:2], renumber(found[2])) for found in self._edits() if found[1][0] != "shape"]
         fixed = self.reasons(self.pins, renumber, size)
-        return Region(size, fixed, axes, parts, list(self._reads(renumber)), edits)
+        return Region(size, fixed, axes, parts, list(self._reads(renumber)), edits, self.blocks)
 
     def _node_edit(self, node: gs.Node, found: Edit, labels: np.ndarray) -> NodeEdit:
         what, holder, _, axis = found
@@ -355,11 +370,12 @@ class _Tracer(Classes):
 
     def _role(self, node: gs.Node, port: int, axis: int) -> tuple[str, gs.Node]:
         """Whether a constant is a weight that makes the channels or sums over them, and whose."""
-        if node.op == "Gather" and port == 0:
+        known = operator(node)
+        if known.kind == "gather" and port == 0:
             return "out" if axis > 0 else "", node
-        if _is_weight(node, port):
+        if port in known.weights:
             return self._weight_role(node, port, axis), node
-        if node.op in _SEEN_THROUGH and port == 0:
+        if (known.copies or known.kind in ("quantize", "transpose")) and port == 0:
             for result in self._moved_to(node, axis):
                 for layer in edit.consumers(node.outputs[0]):
                     for place in (k for k, other in enumerate(layer.inputs) if other is node.outputs[0]):
@@ -377,7 +393,7 @@ class _Tracer(Classes):
         shape, source = self.table.shape(node.inputs[port]), self.table.shape(node.inputs[0])
         if shape is None or source is None or (node.op == "MatMul" and axis < len(shape) - 2):
             return ""
-        if node.op in ("Conv", "ConvTranspose") and 1 < int(node.attrs.get("group", 1)) == source[1]:
+        if operator(node).kind in ("conv", "fused_conv") and 1 < int(node.attrs.get("group", 1)) == source[1]:
             return ""  # depthwise: its channels come from before
         summed = any((m.port, m.axis) == (port, axis) for link in self.table.of(node).summed for m in link)
         return "in" if summed else "out"
@@ -399,9 +415,3 @@ class _Tracer(Classes):
                         seen.add((id(node), port, axis))
                         rank = len(self.table.shape(tensor) or ())
                         yield Read(node, port, axis - rank, renumber(labels), reduced)
-
-
-def _is_weight(node: gs.Node, port: int) -> bool:
-    if node.op in RECURRENT:
-        return port in (1, 2)
-    return node.op in LINEAR_OPS and (port == 1 or (node.op == "MatMul" and port == 0))

@@ -26,12 +26,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
-from channelfold.passes.channels.cones import ARITHMETIC, MOVES, Cone, is_followed, is_shape
+from channelfold.passes.channels.cones import Cone, is_followed
 from channelfold.passes.channels.maps import Shape, raised
 from channelfold.passes.layers.affine import find_affine
+from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
-from channelfold.runtime.io.files import free_name, session
+from channelfold.runtime.io.files import alone, free_name, session
 from channelfold.runtime.io.shapes import LazyShapes
 
 NOWHERE = -1  # the place of constants among data
@@ -99,11 +100,13 @@ def _key(constant: gs.Constant) -> tuple[str, bytes]:
 def _affine(node: gs.Node, given: tuple[Function | gs.Constant | None, ...]) -> tuple[int, float, float] | None:
     """What an arithmetic node makes of one affine function and constants."""
     moving = [a for a in given if isinstance(a, Function)]
-    if len(moving) != 1 or moving[0].affine is None or node.op not in (*ARITHMETIC, "Neg"):
+    if len(moving) != 1 or moving[0].affine is None:
         return None
     root, slope, intercept = moving[0].affine
     if node.op == "Neg":
         return root, -slope, -intercept
+    if not operator(node).arithmetic:
+        return None
     other = next(a for a in given if isinstance(a, gs.Constant))
     value = edit.scalar(other)
     assert value is not None
@@ -189,19 +192,20 @@ class Reader:
 
     def follow(self, node: gs.Node) -> None:
         held = [i for i, t in enumerate(node.inputs) if id(t) in self.elements]
-        if is_shape(node) or not held:
+        known = operator(node)
+        if known.asks_shape or not held:
             return
         if not is_followed(node):
             raise InBetween(f"{node.op}")
-        if node.op == "BatchNormalization":
+        if known.kind == "batch_norm":
             made = [self.scaled(node)]
-        elif node.op in ("Identity", "Dropout"):
+        elif known.elementwise and known.moves:
             if edit.has_input(node, 2):
                 raise InBetween("Dropout with a training switch")
             made = [self.elements[id(node.inputs[0])]]
-        elif node.op == "Transpose":
+        elif known.kind == "transpose":
             made = [self.transposed(node)]
-        elif node.op in MOVES:
+        elif known.moves:
             made = self.moved(node)
         elif node.op == "Where" and id(node.inputs[0]) not in self.elements:
             made = [self.selected(node)]
@@ -226,7 +230,7 @@ class Reader:
         operands = [self.operand(t) for t in node.inputs if not t.is_empty()]
         plain = all(o.uniform if o.place is not None else o.what.size == 1 for o in operands)
         whats = [operand.what for operand in operands]
-        if node.op in ARITHMETIC and not plain:
+        if operator(node).arithmetic and not plain:
             result, done = _arithmetic(node.op, *whats)
         else:
             result, done = np.zeros(np.broadcast_shapes(*(w.shape for w in whats)), _WHAT), np.array(False)
@@ -293,7 +297,7 @@ class Reader:
 
     def moved(self, node: gs.Node) -> list[_Elements]:
         """What a node does to the numbers of the elements. What Pad adds has the number 0, that of the constant 0."""
-        slots = MOVES[node.op] or tuple(range(len(node.inputs)))
+        slots = operator(node).inputs(node)
         if node.attrs.get("reduction", "none") != "none" or node.attrs.get("value"):
             raise Refused(f"{node.op} does more than to move channels")
         sources = {i: self.operand(node.inputs[i]) for i in slots if edit.has_input(node, i)}
@@ -315,18 +319,8 @@ class Reader:
 
     def run(self, node: gs.Node, feed: Mapping[int, np.ndarray]) -> list[np.ndarray]:
         """The outputs of one node for inputs by position, whatever types it had before."""
-        inputs = [
-            gs.Variable(f"i{i}", feed[i].dtype, feed[i].shape) if i in feed else gs.Variable.empty()
-            for i in range(len(node.inputs))
-        ]
-        outputs = [gs.Variable(f"o{i}", np.int64) for i in range(len(node.outputs))]
-        copy = gs.Node(node.op, node.name, dict(node.attrs), inputs, outputs, node.domain)
-        part = self._part([copy], [inputs[i] for i in feed], outputs)
-        found = session(part, optimize=False).run({f"i{i}": np.ascontiguousarray(array) for i, array in feed.items()})
-        return [found[t.name] for t in outputs]
-
-    def _part(self, nodes: list[gs.Node], inputs: list[gs.Variable], outputs: list[gs.Tensor]) -> gs.Graph:
-        return gs.Graph(nodes, inputs, outputs, opset=self.graph.opset, import_domains=self.graph.import_domains)
+        part, named = alone(self.graph, node, feed, [np.dtype(np.int64)] * len(node.outputs))
+        return list(session(part, optimize=False).run(named).values())
 
     # ---- what does not depend on the roots ---------------------------------------------------------------------------
 
@@ -354,7 +348,7 @@ class Reader:
             node = edit.producer(current)
             if node is None or id(current) in self.elements:
                 raise Refused(f"{tensor.name!r} depends on the values of {current.name!r}")
-            if is_shape(node) and (found := self.size(node.inputs[0], shape)) is not None:
+            if operator(node).asks_shape and (found := self.size(node.inputs[0], shape)) is not None:
                 self.values[current.name] = _shape_value(node, found)
             if current.name in self.values:
                 known[current.name] = current
@@ -365,7 +359,8 @@ class Reader:
             return
         order = {id(node): place for place, node in enumerate(self.graph.nodes)}
         nodes = sorted({id(node): node for node in nodes}.values(), key=lambda node: order[id(node)])
-        part = self._part(nodes, list(known.values()), [tensor])
+        opset, domains = self.graph.opset, self.graph.import_domains
+        part = gs.Graph(nodes, list(known.values()), [tensor], opset=opset, import_domains=domains)
         try:
             computed = session(part, optimize=False).run({name: self.values[name] for name in known})
         except ModelError as error:

@@ -25,8 +25,7 @@ from channelfold.passes.channels.cut_regions import Part, Region, best_trace
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.layers.linear import view
-from channelfold.passes.operators import RECURRENT
-from channelfold.runtime.io import edit
+from channelfold.passes.operators import operator
 from channelfold.runtime.io.snapshot import Snapshot
 
 
@@ -100,28 +99,46 @@ class Copies:
 
 def _written(graph: gs.Graph, table: LinkTable) -> Iterator[tuple[gs.Tensor, int]]:
     """The tensors whose channels weights make, and the axis: of layers, recurrent cells, embeddings."""
-    for node in filter(edit.is_standard, graph.nodes):
+    for node in graph.nodes:
         tensor = next((t for t in node.outputs if not t.is_empty()), None)
         shape = table.shape(tensor) if tensor is not None else None
         if tensor is None or shape is None:
             continue
         axis = _written_axis(node, len(shape), table)
-        if axis is not None:
-            yield tensor, axis
+        for own in [axis] if axis is not None else sorted(_made_axes(node, table)):
+            yield tensor, own
 
 
 def _written_axis(node: gs.Node, rank: int, table: LinkTable) -> int | None:
-    if node.op in ("Conv", "ConvTranspose"):
+    known = operator(node)
+    if known.kind == "conv":
         source = table.shape(node.inputs[0])
         depthwise = source is not None and 1 < int(node.attrs.get("group", 1)) == source[1]
         return None if depthwise else 1
-    if node.op == "MatMul":
+    if known.kind == "matmul":
         try:
             return view(table.graph, node).out_axis % rank if rank > 1 else None
         except Refused:
             return None
-    embedding = node.op == "Gather" and isinstance(node.inputs[0], gs.Constant) and len(node.inputs[0].shape) == 2
-    return rank - 1 if node.op == "Gemm" or node.op in RECURRENT or embedding else None
+    embedding = known.kind == "gather" and isinstance(node.inputs[0], gs.Constant) and len(node.inputs[0].shape) == 2
+    return rank - 1 if known.kind == "gemm" or known.gates or embedding else None
+
+
+def _made_axes(node: gs.Node, table: LinkTable) -> set[int]:
+    """The axes of the first output that a constant weight makes, of operators that are no layer of their own."""
+    known = operator(node)
+    if known.weighted or known.gates or not known.weights:
+        return set()
+    try:
+        links = table.of(node).links
+    except Refused:
+        return set()
+    found = set()
+    for link in links:
+        inputs = {m.port for m in link if m.port in (0, *known.weights)}
+        if inputs and all(isinstance(node.inputs[port], gs.Constant) for port in inputs):
+            found |= {m.axis for m in link if m.port == -1}
+    return found
 
 
 def _groups(region: Region) -> list[Group]:

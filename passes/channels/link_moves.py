@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.ports import Link, Member, Ports
 from channelfold.passes.channels.sizes import Length, source_of_size
-from channelfold.passes.operators import RESHAPES
 from channelfold.runtime.io import edit
 
 
@@ -86,6 +86,9 @@ def _gather(p: Ports) -> None:
         for axis in range(more):
             p.link((1, axis), (-1, along + axis))
         p.block(along, "Gather picks from it at run time", 0)
+        return
+    if p.single and picked.ndim == 1 and not isinstance(p.tensor(0), gs.Constant):
+        p.link((1, 0), (-1, along))
         return
     picked = picked % p.shape(0)[along]
     if picked.ndim == 1:
@@ -269,22 +272,20 @@ def _shape(p: Ports) -> None:
         p.edit("shape", 0, 0, axis)
 
 
-RULES: dict[str, Callable[[Ports], None]] = (
-    dict.fromkeys(RESHAPES, _reshape)
-    | dict.fromkeys(("Resize", "Upsample"), _resize)
-    | dict.fromkeys(("DepthToSpace", "SpaceToDepth"), _depth_to_space)
-    | dict.fromkeys(("GridSample", "MaxRoiPool", "RoiAlign"), _sampled)
-    | dict.fromkeys(("ArgMax", "ArgMin", "CumSum", "TopK"), _along_an_axis)
-    | {
-        "Concat": _concat,
-        "ConstantOfShape": _constant_of_shape,
-        "Expand": _expand,
-        "Gather": _gather,
-        "Pad": _pad,
-        "Shape": _shape,
-        "Slice": _slice,
-        "Split": _split,
-        "Tile": _tile,
-        "Transpose": _transpose,
-    }
-)
+RULES: dict[str, Callable[[Ports], None]] = {  # by kind of operator
+    "along_axis": _along_an_axis,
+    "concat": _concat,
+    "constant_of_shape": _constant_of_shape,
+    "depth_to_space": _depth_to_space,
+    "expand": _expand,
+    "gather": _gather,
+    "pad": _pad,
+    "reshape": _reshape,
+    "resize": _resize,
+    "sampled": _sampled,
+    "shape": _shape,
+    "slice": _slice,
+    "split": _split,
+    "tile": _tile,
+    "transpose": _transpose,
+}

@@ -29,29 +29,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
-from channelfold.passes.channels import link_moves
+from channelfold.passes.channels import link_moves, links_attention
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.ports import Links, Ports
-from channelfold.passes.operators import ELEMENTWISE, LAST_AXIS_NORMS, RECURRENT, VENDOR_ELEMENTWISE
-from channelfold.runtime.io import edit
-
-_POOLS = ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "LpPool", "MaxPool")
-_SOFTMAX = ("Softmax", "LogSoftmax", "Hardmax")
-_SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
-_REDUCTIONS = (
-    "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare",
-    "ReduceLogSum", "ReduceLogSumExp",
-)  # fmt: skip
-_SUMS = ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")  # to which zeros add nothing
+from channelfold.passes.operators import operator
 
 
-def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape]) -> Links:
+def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], single: bool = False) -> Links:
     """The links of a node. Raises Refused, with the reason, where nothing is known of the operator or a shape."""
-    ports = Ports(graph, node, shapes)
-    if edit.is_standard(node):
-        rule = _RULES.get(node.op)
-    else:
-        rule = _VENDOR_RULES.get(node.op) if node.domain == "com.microsoft" else None
+    ports = Ports(graph, node, shapes, single)
+    rule = _RULES.get(operator(node).kind)
     if rule is None or any(isinstance(value, gs.Graph) for value in node.attrs.values()):
         raise Refused(f"{node.op} reads or writes it")
     rule(ports)
@@ -59,17 +46,21 @@ def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape]) -> Lin
 
 
 class LinkTable:
-    """The links of every node of a graph, looked up once. ``shapes``: of all tensors for some input, by name."""
+    """The links of every node of a graph, looked up once. ``shapes``: of all tensors for some input, by name.
 
-    def __init__(self, graph: gs.Graph, shapes: Mapping[str, Shape]):
-        self.graph, self.shapes = graph, shapes
+    ``single``: for channels that are to go or to be repeated one by one whatever the others do. The indices of a Gather
+    then make channels of their own, as rows of a weight do.
+    """
+
+    def __init__(self, graph: gs.Graph, shapes: Mapping[str, Shape], single: bool = False):
+        self.graph, self.shapes, self.single = graph, shapes, single
         self._known: dict[int, Links | str] = {}
 
     def of(self, node: gs.Node) -> Links:
         """Raises Refused, with the reason."""
         if id(node) not in self._known:
             try:
-                self._known[id(node)] = links_of(self.graph, node, self.shapes)
+                self._known[id(node)] = links_of(self.graph, node, self.shapes, self.single)
             except Refused as error:
                 self._known[id(node)] = str(error)
         found = self._known[id(node)]
@@ -133,7 +124,7 @@ def _channel_norm(p: Ports) -> None:
 
 def _last_axis_norm(p: Ports) -> None:
     """Output 3 of the norms with a skip is the sum that they normalize; the other ones are of what was normalized."""
-    rank, skip = len(p.shape(0)), p.node.op in _SKIP_NORMS
+    rank, skip = len(p.shape(0)), operator(p.node).gamma == 2
     first = rank - 1 if skip else p.attribute("axis", -1) % rank
     data, parameters = ((0, 1), (2, 3, 4)) if skip else ((0,), (1, 2))
     wide, narrow = ((-1, -4), (-2, -3)) if skip else ((-1,), (-2, -3))
@@ -178,8 +169,8 @@ def _reduction(p: Ports) -> None:
         p.link((0, axis), (-1, axis if p.attribute("keepdims", 1) else place))
     for axis in over:
         if p.shape(0)[axis] > 1:
-            p.link((0, axis), summed=p.node.op in _SUMS)
-            if p.node.op not in _SUMS:
+            p.link((0, axis), summed=operator(p.node).sums)
+            if not operator(p.node).sums:
                 p.reduce(axis, f"{p.node.op} reduces it", 0)
 
 
@@ -187,7 +178,7 @@ def _reduction(p: Ports) -> None:
 
 
 def _conv(p: Ports) -> None:
-    """W is (out, in / groups, *kernel), of ConvTranspose (in, out / groups, *kernel)."""
+    """W is (out, in / groups, *kernel), of ConvTranspose (in, out / groups, *kernel). FusedConv adds its input 3."""
     groups, ins, outs = p.attribute("group", 1), p.shape(0)[1], p.shape(-1)[1]
     transposed = p.node.op == "ConvTranspose"
     if groups == ins and groups > 1:
@@ -199,7 +190,7 @@ def _conv(p: Ports) -> None:
             p.link((0, 1), (1, 0))
             p.link((0, 1, of), (-1, 1), (2, 0))
         else:
-            p.link((0, 1, of), (-1, 1), *weight, (2, 0))
+            p.link((0, 1, of), (-1, 1), *weight, (2, 0), (3, 1))
         p.edit("group", 0, 0, 1)
     else:
         inner, outer = np.arange(ins) % (ins // groups), np.arange(outs) % (outs // groups)
@@ -208,7 +199,7 @@ def _conv(p: Ports) -> None:
             p.link((-1, 1), (2, 0), *([(1, 1)] if groups == 1 else [(1, 1, outer)]))
         else:
             p.link((0, 1), *([(1, 1)] if groups == 1 else [(1, 1, inner)]), summed=True)
-            p.link((-1, 1), (1, 0), (2, 0))
+            p.link((-1, 1), (1, 0), (2, 0), (3, 1))
         if groups > 1:
             p.link((0, 1), (0, 1, inner))
             p.link((-1, 1), (-1, 1, outer))
@@ -229,18 +220,49 @@ def _gemm(p: Ports) -> None:
 def _matmul(p: Ports) -> None:
     left, right = p.shape(0), p.shape(1)
     if min(len(left), len(right)) < 2:
-        raise InBetween("MatMul with a vector")
-    p.link((0, -1), (1, -2), summed=True)
-    p.link((0, -2), (-1, -2))
-    p.link((1, -1), (-1, -1))
+        raise InBetween(f"{p.node.op} with a vector")
+    if p.attribute("transBatchA", 0) or p.attribute("transBatchB", 0):
+        raise InBetween(f"{p.node.op} with its batches in another place")
+    row, column = -2 - p.attribute("transA", 0), -1 - p.attribute("transB", 0)
+    p.link((0, -3 - row), (1, -3 - column), summed=True)
+    p.link((0, row), (-1, -2))
+    p.link((1, column), (-1, -1))
     for axis in range(-len(p.shape(-1)), -2):
         held = [(k, axis) for k, shape in enumerate((left, right)) if len(shape) >= -axis and shape[axis] > 1]
         p.link((-1, axis), *held)
 
 
+def einsum_terms(node: gs.Node) -> list[str]:
+    """The indices of each operand and, last, of the result. Raises Refused for "..." and for diagonals."""
+    equation = node.attrs["equation"].replace(" ", "")
+    operands, arrow, result = equation.partition("->")
+    if not arrow:
+        result = "".join(sorted(letter for letter in operands if operands.count(letter) == 1 and letter != ","))
+    found = [*operands.split(","), result]
+    if "." in equation or any(len({*term}) < len(term) for term in found):
+        raise InBetween("Einsum with an ellipsis or a diagonal")
+    return found
+
+
+def _einsum(p: Ports) -> None:
+    """Every index is one link; those that the result lacks are summed over."""
+    *operands, result = einsum_terms(p.node)
+    for letter in sorted({*"".join(operands)}):
+        places = [(k, term.index(letter)) for k, term in enumerate(operands) if letter in term]
+        places = [(k, axis) for k, axis in places if p.shape(k)[axis] > 1]
+        written = [(-1, result.index(letter))] if letter in result else []
+        p.link(*places, *written, summed=not written)
+
+
+def _embedding(p: Ports) -> None:
+    """EmbedLayerNormalization: the sum of rows of up to three tables, and its norm."""
+    p.link((-1, 2), *((k, 1) for k in (2, 3, 4)), (5, 0), (6, 0), (-3, 2))
+    p.block(2, f"{p.node.op} normalizes over it", *(port for port in (-1, -3) if p.has(port)))
+
+
 def _recurrent(p: Ports) -> None:
     """W (directions, gates H, in), R (directions, gates H, H), B (directions, 2 gates H), P, and states."""
-    gates, hidden = RECURRENT[p.node.op], p.attribute("hidden_size", 0) or p.shape(2)[2]
+    gates, hidden = operator(p.node).gates, p.attribute("hidden_size", 0) or p.shape(2)[2]
     if p.attribute("layout", 0):
         raise InBetween(f"{p.node.op} with layout 1")
     p.link((0, 2), (1, 2), summed=True)
@@ -265,23 +287,27 @@ def _dequantize(p: Ports) -> None:
 
 _RULES: dict[str, Callable[[Ports], None]] = (
     link_moves.RULES
-    | dict.fromkeys(ELEMENTWISE, _elementwise)
-    | dict.fromkeys(_POOLS, _pool)
-    | dict.fromkeys(_SOFTMAX, _softmax)
-    | dict.fromkeys(("BatchNormalization", "InstanceNormalization"), _channel_norm)
-    | dict.fromkeys(LAST_AXIS_NORMS, _last_axis_norm)
-    | dict.fromkeys(_REDUCTIONS, _reduction)
-    | dict.fromkeys(("Conv", "ConvTranspose"), _conv)
-    | dict.fromkeys(RECURRENT, _recurrent)
-    | dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), _dequantize)
-    | {
-        "Gemm": _gemm,
-        "GroupNormalization": _group_norm,
-        "LRN": _lrn,
-        "LpNormalization": _lp_norm,
-        "MatMul": _matmul,
+    | links_attention.RULES
+    | {  # by kind
+        "batch_norm": _channel_norm,
+        "conv": _conv,
+        "einsum": _einsum,
+        "elementwise": _elementwise,
+        "fused_conv": _conv,
+        "fused_gemm": _gemm,
+        "fused_matmul": _matmul,
+        "embedding": _embedding,
+        "gemm": _gemm,
+        "group_norm": _group_norm,
+        "instance_norm": _channel_norm,
+        "lp_norm": _lp_norm,
+        "lrn": _lrn,
+        "matmul": _matmul,
+        "norm": _last_axis_norm,
+        "pool": _pool,
+        "quantize": _dequantize,
+        "recurrent": _recurrent,
+        "reduce": _reduction,
+        "softmax": _softmax,
     }
-)
-_VENDOR_RULES: dict[str, Callable[[Ports], None]] = dict.fromkeys(VENDOR_ELEMENTWISE, _elementwise) | dict.fromkeys(
-    _SKIP_NORMS, _last_axis_norm
 )

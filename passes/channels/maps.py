@@ -23,35 +23,38 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Refused
-from channelfold.passes.operators import ALONGSIDE, ATTENTIONS, POOLS, REDUCTIONS, RESHAPES
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
 Shape = tuple[int, ...]
-MOVES = ("Transpose", *RESHAPES, "Slice", "Gather", "Expand")
+_FOLLOWED = (  # kinds of operators that ``image`` knows
+    "elementwise", "expand", "gather", "pad", "pool", "reduce", "reshape", "resize", "slice", "transpose",
+)  # fmt: skip
 
 
 def data_input(node: gs.Node) -> int | None:
     """Which input of a node ``image`` can follow to its output; None where there is none."""
-    if node.op in ATTENTIONS and edit.is_standard(node) == (node.op == "Attention"):
-        return 2 if edit.has_input(node, 2) else None
-    return 0 if edit.is_standard(node) and node.op in (*MOVES, *REDUCTIONS, *ALONGSIDE) else None
+    known = operator(node)
+    if known.kind == "rotary":
+        return 0
+    source = known.source if known.scale and known.kind in _FOLLOWED else None
+    return source if source is not None and edit.has_input(node, source) else None
 
 
 def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.ndarray:
     """The map of a node's result, of shape ``result``, from that of its data input, of shape ``source``."""
-    if node.op == "Transpose":
+    kind = operator(node).kind
+    if kind == "transpose":
         return index.transpose(node.attrs.get("perm"))
-    if node.op in RESHAPES:
+    if kind == "reshape":
         return reshaped(index, source, result, node.op)
-    if node.op == "Slice":
+    if kind == "slice":
         return index[_slices(node, index.shape, source)]
-    if node.op == "Gather":
+    if kind == "gather":
         return _gathered(node, index)
-    if node.op == "Expand":
+    if kind == "expand":
         return raised(index, len(result))
-    if node.op in ATTENTIONS:
-        return _attended(node, index, source)
-    if node.op in REDUCTIONS:
+    if kind == "reduce":
         axes = _reduced_axes(node, len(source))
         if any(index.shape[axis] > 1 for axis in axes):
             raise Refused(f"{node.op} reduces the channel axis")
@@ -69,14 +72,15 @@ def preimage(
     The second equals ``index``, or its classes are to be merged with those of ``index``. ``fresh`` gives new classes,
     by shape, to channels that the node drops or repeats.
     """
-    if node.op == "Transpose":
+    kind = operator(node).kind
+    if kind == "transpose":
         return index.transpose(np.argsort(node.attrs.get("perm") or range(len(source))[::-1])), index
-    if node.op in RESHAPES:
+    if kind == "reshape":
         return reshaped(index, result, source, node.op), index
-    if node.op in REDUCTIONS:
+    if kind == "reduce":
         axes = _reduced_axes(node, len(source))
         before = index if node.attrs.get("keepdims", 1) else np.expand_dims(index, axes)
-    elif node.op in ("Slice", "Gather", "Expand", *ATTENTIONS):
+    elif kind in ("slice", "gather", "expand"):
         wide = _wide_before(node, index, source, result)
         before = fresh([size if axis in wide else 1 for axis, size in enumerate(source)])
     else:
@@ -86,9 +90,10 @@ def preimage(
 
 def mixed_axes(node: gs.Node, source: Shape, result: Shape) -> set[int]:
     """The axes along which each value of a result comes from several of the source, which are to be of one class."""
-    if node.op in POOLS:
+    kind = operator(node).kind
+    if kind == "pool":
         return set(range(2, len(source)))
-    if node.op != "Resize":
+    if kind != "resize":
         return set()
     scales = edit.argument(node, 2 if len(node.inputs) > 2 else 1, "scales")
     known = scales is not None and len(scales) == len(source)
@@ -269,12 +274,11 @@ def _gathered(node: gs.Node, index: np.ndarray) -> np.ndarray:
 def _wide_before(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> set[int]:
     """The axes along which the data input of a node may have channels, from the map of the result."""
     wide = {axis for axis, size in enumerate(index.shape) if size > 1}
-    if node.op in ATTENTIONS:
-        return {1, 3} if len(source) == 4 else {2}
-    if node.op == "Slice":
+    kind = operator(node).kind
+    if kind == "slice":
         single = {i for i, n in enumerate(result) if n == 1 < source[i] and isinstance(node.inputs[0].shape[i], int)}
         return wide | single
-    if node.op == "Expand":
+    if kind == "expand":
         more = index.ndim - len(source)
         return {axis - more for axis in wide}
     axis = int(node.attrs.get("axis", 0)) % len(source)
@@ -289,30 +293,3 @@ def _reduced_axes(node: gs.Node, rank: int) -> tuple[int, ...]:
     if axes is None or not axes.size:
         raise Refused(f"{node.op} names no constant axes")
     return tuple(sorted({int(axis) % rank for axis in axes}))
-
-
-def _attended(node: gs.Node, index: np.ndarray, values: Shape) -> np.ndarray:
-    """The map of what an attention operator returns, from that of its values.
-
-    (batch, kv heads, sequence, channels), or the heads within the last axis; every kv head serves as many consecutive
-    query heads. A cache and a bias would have to be scaled, too.
-    """
-    standard = edit.is_standard(node)
-    beside = (4, 5) if standard else (3, 6, 7)
-    if any(edit.has_input(node, i) for i in beside) or any(not t.is_empty() for t in node.outputs[1:]):
-        raise Refused(f"{node.op} has a cache or a bias")
-    if not standard and len(values) != 3:
-        raise Refused(f"{node.op} has values that are not of rank 3")
-    if len(values) == 4:
-        kv_heads, heads = values[1], edit.rank(node.inputs[0]) == 4 and node.inputs[0].shape[1]
-    else:
-        heads = node.attrs.get("q_num_heads" if standard else "num_heads")
-        kv_heads = node.attrs.get("kv_num_heads") if standard else heads
-    if any(index.shape[axis] > 1 for axis in {4: (0, 2), 3: (0, 1)}[len(values)]):
-        raise Refused(f"{node.op} does not keep its channels apart")
-    if not isinstance(heads, int) or not isinstance(kv_heads, int) or isinstance(heads, bool):
-        raise Refused(f"{node.op} has an unknown number of heads")
-    if len(values) == 4:
-        return np.repeat(np.broadcast_to(index, (1, kv_heads, 1, index.shape[3])), heads // kv_heads, axis=1)
-    by_head = np.broadcast_to(index, (1, 1, values[2])).reshape(1, 1, kv_heads, -1)
-    return np.repeat(by_head, heads // kv_heads, axis=2).reshape(1, 1, -1)

@@ -23,7 +23,9 @@ class Member:
 
 
 Link = tuple[Member, ...]
-Edit = tuple[str, int, int, int]  # what ("size", "group", "slice", "gather", "split", "hidden"), its input, port, axis
+Edit = tuple[
+    str, int, int, int
+]  # what ("size", "group", "slice", "gather", "split", "hidden", "heads", "scale"), its input, port, axis
 
 
 @dataclass
@@ -44,10 +46,13 @@ class Links:
 
 
 class Ports:
-    """A node, the shapes at its ports, and the links found so far. Axes may count from the end."""
+    """A node, the shapes at its ports, and the links found so far. Axes may count from the end.
 
-    def __init__(self, graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape]):
-        self.graph, self.node, self._shapes = graph, node, shapes
+    ``single``: see ``LinkTable``.
+    """
+
+    def __init__(self, graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], single: bool = False):
+        self.graph, self.node, self._shapes, self.single = graph, node, shapes, single
         self.found = Links()
 
     def tensor(self, port: int) -> gs.Tensor:

@@ -31,8 +31,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused, TwoActivations
+from channelfold.passes.channels.attention import is_attention
 from channelfold.passes.channels.maps import (
-    MOVES,
     Classes,
     Shape,
     collapsed,
@@ -42,16 +42,13 @@ from channelfold.passes.channels.maps import (
     preimage,
     raised,
 )
+from channelfold.passes.channels.ports import Ports
 from channelfold.passes.channels.region import Cut, End, Region
+from channelfold.passes.channels.scale_attention import attended, turned
 from channelfold.passes.layers.affine import Vector, passes
 from channelfold.passes.layers.linear import Linear, view
-from channelfold.passes.operators import ATTENTIONS, LINEAR_OPS, NORMS, OVER_AXIS_1, SKIP_NORMS, UNBIASED_NORMS
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
-
-_ADDITIVE = ("Add", "Sub", "Min", "Max")  # as far as scales go
-_ARITHMETIC = ("Mul", "Div", *_ADDITIVE)
-_SHIFTED = (*MOVES, "Cast", "Resize", "ReduceMax")  # the rest is asked of ``affine.passes``, except for
-_UNSHIFTED = ("Neg", "Abs", "ReduceSum", *ATTENTIONS)
 
 Move = tuple[gs.Tensor, np.ndarray, bool]  # a tensor to follow, its map, whether a shift comes along
 
@@ -98,8 +95,9 @@ class _Place:
 class _Tracer(Classes):
     """Follows maps from tensor to tensor, over every node once.
 
-    ``related``: by node, the tensors whose maps it ties together. ``choices``: the products of two activations where
-    either could take the scale; ``instead`` is one where it is the one that is not tried first.
+    ``related``: by node, the tensors whose maps it ties together, the queries and keys of attention apart (True).
+    ``choices``: the products of two activations where either could take the scale; ``instead`` is one where it is the
+    one that is not tried first.
     """
 
     graph: gs.Graph
@@ -111,7 +109,7 @@ class _Tracer(Classes):
     pending: list[_Place] = field(default_factory=list)
     ends: list[End] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
-    related: dict[int, list[gs.Tensor]] = field(default_factory=dict)
+    related: dict[tuple[int, bool], list[gs.Tensor]] = field(default_factory=dict)
     deferred: list[tuple[_Place, gs.Node | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -156,7 +154,7 @@ class _Tracer(Classes):
 
     def expand(self, place: _Place) -> None:
         """Follows a tensor to the node that writes it and to all that read it."""
-        readers = [n for n in edit.consumers(place.tensor) if not (n.op in ("Shape", "Size") and edit.is_standard(n))]
+        readers = [n for n in edit.consumers(place.tensor) if not operator(n).asks_shape]
         for node in (None, *readers):
             self.attempt(place, node)
 
@@ -167,7 +165,7 @@ class _Tracer(Classes):
         """
         try:
             node = reader or self.writer(place.tensor)
-            if reader is None and not last and node.op in ("Mul", "Div") and _constant_operand(node) is None:
+            if reader is None and not last and operator(node).multiplies and _constant_operand(node) is None:
                 self.deferred.append((place, None))
             else:
                 self.cross(node, place, forward=reader is not None)
@@ -176,6 +174,9 @@ class _Tracer(Classes):
                 self.cuts.append(Cut(place.tensor, reader, place.index, str(error), place.shifted))
             else:
                 self.pin(place.index, str(error))
+
+    def ports(self, node: gs.Node) -> Ports:
+        return Ports(self.graph, node, self.shapes)
 
     def writer(self, tensor: gs.Tensor) -> gs.Node:
         if edit.is_output(self.graph, tensor):
@@ -193,7 +194,8 @@ class _Tracer(Classes):
             raise Refused(f"{node.op} reads it twice")
         if self.reads(node, place) if forward else self.writes(node, place):
             return
-        known = self.related.get(id(node), [])
+        half = forward and is_attention(node) and edit.has_input(node, 2) and node.inputs[2] is not place.tensor
+        known = self.related.get((id(node), half), [])
         if any(place.tensor is tensor for tensor in known):
             return
         if known:
@@ -201,7 +203,7 @@ class _Tracer(Classes):
         if self.insert and not self.is_near(node, place, forward):
             raise Refused(f"{node.op} {'follows' if forward else 'precedes'} it")
         moves = self.moves(node, place, forward)
-        self.related[id(node)] = [place.tensor, *(tensor for tensor, _, _ in moves)]
+        self.related[id(node), half] = [place.tensor, *(tensor for tensor, _, _ in moves)]
         for move in moves:
             self.visit(*move)
 
@@ -223,13 +225,13 @@ class _Tracer(Classes):
         if linear is not None:
             vector = self.along(place.index, linear.out_axis, linear.channels[0])
             self.ends.append(End("out", linear.node, vector, place.shifted, linear))
-        elif node.op in NORMS:
+        elif operator(node).gamma:
             self.norm(node, place)
-        return linear is not None or node.op in NORMS
+        return linear is not None or operator(node).gamma > 0
 
     def written_by(self, node: gs.Node, tensor: gs.Tensor) -> Linear | None:
         """The linear whose result, bias included, a tensor is."""
-        sources = [node] if node.op in LINEAR_OPS else []
+        sources = [node] if operator(node).weighted else []
         if node.op == "Add":
             sources = [s for s in map(edit.producer, node.inputs) if s is not None and s.op == "MatMul"]
         for source in sources:
@@ -244,25 +246,24 @@ class _Tracer(Classes):
         return None
 
     def norm(self, node: gs.Node, place: _Place) -> None:
-        skip = node.op in SKIP_NORMS
-        first = 2 if skip else 1
+        known = operator(node)
+        skip = known.gamma > 1
         if place.tensor is not node.outputs[0]:
             raise Refused(f"it is the unnormalized sum of {node.op}" if skip else f"it is a statistic of {node.op}")
         if not skip and any(not t.is_empty() for t in node.outputs[1:]):
             raise Refused(f"{node.op} also returns its statistics")
-        axis = 1 if node.op in OVER_AXIS_1 else len(self.shape(place.tensor)) - 1
+        axis = known.norm_axis % len(self.shape(place.tensor))
         channels = self.shape(place.tensor)[axis]
-        last = first + (1 if node.op in UNBIASED_NORMS else 2)
-        parameters = [t for t in node.inputs[first:last] if not t.is_empty()]
+        parameters = [t for t in node.inputs[known.gamma : known.gamma + 1 + known.beta] if not t.is_empty()]
         if any(not isinstance(t, gs.Constant) or tuple(t.shape) != (channels,) for t in parameters) or not parameters:
             raise Refused(f"the parameters of {node.op} are not constant vectors over the channels")
-        if place.shifted and node.op in UNBIASED_NORMS:
+        if place.shifted and not known.beta:
             self.forbid_shift(place.index, f"{node.op} has no bias")
         self.ends.append(End("norm", node, self.along(place.index, axis, channels), place.shifted))
 
     def reads(self, node: gs.Node, place: _Place) -> bool:
         """Whether a linear ends the region here; False for the product of two activations."""
-        if node.op not in LINEAR_OPS or not edit.is_standard(node):
+        if not operator(node).weighted:
             return False
         try:
             linear = view(self.graph, node)
@@ -282,16 +283,20 @@ class _Tracer(Classes):
 
     def moves(self, node: gs.Node, place: _Place, forward: bool) -> list[Move]:
         """The tensors that a node ties to one of its inputs (``forward``) or to its output."""
+        if is_attention(node):
+            if place.shifted:
+                self.forbid_shift(place.index, f"a shift does not pass {node.op}")
+            return [(*move, False) for move in attended(self, self.ports(node), place.tensor, place.index)]
         data = data_input(node)
         if data is not None and not (forward and node.inputs[data] is not place.tensor):
             return self.moved(node, node.inputs[data], place, forward)
-        if edit.is_standard(node):
-            if node.op in _ARITHMETIC:
-                return self.arithmetic(node, place, forward)
-            if node.op == "MatMul":
-                return self.product(node, place, forward)
-            if node.op in ("Concat", "Split"):
-                return self.pieces(node, place)
+        known = operator(node)
+        if known.joins or known.multiplies:
+            return self.arithmetic(node, place, forward)
+        if known.kind == "matmul":
+            return self.product(node, place, forward)
+        if known.kind in ("concat", "split"):
+            return self.pieces(node, place)
         raise Refused(f"{node.op} reads it") if forward else InBetween(node.op)
 
     def moved(self, node: gs.Node, source: gs.Tensor, place: _Place, forward: bool) -> list[Move]:
@@ -304,6 +309,8 @@ class _Tracer(Classes):
         shapes = self.shape(source), self.shape(result)
         mixed = mixed_axes(node, *shapes)
         index = self.fitted(place.index, [1 if i in mixed else n for i, n in enumerate(place.index.shape)])
+        if operator(node).kind == "rotary":
+            turned(self, self.ports(node), index)
         shifted = self.shift_passes(node, index, place.shifted)
         if forward:
             return [(result, image(node, index, *shapes), shifted)]
@@ -313,8 +320,9 @@ class _Tracer(Classes):
 
     def shift_passes(self, node: gs.Node, index: np.ndarray, shifted: bool) -> bool:
         """Whether a shift comes along; notes why not. Raises Refused where not even a positive scale passes."""
-        reason = f"a shift does not pass {node.op}" if node.op in _UNSHIFTED else ""
-        if node.op not in (*_SHIFTED, *_UNSHIFTED):
+        known = operator(node)
+        reason = "" if known.shift or known.kind in ("pad", "pool") else f"a shift does not pass {node.op}"
+        if known.kind in ("pad", "pool") or known.random:  # it depends on their attributes and inputs
             wide = [axis for axis, size in enumerate(index.shape) if size > 1]
             for axis in wide or [None]:
                 reason = reason or passes(node, Vector(axis)).no_shift
@@ -323,34 +331,34 @@ class _Tracer(Classes):
         return shifted and not reason
 
     def arithmetic(self, node: gs.Node, place: _Place, forward: bool) -> list[Move]:
-        """Mul, Div, Add, Sub, Min and Max: what is tied together has one map, as far as each is not broadcast.
+        """Mul, Div, Add, Max and the like: what is tied together has one map, as far as each is not broadcast.
 
         A constant factor by channel takes up the whole scale, and what is on the other side stays as it is; a constant
         term takes up the shift (a bound does not), and the scale goes on; any other factor lets the scale pass.
         """
         result, operand = node.outputs[0], _constant_operand(node)
         index = raised(place.index, len(self.shape(result)))
-        additive = node.op in _ADDITIVE
+        known = operator(node)
         if operand is None:
-            tied = node.inputs if additive else [place.tensor if forward else self.carrier(node)]
+            tied = node.inputs if known.joins else [place.tensor if forward else self.carrier(node)]
         else:
             tied = [node.inputs[1 - operand]]
         if node.op == "Div" and tied[0] is node.inputs[1]:
             raise Refused("a constant is divided by it" if operand == 0 else "Div divides by it")
-        shifted = place.shifted and operand is not None and node.op in ("Add", "Sub")
+        shifted = place.shifted and operand is not None and known.adds
         if place.shifted and not shifted:
             self.forbid_shift(index, f"a shift does not pass {node.op}")
         if operand is not None and self.takes_scale(node, operand, index):
             self.ends.append(End("factor", node, -index if forward else index, False))
             return []
         moves = [(tensor, self.fitted(index, self.shape(tensor)), False) for tensor in (*tied, result)]
-        if additive and operand is not None:
+        if known.joins and operand is not None:
             self.ends.append(End("term", node, index, shifted, forward=forward))
         return [move for move in moves if move[0] is not place.tensor]
 
     def takes_scale(self, node: gs.Node, operand: int, index: np.ndarray | None = None) -> bool:
         """Whether a constant operand is a factor that varies over the channels (over anything, without a map)."""
-        if node.op in _ADDITIVE or (node.op == "Div" and operand == 0):
+        if operator(node).joins or (node.op == "Div" and operand == 0):
             return False
         shape = tuple(node.inputs[operand].shape)
         if index is None or index.size == 1:
@@ -372,10 +380,11 @@ class _Tracer(Classes):
     def comes_from_weights(self, tensor: gs.Tensor) -> bool:
         """Whether a tensor is made from one linear, norm or factor by operators that a scale passes."""
         while (node := edit.producer(tensor)) is not None:
-            operand = _constant_operand(node)
-            if node.op in LINEAR_OPS or node.op in NORMS or (operand is not None and self.takes_scale(node, operand)):
+            operand, known = _constant_operand(node), operator(node)
+            if known.weighted or known.gamma or (operand is not None and self.takes_scale(node, operand)):
                 return True
-            data = 0 if node.op in ("Concat", "Split") else data_input(node) if operand is None else 1 - operand
+            data = 0 if known.kind in ("concat", "split") else data_input(node) if operand is None else 1 - operand
+            data = 2 if is_attention(node) and edit.has_input(node, 2) else data
             if data is None:
                 return False
             tensor = node.inputs[data]
@@ -410,9 +419,9 @@ class _Tracer(Classes):
     def rows_sum_to_one(self, tensor: gs.Tensor) -> bool:
         """Whether a tensor is a Softmax along its last axis."""
         node = edit.producer(tensor)
-        while node is not None and node.op in ("Identity", "Dropout", "Cast"):
+        while node is not None and operator(node).copies and operator(node).elementwise:
             node = edit.producer(node.inputs[0])
-        if node is None or node.op != "Softmax" or not edit.is_standard(node):
+        if node is None or node.op != "Softmax" or operator(node).kind != "softmax":
             return False
         axis = node.attrs.get("axis", -1 if self.graph.opset >= 13 else 1)
         return axis == -1 or axis + 1 == len(self.shape(node.outputs[0]))
@@ -453,7 +462,8 @@ class _Tracer(Classes):
 
 def _constant_operand(node: gs.Node) -> int | None:
     """Which operand of an arithmetic node is the one that is constant; None where none or both are."""
-    if node.op not in _ARITHMETIC or not edit.is_standard(node) or len(node.inputs) != 2:
+    known = operator(node)
+    if not (known.joins or known.multiplies) or len(node.inputs) != 2:
         return None
     constants = [i for i, tensor in enumerate(node.inputs) if isinstance(tensor, gs.Constant)]
     return constants[0] if len(constants) == 1 else None

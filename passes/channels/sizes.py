@@ -13,10 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
-
-_MOVING = ("Unsqueeze", "Squeeze", "Identity", "Cast", "Reshape", "Flatten")
-_SHAPED = {"Reshape": 1, "Expand": 1, "Resize": 3, "ConstantOfShape": 0}  # the input that is a shape
 
 ShapeOf = Callable[[gs.Tensor], tuple[int, ...] | None]
 
@@ -86,7 +84,7 @@ def _source(node: gs.Node, port: int, element: int, shape_of: ShapeOf) -> Source
 
 def _origin(node: gs.Node, element: int, shape_of: ShapeOf) -> tuple[int, int] | None:
     """The input of a node, and the element of it, that it moves to an element of its result."""
-    if node.op in _MOVING:
+    if operator(node).copies:
         return 0, element
     if node.op == "Concat":
         for k, piece in enumerate(node.inputs):
@@ -149,7 +147,7 @@ def readers_of_size(graph: gs.Graph, node: gs.Node, axis: int, shape_of: ShapeOf
             for port in (k for k, other in enumerate(reader.inputs) if other is tensor):
                 if not edit.in_graph(graph, reader) or not edit.is_standard(reader):
                     return None
-                if _SHAPED.get(reader.op) == port:
+                if operator(reader).sized == port:
                     found.append((reader, element))
                     continue
                 moved = _moved(reader, port, element, shape_of)
@@ -169,7 +167,7 @@ def _moved(node: gs.Node, port: int, element: int, shape_of: ShapeOf) -> list[in
     """Which elements of its result a node makes of one of an input; None where it does more than move it."""
     if node.op == "Shape" or (node.op == "Equal" and _is_negative(node.inputs[1 - port])):
         return []
-    if node.op in _MOVING and port == 0:
+    if operator(node).copies and port == 0:
         return [element]
     sizes = [_length(tensor, shape_of) for tensor in node.inputs]
     if node.op == "Where" and len(set(sizes)) == 1:

@@ -1,135 +1,142 @@
-"""How many channels a tensor has, changed: rows of what writes it and columns of what reads it.
+"""How many channels a tensor has, changed: a view on the cut region of what a linear reads.
 
-Channels can be repeated, dropped or merged where only operators that treat every channel alike stand between the
-linears that write them and the linears that read them. For x = f(W u + b) with f elementwise and y = V x:
+For x = f(W u + b), with f whatever treats every channel alike, and y = V x:
 
-    rows      W' = R W,  b' = R b     R repeats or drops rows, which commutes with any f; another R where f is linear
-    columns   V' = V C                C such that V' f(R (W u + b)) is what is wanted of y
+    repeat, drop    W' = P W,  b' = P b,  V' = V P^T      P: rows of I, which commute with any f (``renumber``)
+    blend           W' = R W,  b' = R b                   where f is linear, R any matrix of rows that add up to 1
+                    V' = V C
 
-``follow`` finds the group of tensors that change together. Worked example, SwiGLU, from what ``down`` reads: back
-through Mul to up (a writer) and to the activation, whose Sigmoid and Mul lead to gate (another writer); all tensors
-between them get the new width. A Gather with constant indices along the channels is a writer, too: its indices are its
-rows.
+Worked example, SwiGLU, from what ``down`` reads: back through Mul to up (a writer) and to the activation, whose Sigmoid
+and Mul lead to gate (another writer); all tensors between them get the new width. A Gather with constant indices along
+the channels is a writer, too: its indices are its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit, InBetween, Refused
-from channelfold.passes.channels.scale_regions import Shape
+from channelfold.passes.channels.cut_regions import Region, best_trace
+from channelfold.passes.channels.links import LinkTable
+from channelfold.passes.channels.maps import Shape
+from channelfold.passes.channels.renumber import Numbering, renumber
 from channelfold.passes.layers.linear import Linear, cast, check_growth, view
-from channelfold.passes.operators import LINEAR_OPS
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
-_LINEAR_BINARY = ("Add", "Sub")
-_BINARY = (*_LINEAR_BINARY, "Mul", "Div", "Pow", "Max", "Min", "PRelu")
-_UNARY = (
-    "Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Mish",
-    "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
-)  # fmt: skip
-_KEEPING = ("Identity", "Cast", "Neg", "Dropout")  # unary and linear
-_VENDOR = ("Gelu", "QuickGelu")  # of com.microsoft
-_POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
-
-Columns = Callable[[np.ndarray], np.ndarray]
+Blend = Callable[[np.ndarray], np.ndarray]  # of an array (channels, …), to one of the same shape
 
 
 @dataclass
 class Width:
-    """Tensors that have their channels in common, ``channels`` of them, and what writes and reads them.
-
-    ``vectors``: constants along the channels, as (node, input, axis from the end). ``linear``: whether nothing but sums
-    stands between writers and readers.
-    """
+    """Tensors with the same channels, labels 1 .. ``channels`` of a region, and the linears that make and read them."""
 
     graph: gs.Graph
+    region: Region
     channels: int
-    axes: dict[int, tuple[gs.Tensor, int]] = field(default_factory=dict)
-    writers: list[Linear] = field(default_factory=list)
-    readers: list[Linear] = field(default_factory=list)
-    gathers: list[gs.Node] = field(default_factory=list)
-    vectors: list[tuple[gs.Node, int, int]] = field(default_factory=list)
-    linear: bool = True
+    writers: list[Linear]
+    readers: list[Linear]
 
-    def rows(self) -> list[np.ndarray]:
-        """Everything that makes a channel what it is, arrays (channels, …)."""
-        parts = [part for linear in self.writers for part in (linear.weight(), _own_bias(linear))]
-        parts += [np.moveaxis(np.asarray(edit.value(n.inputs[i])), axis, 0) for n, i, axis in self.vectors]
-        return [*parts, *(np.asarray(edit.value(gather.inputs[1])) for gather in self.gathers)]
+    @property
+    def linears(self) -> list[Linear]:
+        """Each once: one may read the channels and write them."""
+        return list({id(linear.node): linear for linear in (*self.writers, *self.readers)}.values())
+
+    @property
+    def vectors(self) -> list[tuple[gs.Node, int, int]]:
+        """Constants along the channels beside the weights, as (node, input, axis from the end)."""
+        parts = [part for part in self.region.parts if not part.role]
+        return [(part.node, part.input, part.axis - len(part.node.inputs[part.input].shape)) for part in parts]
+
+    @property
+    def between(self) -> list[gs.Node]:
+        """The nodes between the linears."""
+        own = {id(node) for linear in self.linears for node in (linear.node, *linear.chain)}
+        found = {id(n): n for tensor, _ in self.region.axes.values() for n in (*tensor.inputs, *tensor.outputs)}
+        return [node for key, node in found.items() if key not in own]
+
+    @property
+    def linear(self) -> bool:
+        """Whether nothing but sums of all channels stands between writers and readers."""
+        whole = all(len(part.labels) == self.channels for part in self.region.parts)
+        return whole and all(_adds_up(node) for node in self.between)
+
+    def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Everything that makes a channel what it is: labels (n,) and values (n, …)."""
+        for part in (part for part in self.region.parts if part.role != "in"):
+            yield part.labels, np.moveaxis(np.asarray(edit.value(part.node.inputs[part.input])), part.axis, 0)
 
     def columns(self) -> np.ndarray:
         """The weights that read the channels, (outputs, channels); each place of a kernel counts as an output."""
         return np.concatenate([columns_of(linear) for linear in self.readers])
 
-    def resize(self, rows: Columns, columns: Columns, shapes: dict[str, Shape]) -> None:
-        """Gives the group another width.
+    def repeat(self, counts: np.ndarray, shapes: dict[str, Shape]) -> None:
+        """Lets every channel stand so often, or not at all, (channels,). Raises Refused, with nothing changed.
 
-        ``rows`` and ``columns`` map an array (channels, …), of what writes and of what reads the channels, to one with
-        the new number of channels. ``shapes``, of tensors by name, are brought up to date. Raises Refused, with nothing
-        changed, where a value does not fit its type.
+        ``shapes``, of tensors by name, are brought up to date.
         """
+        renumber(self.graph, [(self.region, Numbering.repeating(counts))], shapes=shapes)
+        self.channels = int(counts.sum())
+
+    def blended(self, rows: Blend | None, columns: Blend, shapes: dict[str, Shape]) -> Width:
+        """The group when ``columns`` has mapped what reads it and ``rows`` what writes it, for a group that is linear.
+
+        Raises Refused, with nothing changed, where a value does not fit its type.
+        """
+        writes: list[Callable[[], object]] = []
+        writers = {id(linear.node) for linear in self.writers} if rows else set()
         try:
-            writes = [write for linear in self._linears() for write in self._planned(linear, rows, columns)]
-            for node, place, axis in self.vectors:
-                old = np.asarray(edit.value(node.inputs[place]))
-                new = cast(np.moveaxis(rows(np.moveaxis(old, axis, 0)), 0, axis), old.dtype)
-                name = f"{node.inputs[place].name}_resized"
-                writes.append(lambda n=node, p=place, v=new, m=name: edit.set_constant(self.graph, n, p, v, m))
+            for linear in self.linears:
+                weight, reads = linear.weight(), any(linear.node is reader.node for reader in self.readers)
+                if reads:
+                    weight = columns(weight.swapaxes(0, 1)).swapaxes(0, 1)
+                if rows and id(linear.node) in writers:
+                    weight = rows(weight)
+                if reads or id(linear.node) in writers:
+                    writes.append(partial(linear.set_weight, cast(weight, linear.dtype)))
+            if rows:
+                for node, port, axis in self.vectors:
+                    old = np.asarray(edit.value(node.inputs[port]))
+                    new = cast(np.moveaxis(rows(np.moveaxis(old, axis, 0)), 0, axis), old.dtype)
+                    writes.append(
+                        partial(edit.set_constant, self.graph, node, port, new, f"{node.inputs[port].name}_mean")
+                    )
         except DoesNotFit as error:
             raise Refused(str(error)) from None
-        for gather in self.gathers:
-            index = rows(np.asarray(edit.value(gather.inputs[1])))
-            writes.append(lambda n=gather, v=index: edit.set_constant(self.graph, n, 1, v, f"{n.name}_indices"))
         for write in writes:
             write()
-        self.channels = len(rows(np.zeros(self.channels)))
-        for tensor, axis in self.axes.values():
-            if tensor.shape is not None:
-                tensor.shape = [*tensor.shape[:axis], self.channels, *tensor.shape[axis + 1 :]]
-            known = shapes[tensor.name]
-            shapes[tensor.name] = (*known[:axis], self.channels, *known[axis + 1 :])
-
-    def _linears(self) -> list[Linear]:
-        """Each linear once: one may read the channels and write them."""
-        return list({id(linear.node): linear for linear in (*self.writers, *self.readers)}.values())
-
-    def _planned(self, linear: Linear, rows: Columns, columns: Columns) -> list[Callable[[], object]]:
-        linear = view(self.graph, linear.node)  # as it is now: its bias may have moved since
-        weight, writes = linear.weight(), []
-        if any(linear.node is reader.node for reader in self.readers):
-            weight = columns(weight.swapaxes(0, 1)).swapaxes(0, 1)
-        if any(linear.node is writer.node for writer in self.writers):
-            weight = rows(weight)
-            if linear.node.op != "MatMul" and (bias := linear.bias()) is not None:
-                new = cast(rows(bias), linear.dtype)
-                writes.append(lambda: linear.set_bias(new))
-        weight = cast(weight, linear.dtype)
-        return [lambda: linear.set_weight(weight), *writes]
+        return read_by(self.graph, view(self.graph, self.readers[0].node), shapes)
 
 
-def follow(graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: Mapping[str, Shape]) -> Width:
+def follow(
+    graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: dict[str, Shape], kinds: Collection[str] | None = None
+) -> Width:
     """The group of a tensor whose channels lie along ``axis``. ``shapes``: of all tensors for some input, by name.
 
-    Raises Refused, with the reason, where its width cannot change.
+    ``kinds``: of the operators that may stand in it, by default all that treat every channel alike. Raises Refused,
+    with the reason, where its width cannot change.
     """
-    tracer = _Tracer(graph, shapes, Width(graph, _shape(shapes, tensor)[axis]))
-    tracer.visit(tensor, axis)
-    while tracer.pending:
-        tracer.expand(*tracer.pending.pop())
-    for linear in (*tracer.width.writers, *tracer.width.readers):
+    table = LinkTable(graph, shapes, single=True)
+    shape = table.shape(tensor)
+    if shape is None:
+        raise Refused(f"the shape of {tensor.name!r} is unknown")
+    region = best_trace(table, tensor, axis % len(shape))
+    width = Width(graph, region, shape[axis], *_linears(graph, region))
+    _check(width, kinds)
+    for linear in width.linears:
         check_growth(linear)
-    return tracer.width
+    return width
 
 
-def read_by(graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape]) -> Width:
+def read_by(graph: gs.Graph, linear: Linear, shapes: dict[str, Shape], kinds: Collection[str] | None = None) -> Width:
     """The group of what a linear reads. Raises Refused as ``follow``, and where linears read other tensors of it."""
-    width = follow(graph, linear.data, linear.in_axis % len(_shape(shapes, linear.data)), shapes)
+    width = follow(graph, linear.data, linear.in_axis, shapes, kinds)
     if any(reader.data is not linear.data for reader in width.readers):
         raise Refused("linears read its channels from several tensors")
     return width
@@ -149,7 +156,7 @@ def gathered(graph: gs.Graph, readers: list[Linear], shapes: dict[str, Shape]) -
     shapes[result.name] = shapes[tensor.name]
     for linear in readers:
         edit.set_input(linear.node, 1 - linear.weight_input, result)
-    return Width(graph, channels, {id(result): (result, axis)}, [], readers, [node], [], False)
+    return read_by(graph, view(graph, readers[0].node), shapes)
 
 
 def columns_of(linear: Linear) -> np.ndarray:
@@ -158,125 +165,53 @@ def columns_of(linear: Linear) -> np.ndarray:
     return weight.reshape(-1, weight.shape[-1])
 
 
-@dataclass
-class _Tracer:
-    graph: gs.Graph
-    shapes: Mapping[str, Shape]
-    width: Width
-    pending: list[tuple[gs.Tensor, int]] = field(default_factory=list)
-    passed: set[int] = field(default_factory=set)
+def _adds_up(node: gs.Node) -> bool:
+    """Whether a node commutes with sums of its channels."""
+    known = operator(node)
+    return known.linear and known.kind in ("elementwise", "reshape", "transpose")
 
-    def visit(self, tensor: gs.Tensor, axis: int) -> None:
-        axis %= len(_shape(self.shapes, tensor))
-        known = self.width.axes.get(id(tensor))
-        if known is None:
-            self.width.axes[id(tensor)] = (tensor, axis)
-            self.pending.append((tensor, axis))
-        elif known[1] != axis:
-            raise Refused(f"{tensor.name!r} has these channels on two axes")
 
-    def expand(self, tensor: gs.Tensor, axis: int) -> None:
-        """Follows a tensor to the node that writes it and to all that read it."""
-        if edit.is_output(self.graph, tensor):
+def _linears(graph: gs.Graph, region: Region) -> tuple[list[Linear], list[Linear]]:
+    """(writers, readers) of a region. Raises Refused where something else makes or sums up its channels."""
+    layers = {part.role: {id(p.layer): p.layer for p in region.parts if p.role == part.role} for part in region.parts}
+    writers = [_view(graph, n, "writes") for n in layers.get("out", {}).values() if operator(n).weighted]
+    readers: dict[int, Linear] = {}
+    for read in region.reads:
+        linear = _view(graph, read.node, "reads")
+        if linear.weight_input != read.port:  # or else it is what stands in front of a weight
+            readers[id(read.node)] = linear
+    if stray := next((node for key, node in layers.get("in", {}).items() if key not in readers), None):
+        raise InBetween(stray.op)
+    return writers, list(readers.values())
+
+
+def _view(graph: gs.Graph, node: gs.Node, verb: str) -> Linear:
+    if not operator(node).weighted:
+        raise InBetween(node.op)
+    try:
+        linear = view(graph, node)
+    except Refused as error:
+        raise Refused(f"{node.op} {verb} it, but {error}") from None
+    if linear.groups > 1:
+        raise Refused(f"{node.op} {verb} it in groups")
+    return linear
+
+
+def _check(width: Width, kinds: Collection[str] | None) -> None:
+    """Raises Refused where the channels of a group cannot each be repeated or dropped."""
+    for node in width.region.blocks:
+        raise InBetween(node.op)
+    for node in width.between:
+        own = [*map(id, (*node.inputs, *node.outputs))]
+        wide = {labels.max() > width.channels for (key, _), (_, labels) in width.region.axes.items() if key in own}
+        if len(wide) > 1 or (kinds is not None and operator(node).kind not in kinds):
+            raise InBetween(node.op)
+    for tensor, _ in width.region.axes.values():
+        if edit.is_output(width.graph, tensor):
             raise Refused("it is an output of the graph")
-        writer = edit.producer(tensor)
-        if writer is None:
+        if edit.producer(tensor) is None:
             raise Refused("an input of the graph feeds it")
-        if not all(edit.in_graph(self.graph, node) for node in (writer, *edit.consumers(tensor))):
-            raise Refused("a subgraph has a part in it")
-        if not self.writes(writer, tensor, axis):
-            self.step(writer, tensor, axis)
-        for node in edit.consumers(tensor):
-            if not self.reads(node, tensor, axis):
-                self.step(node, tensor, axis)
-
-    def writes(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> bool:
-        """Whether the group begins at a node that writes a tensor of it."""
-        rank = len(_shape(self.shapes, tensor))
-        if node.op == "Gather" and edit.is_standard(node):
-            index = edit.value(node.inputs[1])
-            if index is None or index.ndim != 1 or int(node.attrs.get("axis", 0)) % rank != axis:
-                raise InBetween("Gather")
-            self.width.gathers.append(node)
-            self.width.linear = False
-            return True
-        linear = self.linear(node, "writes")
-        if linear is None:
-            return False
-        if linear.out_axis % rank != axis:
-            raise Refused(f"{node.op} writes its channels along another axis")
-        self.width.writers.append(linear)
-        return True
-
-    def reads(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> bool:
-        """Whether the group ends at a linear that reads a tensor of it."""
-        linear = self.linear(node, "reads")
-        if linear is None:
-            return False
-        if linear.data is not tensor or linear.in_axis % len(_shape(self.shapes, tensor)) != axis:
-            raise Refused(f"{node.op} reads it otherwise than along its channels")
-        self.width.readers.append(linear)
-        return True
-
-    def linear(self, node: gs.Node, verb: str) -> Linear | None:
-        if node.op not in LINEAR_OPS:
-            return None
-        try:
-            linear = view(self.graph, node)
-        except Refused as error:
-            raise Refused(f"{node.op} {verb} it, but {error}") from None
-        if linear.groups > 1:
-            raise Refused(f"{node.op} {verb} it in groups")
-        return linear
-
-    def step(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
-        """Passes a node that treats all channels alike, to every other tensor that has them."""
-        if id(node) in self.passed:
-            return
-        self.passed.add(id(node))
-        vendor = node.domain == "com.microsoft" and node.op in _VENDOR
-        if not (vendor or edit.is_standard(node)) or any(not t.is_empty() for t in node.outputs[1:]):
-            raise InBetween(f"{node.op}")
-        if node.op in _BINARY:
-            self.operands(node, axis - len(_shape(self.shapes, tensor)))
-            return
-        self.width.linear = self.width.linear and node.op in (*_KEEPING, "Transpose")
-        source, result = node.inputs[0], node.outputs[0]
-        if any(t is tensor for t in node.inputs[1:]):
-            raise InBetween(f"{node.op}")
-        if node.op == "Transpose":
-            perm = list(node.attrs.get("perm") or range(len(_shape(self.shapes, source)))[::-1])
-            before = axis if tensor is source else perm[axis]
-            self.visit(source, before)
-            self.visit(result, perm.index(before))
-        elif vendor or node.op in (*_UNARY, *_KEEPING) or (node.op in _POOLS and axis == 1):
-            self.visit(source, axis)
-            self.visit(result, axis)
-        else:
-            raise InBetween(f"{node.op}")
-
-    def operands(self, node: gs.Node, axis: int) -> None:
-        """Passes a node whose operands are broadcast to each other; ``axis`` counts from the end."""
-        self.width.linear = self.width.linear and node.op in _LINEAR_BINARY
-        for place, tensor in enumerate([*node.inputs, node.outputs[0]]):
-            shape = _shape(self.shapes, tensor)
-            if len(shape) < -axis or shape[axis] == 1:
-                continue
-            if isinstance(tensor, gs.Constant):
-                self.width.vectors.append((node, place, axis))
-            else:
-                self.visit(tensor, axis)
-
-
-def _shape(shapes: Mapping[str, Shape], tensor: gs.Tensor) -> Shape:
-    if isinstance(tensor, gs.Constant):
-        return tuple(tensor.shape)
-    if tensor.name not in shapes:
-        raise Refused(f"the shape of {tensor.name!r} is unknown")
-    return shapes[tensor.name]
-
-
-def _own_bias(linear: Linear) -> np.ndarray:
-    """The bias that is an input of the node itself; that of a MatMul is an Add of its own."""
-    bias = linear.bias() if linear.node.op != "MatMul" else None
-    return np.zeros(linear.channels[0]) if bias is None else bias
+    if reason := next(filter(None, width.region.fixed), ""):
+        raise Refused(reason)
+    if width.region.size != width.channels:
+        raise Refused("its channels are bound to each other, or to others")

@@ -20,24 +20,23 @@ error on other data is a multiple of that seen here. The default ridge grows wit
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.scale_regions import Shape
-from channelfold.passes.ffn.ffn import Ffn, find_ffns
+from channelfold.passes.ffn import ApproximateFfn
+from channelfold.passes.ffn.blocks import Ffn, find_ffns
 from channelfold.passes.layers.linear import view
 from channelfold.passes.layers.output_error import Outputs, replaced
 from channelfold.passes.numeric import least_squares
 from channelfold.passes.numeric.knapsack import knapsack
 from channelfold.passes.numeric.least_squares import Removal
-from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.stats.moments import LIMIT, Moments, bytes_of, collect
@@ -46,50 +45,11 @@ _NOTHING = 1e-10  # of the energy: too small an error to measure its consequence
 RIDGE = 0.3  # times features / positions: measured on a BERT with 2,900 and 34,600 positions
 
 
-@dataclass(frozen=True)
-class ApproximateFfn(Pass):
-    """Removes hidden channels of FFNs and lets the others, and a dense branch where it pays, stand in for them.
-
-    One of three says how far: ``keep_hidden``, the share of all hidden channels that stay; ``keep_macs``, the share of
-    the FFNs' multiplications; ``max_error``, the relative error of the model's outputs (root mean square, predicted)
-    that may not be passed. ``branch``: whether a dense branch may be added. ``ridge``: relative to the variance of each
-    channel; by default it depends on the number of positions seen. Widths are multiples of ``align``. ``include``,
-    ``exclude``: patterns of the names of the linears that end an FFN. Raises UsageError for an option out of its range.
-    """
-
-    name: ClassVar[str] = "approximate-ffn"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "calibrated"
-
-    keep_hidden: float | None = None
-    keep_macs: float | None = None
-    max_error: float | None = None
-    branch: Literal["auto", "never", "always"] = "auto"
-    ridge: float | None = None
-    align: int = 8
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        goals = {name: getattr(self, name) for name in ("keep_hidden", "keep_macs", "max_error")}
-        given = [name for name, value in goals.items() if value is not None]
-        if len(given) != 1:
-            found = " and ".join(map(repr, given)) + " are given" if given else "it is not said how much to remove"
-            raise UsageError(found, "Give one of 'keep_hidden', 'keep_macs' and 'max_error'")
-        value = goals[given[0]]
-        if not 0 < value <= 1:
-            raise UsageError(f"{given[0]!r} is {value:g}", "Expected more than 0, at most 1")
-        if self.ridge is not None and not 0 <= self.ridge < math.inf:
-            raise UsageError(f"'ridge' is {self.ridge:g}", "Expected 0 or more")
-        if self.align < 1:
-            raise UsageError(f"'align' is {self.align}", "Expected 1 or more")
-
+class Work(ApproximateFfn):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        feed = next(iter(ctx.calibration or ()), None)
-        if ctx.calibration is None or feed is None:
-            raise DataError("Approximating FFNs needs calibration data", "Give some with --calibration")
         outcome = Outcome()
         infer_shapes(graph)
-        shapes = measured_shapes(graph, feed)
+        shapes = measured_shapes(graph, self.feed(ctx))
         ffns = list(self._ffns(graph, shapes, outcome))
         whole = sum(bytes_of(ffn.inputs + ffn.hidden) for ffn in ffns) <= LIMIT
         sites: list[_Site] = []
@@ -103,7 +63,7 @@ class ApproximateFfn(Pass):
                 outcome.refuse(ffn.name, str(error), "data")
         if not sites:
             return outcome
-        reference = Outputs(graph, ctx.calibration)
+        reference = Outputs(graph, ctx.data)
         for number, site in enumerate(sites):
             ctx.progress("Measuring sensitivities", number, len(sites))
             site.measure(graph, reference)
@@ -124,11 +84,8 @@ class ApproximateFfn(Pass):
 
     def _ffns(self, graph: gs.Graph, shapes: dict[str, Shape], outcome: Outcome) -> Iterator[Ffn]:
         for ffn in find_ffns(graph, shapes, outcome.refused):
-            pattern = next((p for p in self.exclude if fnmatch.fnmatchcase(ffn.name, p)), None)
-            if self.include and not any(fnmatch.fnmatchcase(ffn.name, p) for p in self.include):
-                outcome.refuse(ffn.name, "not included by any pattern", "excluded")
-            elif pattern is not None:
-                outcome.refuse(ffn.name, f"excluded by pattern {pattern!r}", "excluded")
+            if reason := self.patterns.why_not(ffn.name):
+                outcome.refuse(ffn.name, reason, "excluded")
             elif self.branch == "always" and ffn.no_branch:
                 outcome.refuse(ffn.name, f"no dense branch: {ffn.no_branch}", ffn.no_branch)
             else:
@@ -136,7 +93,6 @@ class ApproximateFfn(Pass):
 
     def _seen(self, graph: gs.Graph, ffns: list[Ffn], ctx: Context) -> Iterator[tuple[Ffn, Moments]]:
         """The moments of [x; a] of each FFN, of a alone where it gets no branch."""
-        assert ctx.calibration is not None
 
         def wanted(ffn: Ffn) -> tuple[Moments, int]:
             up, branched = ffn.ups[0], self.branch != "never" and not ffn.no_branch
@@ -144,7 +100,7 @@ class ApproximateFfn(Pass):
             return Moments(axes | {ffn.down.data.name: ffn.down.in_axis}), ffn.inputs + ffn.hidden
 
         remaining = iter(ffns)
-        for group in collect(graph, map(wanted, ffns), ctx.calibration, ctx.progress):
+        for group in collect(graph, map(wanted, ffns), ctx.data, ctx.progress):
             while group:
                 yield next(remaining), group.pop(0)
 

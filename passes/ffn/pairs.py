@@ -20,7 +20,7 @@ from channelfold.passes.base import Refused
 from channelfold.passes.channels.cones import Cone, cone
 from channelfold.passes.channels.functions import CONSTANT, Function, Functions, Reader, UnknownShape
 from channelfold.passes.layers.linear import Linear, view
-from channelfold.passes.operators import LINEAR_OPS
+from channelfold.passes.operators import operator
 from channelfold.runtime.data.sources import Data, random_data
 from channelfold.runtime.errors import DataError
 from channelfold.runtime.io import edit
@@ -168,7 +168,7 @@ class Pairs:
 
     def _pointwise(self, node: gs.Node) -> Linear | None:
         """The view of a linear that treats every position alike."""
-        if node.op not in LINEAR_OPS or not node.outputs:
+        if not operator(node).weighted or not node.outputs:
             return None
         try:
             linear = view(self.graph, node)
@@ -185,7 +185,7 @@ class Pairs:
         """The linear whose result, bias included, a tensor is."""
         node = edit.producer(tensor)
         for source in () if node is None else (node, *map(edit.producer, node.inputs if node.op == "Add" else ())):
-            if source is not None and source.op in LINEAR_OPS:
+            if source is not None and operator(source).weighted:
                 try:
                     linear = view(self.graph, source)
                 except Refused:

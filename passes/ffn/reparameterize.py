@@ -25,31 +25,23 @@ weights to rewrite.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
-from channelfold.passes.channels.cones import cone, is_shape
+from channelfold.passes.base import Context, Outcome, Refused
+from channelfold.passes.channels.cones import cone
 from channelfold.passes.channels.functions import CONSTANT, MIXED, Function, Functions
+from channelfold.passes.ffn import ReparameterizeFfn
 from channelfold.passes.ffn.pairs import Pair, Pairs
 from channelfold.passes.layers.affine import Affine, as_affine
 from channelfold.passes.layers.linear import Linear, cast
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, infer_shapes
 
 
-@dataclass(frozen=True)
-class ReparameterizeFfn(Pass):
-    """Folds FFN channels that bypass the activation into one dense layer beside the others."""
-
-    name: ClassVar[str] = "reparameterize-ffn"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-    needs_opset: ClassVar[int] = 7  # before it, constants broadcast by attributes, and norms train by default
-
-    always: bool = False
-
+class Work(ReparameterizeFfn):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome, pairs, nodes = Outcome(), Pairs(graph, ctx.calibration), list(graph.nodes)
@@ -114,7 +106,7 @@ def _check(graph: gs.Graph, pair: Pair) -> None:
             raise Refused(f"{tensor.name!r} is an output of the graph")
         for node in edit.consumers(tensor):
             if node is not pair.outer.node and _is_needed(graph, node, pair.outer.node):
-                what = "the shape of " if is_shape(node) else ""
+                what = "the shape of " if operator(node).asks_shape else ""
                 raise Refused(f"{what}{tensor.name!r} is also needed elsewhere, by {node.op}")
 
 

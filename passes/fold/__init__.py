@@ -1,1 +1,61 @@
-"""Exact folds."""
+"""Exact folds: the same function in fewer nodes, or in nodes that the others know.
+
+rewrite-einsum      Einsum = Transpose, Mul or MatMul
+fold-constants      f(c1, c2, …) = c
+remove-identities   Identity(x), x + 0, x * 1, … = x
+fold-pad            Conv(pads=p)(Pad(q)(x)) = Conv(pads=p + q)(x)
+fold-affine         s (W x + b) + t = (diag(s) W) x + (s b + t),   W (s x + t) + b = (W diag(s)) x + (b + W t)
+merge-convs         V (W x + b) + c = (V W) x + (V b + c)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from channelfold.passes.base import Pass
+from channelfold.passes.options import option
+
+
+@dataclass(frozen=True)
+class RewriteEinsum(Pass):
+    """Writes Einsum as the Transpose, Mul or MatMul that it is."""
+
+    name, kind, does_it = "rewrite-einsum", "exact", "einsum"
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Computes everything that depends on constants alone, once."""
+
+    name, kind, does_it = "fold-constants", "exact", "constants"
+
+
+@dataclass(frozen=True)
+class RemoveIdentities(Pass):
+    """Removes nodes that return what they are given, and nodes nobody reads."""
+
+    name, kind, does_it = "remove-identities", "exact", "identities"
+
+
+@dataclass(frozen=True)
+class FoldPad(Pass):
+    """Adds the zeros of a Pad to the padding of the Conv nodes that read it."""
+
+    name, kind, does_it = "fold-pad", "exact", "pad"
+
+
+@dataclass(frozen=True)
+class FoldAffine(Pass):
+    """Folds BatchNormalization and other constant channel-wise scales and shifts into neighbouring weights."""
+
+    name, kind, does_it = "fold-affine", "exact", "affine"
+    needs_opset = 7  # before it, constants broadcast by attributes, and BatchNormalization is in training by default
+
+
+@dataclass(frozen=True)
+class MergeConvs(Pass):
+    """Merges a Conv into the Conv behind it, where that is exact and not slower."""
+
+    name, kind, does_it = "merge-convs", "exact", "convs"
+
+    max_macs_growth: float = option(1.0, "MACs of the merged Conv at most, relative to those of both.", above=0)

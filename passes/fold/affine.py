@@ -20,19 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
+from channelfold.passes.fold import FoldAffine
 from channelfold.passes.layers.affine import Affine, Vector, after, as_affine, before, find_affine
 from channelfold.passes.layers.linear import Linear, cast, check_growth, norm_parameters, view
-from channelfold.passes.operators import LINEAR_OPS
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, infer_shapes
-
-_NORMS = ("LayerNormalization", "InstanceNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
 _Map = tuple[np.ndarray, np.ndarray]  # scale and shift
 
@@ -49,16 +47,7 @@ class _Way:
         return not (self.no_scale and np.any(part[0] != 1)) and not (self.no_shift and np.any(part[1] != 0))
 
 
-@dataclass(frozen=True)
-class FoldAffine(Pass):
-    """Folds BatchNormalization and other constant channel-wise scales and shifts into neighbouring weights."""
-
-    name: ClassVar[str] = "fold-affine"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
-    def opset_for(self, graph: gs.Graph) -> int:
-        return 7  # before it, constants broadcast by attributes, and BatchNormalization is in training by default
-
+class Work(FoldAffine):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()
@@ -126,11 +115,11 @@ def _biased(graph: gs.Graph, node: gs.Node) -> Linear | None:
 def _is_factor(node: gs.Node, affine: Affine) -> bool:
     """Whether a node is a scalar factor right behind a product of two activations."""
     source = edit.producer(affine.input)
-    return node.op in ("Mul", "Div") and affine.axis is None and source is not None and _is_product(source)
+    return operator(node).multiplies and affine.axis is None and source is not None and _is_product(source)
 
 
 def _is_product(node: gs.Node) -> bool:
-    return node.op in ("Mul", "Div") and not any(isinstance(tensor, gs.Constant) for tensor in node.inputs)
+    return operator(node).multiplies and not any(isinstance(tensor, gs.Constant) for tensor in node.inputs)
 
 
 def _is_normalized(tensor: gs.Tensor) -> bool:
@@ -217,7 +206,9 @@ def _backward(graph: gs.Graph, site: Affine) -> _Way:
             node = edit.producer(tensor)
             if node is None:
                 raise Refused("an input of the graph precedes it")
-            if edit.is_output(graph, tensor) or [id(n) for n in tensor.outputs if not _asks_shape(n)] != [id(reader)]:
+            if edit.is_output(graph, tensor) or [id(n) for n in tensor.outputs if not operator(n).asks_shape] != [
+                id(reader)
+            ]:
                 raise Refused(f"{node.op} in front of it has other readers")
             end = _end(graph, node)
             if end is not None:
@@ -230,7 +221,7 @@ def _backward(graph: gs.Graph, site: Affine) -> _Way:
         return way
     way.ends.append((end, v))
     _limit(way, site, v)
-    if not isinstance(end, Linear) and not edit.has_input(end, 2):
+    if not isinstance(end, Linear) and not (operator(end).beta and edit.has_input(end, operator(end).gamma + 1)):
         way.no_shift = way.no_shift or f"{end.op} has no bias"
     return way
 
@@ -244,14 +235,14 @@ def _forward(graph: gs.Graph, site: Affine) -> _Way:
             if edit.is_output(graph, tensor):
                 raise Refused("its result is an output of the graph")
             for node in edit.consumers(tensor):
-                if _asks_shape(node):
+                if operator(node).asks_shape:
                     continue
                 if not edit.in_graph(graph, node):
                     raise Refused("a subgraph reads its result")
                 places = [i for i, t in enumerate(node.inputs) if t is tensor]
                 if places != [0] and (node.op, places) != ("MatMul", [1]):
                     raise Refused(f"{node.op} follows it")
-                if node.op not in LINEAR_OPS:
+                if not operator(node).weighted:
                     pending.append(after(node, v))
                     continue
                 linear = _view(graph, node, "follows")
@@ -263,10 +254,6 @@ def _forward(graph: gs.Graph, site: Affine) -> _Way:
     except Refused as error:
         way.no_scale = way.no_shift = error.behind
     return way
-
-
-def _asks_shape(node: gs.Node) -> bool:
-    return node.op in ("Shape", "Size") and edit.is_standard(node)
 
 
 def _limit(way: _Way, site: Affine, v: Vector) -> None:
@@ -284,11 +271,12 @@ def _view(graph: gs.Graph, node: gs.Node, verb: str) -> Linear:
 
 def _end(graph: gs.Graph, node: gs.Node) -> Linear | gs.Node | None:
     """The linear or norm that gives its result out at a node. Raises Refused for a linear without a view."""
-    if node.op in LINEAR_OPS:
+    known = operator(node)
+    if known.weighted:
         linear = _view(graph, node, "precedes")
         return linear if linear.bias_node is None else None
-    if node.op in _NORMS and edit.is_standard(node) and all(t.is_empty() for t in node.outputs[1:]):
-        parameters = [t for t in node.inputs[1:] if not t.is_empty()]
+    if known.kind in ("instance_norm", "norm") and all(t.is_empty() for t in node.outputs[1:]):
+        parameters = [t for t in node.inputs[known.gamma : known.gamma + 1 + known.beta] if not t.is_empty()]
         return node if all(isinstance(t, gs.Constant) and len(t.shape) == 1 for t in parameters) else None
     return _biased(graph, node)
 
@@ -299,14 +287,13 @@ def _check_axis(end: Linear | gs.Node, tensor: gs.Tensor, axis: int | None, chan
         return
     if isinstance(end, Linear):
         op, expected = end.node.op, end.out_axis if channels is None else channels
-    elif end.op == "InstanceNormalization":
-        op, expected = end.op, 1
     else:
-        op, expected = end.op, end.attrs.get("axis", -1)
+        op, expected = end.op, end.attrs.get("axis", operator(end).norm_axis)
     size = edit.rank(tensor)
     if expected < 0 and size is not None:
         expected += size
-    if expected != axis or (isinstance(end, gs.Node) and op != "InstanceNormalization" and axis + 1 != size):
+    last = isinstance(end, gs.Node) and operator(end).norm_axis == -1
+    if expected != axis or (last and axis + 1 != size):
         raise Refused(f"it scales axis {axis}, which is not the channels of {op}")
 
 

@@ -16,32 +16,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome
+from channelfold.passes.fold import FoldConstants
 from channelfold.passes.layers.linear import GROWTH_LIMIT
+from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes, session, stored
 
 _BATCH = 1 << 26  # bytes of values that are computed in one session
 
-_KEPT = {
-    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "RandomNormal", "RandomNormalLike", "RandomUniform",
-    "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout",
-}  # fmt: skip
 
-
-@dataclass(frozen=True)
-class FoldConstants(Pass):
-    """Computes everything that depends on constants alone, once."""
-
-    name: ClassVar[str] = "fold-constants"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
+class Work(FoldConstants):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()
@@ -113,7 +104,8 @@ def _sources(node: gs.Node) -> list[gs.Node | None]:
 
 
 def _is_foldable(graph: gs.Graph, node: gs.Node) -> bool:
-    if node.op in _KEPT or not edit.is_standard(node) or not node.inputs:
+    known = operator(node)
+    if known.random or known.kind in ("dynamic_quantize", "quantize") or not edit.is_standard(node) or not node.inputs:
         return False
     if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
         return False
@@ -122,7 +114,7 @@ def _is_foldable(graph: gs.Graph, node: gs.Node) -> bool:
 
 def _known_shape(node: gs.Node) -> np.ndarray | None:
     """What a Shape or Size node returns, where that is known whatever the input."""
-    if node.op not in ("Shape", "Size") or node.inputs[0].shape is None:
+    if not operator(node).asks_shape or node.inputs[0].shape is None:
         return None
     shape = node.inputs[0].shape
     if not all(isinstance(d, int) and d >= 0 for d in shape):

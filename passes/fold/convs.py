@@ -31,31 +31,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, DoesNotFit, Outcome, Pass, Refused
+from channelfold.passes.base import Context, DoesNotFit, Outcome, Refused
+from channelfold.passes.fold import MergeConvs
 from channelfold.passes.layers.linear import Linear, cast, view
-from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io import edit
 
 
-@dataclass(frozen=True)
-class MergeConvs(Pass):
-    """Merges a Conv into the Conv behind it, where that is exact and not slower."""
-
-    name: ClassVar[str] = "merge-convs"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
-    max_macs_growth: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.max_macs_growth > 0:
-            raise UsageError(f"'max_macs_growth' is {self.max_macs_growth:g}", "Expected more than 0; 1 is no growth")
-
+class Work(MergeConvs):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
         while self._merge_everywhere(graph, outcome):  # what was too costly with one neighbour may not be with two

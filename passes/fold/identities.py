@@ -8,28 +8,20 @@ Where both ends carry names that callers use (an input that is passed to an outp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
-
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.passes.base import Context, Outcome
+from channelfold.passes.fold import RemoveIdentities
+from channelfold.passes.operators import EVERY, operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 
-_NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1, "Pow": 1}
 _SIZE_LIMIT = 1 << 16  # elements of a constant that is looked through for anything but zeros or ones
 
 
-@dataclass(frozen=True)
-class RemoveIdentities(Pass):
-    """Removes nodes that return what they are given, and nodes nobody reads."""
-
-    name: ClassVar[str] = "remove-identities"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
+class Work(RemoveIdentities):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()
@@ -52,7 +44,7 @@ def _passed_on(node: gs.Node, graph: gs.Graph) -> gs.Tensor | None:
     """The input that a node returns unchanged, if it does."""
     if not edit.is_standard(node) or not node.inputs or not node.outputs:
         return None
-    x, op = node.inputs[0], node.op
+    x, op, known = node.inputs[0], node.op, operator(node)
     if op == "Identity":
         same = True
     elif op == "Dropout":
@@ -63,9 +55,9 @@ def _passed_on(node: gs.Node, graph: gs.Graph) -> gs.Tensor | None:
     elif op == "Transpose":
         perm = node.attrs.get("perm")
         same = perm is not None and list(perm) == sorted(perm)
-    elif op in ("Concat", "Sum", "Max", "Min", "Mean"):
-        same = len(node.inputs) == 1
-    elif op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand"):
+    elif len(node.inputs) == 1 and known.data == EVERY and known.scale:
+        same = True
+    elif known.kind in ("expand", "reshape"):
         same = _static(x) is not None and _static(x) == _static(node.outputs[0])
     elif op == "Slice":
         same = _is_whole(node)
@@ -100,7 +92,8 @@ def _is_whole(node: gs.Node) -> bool:
 
 def _beside_neutral(node: gs.Node) -> gs.Tensor | None:
     """x of x + 0, 0 + x, x - 0, x * 1, 1 * x, x / 1 and x ** 1, where the constant does not broaden x."""
-    if node.op not in _NEUTRAL or node.attrs:
+    neutral = operator(node).neutral
+    if neutral is None or node.attrs:
         return None
     for index in (1, 0) if node.op in ("Add", "Mul") else (1,):
         constant, x = node.inputs[index], node.inputs[1 - index]
@@ -109,5 +102,5 @@ def _beside_neutral(node: gs.Node) -> gs.Tensor | None:
         shape, size = tuple(constant.shape), edit.rank(x)
         narrow = not shape or (size is not None and len(shape) <= size and all(d == 1 for d in shape))
         if (narrow or shape == _static(x)) and 0 < np.prod(shape) <= _SIZE_LIMIT:
-            return x if np.all(edit.value(constant) == _NEUTRAL[node.op]) else None
+            return x if np.all(edit.value(constant) == neutral) else None
     return None

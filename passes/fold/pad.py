@@ -9,27 +9,20 @@ need ``fold-constants`` first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
+from channelfold.passes.fold import FoldPad
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 
 
-@dataclass(frozen=True)
-class FoldPad(Pass):
-    """Adds the zeros of a Pad to the padding of the Conv nodes that read it."""
-
-    name: ClassVar[str] = "fold-pad"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
+class Work(FoldPad):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
-        found = [node for node in graph.nodes if node.op == "Pad" and edit.is_standard(node)]
+        found = [node for node in graph.nodes if operator(node).kind == "pad"]
         if found:
             infer_shapes(graph)
         for node in reversed(found):  # of two Pads in a row, the second makes way for the first

@@ -8,9 +8,9 @@ the other side of an operator that commutes with it:
 
     any scale and shift    Identity, Dropout, Transpose, Reshape, Flatten, Squeeze, Unsqueeze; pooling by averages;
                            Slice and ReduceMean along other axes; Pad that repeats what is there
-    any scale              Pad with zeros; AveragePool that counts its zero padding
-    scale >= 0, any shift  MaxPool, GlobalMaxPool
-    scale >= 0             Relu, LeakyRelu and PRelu of any slope
+    any scale              Pad with zeros; AveragePool that counts its zero padding; Neg; ReduceSum
+    scale >= 0, any shift  MaxPool, GlobalMaxPool, ReduceMax, ReduceMin
+    scale >= 0             Relu, LeakyRelu and PRelu of any slope; Abs, LpPool, ReduceL2
 """
 
 from __future__ import annotations
@@ -24,14 +24,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
-_ARITHMETIC = ("Mul", "Div", "Add", "Sub", "Neg")
-_MOVES_DATA = ("Identity", "Dropout", "Transpose", "Squeeze", "Unsqueeze", "Reshape", "Flatten")
-_AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
-_MAXIMA = ("MaxPool", "GlobalMaxPool")
-_RECTIFIERS = ("Relu", "LeakyRelu", "PRelu")
-_POOLS = ("AveragePool", "GlobalAveragePool", *_MAXIMA)
+_PASSED = ("elementwise", "pad", "pool", "reduce", "reshape", "slice", "transpose")  # kinds of operators
 
 
 @dataclass(frozen=True)
@@ -89,15 +85,16 @@ def find_affine(node: gs.Node) -> Affine | None:
     Raises Refused where a node looks like one and is none: a BatchNormalization in training, a channel-wise constant in
     front of a tensor of unknown shape.
     """
-    if not edit.is_standard(node):
-        return None
-    if node.op == "BatchNormalization":
+    known = operator(node)
+    if known.kind == "batch_norm":
         return _batchnorm(node)
-    if node.op not in _ARITHMETIC or node.attrs:
+    if node.attrs or not known.elementwise:
         return None
     if node.op == "Neg":
         x = node.inputs[0]
         return Affine((node,), None, np.array(-1.0), np.array(0.0), x, node.outputs[0]) if edit.is_float(x) else None
+    if not known.arithmetic:
+        return None
     constants = [i for i, t in enumerate(node.inputs) if isinstance(t, gs.Constant)]
     if len(constants) != 1 or (node.op == "Div" and constants == [0]):
         return None
@@ -164,7 +161,7 @@ def _vector(constant: gs.Constant, x: gs.Tensor) -> tuple[int | None, np.ndarray
 def before(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
     """The map on the output of a node, moved to its first input. Raises Refused."""
     axis = v.axis
-    if axis is not None and node.op in _RESHAPES:
+    if axis is not None and _changes_axes(node):
         axis = _axis_before(node, axis)
     return node.inputs[0], passes(node, replace(v, axis=axis))
 
@@ -172,7 +169,7 @@ def before(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
 def after(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
     """The map on the first input of a node, moved to its output. Raises Refused."""
     passed = passes(node, v)
-    if v.axis is not None and node.op in _RESHAPES:
+    if v.axis is not None and _changes_axes(node):
         axis, repeat, tile = _axis_after(node, v.axis)
         passed = replace(passed, axis=axis, repeat=v.repeat * repeat, tile=v.tile * tile)
     return node.outputs[0], passed
@@ -180,28 +177,28 @@ def after(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
 
 def passes(node: gs.Node, v: Vector) -> Vector:
     """What a node asks of a map on its first input, so that the map may be on its output instead. Raises Refused."""
-    op = node.op
-    if not edit.is_standard(node) or any(not t.is_empty() for t in node.outputs[1:]):
-        raise InBetween(f"{op}")
-    if op in _POOLS and v.axis is not None and v.axis > 1:
+    op, known = node.op, operator(node)
+    kept = known.scale and known.kind in _PASSED and known.source == 0 and op != "Cast"
+    if not kept or any(not t.is_empty() for t in node.outputs[1:]):  # what a Cast rounds to is another number
+        raise InBetween(op)
+    if known.kind == "pool" and v.axis is not None and v.axis > 1:
         raise Refused(f"{op} pools the axis it scales")
-    if op in _MOVES_DATA or op in _AVERAGES or op in _MAXIMA:
-        if op == "Dropout" and edit.has_input(node, 2):
-            raise InBetween("Dropout with a training switch")
-        if op == "AveragePool" and _counts_padding(node):
-            return replace(v, no_shift=v.no_shift or "a shift does not pass the zero padding of AveragePool")
-        return replace(v, no_negative=v.no_negative or op) if op in _MAXIMA else v
-    if op in _RECTIFIERS:
-        return replace(v, no_negative=v.no_negative or op, no_shift=v.no_shift or f"a shift does not pass {op}")
-    if op == "Slice" and not _touches(node, v.axis, edit.argument(node, 3, "axes")):
-        return v
-    if op == "Pad" and not _pads(node, v.axis):
-        if node.attrs.get("mode", "constant") != "constant":
-            return v
-        if _pads_zero(node):
-            return replace(v, no_shift=v.no_shift or "a shift does not pass zero padding (Pad)")
-        raise InBetween("Pad with a value other than zero")
-    raise InBetween(op, " and may cut or pad the channels" if op in ("Slice", "Pad") else "")
+    if known.random and edit.has_input(node, 2):
+        raise InBetween(f"{op} with a training switch")
+    if (known.kind == "slice" and _touches(node, v.axis, edit.argument(node, 3, "axes"))) or (
+        known.kind == "pad" and _pads(node, v.axis)
+    ):
+        raise InBetween(op, " and may cut or pad the channels")
+    no_shift = "" if known.shift else f"a shift does not pass {op}"
+    if op == "AveragePool" and _counts_padding(node):
+        no_shift = "a shift does not pass the zero padding of AveragePool"
+    elif known.kind == "pad":
+        constant = node.attrs.get("mode", "constant") == "constant"
+        if constant and not _pads_zero(node):
+            raise InBetween("Pad with a value other than zero")
+        no_shift = "a shift does not pass zero padding (Pad)" if constant else ""
+    no_negative = op if known.scale == "positive" else ""
+    return replace(v, no_negative=v.no_negative or no_negative, no_shift=v.no_shift or no_shift)
 
 
 def _touches(node: gs.Node, axis: int | None, axes: np.ndarray | None) -> bool:
@@ -230,7 +227,8 @@ def _counts_padding(node: gs.Node) -> bool:
     return bool(attrs.get("count_include_pad", 0) and (padded or attrs.get("ceil_mode", 0)))
 
 
-_RESHAPES = ("Transpose", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "ReduceMean")
+def _changes_axes(node: gs.Node) -> bool:
+    return operator(node).kind in ("reduce", "reshape", "transpose")
 
 
 def _axis_before(node: gs.Node, axis: int) -> int:
@@ -252,9 +250,10 @@ def _axis_after(node: gs.Node, axis: int) -> tuple[int, int, int]:
     shape, out = node.inputs[0].shape, node.outputs[0].shape
     if shape is None:
         raise Refused(f"the shape in front of {node.op} is unknown")
-    if node.op == "Transpose":
+    kind = operator(node).kind
+    if kind == "transpose":
         return list(node.attrs.get("perm") or reversed(range(len(shape)))).index(axis), 1, 1
-    if node.op in ("Squeeze", "Unsqueeze", "ReduceMean"):
+    if kind == "reduce" or node.op in ("Squeeze", "Unsqueeze"):
         return _axis_after_removal(node, axis, len(shape)), 1, 1
     if out is None:
         raise Refused(f"the shape behind {node.op} is unknown")
@@ -277,7 +276,7 @@ def _aligned(shape, places: Iterable[int], out, position: int) -> int | None:
 
 def _axis_after_removal(node: gs.Node, axis: int, size: int) -> int:
     given = edit.argument(node, 1, "axes")
-    if given is None:
+    if given is None or not given.size:
         raise Refused(f"{node.op} names no constant axes")
     if node.op == "Unsqueeze":
         total = size + len(given)
@@ -286,7 +285,7 @@ def _axis_after_removal(node: gs.Node, axis: int, size: int) -> int:
     gone = {int(a) % size for a in given}
     if axis in gone:
         raise Refused(f"{node.op} removes the channel axis")
-    if node.op == "ReduceMean" and node.attrs.get("keepdims", 1):
+    if operator(node).kind == "reduce" and node.attrs.get("keepdims", 1):
         return axis
     return [i for i in range(size) if i not in gone].index(axis)
 

@@ -17,6 +17,7 @@ Gather keeps E.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -24,12 +25,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import DoesNotFit, Refused, TwoActivations
-from channelfold.passes.operators import LINEAR_OPS, SKIP_NORMS, UNBIASED_NORMS
+from channelfold.passes.base import DoesNotFit, Outcome, Refused, TwoActivations
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, read
-
-_SEEN_THROUGH = ("Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 
 @dataclass
@@ -64,7 +63,7 @@ class Linear:
 
     @property
     def is_conv(self) -> bool:
-        return self.node.op in ("Conv", "ConvTranspose")
+        return operator(self.node).kind == "conv"
 
     @property
     def dtype(self) -> np.dtype:
@@ -161,6 +160,21 @@ class Linear:
         inputs = [fresh, constant(self.graph, name, values)]
         self.bias_node = gs.Node("Add", name, inputs=inputs, outputs=[old])
         edit.insert_after(self.graph, self.node, self.bias_node)
+
+    def places(self, role: str) -> list[tuple[gs.Node, int, int]]:
+        """The constants along its output ("out") or input channels ("in"), as (node, input, axis), without groups.
+
+        The weight is first put where the node reads it.
+        """
+        if self.chain:
+            self.set_weight(self.weight())
+        found = [(self.node, self.weight_input, int(self._stored_as_out_in() != (role == "out")))]
+        bias = self._bias_tensor() if role == "out" else None
+        if bias is not None and math.prod(bias.shape) > 1:
+            node = self.bias_node or self.node
+            port = 2 if self.bias_node is None else _constant_index(node)
+            found.append((node, port, len(bias.shape) + (self.out_axis if self.bias_node is not None else -1)))
+        return found
 
     def rescaled(
         self,
@@ -262,7 +276,9 @@ class Linear:
 
 def view(graph: gs.Graph, node: gs.Node) -> Linear:
     """The view of a linear node of ``graph``. Raises Refused with the reason when it has none."""
-    if node.op not in LINEAR_OPS or not edit.is_standard(node):
+    if not operator(node).weighted and operator(node).weights:
+        raise Refused(f"its weight has a form that only {node.op} reads")
+    if not operator(node).weighted:
         raise Refused(f"{node.op} is not a linear operator")
     index = 1
     if node.op == "MatMul" and _resolve(node.inputs[0]) and not _resolve(node.inputs[1]):
@@ -351,9 +367,9 @@ def _resolve(tensor: gs.Tensor) -> tuple[gs.Constant, list[gs.Node]] | None:
     chain: list[gs.Node] = []
     while not isinstance(tensor, gs.Constant):
         node = edit.producer(tensor)
-        if node is None or node.op not in _SEEN_THROUGH or not edit.is_standard(node):
+        if node is None or not (operator(node).copies or operator(node).kind == "transpose"):
             return None
-        if not all(isinstance(t, gs.Constant) for t in node.inputs[1:]):
+        if not all(isinstance(t, gs.Constant) for t in node.inputs[1:]) or operator(node).random:
             return None
         chain.append(node)
         tensor = node.inputs[0]
@@ -376,8 +392,11 @@ def _apply(node: gs.Node, values: np.ndarray) -> np.ndarray:
         return values.transpose(node.attrs.get("perm"))
     if node.op == "Cast":
         return values.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
-    if node.op == "Identity":
+    if operator(node).elementwise:
         return values
+    if node.op == "Flatten":
+        axis = node.attrs.get("axis", 1)
+        return values.reshape(math.prod(values.shape[:axis]), math.prod(values.shape[axis:]))
     given = edit.argument(node, 1, "shape" if node.op == "Reshape" else "axes")
     if node.op == "Squeeze":
         return values.squeeze(None if given is None else tuple(map(int, given)))
@@ -397,13 +416,34 @@ def _drop_unread(graph: gs.Graph, node: gs.Node) -> bool:
 
 
 def live_linears(graph: gs.Graph) -> list[gs.Node]:
-    """The linear nodes whose results are needed, in order."""
+    """The nodes that multiply by a weight and whose results are needed, in order; not all of them have a view."""
     dead: set[int] = set()
     for node in reversed(graph.nodes):
         readers = [reader for tensor in node.outputs for reader in tensor.outputs]
         if all(id(reader) in dead for reader in readers) and not any(edit.is_output(graph, t) for t in node.outputs):
             dead.add(id(node))
-    return [node for node in graph.nodes if node.op in LINEAR_OPS and id(node) not in dead]
+    return [node for node in graph.nodes if id(node) not in dead and (operator(node).weighted or _holds_weight(node))]
+
+
+def _holds_weight(node: gs.Node) -> bool:
+    """Whether it multiplies by a constant in a way of its own, as recurrent cells and some attention do."""
+    known = operator(node)
+    held = (node.inputs[i] for i in known.weights if edit.has_input(node, i))
+    return known.kind != "embedding" and any(isinstance(tensor, gs.Constant) for tensor in held)
+
+
+def usable(graph: gs.Graph, outcome: Outcome, why_not: Callable[[Linear], str], says: str) -> Iterator[Linear]:
+    """The live linears with a weight that ``why_not`` has nothing against; refuses the others: ``says``, and why."""
+    for node in live_linears(graph):
+        try:
+            linear = view(graph, node)
+            reason = why_not(linear)
+        except Refused as error:
+            reason = str(error)
+        if reason:
+            outcome.refuse(node.name, f"{node.op} {says}: {reason}", reason)
+        else:
+            yield linear
 
 
 def blocks(linear: Linear) -> list[tuple[slice, slice]]:
@@ -428,10 +468,11 @@ def norm_parameters(node: gs.Node, scale: np.ndarray, shift: np.ndarray) -> list
 
     A beta is added where a shift needs one. Raises DoesNotFit.
     """
-    first = 2 if node.op in SKIP_NORMS else 1
+    known = operator(node)
+    first = known.gamma
     gamma = np.asarray(edit.value(node.inputs[first]))
     changed = [(first, gamma.astype(np.float64) * scale)]
-    if node.op not in UNBIASED_NORMS:  # what follows gamma there is a bias in front of the norm
+    if known.beta:
         beta = edit.value(node.inputs[first + 1]) if edit.has_input(node, first + 1) else None
         if beta is not None or np.any(shift):
             changed.append((first + 1, (0.0 if beta is None else beta.astype(np.float64)) * scale + shift))

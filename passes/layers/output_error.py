@@ -58,10 +58,9 @@ class Outputs:
 
     def _keep(self, graph: gs.Graph, data: Data) -> None:
         runner, size = session(graph), 0
-        inputs = {spec.name for spec in runner.inputs}
         chosen = set(np.linspace(0, len(data) - 1, FEEDS).astype(int).tolist())
         for feed in (feed for index, feed in enumerate(data) if index in chosen):
-            feed = {name: values for name, values in feed.items() if name in inputs}
+            feed = runner.accepted(feed)
             found = runner.run(feed, self.names)
             self.kept.append((feed, found))
             size += sum(values.nbytes for values in found.values())

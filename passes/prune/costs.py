@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.channels.groups import Group, Region
 from channelfold.passes.channels.maps import Shape
-from channelfold.passes.operators import LINEAR_OPS
+from channelfold.passes.operators import operator
 from channelfold.passes.prune.allocation import Term
 from channelfold.runtime.io import edit
 
@@ -80,7 +80,7 @@ class GroupCosts:
         """What each node costs, or each constant, and the axes its cost is proportional to."""
         seen = set()
         for node in self._graph.nodes:
-            if kind == "macs" and node.op in LINEAR_OPS and edit.is_standard(node):
+            if kind == "macs" and operator(node).weighted:
                 yield from self._macs(node)
             for port, tensor in enumerate(node.inputs if kind == "parameters" else ()):
                 if isinstance(tensor, gs.Constant) and id(tensor) not in seen and edit.is_float(tensor):
@@ -91,7 +91,7 @@ class GroupCosts:
         left, right, result = (self._shape(t) for t in (node.inputs[0], node.inputs[1], node.outputs[0]))
         if left is None or right is None or result is None:
             return
-        if node.op in ("Conv", "ConvTranspose"):
+        if operator(node).kind == "conv":
             positions = math.prod((left if node.op == "ConvTranspose" else result)[2:]) * result[0]
             yield positions * math.prod(right), list(self._constants.get((id(node), 1), {}).values())
             return

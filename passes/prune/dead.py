@@ -20,12 +20,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, DoesNotFit, Outcome, Pass, Refused
+from channelfold.passes.base import Context, DoesNotFit, Outcome, Refused
 from channelfold.passes.channels.constants import ConstantChannels, Known
 from channelfold.passes.channels.cut import Cut, cut
 from channelfold.passes.channels.cut_regions import Read, Region
@@ -33,33 +32,17 @@ from channelfold.passes.channels.groups import Group, find_groups
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.layers.linear import Linear, blocks, cast, view
-from channelfold.passes.operators import RECURRENT
-from channelfold.passes.prune import allocation
+from channelfold.passes.operators import operator
+from channelfold.passes.prune import RemoveDeadChannels, allocation
 from channelfold.passes.prune.costs import GroupCosts, Kind
 from channelfold.runtime.data.probes import shapes_of
-from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 
 _KINDS: tuple[Kind, ...] = ("macs", "parameters")
 
 
-@dataclass(frozen=True)
-class RemoveDeadChannels(Pass):
-    """Removes channels that are never read or always have the same value.
-
-    ``align``: of every group a multiple of so many channels stays, where it has more.
-    """
-
-    name: ClassVar[str] = "remove-dead-channels"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
-    align: int = 1
-
-    def __post_init__(self) -> None:
-        if self.align < 1:
-            raise UsageError(f"'align' is {self.align}", "Expected at least 1")
-
+class Work(RemoveDeadChannels):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         sizes: list[Counter[str]] = []
@@ -221,7 +204,7 @@ class _Judged:
         held = np.zeros(region.size, bool)
         for (_, axis), (tensor, labels) in region.axes.items():
             cell = edit.producer(tensor)
-            if cell is not None and cell.op in RECURRENT and axis == len(shapes[tensor.name]) - 1:
+            if cell is not None and operator(cell).gates and axis == len(shapes[tensor.name]) - 1:
                 held[labels[~constants.along(cell.inputs[2], 2).zero()] - 1] = True
         return cls(region, [_Sum.of(graph, read, constants) for read in region.reads], held)
 

@@ -25,13 +25,8 @@ from channelfold.passes.base import Refused
 from channelfold.passes.channels.groups import Group, Part, Region
 from channelfold.passes.layers.linear import Linear, blocks, view
 from channelfold.passes.numeric import least_squares
-from channelfold.passes.operators import LINEAR_OPS
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
-
-_RECTIFIERS = {
-    "Relu", "LeakyRelu", "PRelu", "Clip", "Gelu", "Erf", "Sigmoid", "HardSwish", "HardSigmoid", "Softplus", "Elu",
-    "Celu", "Selu", "Mish", "Swish", "ThresholdedRelu", "QuickGelu", "FastGelu",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -128,7 +123,7 @@ def magnitudes(group: Group, power: int) -> np.ndarray:
 
 def gammas(group: Group) -> np.ndarray | None:
     """The sum of |gamma| of each unit, (units,), divided by their mean; None where no BatchNormalization has it."""
-    parts = [p for p in group.region.parts if p.node.op == "BatchNormalization" and p.input == 1]
+    parts = [p for p in group.region.parts if operator(p.node).kind == "batch_norm" and p.input == 1]
     parts = [p for p in parts if np.isin(p.labels, group.labels).any()]
     if not parts:
         return None
@@ -186,7 +181,7 @@ def implied(graph: gs.Graph, read: ReadAxis) -> Spread | None:
     size = read.labels.size
     covariance, seen = np.zeros((size, size)), np.zeros(size, bool)
     for part in read.region.parts:
-        if part.role != "out" or part.node.op not in LINEAR_OPS:
+        if part.role != "out" or not operator(part.node).weighted:
             continue
         rows, places = _matched(part.labels, read.labels)
         if seen[places].any():
@@ -200,8 +195,8 @@ def implied(graph: gs.Graph, read: ReadAxis) -> Spread | None:
         seen[places] = True
     if not seen.all():
         return None
-    through = {node.op for tensor, _ in read.region.axes.values() for node in tensor.inputs}
-    return rectified(covariance) if through & _RECTIFIERS else Spread(np.zeros(size), covariance)
+    through = any(operator(node).rectifies for tensor, _ in read.region.axes.values() for node in tensor.inputs)
+    return rectified(covariance) if through else Spread(np.zeros(size), covariance)
 
 
 def _matched(rows: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

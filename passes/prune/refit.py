@@ -26,8 +26,9 @@ from channelfold.passes.prune.costs import Keeps
 from channelfold.passes.prune.importance import ReadAxis, Spread
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError
+from channelfold.runtime.stats.channels import ChannelMoments
 from channelfold.runtime.stats.moments import LIMIT, Moments, bytes_of, collect
-from channelfold.runtime.stats.statistics import observe
+from channelfold.runtime.stats.observe import by_name, observe
 
 MAX_FEATURES = 8192  # of one activation; of more, covariances would take gigabytes, and variances have to do
 
@@ -44,7 +45,7 @@ class ReadStatistics:
         self.reads = importance.read_axes(graph, regions)
         self._implied: list[tuple[ReadAxis, Spread]] = []
         self._data: list[Data] = []
-        self._held: dict[int, Moments | _Variance] = {}  # by the id of a read, where all of them fit into memory
+        self._held: dict[int, Moments | ChannelMoments] = {}  # by the id of a read, where all of them fit into memory
         self.source = "data"
         if ctx.calibration is not None:
             self.add(ctx.calibration)
@@ -54,7 +55,7 @@ class ReadStatistics:
         self.source = "weights" if self._implied else ""
 
     def add(self, data: Data) -> None:
-        """Takes up more data. Raises DataError as ``statistics.observe`` does."""
+        """Takes up more data. Raises DataError as ``observe`` does."""
         self._data.append(data)
         if sum(bytes_of(read.size) for read in self.reads if read.size <= MAX_FEATURES) <= LIMIT:
             self._held = {id(read): seen for read, seen in self._observed(data)}
@@ -66,7 +67,7 @@ class ReadStatistics:
             return
         held = ((read, self._held[id(read)]) for read in self.reads)
         for read, found in held if self._held else self._observed(_joined(self._data)):
-            yield read, found.spread if isinstance(found, _Variance) else _shrunk(found)
+            yield read, _spread(found)
 
     def new_biases(self, keeps: Keeps) -> int:
         """How many parameters, at most, the biases have that linears without one get when just these labels stay."""
@@ -78,23 +79,20 @@ class ReadStatistics:
             if not linear.padded and linear.bias() is None
         )
 
-    def _observed(self, data: Data) -> Iterator[tuple[ReadAxis, Moments | _Variance]]:
+    def _observed(self, data: Data) -> Iterator[tuple[ReadAxis, Moments | ChannelMoments]]:
         """What is held of each read, or new, once it has seen the data; as many at a time as there is room for."""
         large = [read for read in self.reads if read.size > MAX_FEATURES]
         small = [read for read in self.reads if read.size <= MAX_FEATURES]
-        variances = {id(read): self._variance(read) for read in large}
+        variances = [self._held.get(id(read)) or ChannelMoments(read.axis) for read in large]
         if large:
-            observe(self._graph, {read.tensor.name: variances[id(read)] for read in large}, data, self._progress)
-        yield from ((read, variances[id(read)]) for read in large)
+            named = zip((read.tensor.name for read in large), variances, strict=True)
+            observe(self._graph, by_name(named), data, self._progress)
+        yield from zip(large, variances, strict=True)
         wanted = ((self._moments(read), read.size) for read in small)
         reads = iter(small)
         for group in collect(self._graph, wanted, data, self._progress):
             while group:  # each is let go before the next run
                 yield next(reads), group.pop(0)
-
-    def _variance(self, read: ReadAxis) -> _Variance:
-        held = self._held.get(id(read))
-        return held if isinstance(held, _Variance) else _Variance(read.axis)
 
     def _moments(self, read: ReadAxis) -> Moments:
         held = self._held.get(id(read))
@@ -110,33 +108,12 @@ def _joined(parts: Sequence[Data]) -> Data:
     return Data(first.inputs, number, lambda: itertools.chain.from_iterable(parts), first.description)
 
 
-def _shrunk(moments: Moments) -> Spread:
-    return Spread(moments.mean, importance.shrunk(moments.covariance, moments.count))
-
-
-@dataclass
-class _Variance:
-    """The mean and variance of every channel of a tensor along ``axis``."""
-
-    axis: int
-    _count: int = 0
-    _sum: np.ndarray | float = 0.0
-    _squares: np.ndarray | float = 0.0
-
-    def add(self, values: np.ndarray) -> None:
-        if not np.isfinite(values).all():
-            raise DataError("it holds NaN or infinities")
-        rows = np.moveaxis(values, self.axis, -1).reshape(-1, values.shape[self.axis])
-        self._count += len(rows)
-        self._sum = self._sum + rows.sum(axis=0, dtype=np.float64)
-        self._squares = self._squares + np.square(rows, dtype=np.float64).sum(axis=0)
-
-    @property
-    def spread(self) -> Spread:
-        if not self._count:
-            raise DataError("No calibration sample reached an activation", "Check the data")
-        mean = np.asarray(self._sum) / self._count
-        return Spread(mean, np.maximum(np.asarray(self._squares) / self._count - np.square(mean), 0.0))
+def _spread(seen: Moments | ChannelMoments) -> Spread:
+    if isinstance(seen, Moments):
+        return Spread(seen.mean, importance.shrunk(seen.covariance, seen.count))
+    if not seen.positions:
+        raise DataError("No calibration sample reached an activation", "Check the data")
+    return Spread(seen.mean, seen.variance)
 
 
 @dataclass

@@ -24,7 +24,7 @@ from channelfold.passes.prune.refit import MAX_FEATURES
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.statistics import Observed
+from channelfold.runtime.stats.observe import Observed, rows
 
 RIDGES = (1e-1, 1.0, 10.0, 100.0)
 _POSITIONS = 256  # of one entry along the first axis that are taken
@@ -84,19 +84,10 @@ def _errors(
         found = dict(after.run(feed))
         for axis, kept in stays.get(target, ()):
             aim = np.compress(kept, aim, axis=axis)
-        x, e = _rows(found[source], linear.in_axis), _rows(aim - found[target], linear.out_axis)
+        parts = (found[source], linear.in_axis), (aim - found[target], linear.out_axis)
+        x, e = (rows(values, axis % values.ndim, _POSITIONS).astype(np.float64) for values, axis in parts)
         if len(x) == len(e):
             yield x, e
-
-
-def _rows(values: np.ndarray, axis: int) -> np.ndarray:
-    """The positions of a tensor as rows (n, channels) float64; the same ones of tensors with as many."""
-    moved = np.moveaxis(values, axis, -1)
-    entries = moved.reshape(len(moved), -1, moved.shape[-1])
-    if entries.shape[1] > _POSITIONS:
-        chosen = np.random.default_rng(entries.shape[1]).choice(entries.shape[1], _POSITIONS, replace=False)
-        entries = entries[:, chosen]
-    return entries.reshape(-1, entries.shape[-1]).astype(np.float64)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from channelfold.passes.base import DoesNotFit
 from channelfold.passes.channels.cut_regions import Part, Read, Region
 from channelfold.passes.layers.linear import view
 from channelfold.passes.layers.output_error import Outputs
-from channelfold.passes.operators import RECURRENT
+from channelfold.passes.operators import operator
 from channelfold.passes.prune.costs import Keeps
 from channelfold.passes.prune.importance import ReadAxis, Spread
 from channelfold.passes.prune.refit import Fit, ReadStatistics
@@ -118,4 +118,4 @@ class Trial:
 
 
 def _is_recurrence(part: Part) -> bool:
-    return part.node.op in RECURRENT and (part.input, part.axis) == (2, 2)
+    return operator(part.node).gates > 0 and (part.input, part.axis) == (2, 2)

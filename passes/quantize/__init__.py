@@ -1,1 +1,58 @@
-"""Quantization."""
+"""Quantization to int8.
+
+quantize           y = W x + b  ~  DQ(W_q) DQ(Q(x)) + b',   b' = b - (W_q - W) E[x]
+quantize-weights   y = W x + b  ~  DQ(W_q) x + b
+clip-weights       w' = clip(w, -m, m),   m where the quantized outputs are best
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from channelfold.passes.base import Pass
+from channelfold.passes.options import option
+
+Calibrator = Literal["minmax", "percentile", "entropy", "mse"]
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Inserts per-channel INT8 QDQ nodes around Conv, Gemm and MatMul, with calibrated activation ranges."""
+
+    name, kind, does_it, needs_data = "quantize", "calibrated", "static", "Quantization"
+    needs_opset = 13
+
+    calibrator: Calibrator = option("mse", "How ranges are chosen.")
+    target: Literal["tensorrt", "onnxruntime"] = option("tensorrt", "Whose rules for QDQ nodes.")
+    exclude: tuple[str, ...] = option((), "Nodes to leave in float: names, * and ? match.", metavar="PATTERN")
+    exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float, such as MatMul.", metavar="OP")
+    min_activation_snr: float = option(
+        15.0, "Leave a node in float when 8 bits represent its input worse than this, in dB.", metavar="DB"
+    )
+    percentile: float = option(99.999, "Of the calibrator percentile.", above=0, high=100, metavar="P")
+    correct_bias: bool = option(True, "Make up in the biases for the mean error of rounded weights.")
+    float_share: float = option(
+        0.0, "Share of the linear nodes that may stay float because int8 changes their outputs most.", low=0, high=1
+    )
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Stores the weights of Conv, ConvTranspose, Gemm and MatMul as int8 per output channel, activations untouched."""
+
+    name, kind, does_it, needs_opset = "quantize-weights", "lossy", "weights", 13
+
+    exclude: tuple[str, ...] = option((), "Nodes to leave in float: names, * and ? match.", metavar="PATTERN")
+    exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float, such as MatMul.", metavar="OP")
+
+
+@dataclass(frozen=True)
+class ClipWeights(Pass):
+    """Clips the weights of linears without a kernel, where that makes their quantization better."""
+
+    name, kind, does_it, needs_data = "clip-weights", "calibrated", "clip", "Clipping weights"
+
+    weight_bits: int = option(4, "Bits of the quantizer that is to come.", low=2, high=16)
+    group_size: int = option(128, "Weights that share a scale, 0 for a whole row.", low=0, high=1 << 20)
+    exclude: tuple[str, ...] = option((), "Nodes to leave as they are: names, * and ? match.", metavar="PATTERN")

@@ -10,7 +10,7 @@
 What every other sample reaches is no outlier: transformers keep a few huge activations on purpose, which attention
 leans on, and by squared error alone it pays to clip them.
 
-All of them work on the bins of ``statistics``, none looks at the data again.
+All of them work on the bins of ``histograms``, none looks at the data again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from channelfold.runtime.stats.statistics import LOWER, WIDTH, TensorStatistics
+from channelfold.runtime.stats.histograms import LOWER, WIDTH, TensorStatistics
 
 Calibrator = Literal["minmax", "percentile", "mse", "entropy"]
 CALIBRATORS: tuple[str, ...] = get_args(Calibrator)

@@ -16,59 +16,37 @@ Source: Lin et al., AWQ, MLSys 2024, and its released code.
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
-from channelfold.passes.layers.linear import Linear, check_growth, live_linears, view
+from channelfold.passes.base import Context, Outcome, Refused
+from channelfold.passes.layers.linear import Linear, check_growth, usable, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits
-from channelfold.runtime.errors import DataError, UsageError
+from channelfold.passes.operators import operator
+from channelfold.passes.quantize import ClipWeights
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import by_name, observe
 
 _RATIOS = tuple(1 - i / 20 for i in range(1, 10))
 _CHUNK = 1 << 22  # values that are in work at a time
-_ATTENTIONS = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 
 
-@dataclass(frozen=True)
-class ClipWeights(Pass):
-    """Clips the weights of linears without a kernel for a quantizer of ``weight_bits`` in groups of ``group_size``.
-
-    ``group_size`` 0: one symmetric scale per output channel. ``exclude``: patterns of node names (``*`` and ``?``).
-    Raises UsageError for an option out of its range.
-    """
-
-    name: ClassVar[str] = "clip-weights"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "calibrated"
-
-    weight_bits: int = 4
-    group_size: int = 128
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("weight_bits", 2, 16), ("group_size", 0, 1 << 20)):
-            if not low <= getattr(self, name) <= high:
-                raise UsageError(f"{name!r} is {getattr(self, name)}", f"Expected {low} to {high}")
-
+class Work(ClipWeights):
     @property
     def bits(self) -> Bits:
         return Bits(0, self.weight_bits, self.group_size)
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        if ctx.calibration is None:
-            raise DataError("Clipping weights needs calibration data", "Give some with --calibration")
         outcome = Outcome()
         infer_shapes(graph)
-        sites = list(self._sites(graph, outcome))
+        scores = score_projections(graph)
+        sites = list(usable(graph, outcome, lambda linear: self._why_not(linear, scores), "stays as it is"))
         observers = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites}
-        observe(graph, observers, ctx.calibration, ctx.progress)
+        observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
         facts = []
         for number, site in enumerate(sites):
             ctx.progress("Clipping weights", number, len(sites))
@@ -79,23 +57,11 @@ class ClipWeights(Pass):
         outcome.facts = {"sites": facts}
         return outcome
 
-    def _sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Linear]:
-        scores = score_projections(graph)
-        for node in live_linears(graph):
-            try:
-                linear = view(graph, node)
-                reason = "it projects queries or keys" if id(node) in scores else self._why_not(linear)
-            except Refused as error:
-                reason = str(error)
-            if reason:
-                outcome.refuse(node.name, f"{node.op} stays as it is: {reason}", reason)
-            else:
-                yield linear
-
-    def _why_not(self, linear: Linear) -> str:
-        pattern = next((p for p in self.exclude if fnmatch.fnmatchcase(linear.name, p)), None)
-        if pattern is not None:
-            return f"excluded by pattern {pattern!r}"
+    def _why_not(self, linear: Linear, scores: set[int]) -> str:
+        if id(linear.node) in scores:
+            return "it projects queries or keys"
+        if reason := self.patterns.why_not(linear.name):
+            return reason
         if any(size > 1 for size in linear.kernel):
             return "it has a kernel"
         return "it has groups" if linear.groups > 1 else ""
@@ -183,9 +149,10 @@ def score_projections(graph: gs.Graph) -> set[int]:
     """Ids of the nodes that queries and keys are projected with: see the docstring of the module."""
     found: set[int] = set()
     for node in graph.nodes:
-        if node.op in _ATTENTIONS and edit.is_standard(node) == (node.op == "Attention"):
+        kind = operator(node).kind
+        if kind == "attention":
             found |= _sources(graph, node.inputs[:2])[0]
-        elif node.op in ("MatMul", "Einsum") and not _is_linear(graph, node):
+        elif kind in ("einsum", "matmul") and not _is_linear(graph, node):
             linears, softmax = _sources(graph, node.inputs)
             if not softmax:
                 found |= linears
@@ -202,10 +169,11 @@ def _sources(graph: gs.Graph, tensors: list[gs.Tensor]) -> tuple[set[int], bool]
         if id(node) in seen:
             continue
         seen.add(id(node))
-        softmax |= node.op == "Softmax"
+        kind = operator(node).kind
+        softmax |= kind == "softmax"
         if _is_linear(graph, node):
             linears.add(id(node))
-        elif node.op not in ("Softmax", "MatMul", "Einsum", *_ATTENTIONS):
+        elif kind not in ("attention", "einsum", "matmul", "softmax"):
             pending += [source for tensor in node.inputs if (source := edit.producer(tensor)) is not None]
     return linears, softmax
 

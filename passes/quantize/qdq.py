@@ -110,7 +110,7 @@ class Inserter:
             quantized = gs.Variable(free_name(self.graph, f"{tensor.name}_quantized"), zero_point.dtype, tensor.shape)
             restored = gs.Variable(free_name(self.graph, f"{tensor.name}_dequantized"), dtype, tensor.shape)
             pair = [
-                gs.Node(op, f"{tensor.name}_{op}", inputs=[data, s, z], outputs=[result])
+                gs.Node(op, free_name(self.graph, f"{tensor.name}_{op}"), inputs=[data, s, z], outputs=[result])
                 for op, data, result in (
                     ("QuantizeLinear", tensor, quantized),
                     ("DequantizeLinear", quantized, restored),
@@ -189,6 +189,7 @@ class Inserter:
         s = constant(self.graph, f"{name}_scale", scales)
         z = constant(self.graph, f"{name}_zero_point", np.zeros(scales.shape, stored.dtype))
         restored = gs.Variable(free_name(self.graph, f"{name}_dequantized"), scales.dtype, list(stored.shape))
-        node = gs.Node("DequantizeLinear", f"{name}_DequantizeLinear", {"axis": axis}, [q, s, z], [restored])
+        own = free_name(self.graph, f"{name}_DequantizeLinear")
+        node = gs.Node("DequantizeLinear", own, {"axis": axis}, [q, s, z], [restored])
         self._before.setdefault(id(reader), []).append(node)
         return restored

@@ -13,24 +13,22 @@ Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, 
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
-from channelfold.passes.layers.linear import Linear, linears, live_linears, view
+from channelfold.passes.base import Context, Outcome
+from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
-from channelfold.passes.quantize import calibrators
-from channelfold.passes.quantize.calibrators import Calibrator
+from channelfold.passes.quantize import Quantize, calibrators
 from channelfold.passes.quantize.qdq import Inserter, Range, opset_of_scales, summary, why_not_int8
-from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, TensorStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.histograms import TensorStatistics
+from channelfold.runtime.stats.observe import by_name, observe
 
 MIN_CHANNELS = 16  # TensorRT runs narrower operators in float, or slower than float
 
@@ -47,60 +45,25 @@ _BETWEEN = (
     "LeakyRelu",
     "Sigmoid",
 )
-_FUSED_ACTIVATIONS = ("Relu", "Clip")
+_FUSED_ACTIVATIONS = ("Relu", "Clip")  # by onnxruntime, into what precedes them
 # What onnxruntime carries out on int8 as it is, where the scale before and behind is the same.
 _MOVING = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
-@dataclass(frozen=True)
-class Quantize(Pass):
-    """Inserts per-channel INT8 QDQ nodes around Conv, Gemm and MatMul, with calibrated activation ranges.
-
-    ``exclude``: patterns of node names (``*`` and ``?``) that stay float; ``exclude_ops``: operator types that do.
-    ``percentile``: of the calibrator of that name. ``min_activation_snr``: in dB; 0 quantizes whatever it costs.
-    ``float_share``: of all linear nodes, how many may stay float because int8 changes their outputs most.
-    Raises UsageError for a percentile outside (0, 100], a share outside [0, 1].
-    """
-
-    name: ClassVar[str] = "quantize"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "calibrated"
-    needs_opset: ClassVar[int] = 13
-
-    calibrator: Calibrator = "mse"
-    target: Literal["tensorrt", "onnxruntime"] = "tensorrt"
-    exclude: tuple[str, ...] = ()
-    exclude_ops: tuple[str, ...] = ()
-    min_activation_snr: float = 15.0
-    percentile: float = 99.999
-    correct_bias: bool = True
-    float_share: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.percentile <= 100:
-            raise UsageError(f"'percentile' is {self.percentile:g}", "Expected more than 0 and at most 100")
-        if not 0 <= self.float_share <= 1:
-            raise UsageError(f"'float_share' is {self.float_share:g}", "Expected 0 to 1")
-
-    def opset_for(self, graph: gs.Graph) -> int:
+class Work(Quantize):
+    def least_opset(self, graph: gs.Graph) -> int:
         return opset_of_scales(graph)
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        if ctx.calibration is None:
-            raise DataError("Quantization needs calibration data", "Give some with --calibration")
         outcome = Outcome()
         infer_shapes(graph)
-        sites = list(self._sites(graph, outcome))
+        sites = list(self.sites(graph, outcome))
         integers = self.target == "onnxruntime"
         axes: dict[str, int | None] = {tensor.name: None for tensor in _between(graph, sites)} if integers else {}
         axes |= {site.data.name: site.in_axis for site in sites}
         statistics = {name: TensorStatistics(axis) for name, axis in axes.items()}
         rows = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites if self.float_share}
-        observe(
-            graph,
-            {name: _Both(seen, rows.get(name)) for name, seen in statistics.items()},
-            ctx.calibration,
-            ctx.progress,
-        )
+        observe(graph, by_name((*statistics.items(), *rows.items())), ctx.data, ctx.progress)
         ranges = {name: self._range(seen) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges
         facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
@@ -133,26 +96,15 @@ class Quantize(Pass):
         outcome.facts = summary(graph, kept) | {"activations": facts}
         return outcome
 
-    def _sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Linear]:
-        for node in live_linears(graph):
-            try:
-                linear = view(graph, node)
-            except Refused as error:
-                reason = str(error)
-            else:
-                reason = self._why_float(linear)
-                if not reason:
-                    yield linear
-                    continue
-            outcome.refuse(node.name, f"{node.op} stays float: {reason}", reason)
+    def sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Linear]:
+        return usable(graph, outcome, self._why_float, "stays float")
 
     def _why_float(self, linear: Linear) -> str:
         """Why a site is left in float by the rules; empty when it is not."""
         node = linear.node
         outs, ins = linear.channels
-        for pattern in self.exclude:
-            if fnmatch.fnmatchcase(node.name, pattern):
-                return f"excluded by pattern {pattern!r}"
+        if reason := self.patterns.why_not(node.name):
+            return reason
         if node.op in self.exclude_ops:
             return f"excluded by operator type {node.op}"
         if node.op == "ConvTranspose":
@@ -221,19 +173,6 @@ class Quantize(Pass):
         if snr is not None and self.min_activation_snr > 0 and snr < self.min_activation_snr:
             return "8 bits cannot represent its activation"
         return ""
-
-
-@dataclass(frozen=True)
-class _Both:
-    """Shows a tensor to two observers."""
-
-    first: TensorStatistics
-    second: ChannelStatistics | None
-
-    def add(self, values: np.ndarray) -> None:
-        self.first.add(values)
-        if self.second is not None:
-            self.second.add(values)
 
 
 def _lower_snr(facts: Mapping[str, Any]) -> float | None:

@@ -8,53 +8,28 @@ it uses them, so this saves memory and memory traffic, not arithmetic.
 
 from __future__ import annotations
 
-import fnmatch
-from dataclasses import dataclass
-from typing import ClassVar, Literal
-
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
-from channelfold.passes.layers.linear import Linear, live_linears, view
+from channelfold.passes.base import Context, Outcome
+from channelfold.passes.layers.linear import Linear, live_linears, usable
+from channelfold.passes.quantize import QuantizeWeights
 from channelfold.passes.quantize.qdq import Inserter, opset_of_scales, summary, why_not_int8
 from channelfold.runtime.io import edit
 
 
-@dataclass(frozen=True)
-class QuantizeWeights(Pass):
-    """Stores the weights of Conv, ConvTranspose, Gemm and MatMul as int8 per output channel, activations untouched.
-
-    ``exclude``: patterns of node names (``*`` and ``?``) that stay float; ``exclude_ops``: operator types that do.
-    """
-
-    name: ClassVar[str] = "quantize-weights"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "lossy"
-
-    needs_opset: ClassVar[int] = 13
-
-    exclude: tuple[str, ...] = ()
-    exclude_ops: tuple[str, ...] = ()
-
-    def opset_for(self, graph: gs.Graph) -> int:
+class Work(QuantizeWeights):
+    def least_opset(self, graph: gs.Graph) -> int:
         return opset_of_scales(graph)
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
         inserter = Inserter(graph)
         kept = []
-        linears = live_linears(graph)
-        for done, node in enumerate(linears):
-            ctx.progress("Quantizing weights", done, len(linears))
-            try:
-                linear = view(graph, node)
-                reason = self._why_float(linear)
-            except Refused as error:
-                reason = str(error)
-            if reason:
-                outcome.refuse(node.name, f"{node.op} stays float: {reason}", reason)
-                continue
+        total = len(live_linears(graph))
+        for done, linear in enumerate(usable(graph, outcome, self._why_float, "stays float")):
+            ctx.progress("Quantizing weights", done, total)
             inserter.weight(linear)
-            outcome.change(node.name, f"{node.op}: int8 weight")
+            outcome.change(linear.name, f"{linear.node.op}: int8 weight")
             kept.append(linear)
         if kept:
             inserter.finish()
@@ -63,9 +38,8 @@ class QuantizeWeights(Pass):
         return outcome
 
     def _why_float(self, linear: Linear) -> str:
-        for pattern in self.exclude:
-            if fnmatch.fnmatchcase(linear.name, pattern):
-                return f"excluded by pattern {pattern!r}"
+        if reason := self.patterns.why_not(linear.name):
+            return reason
         if linear.node.op in self.exclude_ops:
             return f"excluded by operator type {linear.node.op}"
         if linear.node.op == "ConvTranspose" and linear.groups > 1:

@@ -17,51 +17,31 @@ where mean and deviation are beta and gamma of a BatchNormalization; here they a
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.layers.affine import Vector, after
 from channelfold.passes.layers.linear import Linear, cast, linears, view
-from channelfold.passes.operators import LINEAR_OPS
-from channelfold.runtime.errors import DataError, UsageError
+from channelfold.passes.operators import operator
+from channelfold.passes.smooth import AbsorbBias
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.statistics import observe
+from channelfold.runtime.stats.channels import ChannelMoments
+from channelfold.runtime.stats.observe import by_name, observe
 
 
-@dataclass(frozen=True)
-class AbsorbBias(Pass):
-    """Moves what a channel in front of a Relu never falls below into the biases of the layers behind it.
-
-    ``sigmas``: standard deviations that stay between the mean and what is absorbed. ``exclude``: patterns of names of
-    the nodes (``*`` and ``?``) in front of the Relu. Raises UsageError for ``sigmas`` below 0.
-    """
-
-    name: ClassVar[str] = "absorb-bias"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "calibrated"
-
-    sigmas: float = 3.0
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.sigmas >= 0:
-            raise UsageError(f"'sigmas' is {self.sigmas:g}", "Expected at least 0")
-
+class Work(AbsorbBias):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        if ctx.calibration is None:
-            raise DataError("Absorbing biases needs calibration data", "Give some with --calibration")
         infer_shapes(graph)
         outcome = Outcome()
         sites = list(self._sites(graph, outcome))
-        seen = {site.activation.name: _Seen(site.axis) for site in sites}
+        seen = {site.activation.name: ChannelMoments(site.axis) for site in sites}
         if sites:
-            observe(graph, seen, ctx.calibration, ctx.progress)
+            observe(graph, by_name(seen.items()), ctx.data, ctx.progress)
         for site in sites:
             node = site.writer.node
             try:
@@ -79,9 +59,8 @@ class AbsorbBias(Pass):
             if relu is None or relu.op != "Relu" or not edit.is_standard(relu):
                 continue
             try:
-                for pattern in self.exclude:
-                    if fnmatch.fnmatchcase(linear.name, pattern):
-                        raise Refused(f"excluded by pattern {pattern!r}")
+                if reason := self.patterns.why_not(linear.name):
+                    raise Refused(reason)
                 activation = relu.outputs[0]
                 axis = _axis(activation, linear.out_axis)
                 yield _Site(linear, activation, axis, _readers(graph, activation, axis))
@@ -99,35 +78,10 @@ class _Site:
     readers: list[tuple[Linear, Vector]]
 
 
-@dataclass
-class _Seen:
-    """What calibration saw of the channels of a tensor along ``axis``; vectors (channels,) float64."""
-
-    axis: int
-    minimum: np.ndarray | float = np.inf
-    maximum: np.ndarray | float = -np.inf
-    total: np.ndarray | float = 0.0
-    squares: np.ndarray | float = 0.0
-    positions: int = 0
-
-    def add(self, values: np.ndarray) -> None:
-        if values.size == 0:
-            return
-        flat = np.moveaxis(values, self.axis, -1).reshape(-1, values.shape[self.axis]).astype(np.float64)
-        if not np.isfinite(flat).all():
-            raise DataError("it holds NaN or infinities")
-        self.minimum = np.minimum(self.minimum, flat.min(axis=0))
-        self.maximum = np.maximum(self.maximum, flat.max(axis=0))
-        self.total = self.total + flat.sum(axis=0)
-        self.squares = self.squares + (flat**2).sum(axis=0)
-        self.positions += len(flat)
-
-    def lower_bound(self, sigmas: float) -> np.ndarray:
-        """c of each channel, rounded towards zero where float32 has no such number."""
-        mean = self.total / self.positions
-        deviation = np.sqrt(np.maximum(self.squares / self.positions - mean**2, 0))
-        bound = np.maximum(0, np.minimum(self.minimum, mean - sigmas * deviation))
-        return np.nextafter(bound.astype(np.float32), np.float32(0)).astype(np.float64)
+def _lower_bound(seen: ChannelMoments, sigmas: float) -> np.ndarray:
+    """c of each channel, rounded towards zero where float32 has no such number."""
+    bound = np.maximum(0, np.minimum(seen.minimum, seen.mean - sigmas * np.sqrt(seen.variance)))
+    return np.nextafter(bound.astype(np.float32), np.float32(0)).astype(np.float64)
 
 
 def _readers(graph: gs.Graph, tensor: gs.Tensor, axis: int) -> list[tuple[Linear, Vector]]:
@@ -138,11 +92,11 @@ def _readers(graph: gs.Graph, tensor: gs.Tensor, axis: int) -> list[tuple[Linear
         if edit.is_output(graph, tensor):
             raise Refused("an output of the graph follows it")
         for node in edit.consumers(tensor):
-            if node.op in ("Shape", "Size") and edit.is_standard(node):
+            if operator(node).asks_shape:
                 continue
             if not edit.in_graph(graph, node):
                 raise Refused("a subgraph reads it")
-            if node.op in LINEAR_OPS:
+            if operator(node).weighted:
                 found.append((_reader(graph, node, tensor, v), v))
                 continue
             if [i for i, read in enumerate(node.inputs) if read is tensor] != [0]:
@@ -175,11 +129,11 @@ def _axis(tensor: gs.Tensor, axis: int) -> int:
     return axis if axis >= 0 else axis + (size or 0)
 
 
-def _absorb(graph: gs.Graph, site: _Site, seen: _Seen, sigmas: float) -> str:
-    """Moves c from the bias of the writer to those of the readers. Raises Refused or DoesNotFit, nothing changed."""
+def _absorb(graph: gs.Graph, site: _Site, seen: ChannelMoments, sigmas: float) -> str:
+    """Moves c from the bias of the writer to those of the readers. Raises Refused, nothing changed."""
     if not seen.positions:
         raise Refused("no calibration sample reached it")
-    bound = seen.lower_bound(sigmas)
+    bound = _lower_bound(seen, sigmas)
     if not bound.any():
         raise Refused(f"no channel stays above zero by {sigmas:g} standard deviations and in every sample")
     shifts = [(site.writer, -bound)]

@@ -23,21 +23,19 @@ Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bia
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.region import End, Region
 from channelfold.passes.channels.rescale import at, clamped, rescale
 from channelfold.passes.channels.scale_regions import trace
 from channelfold.passes.layers.linear import Linear, linears
+from channelfold.passes.smooth import Equalize
 from channelfold.runtime.data.probes import shapes_of
-from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, infer_shapes
 from channelfold.runtime.io.shapes import Shape
@@ -47,27 +45,8 @@ WORTHWHILE = 1e-2  # of log s: a region in which no channel is off by more stays
 DEAD = 1e-6  # of the largest range on its side: a channel below it does nothing, and scaled up its bias would
 
 
-@dataclass(frozen=True)
-class Equalize(Pass):
-    """Equalizes the weight ranges of neighbouring layers channel by channel; needs no data.
-
-    ``iterations``: at most so many rounds over the whole model. ``allow_insert``: a Clip from 0 may become a Relu and a
-    Min with a bound by channel, which runtimes do not fuse into what precedes it. ``exclude``: patterns of node names
-    (``*`` and ``?``) whose weights stay as they are. Raises UsageError for less than one round.
-    """
-
-    name: ClassVar[str] = "equalize"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
-    iterations: int = 100
-    allow_insert: bool = False
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise UsageError(f"'iterations' is {self.iterations}", "Expected at least 1")
-
-    def opset_for(self, graph: gs.Graph) -> int:
+class Work(Equalize):
+    def least_opset(self, graph: gs.Graph) -> int:
         return 13 if self.allow_insert and any(_is_relu_n(node) for node in graph.nodes) else 0
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
@@ -115,9 +94,8 @@ class Equalize(Pass):
     def _usable(self, linear: Linear, region: Region) -> np.ndarray:
         """Which classes have weights on both sides and nothing else, (classes,) bool. Raises Refused for none."""
         for end in region.ends:
-            for pattern in self.exclude:
-                if fnmatch.fnmatchcase(end.node.name, pattern):
-                    raise Refused(f"{end.node.name} is excluded by pattern {pattern!r}")
+            if reason := self.patterns.why_not(end.node.name):
+                raise Refused(f"{end.node.name} is {reason}")
         index = region.places[id(linear.output)][1]
         if reason := region.why_fixed(index):
             raise Refused(reason)

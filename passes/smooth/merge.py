@@ -21,53 +21,31 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.channels.widths import Width, read_by
 from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS
-from channelfold.runtime.errors import DataError, UsageError
+from channelfold.passes.smooth import MergeChannels
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import by_name, observe
 
 
-@dataclass(frozen=True)
-class MergeChannels(Pass):
-    """Merges pairs of similar channels, where channels were split or the width is no multiple of ``align``.
-
-    ``align``: every width that is no multiple of it goes down to the next one; 0 brings what ``split-channels`` made
-    wider back to the width before. ``max_change``: of the outputs of the linears behind, squared, relative; a site past
-    it stays. Raises UsageError for an option out of its range.
-    """
-
-    name: ClassVar[str] = "merge-channels"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "calibrated"
-
-    align: int = 0
-    max_change: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.align < 0:
-            raise UsageError(f"'align' is {self.align}", "Expected 0 or more")
-        if not self.max_change >= 0:
-            raise UsageError(f"'max_change' is {self.max_change:g}", "Expected 0 or more")
-
+class Work(MergeChannels):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        feed = next(iter(ctx.calibration or ()), None)
-        if ctx.calibration is None or feed is None:
-            raise DataError("Merging channels needs calibration data", "Give some with --calibration")
         outcome = Outcome()
         infer_shapes(graph)
-        shapes = measured_shapes(graph, feed)
+        shapes = measured_shapes(graph, self.feed(ctx))
         sites = list(self._sites(graph, shapes, outcome))
         observers = {linear.data.name: ChannelStatistics(linear.in_axis, ROWS) for linear in sites}
-        observe(graph, observers, ctx.calibration, ctx.progress)
+        observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
         facts = []
         for number, linear in enumerate(sites):
             ctx.progress("Merging channels", number, len(sites))
@@ -115,8 +93,10 @@ class MergeChannels(Pass):
         change = merger.change(rows, weights, columns)
         if change > self.max_change:
             raise Refused(f"merging {len(merger.kept)} pairs changes its outputs by {change:.2g} (max_change)")
-        width.resize(merger.rows, merger.columns, shapes)
-        how = "by their mean" if width.linear else "one for both"
+        mean = width.linear
+        width = width.blended(merger.rows if mean else None, merger.columns, shapes)
+        width.repeat(merger.stays(before), shapes)
+        how = "by their mean" if mean else "one for both"
         what = f"{before} -> {width.channels} channels, {len(merger.kept)} pairs merged {how}, outputs {change:.2g} off"
         outcome.change(linear.name, f"{linear.data.name}: {what}")
         return {
@@ -124,7 +104,7 @@ class MergeChannels(Pass):
             "tensor": linear.data.name,
             "width": [before, width.channels],
             "relative_change": change,
-            "mean": width.linear,
+            "mean": mean,
         }
 
 
@@ -137,23 +117,28 @@ class _Merger:
     factors: np.ndarray | None
 
     def rows(self, old: np.ndarray) -> np.ndarray:
-        """What writes the channels, (channels, …)."""
+        """What writes the channels, (channels, …), before some go."""
+        new = old.astype(np.float64)
         if self.factors is None:
-            old = old.astype(np.float64)
-            old[self.kept] = (old[self.kept] + old[self.gone]) / 2
-        return np.delete(old, self.gone, axis=0)
+            new[self.kept] = (new[self.kept] + new[self.gone]) / 2
+        return new
 
     def columns(self, old: np.ndarray) -> np.ndarray:
-        """What reads the channels, (channels, …)."""
+        """What reads the channels, (channels, …), before some go."""
         new = old.astype(np.float64)
         factors = np.ones(len(self.kept)) if self.factors is None else self.factors
         new[self.kept] += new[self.gone] * factors.reshape(-1, *[1] * (new.ndim - 1))
-        return np.delete(new, self.gone, axis=0)
+        return new
+
+    def stays(self, channels: int) -> np.ndarray:
+        """Which channels are left, (channels,) bool."""
+        return ~np.isin(np.arange(channels), self.gone)
 
     def change(self, rows: np.ndarray, weights: np.ndarray, matrix: np.ndarray) -> float:
         """The squared change of the outputs, ``matrix`` (out, channels) times ``rows``, relative to their squares."""
         old = rows @ matrix.T
-        new = self.rows(rows.T).T @ self.columns(matrix.T)
+        stays = self.stays(matrix.shape[1])
+        new = self.rows(rows.T)[stays].T @ self.columns(matrix.T)[stays]
         signal = float(weights @ (old**2).sum(axis=1, dtype=np.float64))
         return float(weights @ ((new - old) ** 2).sum(axis=1)) / signal if signal > 0 else 0.0
 
@@ -194,9 +179,9 @@ def _copies(width: Width) -> np.ndarray:
     """How many channels equal each one, itself included, (channels,); 1 for those that nothing reads."""
     columns = width.columns().T
     channels = [hashlib.blake2b() for _ in range(width.channels)]
-    for part in (*width.rows(), columns):
-        for channel, values in zip(channels, part, strict=True):
-            channel.update(values.tobytes())
+    for labels, values in (*width.rows(), (np.arange(width.channels) + 1, columns)):
+        for label, row in zip(labels, values, strict=True):
+            channels[label - 1].update(row.tobytes())
     digests = [channel.digest() for channel in channels]
     counts = Counter(digests)
     return np.where(columns.any(axis=1), [counts[digest] for digest in digests], 1)

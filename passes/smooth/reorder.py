@@ -17,16 +17,19 @@ Source: K-sort, for block floating point caches of keys; the order of values is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
+from channelfold.passes.channels.renumber import index_constants
 from channelfold.passes.channels.scale_regions import End, Region, Shape, trace
-from channelfold.passes.layers.linear import Linear, check_growth, linears, view
+from channelfold.passes.layers.linear import check_growth, linears, view
+from channelfold.passes.operators import operator
+from channelfold.passes.smooth import ReorderChannels
 from channelfold.runtime.data.sources import random_data
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.facts import required_inputs
@@ -51,13 +54,7 @@ def block_floating_point(values: np.ndarray, block: int = BLOCK, mantissa: int =
     return (np.clip(np.rint(blocks / step), -limit, limit) * step).reshape(padded.shape)[..., :count]
 
 
-@dataclass(frozen=True)
-class ReorderChannels(Pass):
-    """Sorts the channels of keys and values by magnitude inside each attention head."""
-
-    name: ClassVar[str] = "reorder-channels"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
+class Work(ReorderChannels):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()
@@ -84,7 +81,7 @@ class ReorderChannels(Pass):
 
 
 def _multiplies_activations(node: gs.Node) -> bool:
-    return node.op == "MatMul" and edit.is_standard(node) and not any(isinstance(t, gs.Constant) for t in node.inputs)
+    return operator(node).kind == "matmul" and not any(isinstance(t, gs.Constant) for t in node.inputs)
 
 
 def _why_unreached(graph: gs.Graph, product: gs.Node, shapes: dict[str, Shape]) -> str:
@@ -168,10 +165,12 @@ def _sort(
     kind = "keys" if index.shape[-2] > 1 else "values"
     after = np.take_along_axis(weights, order[:, :, None], axis=1)
     errors = [_relative_error(weights), _relative_error(after)]
-    writes = _planned(graph, region, heads, order)
+    ends = [end for end in region.ends if heads.touch(end.index)]
+    for end in ends:
+        _check_constant(end)
     if (order != np.arange(order.shape[1])).any():
-        for write in writes:
-            write()
+        for end in ends:
+            _sort_end(graph, end, heads.positions(end.index, order))
         what = f"{kind}, {order.shape[0]} heads of {order.shape[1]} channels sorted"
         outcome.change(product.name, f"{what}; block floating point error {errors[0]:.3g} -> {errors[1]:.3g}")
     norms = np.sqrt((after**2).sum(axis=2))
@@ -195,9 +194,9 @@ def _check_operands(graph: gs.Graph, region: Region, heads: _Heads, shapes: dict
             continue
         varied = [axis - index.ndim for axis, size in enumerate(index.shape) if size > 1]
         for node in [*tensor.inputs, *edit.consumers(tensor)]:
-            if node.op == "Gather" and _picks_channels(node, region):
+            if operator(node).kind == "gather" and _picks_channels(node, region):
                 raise Refused("Gather picks its channels one by one")
-            if node.op not in ("Mul", "Div", "Add", "Sub") or id(node) in biases:
+            if not operator(node).arithmetic or id(node) in biases:
                 continue
             for other in [t for t in node.inputs if not isinstance(t, gs.Constant) and id(t) not in region.places]:
                 shape = shapes[other.name]
@@ -231,40 +230,31 @@ def _weights(graph: gs.Graph, region: Region, heads: _Heads, signed: np.ndarray)
     raise Refused("no single linear writes all of its heads")
 
 
-def _planned(graph: gs.Graph, region: Region, heads: _Heads, order: np.ndarray) -> list[Callable[[], object]]:
-    """The writes that sort heads. Raises Refused where a weight cannot be written."""
-    writes, ends = [], [end for end in region.ends if heads.touch(end.index)]
-    for end in ends:
-        if end.linear is None:
-            writes.append(_planned_term(graph, end, heads, order))
-            continue
-        if end.linear.groups > 1:
-            raise Refused(f"{end.node.op} works in groups")
+def _check_constant(end: End) -> None:
+    """Raises Refused where the constants at an end cannot be written."""
+    if end.linear is None:
+        if math.prod(end.node.inputs[_constant_port(end)].shape) not in (1, end.index.size):
+            raise Refused(f"{end.node.op} adds a constant that is not one value for each of its channels")
+    elif end.linear.groups > 1:
+        raise Refused(f"{end.node.op} works in groups")
+    else:
         check_growth(end.linear)
-        writes.append(lambda end=end: _permute(view(graph, end.node), end, heads.positions(end.index, order)))
-    return writes
 
 
-def _permute(linear: Linear, end: End, positions: np.ndarray) -> None:
-    if end.role == "in":
-        linear.set_weight(linear.weight()[:, positions])
+def _sort_end(graph: gs.Graph, end: End, positions: np.ndarray) -> None:
+    """Sorts the constants at an end: of a linear along its channels, of a sum all values, however they lie."""
+    if end.linear is not None:
+        index_constants(graph, [(*place, positions) for place in view(graph, end.node).places(end.role)])
         return
-    bias = linear.bias()
-    linear.set_weight(linear.weight()[positions])
-    if bias is not None:
-        linear.set_bias(bias[positions])
+    port = _constant_port(end)
+    old = np.asarray(edit.value(end.node.inputs[port]))
+    if old.size > 1:
+        new = old.reshape(-1)[positions].reshape(old.shape)
+        edit.set_constant(graph, end.node, port, new, f"{end.node.inputs[port].name}_sorted")
 
 
-def _planned_term(graph: gs.Graph, end: End, heads: _Heads, order: np.ndarray) -> Callable[[], object]:
-    """The write of a constant that is added to the channels."""
-    place = next(i for i, t in enumerate(end.node.inputs) if isinstance(t, gs.Constant))
-    old = np.asarray(edit.value(end.node.inputs[place]))
-    if old.size == 1:
-        return lambda: None
-    if old.size != end.index.size:
-        raise Refused(f"{end.node.op} adds a constant that is not one value for each of its channels")
-    new = old.reshape(-1)[heads.positions(end.index, order)].reshape(old.shape)
-    return lambda: edit.set_constant(graph, end.node, place, new, f"{end.node.inputs[place].name}_sorted")
+def _constant_port(end: End) -> int:
+    return next(i for i, t in enumerate(end.node.inputs) if isinstance(t, gs.Constant))
 
 
 def _relative_error(weights: np.ndarray) -> float:

@@ -23,63 +23,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.rescale import rescale
 from channelfold.passes.channels.scale_regions import End, Region, Shape, reach
 from channelfold.passes.channels.widths import columns_of, gathered, read_by
 from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits, quantized_activation
-from channelfold.runtime.errors import DataError, UsageError
+from channelfold.passes.smooth import SplitChannels
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import by_name, observe
 
 _STEPS = 100  # of the threshold
 _OUTPUTS = 1024  # at most, that the error is measured on
 _WORTH_NODES = 3.0  # dB
 
 
-@dataclass(frozen=True)
-class SplitChannels(Pass):
-    """Splits outlier channels of activations into equal parts, which int8 represents better.
-
-    ``max_extra``: channels that may be added, as a share of those there are. ``min_gain``: what a split must gain in
-    the signal-to-noise ratio of the quantized outputs, in dB (3 at least where nodes are inserted). ``align``: the new
-    width is a multiple of it, by further splits. ``allow_insert``: where the writer cannot get wider, a Gather may
-    repeat the channels. Raises UsageError for an option out of its range.
-    """
-
-    name: ClassVar[str] = "split-channels"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
-    max_extra: float = 0.2
-    min_gain: float = 1.0
-    align: int = 16
-    allow_insert: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.max_extra > 0:
-            raise UsageError(f"'max_extra' is {self.max_extra:g}", "Expected more than 0; 0.2 adds a fifth at most")
-        if not self.min_gain >= 0:
-            raise UsageError(f"'min_gain' is {self.min_gain:g}", "Expected 0 dB or more")
-        if self.align < 1:
-            raise UsageError(f"'align' is {self.align}", "Expected at least 1")
-
+class Work(SplitChannels):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        feed = next(iter(ctx.calibration or ()), None)
-        if ctx.calibration is None or feed is None:
-            raise DataError("Splitting channels needs calibration data", "Give some with --calibration")
         outcome = Outcome()
         infer_shapes(graph)
-        shapes = measured_shapes(graph, feed)
+        shapes = measured_shapes(graph, self.feed(ctx))
         sites = list(self._sites(graph, shapes, outcome))
         observers = {linear.data.name: ChannelStatistics(linear.in_axis, ROWS) for linear in sites}
-        observe(graph, observers, ctx.calibration, ctx.progress)
+        observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
         facts = []
         for number, linear in enumerate(sites):
             ctx.progress("Splitting channels", number, len(sites))
@@ -230,12 +203,8 @@ def _repeat(graph: gs.Graph, readers: list[Linear], parts: np.ndarray, shapes: d
         width = read_by(graph, readers[0], shapes)
     except Refused:
         width = gathered(graph, readers, shapes)
-    index = np.repeat(np.arange(len(parts)), parts.astype(int))
-    width.resize(
-        lambda rows: rows[index],
-        lambda columns: (columns / parts.reshape(-1, *[1] * (columns.ndim - 1)))[index],
-        shapes,
-    )
+    width = width.blended(None, lambda columns: columns / parts.reshape(-1, *[1] * (columns.ndim - 1)), shapes)
+    width.repeat(parts, shapes)
 
 
 def _decibels(signal: float, noise: float) -> float:

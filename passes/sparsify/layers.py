@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,43 +22,12 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit
 from channelfold.passes.layers.linear import Linear, check_growth
-from channelfold.runtime.errors import DataError
 from channelfold.runtime.io import edit
+from channelfold.runtime.stats.channels import ChannelMoments
+from channelfold.runtime.stats.observe import by_name
 
 _QUIET = 1e-6  # of the loudest channel: what a silent one counts as, so that its weights still differ by magnitude
 _SAMPLE = 1 << 20  # bytes of a weight that are compressed to tell how well it does
-
-
-@dataclass
-class ChannelPower:
-    """Mean and root mean square of a tensor's channels along each of ``axes``; vectors are (channels,) float64."""
-
-    axes: Sequence[int]
-    positions: dict[int, int] = field(default_factory=dict)
-    _sums: dict[int, np.ndarray] = field(default_factory=dict)
-    _squares: dict[int, np.ndarray] = field(default_factory=dict)
-
-    def mean(self, axis: int) -> np.ndarray:
-        return self._sums[axis] / self.positions[axis]
-
-    def rms(self, axis: int) -> np.ndarray:
-        return np.sqrt(self._squares[axis] / self.positions[axis])
-
-    def add(self, values: np.ndarray) -> None:
-        """Takes up the values of one sample, float32. Raises DataError for NaN, Inf, and where the channels change."""
-        if values.size == 0:
-            return
-        if not np.isfinite(values).all():
-            raise DataError("it holds NaN" if np.isnan(values).any() else "it holds infinities")
-        for axis in self.axes:
-            flat = np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis])
-            sums, squares = flat.sum(axis=0, dtype=np.float64), np.einsum("rc,rc->c", flat, flat, dtype=np.float64)
-            before = self._sums.get(axis)
-            if before is not None and before.size != sums.size:
-                raise DataError(f"it has {sums.size} channels on axis {axis}, and had {before.size} before")
-            self._sums[axis] = sums if before is None else before + sums
-            self._squares[axis] = squares if before is None else self._squares[axis] + squares
-            self.positions[axis] = self.positions.get(axis, 0) + len(flat)
 
 
 @dataclass
@@ -66,7 +35,7 @@ class Layer:
     """One weight and the ``linears`` that read it in one layout; ``power``: of what each reads, once observed."""
 
     linears: list[Linear]
-    power: list[ChannelPower] = field(default_factory=list)
+    power: list[ChannelMoments] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -85,7 +54,7 @@ class Layer:
 
     @property
     def observed(self) -> bool:
-        return all(seen.positions.get(x.in_axis) for x, seen in zip(self.linears, self.power, strict=True))
+        return all(seen.positions for seen in self.power)
 
     def check_growth(self) -> None:
         """Raises Refused where the file would have to keep the old weight beside the new one."""
@@ -106,8 +75,7 @@ class Layer:
         first = self.linears[0]
         scores = np.abs(first.weight().astype(np.float32))
         if wanda:
-            seen = [p.rms(x.in_axis) for x, p in zip(self.linears, self.power, strict=True)]
-            rms = np.sqrt(np.square(seen).sum(axis=0))
+            rms = np.sqrt(np.square([seen.rms for seen in self.power]).sum(axis=0))
             peak = rms.max(initial=0.0)
             rms = np.maximum(rms / peak, _QUIET) if peak > 0 else np.ones_like(rms)
             per_group = rms.astype(np.float32).reshape(first.groups, 1, -1, *[1] * len(first.kernel))
@@ -128,7 +96,7 @@ class Layer:
             removed = np.where(mask, 0, weight)
             for linear, seen in zip(self.linears, self.power, strict=True):
                 if all(size == 1 for size in linear.kernel):
-                    _add_to_bias(linear, linear.respond(removed, seen.mean(linear.in_axis)))
+                    _add_to_bias(linear, linear.respond(removed, seen.mean))
         first.set_weight(np.where(mask, weight, np.zeros((), weight.dtype)))
         for linear in others:
             edit.set_input(linear.node, linear.weight_input, first.source)
@@ -161,19 +129,12 @@ def shared(linears: Sequence[Linear]) -> Iterator[Layer]:
     yield from layers.values()
 
 
-def observers(layers: Sequence[Layer]) -> dict[str, ChannelPower]:
-    """What to show ``statistics.observe``: an observer for each tensor that the layers read, which they then know."""
-    axes: dict[str, set[int]] = {}
-    for linear in (linear for layer in layers for linear in layer.linears):
-        axes.setdefault(linear.data.name, set()).add(linear.in_axis)
-    made = {name: ChannelPower(sorted(found)) for name, found in axes.items()}
-    _assign(layers, made)
-    return made
-
-
-def _assign(layers: Sequence[Layer], seen: Mapping[str, ChannelPower]) -> None:
+def observers(layers: Sequence[Layer]) -> dict[str, list[ChannelMoments]]:
+    """What to show ``observe``: an observer for each tensor and axis that the layers read, which they then know."""
+    made: dict[tuple[str, int], ChannelMoments] = {}
     for layer in layers:
-        layer.power = [seen[linear.data.name] for linear in layer.linears]
+        layer.power = [made.setdefault((x.data.name, x.in_axis), ChannelMoments(x.in_axis)) for x in layer.linears]
+    return by_name((name, seen) for (name, _), seen in made.items())
 
 
 def _add_to_bias(linear: Linear, more: np.ndarray) -> None:

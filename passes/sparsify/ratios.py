@@ -91,8 +91,7 @@ def sensitivities(
     found = np.zeros(len(weights))
     total = len(feeds) * len(weights)
     for sample, feed in enumerate(feeds):
-        known = {spec.name for spec in session.inputs}
-        probe = _Probe(session, {name: array for name, array in feed.items() if name in known}, sample)
+        probe = _Probe(session, session.accepted(feed), sample)
         for layer, constant in enumerate(weights):
             progress("Measuring sensitivities", sample * len(weights) + layer, total)
             values = read(constant)

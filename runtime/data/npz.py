@@ -78,6 +78,8 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _check_length(stored: Stored, available: int) -> Stored:
+    if any(size < 0 for size in stored.shape):
+        raise ValueError(f"its header announces the shape {stored.shape}")
     if available < (needed := math.prod(stored.shape) * stored.dtype.itemsize):
         raise ValueError(f"{needed} bytes of values are announced and {available} are there")
     return stored

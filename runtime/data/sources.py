@@ -5,7 +5,6 @@ Feeds are cut to single samples wherever the model allows it: see feeds.py for t
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import itertools
@@ -22,7 +21,7 @@ import numpy as np
 
 from channelfold.runtime.data.feeds import Batch, Feeds, batch_size, describe
 from channelfold.runtime.data.npz import Spill, read_headers
-from channelfold.runtime.errors import ChannelfoldError, DataError, UsageError, nearest
+from channelfold.runtime.errors import ChannelfoldError, DataError, UsageError, nearest, nearest_path
 from channelfold.runtime.io.session import Feed, TensorSpec
 
 
@@ -111,7 +110,7 @@ def load_script(path: str | Path, inputs: Sequence[TensorSpec]) -> Data:
     _check_inputs(inputs)
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"There is no {path}", _nearest_path(path))
+        raise DataError(f"There is no {path}", nearest_path(path))
     batches, _ = _object_batches(_run_script(path), inputs)
     return _assemble(inputs, batches, f"load_data() in {path.name}", [])
 
@@ -193,6 +192,8 @@ def _file_batches(path: Path, inputs: Sequence[TensorSpec]) -> tuple[list[Batch]
                     "Store them in one .npz, with the input names as keys",
                 )
             stored = {inputs[0].name: stored[""]}
+        elif len(inputs) == 1 and set(stored) == {"arr_0"}:  # numpy.savez(x), without a name
+            stored = {inputs[0].name: stored["arr_0"]}
         batches.append(Batch(str(file), _pick(stored, inputs, str(file))))
         ignored |= dict.fromkeys(stored.keys() - {spec.name for spec in inputs})
     if ignored:
@@ -202,7 +203,7 @@ def _file_batches(path: Path, inputs: Sequence[TensorSpec]) -> tuple[list[Batch]
 
 def _files(path: Path) -> tuple[list[Path], list[str]]:
     if not path.exists():
-        raise DataError(f"There is no {path}", _nearest_path(path))
+        raise DataError(f"There is no {path}", nearest_path(path))
     if path.suffix == ".py":
         raise DataError(f"{path} is a Python script, which is run only on request", "Pass it to load_script()")
     if path.is_file():
@@ -216,21 +217,23 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
             f"The folder {path} holds both .npz and .npy files, and only one kind can be meant", "Move one kind away"
         )
     files = sorted(found[".npz"] or found[".npy"], key=_natural)
+    images = [file for file in everything if file.suffix.lower() in _IMAGES]
+    if not files and images:
+        raise DataError(
+            f"The folder {path} holds {len(images)} images and no .npz: how they are scaled and normalized is not said",
+            "Prepare them as in training, in the form of the model's input, and write them with numpy.savez",
+        )
     if not files:
         raise DataError(f"The folder {path} holds no .npz and no .npy files", "Write one such file for each batch")
     others = len(everything) - len(files)
     return files, [f"{others} other file{'s' * (others != 1)} in {path.name} ignored"] if others else []
 
 
+_IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+
+
 def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
-
-
-def _nearest_path(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"There is no folder {path.parent} either"
-    close = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1)
-    return f"Did you mean {str(path.parent / close[0])!r}?" if close else f"Check the name and the folder {path.parent}"
 
 
 def _object_batches(source: Any, inputs: Sequence[TensorSpec]) -> tuple[list[Batch], str]:
@@ -278,7 +281,10 @@ def _run_script(path: Path) -> Iterator[Any]:
         yield from module.load_data()
     except ChannelfoldError:
         raise
-    except Exception as error:
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a script that calls sys.exit() must not end the command as if all were done
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         raise DataError(f"{where}: {type(error).__name__}: {error}", "Mend the script") from None

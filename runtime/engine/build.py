@@ -47,6 +47,8 @@ from channelfold.runtime.errors import (
 )
 from channelfold.runtime.io.session import Feed, TensorSpec
 
+_SIZES = 64  # an input with more integers than this holds no sizes, but indices or tokens
+
 Progress = Callable[[str, int, int], None]
 Dims = Sequence[int | str | None]
 
@@ -137,6 +139,22 @@ def default_shapes(inputs: Sequence[TensorSpec], samples: Iterable[Feed] | None)
     return {name: _range(dynamic[name], shapes) for name, shapes in seen.items()}
 
 
+def default_values(inputs: Sequence[TensorSpec], samples: Iterable[Feed] | None) -> dict[str, ShapeRange]:
+    """Smallest, median and largest value, one by one, of every input that may hold sizes: a few integers."""
+    integers = [s for s in inputs if str(s.dtype) in ("int32", "int64") and len(s.shape) < 2]
+    few = [s.name for s in integers if all(isinstance(d, int) and d <= _SIZES for d in s.shape)]
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    for feed in (samples or ()) if few else ():
+        for name in few:
+            seen.setdefault(name, []).append(tuple(map(int, feed[name].reshape(-1))))
+    found = {}
+    for name, rows in seen.items():
+        columns = [sorted(column) for column in zip(*rows, strict=True)]
+        if all(column[0] >= 0 for column in columns):
+            found[name] = ShapeRange(*(tuple(pick(c) for c in columns) for pick in (min, statistics.median_low, max)))
+    return found
+
+
 def _range(dims: Dims, shapes: list[tuple[int, ...]]) -> ShapeRange:
     sizes = [sorted(column) for column in zip(*shapes, strict=True)]
     low = [size[0] for size in sizes]
@@ -146,18 +164,19 @@ def _range(dims: Dims, shapes: list[tuple[int, ...]]) -> ShapeRange:
     return ShapeRange(tuple(low), tuple(tuned), tuple(size[-1] for size in sizes))
 
 
-def no_shapes(dynamic: Mapping[str, Dims]) -> UsageError:
-    """The error for inputs whose shapes nobody gave, with an option to copy."""
+def no_shapes(dynamic: Mapping[str, Dims], sizes: Sequence[str] = ()) -> UsageError:
+    """The error for inputs whose shapes nobody gave, with an option to copy; of ``sizes`` it takes the values."""
     listed = ", ".join(f"{name!r} {dims_text(dims)}" for name, dims in dynamic.items())
     name, dims = next(iter(dynamic.items()))
     low, tuned, high = (
         "x".join(str(dim if isinstance(dim, int) else (batch if axis == 0 else other)) for axis, dim in enumerate(dims))
         for batch, other in ((1, 1), (8, 128), (16, 256))
     )
+    values = f"; of {', '.join(map(repr, sizes))}, which holds sizes, the values" if sizes else ""
     return UsageError(
         f"Inputs have dynamic axes and no range of shapes: {listed}",
         f"Give calibration data, or for each input an option such as --shape '{name}:{low}:{tuned}:{high}' "
-        "(smallest, usual, largest shape)",
+        f"(smallest, usual, largest shape{values})",
     )
 
 
@@ -277,14 +296,16 @@ def build(
     *,
     sm: int | None = None,
     shapes: Mapping[str, ShapeRange] | None = None,
+    values: Mapping[str, ShapeRange] | None = None,
     sparse_weights: bool = False,
     progress: Progress = no_progress,
 ) -> Engine:
     """Builds the ONNX file ``model`` (external data beside it) into the file ``engine``, which appears when complete.
 
     ``sm``: the GPU architecture, 10 x compute capability (89 for 8.9); by default the GPU of this machine, without one
-    the portable engine of tensorrt_rtx. ``shapes``: a range for every dynamic input. ``sparse_weights`` lets TensorRT
-    take kernels for 2:4 sparse weights where they are faster. ``progress`` gets TensorRT's phases, each with steps done
+    the portable engine of tensorrt_rtx. ``shapes``: a range for every dynamic input. ``values``: what small integer
+    inputs hold, for those that turn out to be sizes. ``sparse_weights`` lets TensorRT take kernels for 2:4 sparse
+    weights where they are faster. ``progress`` gets TensorRT's phases, each with steps done
     and in all.
 
     Raises ModelError (unreadable model), UsageError (``sm``, ``shapes``), DependencyError (no TensorRT here),
@@ -307,9 +328,10 @@ def build(
     chosen = backend(sm)
     request = {"task": "build", "backend": chosen.name, "model": str(model), "target": chosen.target}
     request |= {"sparse_weights": sparse_weights}
-    ranges = {name: astuple(shape) for name, shape in (shapes or {}).items()}
+    for key, ranges in (("shapes", shapes), ("values", values)):
+        request[key] = {name: astuple(shape) for name, shape in (ranges or {}).items()}
     with files.writing(engine) as file:
-        done = _run(request | {"shapes": ranges, "engine": file.name}, model.name, progress)
+        done = _run(request | {"engine": file.name}, model.name, progress)
     report = read_plan(engine, nodes) if chosen.name == "tensorrt_rtx" else inspect(engine, nodes, chosen.name)
     return Engine(
         path=str(engine),

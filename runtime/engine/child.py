@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from channelfold.runtime.engine.build import INSTALL, Dims, ShapeRange, dims_text, fits, no_shapes
@@ -77,7 +78,8 @@ def _build_here(request: dict[str, Any], say: Say) -> dict[str, Any]:
     config = _config(trt, request["target"], _monitor(trt, say))(builder, network)
     if request["sparse_weights"]:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    profile = _profile(builder, network, {name: ShapeRange(*s) for name, s in request["shapes"].items()})
+    shapes, values = ({name: ShapeRange(*s) for name, s in request[key].items()} for key in ("shapes", "values"))
+    profile = _profile(builder, network, shapes, values)
     if profile is not None:
         config.add_optimization_profile(profile)
     log.errors.clear()  # asking an input whether it is a shape can log some
@@ -146,14 +148,24 @@ def _decompose_attention(trt: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _profile(builder: Any, network: Any, shapes: Mapping[str, ShapeRange]) -> Any:
-    """TensorRT's optimization profile for the network's inputs; None when nothing is dynamic. Raises UsageError."""
+def _profile(
+    builder: Any,
+    network: Any,
+    shapes: Mapping[str, ShapeRange],
+    values: Mapping[str, ShapeRange] = MappingProxyType({}),
+) -> Any:
+    """TensorRT's optimization profile for the network's inputs; None when nothing is dynamic. Raises UsageError.
+
+    ``values`` are those of integer inputs, for the ones that are shapes.
+    """
     inputs = {tensor.name: tensor for tensor in (network.get_input(index) for index in range(network.num_inputs))}
     dims: dict[str, Dims] = {}
     for name, tensor in inputs.items():
         # An input that is a shape has a fixed number of values, and none of them is known.
         known = tuple(tensor.shape) if not tensor.is_shape_tensor else (-1,) * (tensor.shape[0] if tensor.shape else 1)
         dims[name] = [tensor.get_dimension_name(axis) or None if n < 0 else n for axis, n in enumerate(known)]
+    sizes = [name for name, tensor in inputs.items() if tensor.is_shape_tensor]
+    shapes = {name: values[name] for name in sizes if name in values} | dict(shapes)
     for name, given in shapes.items():
         if name not in dims:
             raise UsageError(f"The model has no input {name!r} to give shapes to", nearest(name, dims))
@@ -165,7 +177,7 @@ def _profile(builder: Any, network: Any, shapes: Mapping[str, ShapeRange]) -> An
     dynamic = {name: known for name, known in dims.items() if not all(isinstance(n, int) for n in known)}
     missing = {name: known for name, known in dynamic.items() if name not in shapes}
     if missing:
-        raise no_shapes(missing)
+        raise no_shapes(missing, [name for name in sizes if name in missing])
     if not dynamic:
         return None
     profile = builder.create_optimization_profile()

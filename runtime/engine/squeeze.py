@@ -1,4 +1,4 @@
-"""Squeeze nodes without axes, which TensorRT refuses where shapes vary."""
+"""What TensorRT refuses where shapes vary: Squeeze nodes without axes, and unequal sizes of one name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant
 from channelfold.runtime.io.shapes import Shape, shapes_on
@@ -42,3 +43,19 @@ def name_squeezed_axes(graph: gs.Graph, low: Mapping[str, Shape], high: Mapping[
             edit.set_input(node, 1, constant(graph, f"{node.name}_axes", np.array(axes, np.int64)))
         done.append(f"{node.name} was given axes {axes}, which it removes for every shape of the engine")
     return done
+
+
+def name_unequal_sizes(graph: gs.Graph, ranges: Mapping[str, ShapeRange]) -> bool:
+    """Gives open sizes of inputs that share a name, but not their range, names of their own; whether there were any."""
+    places: dict[str, list[tuple[gs.Tensor, int]]] = {}
+    for tensor in graph.inputs:
+        for axis, dim in enumerate(tensor.shape or () if tensor.name in ranges else ()):
+            if isinstance(dim, str):
+                places.setdefault(dim, []).append((tensor, axis))
+    found = False
+    for dim, alike in places.items():
+        given = {(ranges[t.name].min[axis], ranges[t.name].opt[axis], ranges[t.name].max[axis]) for t, axis in alike}
+        for tensor, axis in alike if len(given) > 1 else ():
+            tensor.shape = [f"{dim}_{tensor.name}_{axis}" if i == axis else d for i, d in enumerate(tensor.shape)]
+            found = True
+    return found

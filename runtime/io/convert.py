@@ -30,6 +30,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import weights
+from channelfold.runtime.io.names import NodeNames
 from channelfold.runtime.io.weights import DataFolder, MappedFile, Scratch, Values
 
 G_LOGGER.severity = G_LOGGER.ERROR
@@ -139,10 +140,11 @@ class _Importer:
             local[sparse.values.name] = gs.Constant(sparse.values.name, weights.sparse_values(self._inlined(sparse)))
         info = {value.name: value for value in (*proto.value_info, *proto.output, *inputs)}
         graph_inputs = [_lookup(value.name, local, local, info) for value in inputs]
+        names = NodeNames(proto)
         nodes = [
             node
             for index, source in enumerate(proto.node)
-            if (node := self._node(source, f"{source.op_type}_{index}", scope, info)) is not None
+            if (node := self._node(source, names.of(source, index), scope, info)) is not None
         ]
         outputs = [_lookup(value.name, local, local, info) for value in proto.output]
         for tensor in outputs:
@@ -169,7 +171,7 @@ class _Importer:
         domain = proto.domain if proto.HasField("domain") else None
         node = gs.Node(
             proto.op_type,
-            proto.name or name,
+            name,
             attrs,
             [_lookup(n, scope, local, info) for n in proto.input],
             [_lookup(n, local, local, info) for n in proto.output],
@@ -366,8 +368,12 @@ def _tensors_of(graph: gs.Graph) -> Iterator[gs.Tensor]:
 
 def _write_graph(graph: gs.Graph, proto: onnx.GraphProto, places: _Places) -> None:
     _set(proto, name=graph.name or "graph", doc_string=graph.doc_string)
+    names: set[str] = set()
     for node in graph.nodes:
-        _write_node(node, proto.node.add(), places)
+        _write_node(node, written := proto.node.add(), places)
+        while written.name in names:  # a pass may have given the name of another node
+            written.name += "_"
+        names.update({written.name} if written.name else ())
     proto.input.extend(_value_info(tensor) for tensor in graph.inputs)
     proto.output.extend(_value_info(tensor) for tensor in graph.outputs)
     listed = {t.name for t in (*graph.inputs, *graph.outputs)} | {""}

@@ -15,12 +15,27 @@ from channelfold.runtime.io.files import all_graphs
 from channelfold.runtime.io.session import TensorSpec
 from channelfold.runtime.io.weights import MappedFile
 
+_INTEGER = ("ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QAttention", "QGemm", "DynamicQuantizeMatMul")
+
 
 def required_inputs(graph: gs.Graph) -> tuple[TensorSpec, ...]:
     """The inputs that a feed must have, as ONNX Runtime would describe them, without opening a session."""
     carried = vars(graph).get("carried")
     defaults = {tensor.name for tensor in carried.graph.initializer} if carried else set()
     return tuple(one for one in map(spec, graph.inputs) if one.name not in defaults)
+
+
+def computes_as_written(graph: gs.Graph) -> bool:
+    """Whether a file leaves to TensorRT what it asks to be computed in int8: no activation in it is stored as uint8.
+
+    TensorRT quantizes activations to int8 with the zero point 0; files for ONNX Runtime on CPUs hold uint8 activations,
+    or operators that compute in integers themselves.
+    """
+    nodes = [node for part in all_graphs(graph) for node in part.nodes]
+    points = [node.inputs[2] for node in nodes if node.op == "QuantizeLinear" and len(node.inputs) > 2]
+    return not any(point.dtype == np.uint8 for point in points) and not any(
+        node.op.startswith("QLinear") or node.op in _INTEGER for node in nodes
+    )
 
 
 def model_facts(path: Path, graph: gs.Graph) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +28,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.runtime.errors import ModelError, OutputError, VerificationError
+from channelfold.runtime.errors import ModelError, OutputError, VerificationError, nearest_path
 from channelfold.runtime.io import weights as _weights
 from channelfold.runtime.io import wire
 from channelfold.runtime.io.convert import (
@@ -40,13 +40,16 @@ from channelfold.runtime.io.convert import (
     import_model,
     tensor_type,
 )
+from channelfold.runtime.io.names import reads
 from channelfold.runtime.io.opset import raise_opset
-from channelfold.runtime.io.session import Session
+from channelfold.runtime.io.session import Feed, Session
+from channelfold.runtime.io.validate import validate
 from channelfold.runtime.io.weights import SPILL_LIMIT, MappedFile, MappedValues, Scratch, packed, read
 
 __all__ = [
-    "Carried", "MappedValues", "all_graphs", "check", "constant", "export", "free_name", "import_model", "infer_shapes",
-    "load", "open_model", "packed", "raise_opset", "read", "save", "session", "stored", "weightless", "writing",
+    "Carried", "MappedValues", "all_graphs", "alone", "carried", "check", "constant", "drop_stale_shapes", "export",
+    "free_name", "import_model", "infer_shapes", "is_known", "load", "open_model", "packed", "raise_opset", "read",
+    "remove_leftovers", "save", "session", "stored", "weightless", "writing",
 ]  # fmt: skip
 
 EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data
@@ -54,14 +57,16 @@ PROTOBUF_LIMIT = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
 
-def load(path: str | os.PathLike[str]) -> gs.Graph:
-    """The graph of an ONNX file of any size; its large weights stay on disk.
+def load(path: str | os.PathLike[str], *, strict: bool = False) -> gs.Graph:
+    """The graph of an ONNX file of any size; its large weights stay on disk. ``strict``: see ``validate``.
 
     Raises ModelError for a file that is missing, truncated or not ONNX, and for external data that are missing, too
     short, or lie outside the model's folder.
     """
     path = Path(path)
     model, file = _read(path)
+    if strict:
+        validate(model, path)
     return import_model(model, path, file)
 
 
@@ -72,11 +77,15 @@ def _read(path: Path) -> tuple[onnx.ModelProto, MappedFile]:
         file = MappedFile(path)
         if not file.data:
             raise ModelError(f"{path} is empty", "Export the model again.")
+        if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors", ".h5", ".keras", ".pb", ".tflite"):
+            raise ModelError(f"{path} is not ONNX", "Export the network first, for example with torch.onnx.export.")
         if file.data[:24] == b"version https://git-lfs.":
             raise ModelError(f"{path} is a Git LFS pointer, not the model", "Run: git lfs pull")
         return onnx.ModelProto.FromString(wire.skeleton(file.data, _weights.OWN_FILE)), file
     except FileNotFoundError:
-        raise ModelError(f"{path} does not exist", "Check the path of the model.") from None
+        hint = nearest_path(path)
+        hint = hint if hint.startswith("Did") else "Check the path of the model."
+        raise ModelError(f"{path} does not exist", hint) from None
     except OSError as error:
         reason = error.strerror or error
         raise ModelError(f"{path} cannot be read ({reason})", "Give the path of an .onnx file.") from None
@@ -88,12 +97,30 @@ def _read(path: Path) -> tuple[onnx.ModelProto, MappedFile]:
         ) from None
 
 
+_FOREIGN = (b"PK", b"\x93NUMPY", b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"%PDF", b"\x1f\x8b", b"BM")
+
+
+def is_of_kind(path: Path, kind: str) -> bool:
+    """Whether a file may be replaced by ``an ONNX file``, ``an engine`` or ``a report``: it is one, or empty."""
+    if not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if kind == "a report":
+        return b'"schema"' in start and b'"tool"' in start
+    try:
+        is_model = _read(path)[0].HasField("graph")
+    except ModelError:
+        is_model = False
+    return is_model if kind == "an ONNX file" else not is_model and not start.startswith(_FOREIGN) and b"\0" in start
+
+
 def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
     """Writes ``graph`` to ``path``; its weights go beside it (``NAME.data``) when they pass 1.8 GB or are asked to.
 
     Raises OutputError when the file cannot be written; what was there before is then still there, and nothing else.
     """
-    path = Path(path)
+    path = _target(path)
     model, large = export_skeleton(graph)
     size = sum(_weights.packed_nbytes(proto) for proto, _ in large)
     size += model.ByteSize()
@@ -113,6 +140,14 @@ def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None
         undo.pop_all()
     for old in stale:
         old.unlink(missing_ok=True)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The file that is written: a link stays, and what it leads to is replaced."""
+    with contextlib.suppress(OSError):  # a name too long, of which writing will tell
+        if Path(path).is_symlink():
+            return Path(path).resolve()
+    return Path(path)
 
 
 def _write_data(
@@ -164,9 +199,12 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Raises OutputError for anything the file system refuses.
     """
-    path = Path(path)
-    temporary = path.parent / f".channelfold-{secrets.token_hex(4)}.tmp"
+    given, path = Path(path), _target(path)
+    temporary = path.parent / f".channelfold-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    remove_leftovers(path.parent)
     try:
+        if path != given and Path("/dev") in (given.absolute().parent, path.parent):
+            raise OutputError(f"Cannot write {given}: it is a device", "Give the path of a file.")
         if path.exists() and not path.is_file():
             what = "a folder" if path.is_dir() else "not a regular file"
             raise OutputError(f"Cannot write {path}: it is {what}", "Give the path of a file.")
@@ -189,6 +227,15 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             temporary.unlink()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes the unfinished files of processes that were killed."""
+    with contextlib.suppress(OSError):
+        for file in folder.glob(".channelfold-*-*.tmp"):
+            owner = file.name.split("-")[1]
+            if owner.isdigit() and not Path("/proc", owner).exists() and Path("/proc/self").exists():
+                file.unlink(missing_ok=True)
+
+
 def constant(graph: gs.Graph, name: str, values: np.ndarray) -> gs.Constant:
     """A new constant under a free name made from ``name``. Large values go to a scratch file, not to memory."""
     return gs.Constant(free_name(graph, name), stored(graph, values, name))
@@ -208,10 +255,10 @@ def stored(graph: gs.Graph, values: np.ndarray, name: str = "") -> np.ndarray | 
 
 
 def free_name(graph: gs.Graph, name: str) -> str:
-    """``name``, or ``name_1``, ``name_2`` … when a tensor of the graph or its subgraphs has it already."""
+    """``name``, or ``name_1``, ``name_2`` … when a tensor or node of the graph or its subgraphs has it already."""
     taken: set[str] | None = vars(graph).get("_names")
     if taken is None:
-        taken = {t for g in all_graphs(graph) for t in g.tensors()}
+        taken = {t for g in all_graphs(graph) for t in (*g.tensors(), *(node.name for node in g.nodes))}
         vars(graph)["_names"] = taken
     free, number = name, 0
     while free in taken:
@@ -258,6 +305,46 @@ def infer_shapes(graph: gs.Graph) -> None:
                 tensor.shape = [None if isinstance(d, str) and d.startswith("unk__") else d for d in shape]
 
 
+def drop_stale_shapes(graph: gs.Graph) -> str:
+    """Forgets what the file says of shapes inside the graph when that contradicts what follows from its inputs.
+
+    Who edits a model's inputs, most often to open the batch, leaves the old sizes behind (value_info). Returns one such
+    tensor, in words; empty when nothing contradicts.
+    """
+    model = weightless(graph)
+    declared = {
+        v.name: tensor_type(v.type.tensor_type)[1] for v in model.graph.value_info if v.type.HasField("tensor_type")
+    }
+    if not declared:
+        return ""
+    model.graph.ClearField("value_info")
+    for value in model.graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # as in infer_shapes
+        return ""
+    open_sizes = {dim for tensor in graph.inputs for dim in tensor.shape or () if isinstance(dim, str)}
+    found = ""
+    for value in inferred.graph.value_info:
+        old, new = declared.get(value.name), tensor_type(value.type.tensor_type)[1]
+        if old is None or new is None:
+            continue
+        pairs = list(zip(old, new, strict=False))
+        if len(old) != len(new) or any(
+            isinstance(a, int) and a != b and (isinstance(b, int) or b in open_sizes) for a, b in pairs
+        ):
+            found = f"{value.name!r} is {old} in value_info and {new} by the inputs"
+            break
+    if found:
+        outputs = {id(tensor) for tensor in graph.outputs}
+        for tensor in graph.tensors().values():
+            if isinstance(tensor, gs.Variable) and tensor.inputs and id(tensor) not in outputs:
+                tensor.shape = None
+    return found
+
+
 def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -> Session:
     """An ONNX Runtime session on a graph; ``outputs`` names any tensors of it. Weights in files stay there."""
     model, weights = export(graph)
@@ -268,11 +355,36 @@ def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -
     return open_model(model, weights, **options)
 
 
-def open_model(model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.ndarray]], **options: Any) -> Session:
-    """A session on what ``export`` gave, possibly with nodes added.
+def alone(
+    graph: gs.Graph, node: gs.Node, feed: Mapping[int, np.ndarray], kinds: Sequence[np.dtype]
+) -> tuple[gs.Graph, Feed]:
+    """A graph of one node, with other inputs, and the feed for it.
 
-    Large weights that are in memory alone, or whose file has been replaced, are written to disk for it.
+    ``feed``: the values of the inputs by position; the others are left out. ``kinds``: the types of the first outputs,
+    ``o0``, ``o1`` …
     """
+    named = {f"i{place}": np.ascontiguousarray(values) for place, values in feed.items()}
+    inputs = [
+        gs.Variable(f"i{place}", feed[place].dtype, feed[place].shape) if place in feed else gs.Variable.empty()
+        for place in range(len(node.inputs))
+    ]
+    outputs = [gs.Variable(f"o{place}", kind) for place, kind in enumerate(kinds)]
+    copy = gs.Node(node.op, node.name, dict(node.attrs), inputs, outputs, node.domain)
+    given = [inputs[place] for place in feed]
+    return gs.Graph([copy], given, outputs, opset=graph.opset, import_domains=graph.import_domains), named
+
+
+def open_model(
+    model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.ndarray]], *, whole: bool = False, **options: Any
+) -> Session:
+    """A session on what ``export`` gave, possibly with nodes and other outputs.
+
+    Operators that ONNX Runtime does not know (TensorRT plugins) are left out where no output depends on them, unless it
+    is to be the ``whole`` model. Large weights that are in memory alone, or whose file has been replaced, are written
+    to disk for it.
+    """
+    if not whole:
+        _leave_out_unknown(model)
     root = Path(tempfile.gettempdir()).anchor
     scratch, inline = Scratch(), []
     for proto, values in weights:
@@ -287,6 +399,32 @@ def open_model(model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.
     skeleton = io.BytesIO()
     wire.write_inline(model, inline, skeleton)
     return Session(skeleton.getvalue(), folder=root, **options)
+
+
+def is_known(domain: str | None, op: str) -> bool:
+    """Whether an operator is one of ONNX or of ONNX Runtime, not of a vendor or of the model itself."""
+    domain = "" if domain in (None, "ai.onnx") else domain
+    if domain in ("", "ai.onnx.ml"):
+        return onnx.defs.has(op, domain)
+    return domain.startswith(("com.microsoft", "com.ms.", "ai.onnx.", "org.pytorch."))
+
+
+def _leave_out_unknown(model: onnx.ModelProto) -> None:
+    own = {(function.domain, function.name) for function in model.functions}
+    nodes = model.graph.node
+    if all(is_known(node.domain, node.op_type) or (node.domain, node.op_type) in own for node in nodes):
+        return
+    writers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    needed: set[int] = set()
+    pending = [value.name for value in model.graph.output]
+    while pending:
+        index = writers.get(pending.pop())
+        if index is not None and index not in needed:
+            needed.add(index)
+            pending += reads(nodes[index])
+    for index in reversed(range(len(nodes))):
+        if index not in needed:
+            del nodes[index]
 
 
 def _is_reachable(file: MappedFile | Scratch, root: str) -> bool:

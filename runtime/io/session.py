@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from channelfold.runtime.errors import DependencyError, ModelError
 
+_EXACT = "session.x64quantprecision"  # on x86 without VNNI: u8 x u8 products, which do not saturate
 _FOLDER = "session.model_external_initializers_file_folder_path"  # heeded with a model in memory, from 1.22 on
 
 Feed = dict[str, np.ndarray]
@@ -41,7 +43,7 @@ class TensorSpec:
 
 
 def onnxruntime() -> Any:
-    """The onnxruntime module.
+    """The onnxruntime module, with its telemetry off unless ORT_DISABLE_TELEMETRY says otherwise.
 
     Raises DependencyError when it is missing, or when ``onnxruntime`` and ``onnxruntime-gpu`` are both installed: they
     write the same folder, so whichever came last has overwritten the other.
@@ -52,6 +54,7 @@ def onnxruntime() -> Any:
             "onnxruntime and onnxruntime-gpu are both installed, and they overwrite each other's files",
             "Run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime (or onnxruntime-gpu)",
         )
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # heeded only when it is there before the import
     try:
         import onnxruntime
     except ImportError as error:
@@ -76,7 +79,8 @@ class Session:
 
     ``model`` is the path of its file; or, for a graph that is in no file, the serialized model without its large
     weights, whose external data lie in files below ``folder``. ONNX Runtime maps external data, it does not copy them.
-    ``optimize=False`` switches graph optimization off. ``providers`` defaults to the CPU.
+    ``optimize=False`` switches graph optimization off. ``exact`` keeps int8 products from saturating, as they do on x86
+    processors without VNNI: what is measured then is the file, and not this machine. ``providers`` defaults to the CPU.
 
     Raises ModelError when ONNX Runtime refuses the model.
     """
@@ -87,6 +91,7 @@ class Session:
         *,
         folder: str | Path | None = None,
         optimize: bool = True,
+        exact: bool = False,
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ):
@@ -95,6 +100,8 @@ class Session:
         options.log_severity_level = 4
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if exact:
+            options.add_session_config_entry(_EXACT, "1")
         if threads:
             options.intra_op_num_threads = threads
         if folder is not None:
@@ -106,6 +113,11 @@ class Session:
             raise ModelError(f"ONNX Runtime cannot open {name}: {_first_line(error)}") from None
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+
+    def accepted(self, feed: Feed) -> Feed:
+        """The part of a feed that the model has inputs for; what nothing reads may have gone from it."""
+        known = {spec.name for spec in self.inputs}
+        return {name: values for name, values in feed.items() if name in known}
 
     def run(self, feed: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Runs one feed; returns the named outputs (all of them by default) by name. Raises ModelError."""

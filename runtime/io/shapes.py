@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io.files import export, open_model, weightless
+from channelfold.runtime.io.front import behind_of, unknown
 from channelfold.runtime.io.session import Feed
 
 Shape = tuple[int, ...]
@@ -16,6 +17,19 @@ Shape = tuple[int, ...]
 
 def shapes_on(graph: gs.Graph, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
     """The shape of every tensor that ONNX shape inference can tell when the named inputs have these shapes."""
+    return _known(_types_on(graph, inputs))
+
+
+def _known(types: Mapping[str, onnx.TypeProto]) -> dict[str, Shape]:
+    shapes = {name: kind.tensor_type.shape for name, kind in types.items() if kind.tensor_type.HasField("shape")}
+    return {
+        name: tuple(dim.dim_value for dim in shape.dim)
+        for name, shape in shapes.items()
+        if all(dim.HasField("dim_value") for dim in shape.dim)
+    }
+
+
+def _types_on(graph: gs.Graph, inputs: Mapping[str, Shape]) -> dict[str, onnx.TypeProto]:
     model = weightless(graph)
     del model.graph.value_info[:]
     for value in model.graph.input:
@@ -23,26 +37,27 @@ def shapes_on(graph: gs.Graph, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
             dims = [onnx.TensorShapeProto.Dimension(dim_value=size) for size in inputs[value.name]]
             value.type.tensor_type.shape.CopyFrom(onnx.TensorShapeProto(dim=dims))
     for value in model.graph.output:
-        value.type.tensor_type.ClearField("shape")
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
     try:
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     except Exception:  # inference that fails only means that shapes stay unknown
         return {}
-    known = {}
-    for value in [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]:
-        shape = value.type.tensor_type.shape
-        if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in shape.dim):
-            known[value.name] = tuple(dim.dim_value for dim in shape.dim)
-    return known
+    return {v.name: v.type for v in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)}
 
 
 def measured_shapes(graph: gs.Graph, feed: Feed) -> dict[str, Shape]:
     """The shape of every tensor of the graph (bodies of subgraphs left out) when the model runs on ``feed``.
 
-    What ONNX shape inference cannot tell is measured in ONNX Runtime. Raises ModelError when the model does not run.
+    What ONNX shape inference cannot tell is measured in ONNX Runtime, as far as that knows the operators. Sequences,
+    maps and optionals have no shape. Raises ModelError when the model does not run.
     """
-    known = shapes_on(graph, {name: values.shape for name, values in feed.items()})
-    names = [t.name for node in graph.nodes for t in node.outputs if not t.is_empty() and t.name not in known]
+    types = _types_on(graph, {name: values.shape for name, values in feed.items()})
+    known = _known(types)
+    others = {name for name, kind in types.items() if kind.WhichOneof("value") not in (None, "tensor_type")}
+    others |= known.keys() | {""}
+    behind = behind_of(graph, unknown(graph))
+    names = [t.name for n in graph.nodes for t in n.outputs if t.name not in others and id(t) not in behind]
     if not names:
         return known
     model, weights = export(graph)
@@ -51,8 +66,7 @@ def measured_shapes(graph: gs.Graph, feed: Feed) -> dict[str, Shape]:
         model.graph.node.append(onnx.helper.make_node("Shape", [name], [f"{name}__shape"]))
         model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}__shape", onnx.TensorProto.INT64, None))
     session = open_model(model, weights, optimize=False)
-    inputs = {spec.name for spec in session.inputs}
-    found = session.run({name: values for name, values in feed.items() if name in inputs})
+    found = session.run(session.accepted(feed))
     return known | {name: tuple(map(int, found[f"{name}__shape"])) for name in names}
 
 

@@ -51,7 +51,8 @@ class Snapshot:
             kept = [types.get(name) or onnx.ValueInfoProto(name=name) for name in outputs]
             del model.graph.output[:]
             model.graph.output.extend(kept)
-        return open_model(model, [(_copy(w), packed(self.values[w.name])) for w in self.weights], optimize=False)
+        weights = [(_copy(w), packed(self.values[w.name])) for w in self.weights]
+        return open_model(model, weights, whole=outputs is None, optimize=False)
 
     def rounded_otherwise(self, seed: int) -> Session:
         """A session of the same graph in which the float weights are off by up to one unit in their last place.

@@ -74,14 +74,14 @@ def write_array(values: np.ndarray, file: IO[bytes], chunk: int = 1 << 24) -> No
 def _rewrite(data: Buffer, start: int, end: int, message: dict, location: str, depth: int) -> Iterator[bytes]:
     if depth == 0:
         raise WireError(f"messages are nested more than {_DEPTH_LIMIT} deep at byte {start}")
-    copied = start
+    copied, references = start, b""
     for number, kind, key, begin, stop in _fields(data, start, end):
         if kind != _BYTES or stop - begin < INLINE_LIMIT:
             continue
         if message is _TENSOR:
             if number in _VALUES:
                 yield data[copied:key]
-                yield _reference(location, begin, stop - begin)
+                references += _reference(location, begin, stop - begin)
                 copied = stop
         elif number in message:
             yield data[copied:key]
@@ -89,6 +89,7 @@ def _rewrite(data: Buffer, start: int, end: int, message: dict, location: str, d
             yield _key(number, _BYTES) + _varint(len(inner)) + inner
             copied = stop
     yield data[copied:end]
+    yield references  # last, for a later field of the tensor (a data_location of its own) would win
 
 
 def _fields(data: Buffer, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:

@@ -4,14 +4,14 @@
 
     from channelfold.runtime import jobs
 
-    record = jobs.compress("model.onnx", "out", calibration="calibration.npz", evaluation="evaluation.npz", sms=[89])
+    record = jobs.compress("model.onnx", "out", source=jobs.Source("calibration.npz", "evaluation.npz"), sms=[89])
     record["accuracy"]["outputs"][0]["snr"]  # dB, original against compressed
 
 Every call that writes a model opens the written file again and compares its outputs with the original's: on evaluation
 data where given, else on the calibration data, else on a few random probes; ``record["data"]["evaluation"]`` says on
 which. Steps that are all exact have been verified one by one, and are compared only on evaluation data, or for a gate.
-Data is a path, a Python object (see ``calibration.open_data``) or a ``Data``; ``random=N`` asks for N random
-samples in its place. Models, recipes and data raise the ChannelfoldError subclasses of ``passes.base``.
+Data is a path, a Python object (see ``sources.open_data``) or a ``Data``. Models, recipes and data raise the
+ChannelfoldError subclasses of ``runtime.errors``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from channelfold.passes import recipe as recipes
 from channelfold.passes import smooth_methods as methods
 from channelfold.passes.base import Pass
 from channelfold.passes.checkpoint import clear
-from channelfold.passes.sparsify import sparsify as sparsify_pass
+from channelfold.passes.prune import AMOUNTS
+from channelfold.passes.sparsify import zeros
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.errors import UsageError, nearest, no_progress
@@ -35,7 +36,7 @@ from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
-from channelfold.runtime.jobs.job import Job, Progress, Record, check_folder
+from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder
 from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.compare import Gates
 
@@ -48,15 +49,11 @@ def compress(
     out_dir: PathLike,
     recipe: PathLike = "int8",
     *,
-    calibration: Any = None,
-    evaluation: Any = None,
-    random: int | None = None,
-    allow_script: bool = False,
+    source: Source = Source(),
     overrides: Mapping[str, Any] | None = None,
     sms: Sequence[int] = (),
     shapes: Shapes = (),
     gates: Gates | None = None,
-    seed: int = 0,
     command: str = "compress",
     progress: Progress = no_progress,
 ) -> Record:
@@ -78,9 +75,11 @@ def compress(
         tensorrt.backend(sm)
     check_folder(out_dir)
     out = out_dir / "model.onnx"
-    job = Job(command, model, progress, seed, allow_script)
+    job = Job(command, model, progress, source)
     job.warn(*loaded.warnings)
-    job.open_both(calibration, evaluation, random)
+    job.sources.append(Path(recipe))
+    job.open_both()
+    job.check_output(out_dir / "report.json", "a report")
     job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
     terminal.write_json(job.record, out_dir / "report.json")
     for sm in sms:
@@ -91,9 +90,9 @@ def compress(
     return job.record
 
 
-def fold(model: PathLike, out: PathLike, *, seed: int = 0, progress: Progress = no_progress) -> Record:
+def fold(model: PathLike, out: PathLike, *, source: Source = Source(), progress: Progress = no_progress) -> Record:
     """Applies the exact folds: the same function in fewer nodes. Writes ``out``."""
-    job = Job("fold", Path(model), progress, seed)
+    job = Job("fold", Path(model), progress, source)
     job.transform(recipes.load_recipe("fold").passes, Path(out))
     return job.record
 
@@ -103,12 +102,8 @@ def smooth(
     out: PathLike,
     method: str = "auto",
     *,
-    calibration: Any = None,
-    evaluation: Any = None,
-    random: int | None = None,
-    allow_script: bool = False,
+    source: Source = Source(),
     options: Mapping[str, Any] | None = None,
-    seed: int = 0,
     progress: Progress = no_progress,
 ) -> Record:
     """Scales the channels of activations for quantization, without quantizing. Writes ``out``.
@@ -116,8 +111,8 @@ def smooth(
     ``method`` and the ``options`` it heeds: see ``passes.methods``. equalize and reorder need no data.
     """
     passes = methods.passes_of(method, options or {})
-    job = Job("smooth", Path(model), progress, seed, allow_script)
-    job.open_both(calibration, evaluation, random)
+    job = Job("smooth", Path(model), progress, source)
+    job.open_both()
     job.transform(passes, Path(out))
     if not any(step["changed"] for step in job.record["steps"]):
         job.warn("No channel was changed: the result computes with the weights that the model had")
@@ -128,13 +123,9 @@ def prune(
     model: PathLike,
     out: PathLike,
     *,
-    calibration: Any = None,
-    evaluation: Any = None,
-    random: int | None = None,
-    allow_script: bool = False,
+    source: Source = Source(),
     dead: bool = False,
     options: Mapping[str, Any] | None = None,
-    seed: int = 0,
     progress: Progress = no_progress,
 ) -> Record:
     """Folds, then removes channels: with the ``options`` of the pass ``prune``, or the ``dead`` ones. Writes ``out``.
@@ -142,8 +133,7 @@ def prune(
     The record counts ``parameters`` and ``macs`` (per sample, None where a size is open) in ``model`` and ``output``.
     """
     options = dict(options or {})
-    amounts = ("keep_macs", "keep_params", "keep_latency", "ratio", "tolerance")
-    budgets = [name for name in amounts if options.get(name) is not None]
+    budgets = [name for name in AMOUNTS if options.get(name) is not None]
     if dead and budgets:
         raise UsageError(f"Dead channels go whatever {budgets[0]!r} is", "Give one of the two, or run prune twice")
     if not dead and not budgets:
@@ -152,8 +142,8 @@ def prune(
             "Give --keep-macs 0.5, --keep-params 0.5, --keep-latency 0.5, --ratio 0.3, --tolerance 0.05 or --dead",
         )
     last = recipes.make("remove-dead-channels" if dead else "prune", options)
-    job = Job("prune", Path(model), progress, seed, allow_script)
-    job.open_both(calibration, evaluation, random)
+    job = Job("prune", Path(model), progress, source)
+    job.open_both()
     job.transform([*recipes.load_recipe("fold").passes, last], Path(out), counted=True)
     if not job.record["steps"][-1]["changed"]:
         job.warn("No channel was removed: channelfold inspect --groups shows what could be, and why not")
@@ -164,20 +154,16 @@ def sparsify(
     model: PathLike,
     out: PathLike,
     *,
-    calibration: Any = None,
-    evaluation: Any = None,
-    random: int | None = None,
-    allow_script: bool = False,
+    source: Source = Source(),
     options: Mapping[str, Any] | None = None,
-    seed: int = 0,
     progress: Progress = no_progress,
 ) -> Record:
     """Sets weights to zero in a pattern, with the ``options`` of the pass ``sparsify``. Writes ``out``."""
     step = recipes.make("sparsify", options or {})
-    job = Job("sparsify", Path(model), progress, seed, allow_script)
-    job.open_both(calibration, evaluation, random)
+    job = Job("sparsify", Path(model), progress, source)
+    job.open_both()
     job.transform([step], Path(out))
-    job.warn(*sparsify_pass.worth(job.record["steps"][-1]["facts"], job.record["steps"][-1]["options"]["pattern"]))
+    job.warn(*zeros.worth(job.record["steps"][-1]["facts"], job.record["steps"][-1]["options"]["pattern"]))
     return job.record
 
 
@@ -185,13 +171,9 @@ def reparam(
     model: PathLike,
     out: PathLike,
     *,
-    calibration: Any = None,
-    evaluation: Any = None,
-    random: int | None = None,
-    allow_script: bool = False,
+    source: Source = Source(),
     approximate: bool = False,
     options: Mapping[str, Any] | None = None,
-    seed: int = 0,
     progress: Progress = no_progress,
 ) -> Record:
     """Folds, then makes one dense layer of FFN channels that bypass the activation. Writes ``out``.
@@ -208,8 +190,8 @@ def reparam(
         raise UsageError(f"--{name} is for networks that are not folded exactly", "Add --approximate")
     if approximate:
         passes.append(recipes.make("approximate-ffn", given))
-    job = Job("reparam", Path(model), progress, seed, allow_script)
-    job.open_both(calibration, evaluation, random)
+    job = Job("reparam", Path(model), progress, source)
+    job.open_both()
     job.transform(passes, Path(out), counted=True)
     folded = any(step["changed"] for step in job.record["steps"] if step["pass"] == "reparameterize-ffn")
     if not folded and not approximate:
@@ -221,12 +203,9 @@ def quantize(
     model: PathLike,
     out: PathLike,
     *,
-    calibration: Any = None,
-    random: int | None = None,
-    allow_script: bool = False,
+    source: Source = Source(),
     weights_only: bool = False,
     options: Mapping[str, Any] | None = None,
-    seed: int = 0,
     progress: Progress = no_progress,
 ) -> Record:
     """Quantizes to int8, without folding first. Writes ``out``.
@@ -234,8 +213,8 @@ def quantize(
     ``options`` are those of the pass: ``quantize``, or ``quantize-weights`` with ``weights_only``, which needs no data.
     """
     step = recipes.make("quantize-weights" if weights_only else "quantize", options or {})
-    job = Job("quantize", Path(model), progress, seed, allow_script)
-    job.calibration = job.open("calibration", calibration, random)
+    job = Job("quantize", Path(model), progress, source)
+    job.open_both()
     job.transform([step], Path(out))
     return job.record
 
@@ -246,8 +225,7 @@ def build(
     *,
     sm: int | None = None,
     shapes: Shapes = (),
-    data: Any = None,
-    allow_script: bool = False,
+    source: Source = Source(),
     sparse_weights: bool = False,
     progress: Progress = no_progress,
 ) -> Record:
@@ -256,8 +234,8 @@ def build(
     ``sm``: 10 x compute capability, by default that of this machine's GPU. Dynamic inputs need ``shapes``, or ``data``
     whose shapes are taken. ``sparse_weights``: weights in which 2 of 4 inputs are zero may run on sparse tensor cores.
     """
-    job = Job("build", Path(model), progress, 0, allow_script)
-    job.calibration = job.open("shapes", data)
+    job = Job("build", Path(model), progress, source)
+    job.calibration = job.open("shapes", source.calibration)
     job.build(job.model, Path(engine), sm, _parsed(shapes), sparse_weights)
     return job.record
 
@@ -266,16 +244,13 @@ def diff(
     a: PathLike,
     b: PathLike,
     *,
-    data: Any = None,
-    random: int | None = None,
-    allow_script: bool = False,
+    source: Source = Source(),
     gates: Gates | None = None,
-    seed: int = 0,
     progress: Progress = no_progress,
 ) -> Record:
     """Compares the outputs of two models on the same data. Raises GateMissed."""
-    job = Job("diff", Path(a), progress, seed, allow_script)
-    job.evaluation = job.open("evaluation", data, random)
+    job = Job("diff", Path(a), progress, source)
+    job.evaluation = job.open("evaluation", source.evaluation, source.random)
     if job.evaluation is None:
         raise UsageError("There is nothing to compare the models on", "Give --data, or --random N")
     job.record["output"] = model_facts(Path(b), files.load(b))
@@ -287,8 +262,7 @@ def diff(
 def inspect(
     model: PathLike,
     *,
-    calibration: Any = None,
-    allow_script: bool = False,
+    source: Source = Source(),
     idle: bool = False,
     groups: bool = False,
     progress: Progress = no_progress,
@@ -298,13 +272,13 @@ def inspect(
     With ``idle`` also ``record["ffns"]``, described in ``idle.idle``; with ``groups`` also ``record["groups"]``,
     described in ``groups.describe``.
     """
-    job = Job("inspect", Path(model), progress, 0, allow_script)
-    data = job.open("calibration", calibration)
+    job = Job("inspect", Path(model), progress, source)
+    data = job.open("calibration", source.calibration)
     job.record["inspection"] = inspection.inspect(job.model, job.graph, data, progress)
     if idle:
         job.record["ffns"] = idle_channels.idle(job.graph, data, progress)
     if groups:
-        job.record["groups"] = channel_groups.describe(job.graph, job.seed)
+        job.record["groups"] = channel_groups.describe(job.graph, source.seed)
     return job.record
 
 

@@ -13,8 +13,7 @@ uncorrelated. (RePaViT for networks that were not trained for it; `reparam --app
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,53 +21,45 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Refused
 from channelfold.passes.ffn.pairs import Pair, Pairs
-from channelfold.passes.fold.constants import FoldConstants
+from channelfold.passes.fold import FoldConstants
 from channelfold.passes.layers.linear import Linear
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.io.shapes import shapes_on
 from channelfold.runtime.stats.compare import json_number
-from channelfold.runtime.stats.statistics import GROUP_BYTES, observe
+from channelfold.runtime.stats.exact import ExactSum
+from channelfold.runtime.stats.observe import Joint, by_name, observe
 
 SHARES = (0.25, 0.5, 0.75)  # of the hidden channels that a fold is proposed for
 LINEAR = 0.01  # of the variance that may be left
 
 
-@dataclass
-class _Fits:
+class _Fits(Joint):
     """The fit of every channel that ``outer`` reads by the channels of the inner linears it is of, and their outputs.
 
-    ``products``: for each channel the sums of [1, h, …, act] [1, h, …, act]^T, (hidden, 2 + inner, 2 + inner) float64.
+    ``products``: for each channel the sums of [1, h, …, act] [1, h, …, act]^T, (2 + inner, 2 + inner, hidden).
     """
 
-    pair: Pair
-    products: np.ndarray | float = 0.0
-    outputs: np.ndarray | float = 0.0
-    pending: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def axes(self) -> dict[str, int]:
-        """The tensors that are observed, with the axis of their channels."""
-        pair = self.pair
+    def __init__(self, pair: Pair):
         inner = {root.name: linear.out_axis for root, linear in zip(pair.cone.roots, pair.inner, strict=True)}
-        return {**inner, pair.outer.data.name: pair.outer.in_axis, pair.outer.output.name: pair.outer.out_axis}
+        outer = {pair.outer.data.name: pair.outer.in_axis, pair.outer.output.name: pair.outer.out_axis}
+        super().__init__(inner | outer)
+        self.pair, self.products, self.outputs = pair, ExactSum(), ExactSum()
 
-    def take(self, name: str, values: np.ndarray) -> None:
-        axis = self.axes[name]
-        self.pending[name] = np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis]).astype(np.float64)
-        if len(self.pending) < len(self.axes):
-            return
-        *inner, read, out = (self.pending.pop(name) for name in self.axes)
+    def add(self, parts: list[np.ndarray]) -> None:
+        *inner, read, out = (part.astype(np.float64) for part in parts)
         channels = self.pair.channels["channel"]
         rows = [np.ones_like(read), *(h[:, channels] for h in inner), read]
-        products = [[np.einsum("nc,nc->c", one, other) for other in rows] for one in rows]
-        self.products = self.products + np.moveaxis(np.array(products), -1, 0)
-        self.outputs = self.outputs + np.stack([np.ones(out.shape[1]) * len(out), out.sum(0), np.square(out).sum(0)])
+        self.products.add(np.array([[np.einsum("nc,nc->c", one, other) for other in rows] for one in rows]))
+        self.outputs.add(np.stack([np.ones(out.shape[1]) * len(out), out.sum(0), np.square(out).sum(0)]))
+
+    def merge(self, other: _Fits) -> None:
+        self.products.merge(other.products)
+        self.outputs.merge(other.outputs)
 
     def left(self) -> tuple[np.ndarray, np.ndarray]:
         """(the share of each channel's variance that its fit leaves, that times the square of its outgoing weights)."""
-        products = np.asarray(self.products)
+        products = np.moveaxis(self.products.value, -1, 0)
         moments = products / products[:, :1, :1]
         covariance = moments[:, 1:, 1:] - moments[:, 1:, :1] * moments[:, :1, 1:]
         own, cross, total = covariance[:, :-1, :-1], covariance[:, :-1, -1], covariance[:, -1, -1]
@@ -80,18 +71,8 @@ class _Fits:
 
     def power(self) -> float:
         """The variance of the output, summed over its channels."""
-        count, total, squares = np.asarray(self.outputs)
+        count, total, squares = self.outputs.value
         return float(np.sum(squares / count - np.square(total / count)))
-
-
-@dataclass
-class _Part:
-    fits: list[_Fits]
-    name: str
-
-    def add(self, values: np.ndarray) -> None:
-        for fit in self.fits:
-            fit.take(self.name, values)
 
 
 def idle(
@@ -110,7 +91,7 @@ def idle(
     found = [pair for node in graph.nodes if (pair := _at(pairs, node)) is not None and pair.activated]
     fits = [_Fits(pair) for pair in found]
     if data is not None:
-        _observe(graph, fits, data, progress)
+        observe(graph, by_name((name, fit) for fit in fits for name in fit.axes), data, progress)
     return [_entry(fit, data is not None) for fit in fits]
 
 
@@ -159,21 +140,3 @@ def _dead(pair: Pair) -> np.ndarray:
 
 def _matrix(linear: Linear) -> np.ndarray:
     return linear.weight().reshape(linear.channels)
-
-
-def _observe(graph: gs.Graph, fits: Sequence[_Fits], data: Data, progress: Callable[[str, int, int], None]) -> None:
-    """Fills the fits, as many in one run as one sample's activations allow."""
-    feed = next(iter(data), None)
-    shapes = shapes_on(graph, {name: values.shape for name, values in feed.items()}) if feed is not None else {}
-    group, used = [], 0
-    for fit in (*fits, None):
-        size = sum(4 * math.prod(shapes.get(name, ())) for name in fit.axes) if fit is not None else GROUP_BYTES
-        if group and used + size > GROUP_BYTES:
-            readers: dict[str, list[_Fits]] = {}
-            for one in group:
-                for name in one.axes:
-                    readers.setdefault(name, []).append(one)
-            observe(graph, {name: _Part(parts, name) for name, parts in readers.items()}, data, progress)
-            group, used = [], 0
-        if fit is not None:
-            group, used = [*group, fit], used + size

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,15 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Outcome, Refused
 from channelfold.passes.layers.linear import Linear, linears, view
-from channelfold.passes.operators import LINEAR_OPS
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.operators import operator
+from channelfold.passes.quantize.static import Work
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.facts import external_files, spec
 from channelfold.runtime.io.files import all_graphs, infer_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe, outlier_ratio
+from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
+from channelfold.runtime.stats.observe import by_name, observe
 
 
 def int8_nodes(graph: gs.Graph) -> list[str]:
@@ -30,7 +30,7 @@ def int8_nodes(graph: gs.Graph) -> list[str]:
         node.name
         for part in all_graphs(graph)
         for node in part.nodes
-        if node.op in LINEAR_OPS and all(_is_dequantized(tensor) for tensor in node.inputs[:2])
+        if operator(node).weighted and all(_is_dequantized(tensor) for tensor in node.inputs[:2])
     ]
 
 
@@ -56,12 +56,12 @@ def inspect(
     """
     infer_shapes(graph)
     refused = Outcome()
-    quantizable = {id(site.node) for site in Quantize()._sites(graph, refused)}
+    quantizable = {id(site.node) for site in Work().sites(graph, refused)}
     reasons = {refusal.node: refusal.code or refusal.reason for refusal in refused.refused}
     entries: list[dict[str, Any]] = [
         {**_linear(graph, node), "quantizable": id(node) in quantizable, "reason": reasons.get(node.name, "")}
         for node in graph.nodes
-        if node.op in LINEAR_OPS
+        if operator(node).weighted
     ]
     if data is not None:
         ratios = _outlier_ratios(graph, data, progress)
@@ -80,7 +80,7 @@ def inspect(
 def costs(graph: gs.Graph) -> dict[str, int | None]:
     """``parameters`` and ``macs`` of a graph, as ``inspect`` counts them. Fills in its shapes."""
     infer_shapes(graph)
-    macs = [_linear(graph, node)["macs"] for node in graph.nodes if node.op in LINEAR_OPS]
+    macs = [_linear(graph, node)["macs"] for node in graph.nodes if operator(node).weighted]
     return {
         "parameters": sum(_elements(c.shape) or 0 for c in _constants(graph) if _is_parameter(c)),
         "macs": sum(macs) if None not in macs else None,
@@ -90,23 +90,10 @@ def costs(graph: gs.Graph) -> dict[str, int | None]:
 def _outlier_ratios(graph: gs.Graph, data: Data, progress: Callable[[str, int, int], None]) -> dict[str, float | None]:
     """``outlier_ratio`` of what each linear node reads, by the node's name."""
     found = [linear for linear in linears(graph) if isinstance(linear.data, gs.Variable)]
-    seen: dict[str, _ByAxis] = {}
-    for linear in found:
-        seen.setdefault(linear.data.name, _ByAxis()).axes[linear.in_axis] = ChannelStatistics(linear.in_axis)
-    observe(graph, seen, data, progress)
-    reached = [(linear.name, seen[linear.data.name].axes[linear.in_axis]) for linear in found]
+    seen = {(linear.data.name, linear.in_axis): ChannelStatistics(linear.in_axis) for linear in found}
+    observe(graph, by_name((name, statistics) for (name, _), statistics in seen.items()), data, progress)
+    reached = [(linear.name, seen[linear.data.name, linear.in_axis]) for linear in found]
     return {name: outlier_ratio(statistics.amax) for name, statistics in reached if statistics.positions}
-
-
-@dataclass(frozen=True)
-class _ByAxis:
-    """Shows a tensor to statistics of each axis that some linear node reads it along."""
-
-    axes: dict[int, ChannelStatistics] = field(default_factory=dict)
-
-    def add(self, values: np.ndarray) -> None:
-        for statistics in self.axes.values():
-            statistics.add(values)
 
 
 def _linear(graph: gs.Graph, node: gs.Node) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from channelfold.runtime.data.sources import Data, load_script, open_data, rando
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.engine.run import EngineSession
-from channelfold.runtime.engine.squeeze import name_squeezed_axes, squeezes_without_axes
+from channelfold.runtime.engine.squeeze import name_squeezed_axes, name_unequal_sizes, squeezes_without_axes
 from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
 from channelfold.runtime.io import files
-from channelfold.runtime.io.facts import model_facts, required_inputs
-from channelfold.runtime.io.session import Session
+from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
+from channelfold.runtime.io.front import Front, unknown
+from channelfold.runtime.io.session import Session, TensorSpec
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.stats import compare
 from channelfold.runtime.stats.compare import Gates
@@ -42,14 +44,30 @@ class GateMissed(GateError):
         self.record = record
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where data come from: paths, Python objects (``open_data``) or ``Data``.
+
+    ``random``: so many random samples, in place of the calibration data, or of those that ``diff`` evaluates on.
+    ``allow_script``: a path may be a Python script, which is run. ``seed``: of all that is random.
+    """
+
+    calibration: Any = None
+    evaluation: Any = None
+    random: int | None = None
+    allow_script: bool = False
+    seed: int = 0
+
+
 class Job:
     """A record in the making, and what fills it."""
 
-    def __init__(self, command: str, model: Path, progress: Progress, seed: int = 0, allow_script: bool = False):
-        self.model, self.progress, self.seed, self.allow_script = model, progress, seed, allow_script
+    def __init__(self, command: str, model: Path, progress: Progress, source: Source):
+        self.model, self.progress, self.source = model, progress, source
         progress("load", 0, 0)
-        self.graph: gs.Graph = files.load(model)
+        self.graph: gs.Graph = files.load(model, strict=True)
         self.inputs = required_inputs(self.graph)
+        self.sources = [model, *external_files(model)]  # what the command reads, and must not write
         self.calibration: Data | None = None
         self.evaluation: Data | None = None
         self.comparison: compare.Comparison | None = None
@@ -66,28 +84,25 @@ class Job:
             "latency": [],
             "warnings": [],
         }
+        if stale := files.drop_stale_shapes(self.graph):
+            self.warn(f"The file contradicts itself, so the shapes that its value_info names were not used: {stale}")
 
     def open(self, role: str, source: Any, random: int | None = None) -> Data | None:
         """The data for a role, from a source or ``random`` samples; None when there is neither."""
         if random and source is not None:
             raise UsageError(f"Both {role} data and --random were given", "Give one of them")
-        data = random_data(self.inputs, random, seed=self.seed) if random else self._opened(source)
+        data = random_data(self.inputs, random, seed=self.source.seed) if random else self._opened(source)
         if data is not None:
             self.record["data"][role] = data.description
             self.warn(*(f"{role} data: {note}" for note in data.notes))
         return data
 
-    def open_evaluation(self, source: Any) -> Data | None:
-        """The evaluation data, read once: what is wrong with a sample has to be known before the work, not after it."""
-        data = self.open("evaluation", source)
-        for _ in data or ():
+    def open_both(self) -> None:
+        """Opens the calibration and the evaluation data; of the latter what is wrong shows before the work."""
+        self.calibration = self.open("calibration", self.source.calibration, self.source.random)
+        self.evaluation = self.open("evaluation", self.source.evaluation)
+        for _ in self.evaluation or ():
             pass
-        return data
-
-    def open_both(self, calibration: Any, evaluation: Any, random: int | None = None) -> None:
-        """The calibration data, of which ``random`` samples may take the place, and the evaluation data."""
-        self.calibration = self.open("calibration", calibration, random)
-        self.evaluation = self.open_evaluation(evaluation)
 
     def transform(
         self,
@@ -102,10 +117,13 @@ class Job:
         ``counted``: the record says of both how many parameters and multiply-accumulates they have.
         Exact steps have been verified one by one: for them the calibration data are run again only if a gate needs it.
         """
-        check_output(out, self.model)
+        self.check_output(out, "an ONNX file")
+        exact = all(step.kind == "exact" for step in passes)
+        if (self.evaluation or not exact) and self.record["model"]["bytes"] <= verify.LARGE:
+            self._session(self.model, optimize=False)  # what cannot be compared has to be known before the work
         if counted:
             self.record["model"] |= inspection.costs(self.graph)
-        context = Context(self.calibration, self.progress, self.seed)
+        context = Context(self.calibration, self.progress, self.source.seed)
         graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
         self.record["steps"] = steps
         if resumed := sum(step.get("resumed", False) for step in steps):
@@ -118,9 +136,22 @@ class Job:
         written = files.load(out)
         self.record["output"] = model_facts(out, written) | (inspection.costs(written) if counted else {})
         del written
-        exact = all(step["kind"] == "exact" for step in steps)
         if self.evaluation or not exact or (gated and self.calibration):
             self.prove(out)
+
+    def check_output(self, out: Path, kind: str) -> None:
+        """Raises before hours of work what would make writing the result fail, or destroy a file, at their end."""
+        if out.is_dir():
+            raise OutputError(f"{out} is a folder", "Give the name of a file")
+        for source in filter(Path.exists, self.sources if out.exists() else ()):
+            if out.samefile(source):
+                what = "the model itself, and is needed to compare with" if source == self.model else "what is read"
+                raise UsageError(f"{out} is {what}", "Give another output")
+            if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+                raise UsageError(f"{out} is one of the files in {source}, which are read", "Give another output")
+        if out.is_file() and not files.is_of_kind(out, kind):
+            raise OutputError(f"{out} is there, and is not {kind}", "Remove it, or give another output")
+        check_folder(out.parent)
 
     def prove(self, candidate: Path) -> None:
         """Compares the original's outputs with the candidate's."""
@@ -133,11 +164,31 @@ class Job:
             data = data.first(SEEN)
             self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
         self.record["data"]["evaluation"] = data.description
-        self.comparison = compare.compare(Session(self.model), Session(candidate), data, self.progress)
-        self.record["accuracy"] = self.comparison.to_json()
+        reference, exact = self._session(self.model, exact=True), self._session(candidate, exact=True)
+        if computes_as_written(files.load(candidate)):
+            self.comparison = compare.compare(reference, exact, data, self.progress)
+            self.record["accuracy"] = self.comparison.to_json()
+        else:  # the file is for ONNX Runtime, so how this machine runs it counts as well
+            found = compare.compare_all(reference, [self._session(candidate), exact], data, self.progress)
+            self.comparison = found[0]
+            self.record["accuracy"] = found[0].to_json() | {"exact": found[1].to_json()}
+            if lost := compare.saturation(*found):
+                self.warn(lost)
         level, reasons = compare.verdict(self.comparison)
         if level != "ok":
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+
+    def _session(self, path: Path, **options: Any) -> Session | Front:
+        """The model in ONNX Runtime, or what stands in front of the operators that ONNX Runtime does not know."""
+        try:
+            return Session(path, **options)
+        except ModelError:
+            if not unknown(files.load(path)):
+                raise
+        front = Front(path, **options)
+        said = f"ONNX Runtime does not know {', '.join(front.operators)}, so the outputs were compared in front of it"
+        self.warn(f"{said}, and what it computes from them was not")
+        return front
 
     def build(
         self,
@@ -148,7 +199,7 @@ class Job:
         sparse_weights: bool = False,
     ) -> None:
         """Builds an engine and reads its plan."""
-        check_output(engine, model)
+        self.check_output(engine, "an engine")
         unknown = sorted(shapes.keys() - {spec.name for spec in self.inputs})
         if unknown:
             raise UsageError(
@@ -159,7 +210,13 @@ class Job:
         ranges = {**tensorrt.default_shapes(open_inputs, self.calibration), **shapes}
         with self._repaired(model, ranges) as source:
             built = tensorrt.build(
-                source, engine, sm=sm, shapes=ranges, sparse_weights=sparse_weights, progress=self.progress
+                source,
+                engine,
+                sm=sm,
+                shapes=ranges,
+                values=tensorrt.default_values(open_inputs, self.calibration),
+                sparse_weights=sparse_weights,
+                progress=self.progress,
             )
         entry = _engine_entry(built, inspection.int8_nodes(files.load(model)))
         entry["accuracy"] = self._proved_engine(built)
@@ -172,7 +229,7 @@ class Job:
         if data is None or tensorrt.local_gpu()[0] is None or built.sm not in (None, tensorrt.local_gpu()[0]):
             return None
         with EngineSession(built.path, built.backend) as engine:
-            found = compare.compare(Session(self.model), engine, data, self.progress)
+            found = compare.compare(self._session(self.model, exact=True), engine, data, self.progress)
         level, reasons = compare.verdict(found)
         if level != "ok":
             self.warn(f"THE ENGINE'S OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
@@ -180,17 +237,21 @@ class Job:
 
     @contextlib.contextmanager
     def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:
-        """The model as TensorRT can take it: itself, or a temporary copy in which every Squeeze names its axes."""
+        """The model as TensorRT can take it: itself, or a temporary copy.
+
+        In that every Squeeze names its axes, and open sizes that share a name but not their ranges have names of their
+        own (exporters call several ``?`` or ``None``): TensorRT takes equal names for equal sizes.
+        """
         graph = files.load(model)
+        ranges = {s.name: ranges[s.name] for s in self.inputs if s.name in ranges and _is_open(s)}  # others are values
         sentences: list[str] = []
         if squeezes_without_axes(graph):
-            fixed = {
-                s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in self.inputs if s.name not in ranges
-            }
+            fixed = {s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in self.inputs if not _is_open(s)}
             low = fixed | {name: tuple(seen.min) for name, seen in ranges.items()}
             high = fixed | {name: tuple(seen.max) for name, seen in ranges.items()}
             sentences = name_squeezed_axes(graph, low, high)
-        if not sentences:
+        renamed = name_unequal_sizes(graph, ranges)
+        if not sentences and not renamed:
             yield model
             return
         self.warn(*(f"engine: {sentence}" for sentence in sentences))
@@ -215,8 +276,12 @@ class Job:
     def _opened(self, source: Any) -> Data | None:
         if source is None or isinstance(source, Data):
             return source
+        if isinstance(source, str | Path):
+            if not str(source):
+                raise UsageError("The path of the data is empty", "Is the variable that should hold it set?")
+            self.sources.append(Path(source))
         if isinstance(source, str | Path) and Path(source).suffix == ".py":
-            if not self.allow_script:
+            if not self.source.allow_script:
                 raise UsageError(f"{source} is a Python script, and reading data from it runs it", "Add --allow-script")
             return load_script(source, self.inputs)
         return open_data(source, self.inputs)
@@ -228,8 +293,8 @@ class Job:
             self.warn(f"The outputs were not compared, for there are no data and the model is large. {hint}")
             return None
         try:
-            probes = random_data(self.inputs, PROBES, seed=self.seed)
-            Session(self.model).run(next(iter(probes)))
+            probes = random_data(self.inputs, PROBES, seed=self.source.seed)
+            self._session(self.model).run(next(iter(probes)))
         except (DataError, ModelError) as error:
             self.warn(f"The outputs were not compared, for the model does not run on random inputs: {error} {hint}")
             return None
@@ -238,6 +303,10 @@ class Job:
 
     def warn(self, *texts: str) -> None:
         self.record["warnings"] += [text for text in texts if text not in self.record["warnings"]]
+
+
+def _is_open(spec: TensorSpec) -> bool:
+    return not all(isinstance(dim, int) for dim in spec.shape)
 
 
 def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
@@ -259,15 +328,6 @@ def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
         "backend": f"{engine.backend} {engine.version}",
         "plan": plan,
     }
-
-
-def check_output(out: Path, model: Path) -> None:
-    """Raises before hours of work what would make writing the result fail at their end."""
-    if out.is_dir():
-        raise OutputError(f"{out} is a folder", "Give the name of a file")
-    if out.exists() and model.exists() and out.samefile(model):
-        raise UsageError(f"{out} is the model itself, and is needed to compare with", "Give another output")
-    check_folder(out.parent)
 
 
 def check_folder(folder: Path) -> None:

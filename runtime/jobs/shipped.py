@@ -32,8 +32,9 @@ def run(
 ) -> jobs.Record:
     """Runs ``jobs.compress`` on the shipped network ``name`` and adds ``demo`` and ``latency`` to its record.
 
-    ``demo``: {model, stages: [{name, path, bytes, nodes, parameters, macs, accuracy (top-1, 0 to 1), agreement (with
-    the classes of float, 0 to 1), snr (dB; null for float)}], samples, folder, no_engines (why there are none, or "")}.
+    ``demo``: {model, description, stages: [{name, path, bytes, nodes, parameters, macs, accuracy (top-1, 0 to 1),
+    agreement (with the classes of float, 0 to 1), snr (dB; null for float)}], samples, folder, no_engines (why there
+    are none, or "")}.
     The stages are ``float``, ``folded`` (where channels were idle) and ``int8``.
 
     Raises UsageError when no network of that name ships.
@@ -50,8 +51,7 @@ def run(
         original,
         folder,
         RECIPE,
-        calibration=models.path(model.calibration),
-        evaluation=evaluation,
+        source=jobs.Source(models.path(model.calibration), evaluation),
         sms=sms,
         command=f"demo --model {name}",
         progress=progress,
@@ -61,12 +61,13 @@ def run(
         jobs.reparam(original, folder / "folded.onnx", progress=progress)
         files = {"float": original, "folded": folder / "folded.onnx", "int8": folder / "model.onnx"}
     sessions = {stage: Session(path) for stage, path in files.items()}
-    logits = {stage: session.run(evaluation)[model.output] for stage, session in sessions.items()}
+    logits = {stage: Session(path, exact=True).run(evaluation)[model.output] for stage, path in files.items()}
     sample = {model.input: evaluation[model.input][:1]}
     timed = latencies({stage: lambda s=session: s.run(sample) for stage, session in sessions.items()}, rounds=500)
     record["latency"] = [{"name": f"{t.name}, ONNX Runtime on the CPU", "ms": t.ms} for t in timed]
     record["demo"] = {
         "model": name,
+        "description": model.description,
         "stages": [_stage(stage, path, logits[stage], logits["float"], labels) for stage, path in files.items()],
         "samples": len(labels),
         "folder": str(folder),

@@ -5,32 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from channelfold import models
+from channelfold.runtime.report.tables import Page
 
 
-def render(record: Mapping[str, Any], console: Console) -> None:
+def show(record: Mapping[str, Any], page: Page) -> None:
     """Prints the figures of the networks side by side, and where the files are."""
-    demo, model = record["demo"], models.MODELS[record["demo"]["model"]]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("", *(stage["name"] for stage in demo["stages"])):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    table.add_column("", style="dim")
-    for row in _rows(record):
-        table.add_row(*row)
-    console.print(Text.assemble((f"{model.name}: ", "bold"), model.description), highlight=False)
-    console.print()
-    console.print(table, highlight=False)
-    console.print()
+    demo = record["demo"]
+    page.say((f"{demo['model']}: ", "bold"), demo["description"], indent=0)
+    page.blank()
+    rows = [(*figures, (remark, "dim")) for *figures, remark in _rows(record)]
+    page.table("", [*(f">{stage['name']}" for stage in demo["stages"]), "<"], rows, indent=0)
+    page.blank()
     if demo["no_engines"]:
-        console.print(Text(f"No engines were built. {demo['no_engines']}", "yellow"), highlight=False)
+        page.say((f"No engines were built. {demo['no_engines']}", "yellow"), indent=0)
     for warning in record["warnings"]:
-        console.print(Text(f"! {warning}", "yellow"), highlight=False)
-    console.print(Text(f"Models, engines and report.json are in {demo['folder']}"), highlight=False, soft_wrap=True)
-    console.print(Text("Next: channelfold compress MODEL.onnx -o DIR --calibration SAMPLES.npz"), highlight=False)
+        page.say((f"! {warning}", "yellow"), indent=0)
+    page.say(f"Models, engines and report.json are in {demo['folder']}", indent=0, wrap=False)
+    page.say("Next: channelfold compress MODEL.onnx -o DIR --calibration SAMPLES.npz", indent=0)
 
 
 def _rows(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -38,28 +29,18 @@ def _rows(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     first, *changed = stages
     folded, last = len(changed) > 1, stages[-1]
     output, names = record["accuracy"]["outputs"][0]["name"], [stage["name"] for stage in changed]
-    yield (
-        "top-1 accuracy",
-        *(f"{stage['accuracy']:.1%}" for stage in stages),
-        f"{demo['samples']} samples unseen by calibration",
-    )
+    unseen = f"{demo['samples']} samples unseen by calibration"
+    yield "top-1 accuracy", *(f"{stage['accuracy']:.1%}" for stage in stages), unseen
     yield "same class as float", "", *(f"{stage['agreement']:.1%}" for stage in changed), ""
-    yield (
-        "signal to noise",
-        "",
-        *(f"{stage['snr']:.1f} dB" for stage in changed),
-        f"{output}, {' and '.join(names)} against float",
-    )
+    against = f"{output}, {' and '.join(names)} against float"
+    yield "signal to noise", "", *(f"{stage['snr']:.1f} dB" for stage in changed), against
     yield "file", *map(_kilobytes, stages), f"{first['bytes'] / last['bytes']:.2f}x smaller"
     yield "nodes", *(str(stage["nodes"]) for stage in stages), _what_was_done(record, folded)
     if folded:
         yield "parameters", *(f"{stage['parameters'] / 1e3:.1f} k" for stage in stages), "int8: with its scales"
         yield "MACs", *(f"{stage['macs'] / 1e6:.2f} M" for stage in stages), "a sample"
-    yield (
-        "ONNX Runtime latency",
-        *(f"{entry['ms']:.3f} ms" for entry in record["latency"]),
-        "CPU, batch 1; int8 is made for TensorRT",
-    )
+    times = (f"{entry['ms']:.3f} ms" for entry in record["latency"])
+    yield "ONNX Runtime latency", *times, "CPU, batch 1; int8 is made for TensorRT"
     for engine in record["engines"]:
         plan = engine["plan"]
         runs = f"{plan['int8']} of {plan['total']} nodes run as int8" if plan["readable"] else plan["reason"]

@@ -1,8 +1,23 @@
-"""Names of nodes, made to fit a terminal."""
+"""Names and messages that come from files, made fit for a terminal. Only the standard library: errors need them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+def safe(text: object) -> str:
+    """The text without control characters: names and messages come from files, and must not steer the terminal."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
+
+
+def one_line(text: object, width: int) -> str:
+    """A message as one safe line of at most ``width`` characters; both ends of a longer one are kept."""
+    return _both_ends(safe(" ".join(str(text).split())), width)
+
+
+def _both_ends(text: str, width: int) -> str:
+    head = width // 3
+    return text if len(text) <= width else f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
 
 
 def shorten(name: str, width: int) -> str:
@@ -17,7 +32,7 @@ def shorten(name: str, width: int) -> str:
         for start in (head, ""):
             if len(start) + 1 + len(name) - cut <= width:
                 return f"{start}…{name[cut:]}"
-    return f"{name[: width // 3]}…{name[len(name) - (width - 1 - width // 3) :]}"
+    return _both_ends(name, width)
 
 
 def shorten_all(names: Sequence[str], width: int) -> list[str]:

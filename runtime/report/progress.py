@@ -6,6 +6,8 @@ import sys
 import threading
 from typing import Any
 
+from channelfold.runtime.report.names import safe
+
 AFTER = 1.0  # seconds that a command may take before it shows progress
 
 
@@ -59,5 +61,5 @@ class Progress:
         if new:
             if self._task is not None:
                 self._display.remove_task(self._task)
-            self._task = self._display.add_task(stage, total=None)
+            self._task = self._display.add_task(safe(stage), total=None)
         self._display.update(self._task, completed=done, total=total or None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -99,20 +99,44 @@ def compare(
     reference: Runner, candidate: Runner, data: Data, progress: Callable[[str, int, int], None] = no_progress
 ) -> Comparison:
     """Runs both models on every feed and compares all outputs. Memory holds one feed's outputs at a time."""
-    trackers: dict[str, _Tracker] = {}
-    missing: dict[str, None] = {}
-    extra: dict[str, None] = {}
+    return compare_all(reference, [candidate], data, progress)[0]
+
+
+def compare_all(
+    reference: Runner,
+    candidates: Sequence[Runner],
+    data: Data,
+    progress: Callable[[str, int, int], None] = no_progress,
+) -> list[Comparison]:
+    """The same for several candidates, with one run of the reference."""
+    found = [_Comparing() for _ in candidates]
     for index, feed in enumerate(data):
         progress("compare", index, len(data))
-        expected, found = _leaves(reference.run(feed)), _leaves(candidate.run(feed))
-        missing |= dict.fromkeys(name for name in expected if name not in found)
-        extra |= dict.fromkeys(name for name in found if name not in expected)
+        expected = _leaves(reference.run(feed))
+        for candidate, comparing in zip(candidates, found, strict=True):
+            comparing.add(index, expected, _leaves(candidate.run(feed)))
+    progress("compare", len(data), len(data))
+    return [comparing.result(data) for comparing in found]
+
+
+class _Comparing:
+    """The running comparison of all outputs."""
+
+    def __init__(self) -> None:
+        self.trackers: dict[str, _Tracker] = {}
+        self.missing: dict[str, None] = {}
+        self.extra: dict[str, None] = {}
+
+    def add(self, index: int, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> None:
+        self.missing |= dict.fromkeys(name for name in expected if name not in found)
+        self.extra |= dict.fromkeys(name for name in found if name not in expected)
         for name in expected:
             if name in found:
-                trackers.setdefault(name, _Tracker()).add(index, expected[name], found[name])
-    progress("compare", len(data), len(data))
-    outputs = tuple(tracker.result(name) for name, tracker in trackers.items())
-    return Comparison(outputs, len(data), data.description, tuple(missing), tuple(extra))
+                self.trackers.setdefault(name, _Tracker()).add(index, expected[name], found[name])
+
+    def result(self, data: Data) -> Comparison:
+        outputs = tuple(tracker.result(name) for name, tracker in self.trackers.items())
+        return Comparison(outputs, len(data), data.description, tuple(self.missing), tuple(self.extra))
 
 
 class _Tracker:
@@ -219,6 +243,25 @@ def verdict(comparison: Comparison) -> Verdict:
             (collapsed if is_collapse else degraded).append(f"{output.name}: {reason}")
     level = "collapsed" if collapsed else "degraded" if degraded else "ok"
     return Verdict(level, (*collapsed, *degraded))
+
+
+SATURATES = 1.0  # dB between exact arithmetic and this machine's from which the machine is to blame
+
+
+def saturation(run: Comparison, exact: Comparison) -> str:
+    """Which outputs lose more to this machine's arithmetic than to the file, and why; empty when none does."""
+    pairs = [(here, there) for here in run.outputs for there in exact.outputs if here.name == there.name]
+    lost = [
+        f"{here.name} has {here.snr:.1f} dB as this machine runs the file, and {there.snr:.1f} dB in exact arithmetic"
+        for here, there in pairs
+        if here.snr is not None and there.snr is not None and here.snr < there.snr - SATURATES
+    ]
+    if not lost:
+        return ""
+    return (
+        f"{'; '.join(lost)}. This processor (x86 without VNNI) adds pairs of uint8 x int8 products in 16 bits, which "
+        "saturates. Weights of 7 bits do not; processors with VNNI, and ARM, give the exact figure as it is"
+    )
 
 
 def _findings(output: OutputComparison) -> Iterator[tuple[bool, str]]:

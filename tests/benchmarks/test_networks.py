@@ -5,7 +5,7 @@ import pytest
 
 from channelfold.benchmarks.networks import NETWORKS, agrees, counts, make
 from channelfold.passes.base import Context
-from channelfold.passes.ffn.reparameterize import ReparameterizeFfn
+from channelfold.passes.ffn import ReparameterizeFfn
 from channelfold.runtime.io.files import load, save
 from channelfold.runtime.io.session import Session
 

@@ -13,9 +13,7 @@ import pytest
 
 from channelfold.passes import pipeline
 from channelfold.passes.base import Change, Context, Outcome, Pass, Refusal
-from channelfold.passes.fold.affine import FoldAffine
-from channelfold.passes.fold.constants import FoldConstants
-from channelfold.passes.fold.identities import RemoveIdentities
+from channelfold.passes.fold import FoldAffine, FoldConstants, RemoveIdentities
 from channelfold.passes.verify import Violation
 from channelfold.runtime.errors import DataError, ModelError, UsageError, VerificationError
 from channelfold.runtime.io import files

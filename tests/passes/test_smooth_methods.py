@@ -7,12 +7,7 @@ import dataclasses
 import pytest
 
 from channelfold.passes.recipe import PASSES, describe
-from channelfold.passes.smooth.absorb_bias import AbsorbBias
-from channelfold.passes.smooth.equalize import Equalize
-from channelfold.passes.smooth.merge import MergeChannels
-from channelfold.passes.smooth.reorder import ReorderChannels
-from channelfold.passes.smooth.smooth import Smooth
-from channelfold.passes.smooth.split import SplitChannels
+from channelfold.passes.smooth import AbsorbBias, Equalize, MergeChannels, ReorderChannels, Smooth, SplitChannels
 from channelfold.passes.smooth_methods import METHODS, passes_of
 from channelfold.runtime.errors import UsageError
 

@@ -10,7 +10,6 @@ from channelfold.tests.graphs import positive
 S = np.s_
 IMAGE = "(float[N,3,6,6] x) => (float[] y)"
 TOKENS = "(float[N,5,8] x) => (float[] y)"
-
 LAYERS = [
     Case(
         "conv, norm, relu, conv",
@@ -29,14 +28,7 @@ LAYERS = [
     Case(
         "residual: both writers and the shortcut lose the same channels",
         IMAGE,
-        """
-        s = Conv(x, Ws)
-        c1 = Conv(s, W1)
-        r = Relu(c1)
-        c2 = Conv(r, W2, B2)
-        t = Add(s, c2)
-        y = Conv(t, W3)
-        """,
+        "s = Conv(x, Ws)  c1 = Conv(s, W1)  r = Relu(c1)  c2 = Conv(r, W2, B2)  t = Add(s, c2)  y = Conv(t, W3)",
         f"s 4/4\nc1 6/6\ny 0/2: {OUT} 2",
         named(Ws=(4, 3, 1, 1), W1=(6, 4, 1, 1), W2=(4, 6, 1, 1), B2=4, W3=(2, 4, 3, 3)),
         {"s": [0, 2], "c1": [5]},
@@ -65,13 +57,7 @@ LAYERS = [
     Case(
         "split into unequal parts",
         IMAGE,
-        """
-        a = Conv(x, Wa)
-        p, q = Split<axis=1>(a, sizes)
-        e = Conv(p, We)
-        f = Conv(q, Wf)
-        y = Add(e, f)
-        """,
+        "a = Conv(x, Wa)  p, q = Split<axis=1>(a, sizes)  e = Conv(p, We)  f = Conv(q, Wf)  y = Add(e, f)",
         f"a 6/6\ne 0/3: {OUT} 3",
         named(Wa=(6, 3, 1, 1), sizes=ints(2, 4), We=(3, 2, 1, 1), Wf=(3, 4, 1, 1)),
         {"a": [0, 3, 4]},
@@ -132,12 +118,7 @@ LAYERS = [
     Case(
         "depthwise, with a multiplier, and normal convolutions around",
         IMAGE,
-        """
-        a = Conv(x, Wa)
-        d = Conv<group=4, pads=[1,1,1,1]>(a, Wd, Bd)
-        e = Conv<group=4>(d, We)
-        y = Conv(e, Wy)
-        """,
+        "a = Conv(x, Wa)  d = Conv<group=4, pads=[1,1,1,1]>(a, Wd, Bd)  e = Conv<group=4>(d, We)  y = Conv(e, Wy)",
         f"a 4/4\ny 0/2: {OUT} 2",
         named(Wa=(4, 3, 1, 1), Wd=(4, 1, 3, 3), Bd=4, We=(8, 1, 1, 1), Wy=(2, 8, 1, 1)),
         {"a": [0, 1, 3]},
@@ -146,11 +127,7 @@ LAYERS = [
     Case(
         "groups: the same channel of every group",
         IMAGE,
-        """
-        a = Conv(x, Wa)
-        g = Conv<group=2>(a, Wg, Bg)
-        y = Conv(g, Wy)
-        """,
+        "a = Conv(x, Wa)  g = Conv<group=2>(a, Wg, Bg)  y = Conv(g, Wy)",
         f"a 3/3 x2\ng 2/2 x2\ny 0/2: {OUT} 2",
         named(Wa=(6, 3, 1, 1), Wg=(4, 3, 3, 3), Bg=4, Wy=(2, 4, 1, 1)),
         {"a": [1], "g": [0]},
@@ -189,13 +166,7 @@ LAYERS = [
     Case(
         "MatMul with the weight on the left",
         TOKENS,
-        """
-        a = MatMul(Wa, x)
-        b = Add(a, ba)
-        r = Relu(b)
-        c = MatMul(Wc, r)
-        y = Relu(c)
-        """,
+        "a = MatMul(Wa, x)  b = Add(a, ba)  r = Relu(b)  c = MatMul(Wc, r)  y = Relu(c)",
         f"a 6/6\nc 0/3: {OUT} 3",
         named(Wa=(6, 5), ba=(6, 1), Wc=(3, 6)),
         {"a": [2, 3]},
@@ -204,13 +175,7 @@ LAYERS = [
     Case(
         "weights behind Transpose, Cast and Identity",
         TOKENS,
-        """
-        A = Transpose<perm=[1,0]>(Wa)
-        a = MatMul(x, A)
-        B = Identity(Wb)
-        C = Cast<to=11>(B)
-        y = MatMul(a, C)
-        """,
+        "A = Transpose<perm=[1,0]>(Wa)  a = MatMul(x, A)  B = Identity(Wb)  C = Cast<to=11>(B)  y = MatMul(a, C)",
         f"a 4/4\ny 0/2: {OUT} 2",
         named(Wa=(4, 8), Wb=(4, 2)),
         {"a": [3]},
@@ -219,12 +184,7 @@ LAYERS = [
     Case(
         "one weight for two nodes of one region",
         "(float[N,5,4] x) => (float[] y)",
-        """
-        a = MatMul(x, W)
-        b = MatMul(a, W)
-        r = Add(a, b)
-        y = MatMul(r, V)
-        """,
+        "a = MatMul(x, W)  b = MatMul(a, W)  r = Add(a, b)  y = MatMul(r, V)",
         f"a 4/4\ny 0/2: {OUT} 2",
         named(W=(4, 4), V=(4, 2)),
         {"a": [0, 2]},
@@ -232,13 +192,7 @@ LAYERS = [
     Case(
         "one weight for two nodes of different regions",
         "(float[N,5,4] x, float[N,5,4] z) => (float[] y)",
-        """
-        a = MatMul(x, W)
-        b = MatMul(z, W)
-        c = MatMul(a, V)
-        d = MatMul(b, U)
-        y = Add(c, d)
-        """,
+        "a = MatMul(x, W)  b = MatMul(z, W)  c = MatMul(a, V)  d = MatMul(b, U)  y = Add(c, d)",
         f"a 6/6\nb 6/6\nc 0/2: {OUT} 2",
         named(W=(4, 6), V=(6, 2), U=(6, 2)),
         {"a": [0, 2], "b": [1, 2, 5]},

@@ -14,11 +14,7 @@ from channelfold.runtime.io.shapes import shapes_on
 from channelfold.tests.graphs import assert_same, feeds, run
 
 TOKENS = "(float[N,T,4] x) => (float[] y)"
-
-
 IMAGE = "(float[N,3,6,6] x) => (float[] y)"
-
-
 ROWS = "(float[N,4] x) => (float[] y)"
 
 

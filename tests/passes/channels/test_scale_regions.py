@@ -38,14 +38,8 @@ def test_maps_move_as_the_data_does(body, expected):
 # ---- norms as writers --------------------------------------------------------------------------------------------
 
 QKV = "q = MatMul(n, Wq)\n k = MatMul(n, Wk)\n v = MatMul(n, Wv)\n s = Add(q, k)\n t = Sigmoid(v)\n y = Mul(s, t)"
-
-
 NORM = {"g": positive(4), "b": 4, "e": 0.01, "a": np.array([-1]), "two": 2.0, "one": 1.0}
-
-
 MEAN = "m = ReduceMean(x, a)\n d = Sub(x, m)\n"
-
-
 NORMS = {
     "fused": ("n = LayerNormalization(x, g, b)", "norm n"),
     "no bias": ("n = LayerNormalization(x, g)", "norm n"),

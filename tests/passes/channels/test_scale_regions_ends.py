@@ -11,11 +11,7 @@ from channelfold.passes.layers.linear import linears
 from channelfold.tests.graphs import build, positive
 from channelfold.tests.passes.channels.scaled import IMAGE, TOKENS, ends, moved, region_of
 
-# ---- from one linear to another ------------------------------------------------------------------------------------
-
 CONV = {"W1": (4, 3, 1, 1), "b1": 4, "W2": (6, 4, 1, 1)}
-
-
 BETWEEN = {
     "Relu": ("t = Relu(c)", {}, 4, "a shift does not pass Relu"),
     "LeakyRelu": ("t = LeakyRelu<alpha=0.3>(c)", {}, 4, "a shift does not pass LeakyRelu"),

@@ -18,10 +18,7 @@ EPS = 1e-5
 SHAPE = (8, 4, 3, 3)  # above 1 KiB, from where the pipeline keeps weights beside the graph
 ROWS, WHOLE = np.array([1, 8, -1]), np.array(SHAPE)
 
-CENTRED = """
-    m = ReduceMean<axes=[1,2,3], keepdims=1>(W)
-    d = Sub(W, m)
-"""
+CENTRED = "m = ReduceMean<axes=[1,2,3], keepdims=1>(W)  d = Sub(W, m)"
 STEPWISE = """
     m1 = ReduceMean<axes=[1], keepdims=1>(W)
     m2 = ReduceMean<axes=[2], keepdims=1>(m1)

@@ -19,7 +19,7 @@ def group(body, signature=TOKENS, **given):
 
 
 def names(width) -> str:
-    return " ".join(sorted(tensor.name for tensor, _ in width.axes.values()))
+    return " ".join(sorted(tensor.name for tensor, _ in width.region.axes.values()))
 
 
 def test_a_gated_hidden_layer():
@@ -46,7 +46,7 @@ def test_a_gate_by_channel_reaches_back_to_its_own_weights():
     width = follow(graph, graph.tensors()["h"], 1, measured_shapes(graph, feeds(graph)))
     assert names(width) == "e e0 h h0 m"
     assert [linear.name for linear in width.writers if linear.name in {r.name for r in width.readers}] == ["Conv_2"]
-    width.resize(lambda rows: rows[:4], lambda columns: columns[:4], shapes := measured_shapes(graph, feeds(graph)))
+    width.repeat(np.arange(6) < 4, shapes := measured_shapes(graph, feeds(graph)))
     assert {name: tuple(graph.tensors()[name].shape) for name in "WEV"} == {
         "W": (4, 3, 1, 1), "E": (4, 4, 1, 1), "V": (2, 4, 1, 1)
     }  # fmt: skip

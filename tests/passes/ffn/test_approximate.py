@@ -9,7 +9,8 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.ffn.approximate import ApproximateFfn, stand_in
+from channelfold.passes.ffn import ApproximateFfn
+from channelfold.passes.ffn.approximate import stand_in
 from channelfold.runtime.data.sources import Data, open_data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import check
@@ -46,35 +47,18 @@ def error(before: gs.Graph, after: gs.Graph) -> float:
 
 
 def plain(hidden: int = 32, activation: str = "Relu", **weights) -> gs.Graph:
-    body = f"""
-        h = MatMul(x, W1)
-        b = Add(h, b1)
-        a = {activation}(b)
-        m = MatMul(a, W2)
-        y = Add(m, b2)
-    """
+    body = f"h = MatMul(x, W1)  b = Add(h, b1)  a = {activation}(b)  m = MatMul(a, W2)  y = Add(m, b2)"
     given = {"W1": (8, hidden), "b1": hidden, "W2": (hidden, 8), "b2": 8} | weights
     return build("(float[N,8] x) => (float[N,8] y)", body, opset=20, kind="float", **given)
 
 
 def gated() -> gs.Graph:
-    body = """
-        g = MatMul(x, Wg)
-        s = Sigmoid(g)
-        a = Mul(g, s)
-        u = MatMul(x, Wu)
-        h = Mul(a, u)
-        y = MatMul(h, Wd)
-    """
+    body = "g = MatMul(x, Wg)  s = Sigmoid(g)  a = Mul(g, s)  u = MatMul(x, Wu)  h = Mul(a, u)  y = MatMul(h, Wd)"
     return build("(float[N,8] x) => (float[N,8] y)", body, kind="float", Wg=(8, 32), Wu=(8, 32), Wd=(32, 8))
 
 
 def conv() -> gs.Graph:
-    body = """
-        h = Conv(x, W1, b1)
-        a = Gelu(h)
-        y = Conv(a, W2)
-    """
+    body = "h = Conv(x, W1, b1)  a = Gelu(h)  y = Conv(a, W2)"
     signature = "(float[1,8,8,8] x) => (float[1,8,8,8] y)"
     return build(signature, body, opset=20, kind="float", W1=(32, 8, 1, 1), b1=32, W2=(8, 32, 1, 1))
 
@@ -116,14 +100,7 @@ class TestGraph:
         assert outcome.facts["ffns"][0]["macs"] == [TOKENS * 512, TOKENS * (256 + 64)]
 
     def test_branch_goes_into_a_parallel_linear(self):
-        body = """
-            h = MatMul(x, W1)
-            a = Relu(h)
-            m = MatMul(a, W2)
-            p = MatMul(x, P)
-            pb = Add(p, c)
-            y = Add(m, pb)
-        """
+        body = "h = MatMul(x, W1)  a = Relu(h)  m = MatMul(a, W2)  p = MatMul(x, P)  pb = Add(p, c)  y = Add(m, pb)"
         signature = "(float[N,8] x) => (float[N,8] y)"
         graph, original = (build(signature, body, kind="float", W1=(8, 32), W2=(32, 8), P=(8, 8), c=8) for _ in "ab")
         outcome = apply(graph, keep_macs=0.5)
@@ -229,8 +206,8 @@ class TestError:
         x = random((4000, 8), "x").astype(np.float32)
         a = np.maximum(x @ random((8, 32), "W1").astype(np.float32), 0)
         moments = Moments({"x": -1, "a": -1})
-        for name, part in moments.parts().items():
-            part.add({"x": x, "a": a}[name])
+        for name, values in (("x", x), ("a", a)):
+            moments.take(name, values)
         matrix, removed = random((8, 32), "W2"), np.arange(0, 32, 2)
         joint, refitted = (stand_in(moments, matrix, removed, branch, 0.0) for branch in (True, False))
         pruned = (a - a.mean(axis=0))[:, removed] @ matrix[:, removed].T

@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.ffn.reparameterize import ReparameterizeFfn
-from channelfold.passes.fold.affine import FoldAffine
-from channelfold.passes.fold.constants import FoldConstants
+from channelfold.passes.ffn import ReparameterizeFfn
+from channelfold.passes.fold import FoldAffine, FoldConstants
 from channelfold.passes.pipeline import run as run_pipeline
 from channelfold.runtime.data.sources import open_data
 from channelfold.runtime.io.facts import required_inputs

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.affine import FoldAffine
+from channelfold.passes.fold import FoldAffine
 from channelfold.tests.graphs import build, changes, constants, listing, ops, positive, random, reasons
 from channelfold.tests.passes.fold.maps import BN, IMAGE, NORM, ROWS, TOKENS, affine
 
@@ -178,12 +178,7 @@ def test_a_map_goes_into_every_linear_that_reads_it():
 
 
 def test_shifts_are_not_turned_into_more_nodes():
-    body = """
-        u = Add(x, c)
-        q = MatMul(u, A)
-        k = MatMul(u, B)
-        y = Concat<axis=-1>(q, k)
-    """
+    body = "u = Add(x, c)  q = MatMul(u, A)  k = MatMul(u, B)  y = Concat<axis=-1>(q, k)"
     graph = build(TOKENS, body, c=4, A=(4, 3), B=(4, 3))
     outcome = affine(graph)
     assert not outcome.changed

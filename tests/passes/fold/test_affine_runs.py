@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.affine import FoldAffine
+from channelfold.passes.fold import FoldAffine
 from channelfold.passes.layers.linear import GROWTH_LIMIT, Linear
 from channelfold.tests.graphs import (
     assert_same,

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.affine import FoldAffine
-from channelfold.passes.fold.constants import FoldConstants
+from channelfold.passes.fold import FoldAffine, FoldConstants
 from channelfold.passes.layers.linear import GROWTH_LIMIT
 from channelfold.tests.graphs import (
     assert_same,

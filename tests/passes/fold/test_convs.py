@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.affine import FoldAffine
-from channelfold.passes.fold.convs import MergeConvs
+from channelfold.passes.fold import FoldAffine, MergeConvs
 from channelfold.passes.pipeline import run as run_pipeline
 from channelfold.runtime.errors import UsageError
 from channelfold.tests.graphs import (

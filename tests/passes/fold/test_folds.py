@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, given, settings
 
-from channelfold.passes.fold.affine import FoldAffine
-from channelfold.passes.fold.constants import FoldConstants
-from channelfold.passes.fold.identities import RemoveIdentities
-from channelfold.passes.fold.pad import FoldPad
+from channelfold.passes.fold import FoldAffine, FoldConstants, FoldPad, RemoveIdentities
 from channelfold.tests.graphs import fold
 from channelfold.tests.strategies import graphs
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.identities import RemoveIdentities
+from channelfold.passes.fold import RemoveIdentities
 from channelfold.tests.graphs import assert_same, build, changes, feeds, fold, listing, ops, reasons, run
 
 STATIC = "(float[2,3,4] x) => (float[] y)"

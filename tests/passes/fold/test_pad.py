@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.affine import FoldAffine
-from channelfold.passes.fold.pad import FoldPad
+from channelfold.passes.fold import FoldAffine, FoldPad
 from channelfold.tests.graphs import build, changes, constants, fold, listing, ops, positive, reasons
 
 IMAGE = "(float[N,4,5,6] x) => (float[] y)"

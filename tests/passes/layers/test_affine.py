@@ -8,19 +8,9 @@ import numpy as np
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.affine import FoldAffine
-from channelfold.tests.graphs import build, changes, fold, listing, ops, positive, reasons
-
-IMAGE = "(float[N,4,6,6] x) => (float[] y)"
-ROWS = "(float[N,4] x) => (float[] y)"
-TOKENS = "(float[N,5,4] x) => (float[] y)"
-NORM = {"g": 4, "s": 4, "m": 4, "v": positive(4)}
-BN = "BatchNormalization"
-
-
-def affine(graph, **options):
-    return fold(FoldAffine(), graph, **options)
-
+from channelfold.passes.fold import FoldAffine
+from channelfold.tests.graphs import build, changes, listing, ops, positive, reasons
+from channelfold.tests.passes.fold.maps import BN, IMAGE, NORM, ROWS, affine
 
 # ---- through other operators -------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.prune.dead import RemoveDeadChannels
+from channelfold.passes.prune import RemoveDeadChannels
 from channelfold.runtime import jobs
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io.files import check, import_model, infer_shapes, load, save, session
@@ -148,12 +148,7 @@ def test_a_pad_keeps_only_its_own_value():
 
 
 def test_a_residual_sum_is_constant_only_if_all_summands_are():
-    body = """
-        a = Conv(x, A, u)
-        b = Conv(a, B, v)
-        s = Add(a, b)
-        y = Conv(s, C)
-    """
+    body = "a = Conv(x, A, u)  b = Conv(a, B, v)  s = Add(a, b)  y = Conv(s, C)"
     given = {"u": 5, "v": 5, "C": (4, 5, 1, 1)}
     graph = build("(float[N,3,8,8] x) => (float[] y)", body, **given,
                   A=without(random((5, 3, 1, 1)), 0, 1), B=without(random((5, 5, 1, 1), "B"), 1, 2))  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.prune.prune import Prune
+from channelfold.passes.prune import Prune
 from channelfold.runtime.data.sources import random_data
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io.files import check, session

@@ -8,11 +8,12 @@ import pytest
 from channelfold.passes.base import Context
 from channelfold.passes.prune.refit import ReadStatistics
 from channelfold.passes.prune.sensitivity import SAMPLES, held_out
-from channelfold.tests.pruning import data_from, data_of, groups_of, mlp
+from channelfold.tests.graphs import data_from
+from channelfold.tests.pruning import data_of, groups_of, mlp
 
 
 def numbered(count: int):
-    return data_from([{"x": np.full((1, 8), i, np.float32)} for i in range(count)])
+    return data_from(*({"x": np.full((1, 8), i, np.float32)} for i in range(count)))
 
 
 def numbers(data) -> list[int]:

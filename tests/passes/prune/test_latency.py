@@ -10,8 +10,8 @@ import onnx
 import pytest
 
 from channelfold.passes.base import Context
+from channelfold.passes.prune import Prune
 from channelfold.passes.prune import latency as latency_budget
-from channelfold.passes.prune.prune import Prune
 from channelfold.runtime.data.sources import random_data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import check, session

@@ -11,8 +11,8 @@ from channelfold.passes.base import Context
 from channelfold.passes.layers.linear import view
 from channelfold.passes.prune.refit import ReadStatistics
 from channelfold.runtime.errors import DataError
-from channelfold.tests.graphs import build, constants, node, random, run
-from channelfold.tests.pruning import data_from, data_of, distance, groups_of, kept, mlp, prune, spread
+from channelfold.tests.graphs import build, constants, data_from, node, random, run
+from channelfold.tests.pruning import data_of, distance, groups_of, kept, mlp, prune, spread
 
 WRITES = "a = Conv(x, A, a0) r = Relu(a) "
 IMAGE = "(float[N,4,7,7] x) => (float[] y)"
@@ -158,7 +158,7 @@ def test_nan_in_the_data_names_the_tensor():
     samples = list(data_of(graph))
     samples[3]["x"][1, 2] = np.nan
     with pytest.raises(DataError, match="Activation 'r' of sample 3 cannot be used: it holds NaN"):
-        prune(graph, data_from(samples), ratio=0.5)
+        prune(graph, data_from(*samples), ratio=0.5)
 
 
 def test_where_statistics_come_from():

@@ -9,8 +9,8 @@ import pytest
 from channelfold.passes.prune.refit_outputs import correct
 from channelfold.runtime.errors import UsageError, no_progress
 from channelfold.runtime.io.snapshot import Snapshot
-from channelfold.tests.graphs import build, constants, run
-from channelfold.tests.pruning import data_from, data_of, distance, mlp, prune
+from channelfold.tests.graphs import build, constants, data_from, run
+from channelfold.tests.pruning import data_of, distance, mlp, prune
 
 ROWS = "(float[N,12] x) => (float[] y)"
 RNG = np.random.default_rng(0)
@@ -20,7 +20,7 @@ TURN = np.eye(12) + RNG.standard_normal((12, 12)) / 20
 
 def samples(number: int, rows: int = 16, seed: int = 1, size: int = 12):
     rng = np.random.default_rng(seed)
-    return data_from([{"x": rng.standard_normal((rows, size)).astype(np.float32)} for _ in range(number)])
+    return data_from(*({"x": rng.standard_normal((rows, size)).astype(np.float32)} for _ in range(number)))
 
 
 def copied(graph: gs.Graph) -> gs.Graph:
@@ -97,7 +97,7 @@ def test_channels_that_are_cut_are_left_out_of_the_aim():
 
 def test_float16_weights_that_overflow_are_left_alone():
     whole, graph = two(A, 60000 * B / np.abs(B).max(), "float16"), two(A / 4, 60000 * B / np.abs(B).max(), "float16")
-    tiny = data_from([{"x": (v["x"] / 1000).astype(np.float16)} for v in samples(8)])
+    tiny = data_from(*({"x": (v["x"] / 1000).astype(np.float16)} for v in samples(8)))
     before = constants(graph)
     assert corrected(graph, whole, tiny) == []
     assert all(np.array_equal(values, before[name]) for name, values in constants(graph).items())
@@ -111,7 +111,7 @@ def test_other_convolutions_stay(attrs):
     body = f"h = Conv(x, A) y = Conv<{attrs}>(h, B)"
     whole, graph = build(signature, body, kind="float", **weights), build(signature, body, kind="float", **weights)
     graph.nodes[0].inputs[1] = gs.Constant("D", (1.1 * weights["A"]).astype(np.float32))
-    data = data_from([{"x": RNG.standard_normal((2, 4, 7, 7)).astype(np.float32)} for _ in range(4)])
+    data = data_from(*({"x": RNG.standard_normal((2, 4, 7, 7)).astype(np.float32)} for _ in range(4)))
     assert corrected(graph, whole, data) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -9,23 +10,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.quantize import Quantize
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io.files import check
-from channelfold.runtime.io.session import TensorSpec
 from channelfold.tests.graphs import build, random
+from channelfold.tests.graphs import samples as samples_of
 
-
-def samples(graph: gs.Graph, count: int = 4, *, size: int = 2, make=None) -> Data:
-    """Normal random feeds; ``make(shape, rng)`` for other ones. Open dimensions get ``size``."""
-    make = make or (lambda shape, rng: rng.standard_normal(shape))
-    feeds = []
-    for index in range(count):
-        rng = np.random.default_rng(index)
-        shapes = {t.name: [d if isinstance(d, int) else size for d in t.shape] for t in graph.inputs}
-        feeds.append({t.name: np.asarray(make(shapes[t.name], rng), t.dtype) for t in graph.inputs})
-    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in feeds[0].items()]
-    return Data(specs, count, lambda: iter(feeds), "random samples")
+samples = functools.partial(samples_of, size=2)
 
 
 def quantize(graph: gs.Graph, step: Quantize | None = None, data: Data | None = None) -> Outcome:

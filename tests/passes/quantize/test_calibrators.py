@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from channelfold.passes.quantize.calibrators import CALIBRATORS, row_snr, snr, threshold
-from channelfold.runtime.stats.statistics import LOWER, TensorStatistics
+from channelfold.runtime.stats.histograms import LOWER, TensorStatistics
 
 SIZE = 100_000
 _RNG = np.random.default_rng(0)

@@ -10,23 +10,15 @@ import pytest
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.quantization_error import Bits
-from channelfold.passes.quantize.clip import ClipWeights, clipped_matrix, score_projections
+from channelfold.passes.quantize import ClipWeights
+from channelfold.passes.quantize.clip import clipped_matrix, score_projections
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import check
 from channelfold.runtime.io.session import TensorSpec
-from channelfold.tests.graphs import build, changes, constants, feeds, listing, random, reasons, run
+from channelfold.tests.graphs import build, changes, constants, data_from, feeds, listing, random, reasons, run, samples
 
 TOKENS = "(float[N,T,32] x) => (float[] y)"
-
-
-def samples(graph: gs.Graph, count: int = 4, size: int = 8) -> Data:
-    made = []
-    for index in range(count):
-        rng = np.random.default_rng(index)
-        shapes = {t.name: [d if isinstance(d, int) else size for d in t.shape] for t in graph.inputs}
-        made.append({t.name: rng.standard_normal(shapes[t.name]).astype(t.dtype) for t in graph.inputs})
-    return Data([TensorSpec(k, v.dtype, v.shape) for k, v in made[0].items()], count, lambda: iter(made), "random")
 
 
 def clip(graph: gs.Graph, step: ClipWeights | None = None, data: Data | None = None) -> Outcome:
@@ -252,7 +244,7 @@ def test_a_large_tied_weight_is_refused():
     embedding = planted((64, 5000), "E").T
     graph = build("(float[1] unused, int64[N,T] i) => (float[] y)", body, kind="float", E=embedding, g=64)
     made = [{"unused": np.zeros(1, np.float32), "i": np.arange(12).reshape(3, 4) + index} for index in range(3)]
-    data = Data([TensorSpec(k, v.dtype, v.shape) for k, v in made[0].items()], 3, lambda: iter(made), "ids")
+    data = data_from(*made)
     assert reasons(clip(graph, data=data)) == [
         "MatMul stays as it is: a new weight for MatMul_3 would make the file 1.3 MB larger "
         "(the old one has other readers or takes fewer bytes)"

@@ -7,12 +7,10 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Outcome
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.quantize import Quantize
 from channelfold.runtime.errors import UsageError
 from channelfold.tests.graphs import build, random
 from channelfold.tests.passes.quantize.quantized import quantize, samples
-
-# ---- a share that stays float --------------------------------------------------------------------------------------
 
 CHAIN = "a = MatMul(x, A) b = MatMul(a, B) c = MatMul(b, C) d = MatMul(c, D) e = MatMul(d, E)"
 

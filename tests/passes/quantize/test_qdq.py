@@ -194,3 +194,17 @@ def test_summary():
         "by_op": {"MatMul": {"quantized": 1, "total": 2}, "Gemm": {"quantized": 1, "total": 1}},
         "quantized_nodes": [sites[0].name, sites[1].name],
     }
+
+
+def test_names_of_new_nodes_are_their_own():
+    """A weight read in two layouts gets two nodes, and the graph may hold a node that is called as one of them."""
+    body = "a = MatMul(x, W)\nr = Relu(a)\n[W_DequantizeLinear] s = Neg(r)\n[x_QuantizeLinear] t = Neg(s)\n"
+    graph = build("(float[4,16] x) => (float[4,16] y)", f"{body}y = Gemm<transB=1>(t, W)", kind="float", W=(16, 16))
+    inserter = Inserter(graph)
+    for linear in linears(graph):
+        inserter.activation(linear.data, Range(-1.0, 1.0), [linear.node])
+        inserter.weight(linear)
+    inserter.finish()
+    names = [node.name for node in graph.nodes]
+    assert len(set(names)) == len(names)
+    assert {"W_DequantizeLinear", "x_QuantizeLinear"} <= {node.name for node in graph.nodes if node.op == "Neg"}

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.quantize import Quantize
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import import_model, infer_shapes, raise_opset, session

@@ -12,12 +12,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.quantize import Quantize
 from channelfold.runtime.io.files import import_model, load, raise_opset, save, session
 from channelfold.runtime.io.session import Session, onnxruntime
 from channelfold.tests import strategies
 from channelfold.tests.graphs import build, constants, random, reasons, whole
 from channelfold.tests.passes.quantize.quantized import network, quantize, samples, snr
+
+
+def optimized(graph: gs.Graph, folder: Path) -> list[str]:
+    """The operators that ONNX Runtime makes of a graph."""
+    save(graph, folder / "quantized.onnx")
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    ort.InferenceSession(str(folder / "quantized.onnx"), options, providers=["CPUExecutionProvider"])
+    return [n.op_type for n in onnx.load(folder / "optimized.onnx").graph.node]
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
@@ -42,13 +53,7 @@ def test_onnxruntime_runs_in_integers(tmp_path):
     assert stored["x_zero_point"].dtype == np.uint8
     assert stored["Conv_0_bias_quantized"].dtype == np.int32
     assert stored["Conv_0_bias_scale"] == pytest.approx(stored["x_scale"] * stored["W1_scale"], rel=1e-6)
-    save(graph, tmp_path / "quantized.onnx")
-    ort = onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    ort.InferenceSession(str(tmp_path / "quantized.onnx"), options, providers=["CPUExecutionProvider"])
-    kinds = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    kinds = optimized(graph, tmp_path)
     assert (kinds.count("QLinearConv"), kinds.count("QLinearAdd"), kinds.count("QGemm")) == (2, 1, 1)
     assert kinds.count("QLinearGlobalAveragePool") == 1
     assert {"Conv", "FusedConv", "Gemm", "Add", "MaxPool", "Relu"}.isdisjoint(kinds)
@@ -59,13 +64,7 @@ def test_onnxruntime_multiplies_matrices_in_integers(tmp_path):
     graph = build("(float[N,4,32] x) => (float[] y)", "h = MatMul(x, W) g = Relu(h) y = MatMul(g, V)", kind="float",
                   W=(32, 32), V=(32, 16))  # fmt: skip
     quantize(graph, Quantize(target="onnxruntime"))
-    save(graph, tmp_path / "quantized.onnx")
-    ort = onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    ort.InferenceSession(str(tmp_path / "quantized.onnx"), options, providers=["CPUExecutionProvider"])
-    kinds = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    kinds = optimized(graph, tmp_path)
     assert "MatMul" not in kinds
     assert kinds == ["QuantizeLinear", "QLinearMatMul", "MatMulIntegerToFloat"]
 

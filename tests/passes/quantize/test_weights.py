@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.quantize.weights import QuantizeWeights
+from channelfold.passes.quantize import QuantizeWeights
 from channelfold.runtime.io.files import MappedValues, check, load, raise_opset, save, session
 from channelfold.runtime.io.session import Session
 from channelfold.tests.graphs import build, constants, feeds, listing, node, ops, random, reasons, run
@@ -97,13 +97,7 @@ def test_what_stays_float():
     weight[0, 0] = np.inf
     graph = build(
         "(float[N,8,3,3] x, float[N,8] v) => (float[] a, float[] b, float[] c, float[] d)",
-        """
-        a = ConvTranspose<group=2>(x, T)
-        b = MatMul(v, N)
-        s = Transpose(v)
-        c = MatMul(v, s)
-        d = Gemm(v, G)
-        """,
+        "a = ConvTranspose<group=2>(x, T)  b = MatMul(v, N)  s = Transpose(v)  c = MatMul(v, s)  d = Gemm(v, G)",
         kind="float", T=(8, 2, 2, 2), N=weight, G=(8, 8),
     )  # fmt: skip
     graph.nodes[-1].name = "/head/fc"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -13,42 +13,29 @@ from channelfold.passes.base import Context, Outcome
 from channelfold.passes.channels.rescale import rescale
 from channelfold.passes.channels.scale_regions import Region, trace
 from channelfold.passes.layers.linear import linears
-from channelfold.passes.quantize.static import Quantize
-from channelfold.passes.smooth.smooth import Smooth
+from channelfold.passes.quantize import Quantize
+from channelfold.passes.smooth import Smooth
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io.files import check
-from channelfold.runtime.io.session import TensorSpec
 from channelfold.runtime.io.shapes import shapes_on
-from channelfold.runtime.stats.statistics import ChannelStatistics
-from channelfold.tests.graphs import build, evaluator, positive, random, run, whole
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.tests.graphs import build, evaluator, positive, random, run, samples, whole
 
 TOKENS = "(float[N,T,16] x) => (float[] y)"
-
-
 HEADS = """
     qh = Reshape(q, heads) kh = Reshape(k, heads) vh = Reshape(v, heads)
     qt = Transpose<perm=[0,2,1,3]>(qh) kt = Transpose<perm=[0,2,3,1]>(kh) vt = Transpose<perm=[0,2,1,3]>(vh)
     s0 = MatMul(qt, kt) s1 = Div(s0, root) p = Softmax<axis=-1>(s1) c0 = MatMul(p, vt)
     c1 = Transpose<perm=[0,2,1,3]>(c0) c = Reshape(c1, whole)
 """
-
-
 QKV = "q0 = MatMul({0}, Q) q = Add(q0, qb) k0 = MatMul({0}, K) k = Add(k0, kb) v0 = MatMul({0}, V) v = Add(v0, vb)"
-
-
 OUT = "o0 = MatMul(c, O) o = Add(o0, ob)"
-
-
 FFN = """
     h0 = MatMul({0}, F) h = Add(h0, fb)
     e0 = Div(h, two) e1 = Erf(e0) e2 = Add(e1, one) e3 = Mul(h, e2) e = Mul(e3, half)
     f0 = MatMul(e, G) f = Add(f0, gb)
 """
-
-
 GAMMAS = {"g1": positive(16, "g1"), "b1": 16, "g2": positive(16, "g2"), "b2": 16}
-
-
 ATTENTION = {
     "heads": np.array([0, 0, 2, 8]),
     "whole": np.array([0, 0, 16]),
@@ -56,20 +43,10 @@ ATTENTION = {
     **{name: random((16, 16), name) / 4 for name in "QKVO"},
     **dict.fromkeys(("qb", "kb", "vb", "ob"), 16),
 }
-
-
 GELU = {"F": random((16, 64), "F") / 4, "fb": 64, "G": random((64, 16), "G") / 8, "gb": 16}
-
-
 GELU |= {"two": 2**0.5, "one": 1.0, "half": 0.5}
-
-
 RMS = "{1}p = Mul({0}, {0}) {1}m = ReduceMean<axes=[-1]>({1}p) {1}a = Add({1}m, eps) {1}s = Sqrt({1}a)\n"
-
-
 RMS += "{1}d = Div({0}, {1}s) {1} = Mul({1}d, {1}g)\n"
-
-
 REPEATED = """
     qh = Reshape(q, heads) kh = Reshape(k, pair) vh = Reshape(v, pair)
     ke = Expand(kh, both) ve = Expand(vh, both) kg = Reshape(ke, heads) vg = Reshape(ve, heads)
@@ -77,11 +54,7 @@ REPEATED = """
     s0 = MatMul(qt, kt) p = Softmax<axis=-1>(s0) c0 = MatMul(p, vt)
     c1 = Transpose<perm=[0,2,1,3]>(c0) c = Reshape(c1, whole) o = MatMul(c, O)
 """
-
-
 SWIGLU = "u = MatMul({0}, U) w = MatMul({0}, W) a0 = Sigmoid(w) a = Mul(a0, w) m = Mul(a, u) f = MatMul(m, D)"
-
-
 BLOCKS: dict[str, tuple[str, str, dict]] = {
     "pre-LN": (
         TOKENS,
@@ -125,8 +98,6 @@ BLOCKS: dict[str, tuple[str, str, dict]] = {
         {**GAMMAS, **ATTENTION, "Z": random((16, 48), "Z") / 4, "zb": 48, "parts": np.array([16, 16, 16])},
     ),
 }  # fmt: skip
-
-
 METHODS = {
     "auto": Smooth(),
     "smoothquant": Smooth("smoothquant", alpha=0.7),
@@ -138,27 +109,12 @@ METHODS = {
     "outliertune": Smooth("outliertune"),
     "fp4-shift": Smooth("fp4-shift"),
 }
-
-
 SEARCHED = ("auto", "smoothquant, searched", "os-plus", "awq")
 
 
 def block(name: str, kind: str = "float") -> gs.Graph:
     signature, body, given = BLOCKS[name]
     return build(signature, body, kind=kind, **given)
-
-
-def samples(graph: gs.Graph, count: int = 4, *, size: int = 8, make: Callable | None = None) -> Data:
-    """Normal random feeds; ``make(shape, rng)`` for other ones. Open dimensions get ``size``, or ``size(index)``."""
-    make = make or (lambda shape, rng: rng.standard_normal(shape))
-    made = []
-    for index in range(count):
-        rng = np.random.default_rng(index)
-        wide = size(index) if callable(size) else size
-        shapes = {t.name: [d if isinstance(d, int) else wide for d in t.shape] for t in graph.inputs}
-        made.append({t.name: np.asarray(make(shapes[t.name], rng), t.dtype) for t in graph.inputs})
-    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in made[0].items()]
-    return Data(specs, count, lambda: iter(made), "random samples")
 
 
 def smooth(graph: gs.Graph, step: Smooth | None = None, data: Data | None = None) -> Outcome:
@@ -209,7 +165,7 @@ def plant(graph: gs.Graph, shifted: bool = False) -> None:
         rescale(graph, region, scale, shift)
 
 
-def observe_in_float64(graph: gs.Graph, observers: Mapping[str, ChannelStatistics], data: Data, progress) -> None:
+def observe_in_float64(graph: gs.Graph, observers: Mapping[str, list[ChannelStatistics]], data: Data, progress) -> None:
     """Statistics from the reference evaluator: ONNX Runtime has no Erf and no Conv in float64."""
     model = whole(graph)
     known = {value.name for value in (*model.graph.input, *model.graph.output)}
@@ -217,7 +173,7 @@ def observe_in_float64(graph: gs.Graph, observers: Mapping[str, ChannelStatistic
     names = [value.name for value in model.graph.output]
     for feed in data:
         values = dict(feed) | dict(zip(names, evaluator(model).run(names, dict(feed)), strict=True))
-        for name, observer in observers.items():
+        for name, (observer,) in observers.items():
             observer.add(values[name].astype(np.float32))
 
 
@@ -235,3 +191,12 @@ def baseline(name: str, data: Data) -> tuple[np.ndarray, float]:
         exact = outputs(block(name), data)
         _BASELINES[name] = exact, snr(exact, int8(block(name), data))
     return _BASELINES[name]
+
+
+def planted(name: str, shifted: bool = False) -> tuple[gs.Graph, Data, np.ndarray, float]:
+    """A block with outliers, its samples, and the baseline of the block without them."""
+    graph = block(name)
+    data = samples(graph)
+    exact, unplanted = baseline(name, data)
+    plant(graph, shifted)
+    return graph, data, exact, unplanted

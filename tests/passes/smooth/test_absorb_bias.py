@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.layers.linear import linears
-from channelfold.passes.smooth.absorb_bias import AbsorbBias
-from channelfold.passes.smooth.equalize import Equalize
+from channelfold.passes.smooth import AbsorbBias, Equalize
 from channelfold.runtime.data.sources import Data, open_data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.facts import required_inputs

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.layers.linear import GROWTH_LIMIT, linears
-from channelfold.passes.smooth.equalize import Equalize
+from channelfold.passes.smooth import Equalize
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.tests.graphs import assert_same, build, changes, constants, feeds, fold, listing, random, reasons, run

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from channelfold.passes.base import Context, Refused
-from channelfold.passes.smooth.merge import MergeChannels, _paired
-from channelfold.passes.smooth.split import SplitChannels
+from channelfold.passes.smooth import MergeChannels, SplitChannels
+from channelfold.passes.smooth.merge import _paired
 from channelfold.runtime.data.sources import Data, random_data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.facts import required_inputs

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.recipe import make
-from channelfold.passes.smooth.reorder import ReorderChannels, block_floating_point
+from channelfold.passes.smooth import ReorderChannels
+from channelfold.passes.smooth.reorder import block_floating_point
 from channelfold.runtime.io.files import check
 from channelfold.tests.graphs import assert_same, build, changes, constants, feeds, listing, random, reasons, run
 
@@ -21,10 +22,7 @@ PROJECTED = """
     k1 = Add(k0, bk)
     v0 = MatMul(x, V)
     v1 = Add(v0, bv)"""
-FUSED = """
-    qkv0 = MatMul(x, W)
-    qkv = Add(qkv0, b)
-    q1, k1, v1 = Split<axis=-1>(qkv, sizes)"""
+FUSED = "qkv0 = MatMul(x, W)  qkv = Add(qkv0, b)  q1, k1, v1 = Split<axis=-1>(qkv, sizes)"
 SPLIT_HEADS = """
     q2 = Reshape(q1, q_shape)
     k2 = Reshape(k1, k_shape)
@@ -150,6 +148,14 @@ def test_one_weight_for_queries_keys_and_values(body):
         part = slice(start, start + 8 * groups)
         assert (np.diff(head_norms(new[:, part], groups)) <= 0).all()
         assert (np.diff(head_norms(old[:, part], groups)) > 0).any()
+
+
+def test_a_bias_behind_the_split_into_heads():
+    body = (PROJECTED + SPLIT_HEADS + WHOLE).replace("keys = Identity(kt)", "keys = Add(kt, late)")
+    graph = attention(4, 4, body=body, late=(1, 4, 8, 1))
+    old = constants(graph)["late"]
+    assert len(reorder(graph).changed) == 2
+    assert (constants(graph)["late"] != old).any()
 
 
 def test_heads_that_a_gather_repeats():

@@ -9,22 +9,25 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.smooth.smooth import Smooth
+from channelfold.passes.smooth import Smooth
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.session import TensorSpec
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import observe
 from channelfold.tests.graphs import (
     assert_same,
     build,
     changes,
     constants,
+    data_from,
     feeds,
     listing,
     positive,
     random,
     reasons,
     run,
+    samples,
 )
 from channelfold.tests.passes.smooth.blocks import (
     BLOCKS,
@@ -35,7 +38,6 @@ from channelfold.tests.passes.smooth.blocks import (
     int8,
     outputs,
     plant,
-    samples,
     smooth,
     snr,
 )
@@ -174,7 +176,7 @@ def test_alpha_decides_who_pays():
         data = samples(graph)
         outcome = smooth(graph, Smooth("smoothquant", alpha=alpha), data)
         seen = ChannelStatistics(-1)
-        observe(graph, {"n": seen}, data)
+        observe(graph, {"n": [seen]}, data)
         columns = np.abs(constants(graph)["W"]).max(axis=1)
         assert (seen.amax if alpha else columns) == pytest.approx(np.median(seen.amax if alpha else columns), rel=1e-5)
         assert changes(outcome)[0].startswith(
@@ -239,7 +241,7 @@ def test_a_tied_embedding_is_refused_for_what_its_copy_weighs():
     graph = build("(float[1] unused, int64[N,T] i) => (float[] y)", body, kind="float", E=(5000, 64), g=positive(64),
                   b=64)  # fmt: skip
     made = [{"unused": np.zeros(1, np.float32), "i": np.arange(12).reshape(3, 4) + index} for index in range(3)]
-    data = Data([TensorSpec(k, v.dtype, v.shape) for k, v in made[0].items()], 3, lambda: iter(made), "ids")
+    data = data_from(*made)
     before = constants(graph)
     for method in ("auto", "smoothquant"):
         (reason,) = reasons(smooth(graph, METHODS[method], data))

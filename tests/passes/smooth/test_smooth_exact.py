@@ -9,10 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from channelfold.runtime.data.sources import Data
-from channelfold.runtime.io.session import TensorSpec
 from channelfold.tests import strategies
-from channelfold.tests.graphs import assert_same, feeds, listing, run
+from channelfold.tests.graphs import assert_same, data_from, feeds, listing, run, samples
 from channelfold.tests.passes.smooth.blocks import (
     BLOCKS,
     METHODS,
@@ -20,7 +18,6 @@ from channelfold.tests.passes.smooth.blocks import (
     observe_in_float64,
     outputs,
     plant,
-    samples,
     smooth,
     snr,
 )
@@ -32,7 +29,7 @@ from channelfold.tests.region_strategies import difference, graphs
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_method_is_exact(name, method, insert, monkeypatch):
     """To 1e-12 on inputs of other sizes than those of the calibration, too; without ``insert`` no node is added."""
-    monkeypatch.setattr("channelfold.passes.smooth.smooth.observe", observe_in_float64)
+    monkeypatch.setattr("channelfold.passes.smooth.activations.observe", observe_in_float64)
     graph = block(name, "double")
     plant(graph, shifted=True)
     data = samples(graph, 2, size=3)
@@ -56,7 +53,7 @@ def test_random_networks(data, method, insert):
     graph = data.draw(strategies.graphs())
     feed, before, nodes = feeds(graph), run(graph, feeds(graph)), len(graph.nodes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("channelfold.passes.smooth.smooth.observe", observe_in_float64)
+        patch.setattr("channelfold.passes.smooth.activations.observe", observe_in_float64)
         smooth(graph, dataclasses.replace(METHODS[method], allow_insert=insert), samples(graph, 2, size=2))
     assert_same(before, run(graph, feed), 1e-9)
     assert insert or len(graph.nodes) <= nodes
@@ -68,13 +65,12 @@ def test_random_regions(made, method, insert):
     """Attention, gates, joins and moves: regions that overlap, and nodes inserted inside of others."""
     graph, values = made
     feed, nodes = {"x": values["x"]}, len(graph.nodes)
-    both = [feed, {"x": -0.7 * values["x"]}]
-    data = Data([TensorSpec("x", values["x"].dtype, values["x"].shape)], 2, lambda: iter(both), "random samples")
+    data = data_from(feed, {"x": -0.7 * values["x"]})
     before = run(graph, feed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("channelfold.passes.smooth.smooth.observe", observe_in_float64)
+        patch.setattr("channelfold.passes.smooth.activations.observe", observe_in_float64)
         patch.setattr(
-            "channelfold.passes.smooth.smooth.measured_shapes",
+            "channelfold.passes.smooth.activations.measured_shapes",
             lambda *_: {name: np.shape(v) for name, v in values.items()},
         )
         smooth(graph, dataclasses.replace(METHODS[method], allow_insert=insert), data)

@@ -10,19 +10,19 @@ import pytest
 
 from channelfold.passes.layers.linear import linears
 from channelfold.passes.layers.quantization_error import Bits, LayerError
-from channelfold.passes.smooth.smooth import Smooth
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
-from channelfold.tests.graphs import build, constants, random, run
+from channelfold.passes.smooth import Smooth
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import by_name, observe
+from channelfold.tests.graphs import build, constants, random, run, samples
 from channelfold.tests.passes.smooth.blocks import (
     BLOCKS,
     METHODS,
     SEARCHED,
-    baseline,
     block,
     int8,
     outputs,
     plant,
-    samples,
+    planted,
     smooth,
     snr,
 )
@@ -31,10 +31,7 @@ from channelfold.tests.passes.smooth.blocks import (
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_planted_outliers_ruin_int8(name, shifted):
-    graph = block(name)
-    data = samples(graph)
-    exact, unplanted = baseline(name, data)
-    plant(graph, shifted)
+    graph, data, exact, unplanted = planted(name, shifted)
     assert snr(exact, outputs(graph, data)) > 100  # the function is what it was
     assert snr(exact, int8(graph, data)) < unplanted - 25
 
@@ -46,10 +43,7 @@ RECOVERING = ["auto", "smoothquant", "smoothquant, searched", "os-plus", "repq",
 @pytest.mark.parametrize("name", BLOCKS)
 def test_planted_scales_are_found(name, method):
     """Within 1 dB of the network without outliers, or better. Searches leave convolutions with kernels alone."""
-    graph = block(name)
-    data = samples(graph)
-    exact, unplanted = baseline(name, data)
-    plant(graph)
+    graph, data, exact, unplanted = planted(name)
     outcome = smooth(graph, METHODS[method], data)
     if name == "conv" and method in SEARCHED:
         assert [site["tensor"] for site in outcome.facts["sites"]] == ["n", "t"]
@@ -60,10 +54,7 @@ def test_planted_scales_are_found(name, method):
 @pytest.mark.parametrize("method", ["auto", "os-plus", "repq", "repq, median", "outliertune"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_planted_shifts_are_found(name, method):
-    graph = block(name)
-    data = samples(graph)
-    exact, unplanted = baseline(name, data)
-    plant(graph, shifted=True)
+    graph, data, exact, unplanted = planted(name, shifted=True)
     outcome = smooth(graph, METHODS[method], data)
     if name == "conv" and method in SEARCHED:
         assert [site["tensor"] for site in outcome.facts["sites"]] == ["n", "t"]
@@ -73,10 +64,7 @@ def test_planted_shifts_are_found(name, method):
 
 @pytest.mark.parametrize("method", ["auto", "os-plus", "repq", "outliertune"])
 def test_without_shift_planted_shifts_stay(method):
-    graph = block("pre-LN")
-    data = samples(graph)
-    exact, unplanted = baseline("pre-LN", data)
-    plant(graph, shifted=True)
+    graph, data, exact, unplanted = planted("pre-LN", shifted=True)
     bias = constants(graph)["qb"]
     smooth(graph, dataclasses.replace(METHODS[method], shift=False), data)
     np.testing.assert_array_equal(constants(graph)["qb"], bias)
@@ -161,7 +149,7 @@ def test_a_search_is_never_worse_than_no_scale(method):
     def errors() -> dict[str, float]:
         found = {}
         observers = {name: ChannelStatistics(-1, 256) for name in ("n1", "c", "n2")}
-        observe(graph, observers, data)
+        observe(graph, by_name(observers.items()), data)
         for name, observer in observers.items():
             readers = [linear for linear in linears(graph) if linear.data.name == name]
             found[name] = -10 * np.log10(LayerError.of(readers, observer.sample(), bits).error())

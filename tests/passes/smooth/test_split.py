@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.recipe import make
-from channelfold.passes.smooth.split import SplitChannels
+from channelfold.passes.smooth import SplitChannels
 from channelfold.runtime.data.sources import Data, random_data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.facts import required_inputs
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe
+from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.observe import observe
 from channelfold.tests.graphs import assert_same, build, changes, constants, feeds, listing, ops, random, reasons, run
 
 TOKENS = "(float[N,5,16] x) => (float[] y)"
@@ -50,7 +51,7 @@ def split(graph, rtol=None, samples=None, **options):
 
 def largest(graph, name) -> float:
     statistics = ChannelStatistics(-1)
-    observe(graph, {name: statistics}, data(graph))
+    observe(graph, {name: [statistics]}, data(graph))
     return float(statistics.amax.max())
 
 
@@ -151,6 +152,13 @@ def test_a_chain_in_front_of_a_weight_that_goes_is_no_negative_insertion():
     assert site["inserted"] == 0
 
 
+def test_a_reshape_that_leaves_the_channels_alone():
+    body = "u = MatMul(x, U)\n h = Relu(u)\n f = Reshape(h, n)\n y = MatMul(f, D)"
+    graph = build(TOKENS, body, U=planted((16, 40), "U", {3: 60.0}), n=np.array([0, 5, 40]), D=(40, 8))
+    (site,) = split(graph).facts["sites"]
+    assert constants(graph)["n"].tolist() == [0, 5, site["width"][1]]
+
+
 @given(st.data())
 def test_any_outliers(drawn):
     channels = drawn.draw(st.integers(4, 48))
@@ -229,8 +237,8 @@ def test_behind_an_activation_one_mul_divides_and_the_width_grows():
         ("u = MatMul(x, U)\n h = Elu(u)\n y = MatMul(h, D)", {}, "Elu is in between"),
         ("u = MatMul(x, U)\n h = Relu(u)\n z = MatMul(h, D)\n t = Shape(h)\n s = Cast<to=11>(t)\n v = ReduceMax(s)\n"
          " y = Mul(z, v)", {}, "its width cannot grow: Shape is in between"),
-        ("u = MatMul(x, U)\n h = Relu(u)\n f = Reshape(h, n)\n y = MatMul(f, D)", {"n": np.array([0, 5, 40])},
-         "its width cannot grow: Reshape is in between"),
+        ("u = MatMul(x, U)\n h = Relu(u)\n f = Reshape(h, n)\n y = MatMul(f, E)",
+         {"n": np.array([0, 5, 4, 10]), "E": (10, 8)}, "its width cannot grow: Reshape is in between"),
         ("u = MatMul(x, U)\n h = Relu(u)\n r = Neg(h)\n z = MatMul(r, D)\n t = MatMul(h, D)\n y = Add(z, t)", {},
          "linears read its channels from several tensors"),
     ],

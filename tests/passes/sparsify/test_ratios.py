@@ -13,8 +13,7 @@ from channelfold.passes.layers.linear import linears
 from channelfold.passes.sparsify.ratios import equal_slope, proportional, sensitivities
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, ModelError
-from channelfold.runtime.io.session import TensorSpec
-from channelfold.tests.graphs import build, random
+from channelfold.tests.graphs import build, data_from, random
 
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.floats(0, 1e6), st.floats(0, 1)), min_size=1, max_size=8), st.data())
@@ -57,7 +56,7 @@ TWO = "u = MatMul(x, A)  h = MatMul(x, B)  y = Add(u, h)"
 
 
 def data_of(*feeds: np.ndarray) -> Data:
-    return Data([TensorSpec("x", feeds[0].dtype, feeds[0].shape)], len(feeds), lambda: ({"x": x} for x in feeds), "x")
+    return data_from(*({"x": x} for x in feeds))
 
 
 def measure(graph, *feeds, seed=0):

@@ -8,13 +8,23 @@ import sys
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from channelfold.runtime.engine import build as tensorrt
-from channelfold.runtime.engine.build import ShapeRange, backend, build, default_shapes, parse_shape
+from channelfold.runtime.engine.build import (
+    ShapeRange,
+    backend,
+    build,
+    default_shapes,
+    default_values,
+    no_shapes,
+    parse_shape,
+)
+from channelfold.runtime.engine.squeeze import name_unequal_sizes
 from channelfold.runtime.errors import BuildError, DataError, DependencyError, ModelError, OutputError, UsageError
 from channelfold.runtime.io.session import TensorSpec
 
@@ -86,6 +96,34 @@ def test_default_shapes_hold_every_feed(sizes: list[tuple[int, int]]) -> None:
 
 def test_default_shapes_of_static_inputs_need_no_data() -> None:
     assert default_shapes([TensorSpec("x", FLOAT, (1, 3))], None) == {}
+
+
+def test_values_of_inputs_that_may_be_sizes() -> None:
+    whole = np.dtype("int64")
+    inputs = [
+        TensorSpec("size", whole, (2,)), TensorSpec("k", np.dtype("int32"), ()), TensorSpec("signed", whole, (1,)),
+        TensorSpec("ids", whole, (1, 8)), TensorSpec("tokens", whole, ("n",)), TensorSpec("x", FLOAT, (2,)),
+    ]  # fmt: skip
+    feeds = [
+        {"size": np.array(size), "k": np.array(k), "signed": np.array([-1]), "x": np.zeros(2)}
+        for size, k in (([12, 12], 3), ([20, 16], 1), ([14, 90], 2))
+    ]
+    expected = {"size": ShapeRange((12, 12), (14, 16), (20, 90)), "k": ShapeRange((1,), (2,), (3,))}
+    assert default_values(inputs, feeds) == expected
+    assert default_values(inputs, None) == {}
+
+
+def test_the_example_says_where_it_takes_values() -> None:
+    assert "of 'size', which holds sizes, the values" in str(no_shapes({"size": (None, None)}, ["size"]))
+
+
+def test_unequal_sizes_of_one_name_get_names_of_their_own() -> None:
+    shapes = {"a": ["N", 1, "?", "?"], "b": ["N", "?"], "c": ["N", "M"]}
+    inputs = [gs.Variable(name, np.float32, shape) for name, shape in shapes.items()]
+    graph = gs.Graph([], inputs, [])
+    ranges = {"a": (1, 1, 48, 192), "b": (1, 10), "c": (1, 10)}
+    assert name_unequal_sizes(graph, {name: ShapeRange(dims, dims, dims) for name, dims in ranges.items()})
+    assert {t.name: t.shape for t in inputs} == {"a": ["N", 1, "?_a_2", "?_a_3"], "b": ["N", "?_b_1"], "c": ["N", "M"]}
 
 
 def test_dynamic_inputs_without_data_name_the_option_to_give() -> None:

@@ -200,8 +200,25 @@ def test_outputs_without_a_node(tmp_path):
 def test_node_names():
     model = _parse("g (float[2] x) => (float[2] y) { [n] a = Relu(x) [n] b = Neg(a) c = Abs(b) y = Exp(c) }")
     graph = import_model(_copy(model))
-    assert [node.name for node in graph.nodes] == ["n", "n", "Abs_2", "Exp_3"]
-    assert [node.name for node in export(graph)[0].graph.node] == ["n", "n", "Abs_2", "Exp_3"]
+    assert [node.name for node in graph.nodes] == ["n", "n_1", "Abs_2", "Exp_3"]
+    assert [node.name for node in export(graph)[0].graph.node] == ["n", "n_1", "Abs_2", "Exp_3"]
+
+
+def test_names_that_are_made_up_meet_none_of_the_file(tmp_path):
+    model = _parse(
+        """g (bool c, float[2] x) => (float[2] y) {
+            a = Relu(x)  [Relu_0] b = Neg(a)  [n] d = Abs(b)  [n_1] e = Exp(d)  [n] f = Neg(e)
+            [n] y = If (c) <then_branch = p () => (float[2] k) { [n] k = Neg(f) },
+                            else_branch = q () => (float[2] l) { [Neg_0] m = Abs(f) l = Neg(m) }> }"""
+    )
+    graph = import_model(_copy(model))
+    names = [[node.name for node in part.nodes] for part in all_graphs(graph)]
+    assert names == [["Relu_0_1", "Relu_0", "n", "n_1", "n_2", "n_3"], ["n"], ["Neg_0", "Neg_1"]]
+    graph.nodes[1].name = graph.nodes[0].name  # as a pass may do
+    written = export(graph)[0].graph.node
+    assert len({node.name for node in written}) == len(written)
+    feed = {"c": np.array(True), "x": np.ones(2, np.float32)}
+    assert np.allclose(_outputs(graph, tmp_path, **feed)[0], [np.e, np.e], rtol=1e-6)
 
 
 def test_constant_nodes_become_constants():

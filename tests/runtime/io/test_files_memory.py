@@ -18,8 +18,6 @@ from channelfold.runtime.io.files import check, import_model, load, read, save, 
 from channelfold.runtime.io.session import Session
 from channelfold.tests.runtime.io.model_files import files_beside, model_of
 
-# ---- memory ------------------------------------------------------------------------------------------------------
-
 MEMORY = """
     import re, sys, threading, time
     from pathlib import Path
@@ -46,8 +44,6 @@ MEMORY = """
     watcher.join()
     print(start, peak)
 """
-
-
 REWRITE = """
     for node in graph.nodes[:-1]:
         values = read(node.inputs[0])
@@ -55,8 +51,6 @@ REWRITE = """
         del values
     save(graph, sys.argv[2])
 """
-
-
 RUN = """
     for step in range(2):  # first the weights of the file, then new ones
         out = session(graph, threads=1).run({"x": np.array([0, 1])})["y"]

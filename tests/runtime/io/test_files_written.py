@@ -20,8 +20,6 @@ from channelfold.runtime.errors import ModelError, OutputError
 from channelfold.runtime.io.files import import_model, load, read, save, session, stored, writing
 from channelfold.tests.runtime.io.model_files import files_beside, model_of, weights_in
 
-# ---- writing -----------------------------------------------------------------------------------------------------
-
 
 def test_save_over_every_form(path):
     """Whatever was there before, only what the new model needs is there after; foreign files stay."""
@@ -178,6 +176,16 @@ def test_errors_at_any_flush_leave_nothing(path, graph, monkeypatch, external, f
         assert files_beside(path) == []
     else:
         save(graph, path, external=external)
+
+
+def test_what_killed_processes_left_is_removed(path, graph):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, written = (path.with_name(f".channelfold-{pid}-0a.tmp") for pid in (dead.pid, os.getpid()))
+    for file in (left, written):
+        file.write_bytes(b"half")
+    save(graph, path)
+    assert files_beside(path) == [written.name, "model.onnx"]
 
 
 def test_writing_vanishes_on_any_error(path):

@@ -1,6 +1,8 @@
 """Shapes under given inputs, and the Squeeze that TensorRT wants told its axes."""
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 
@@ -76,3 +78,51 @@ def test_squeeze_whose_axes_vary_is_left_alone():
     graph = squeeze(13)
     assert name_squeezed_axes(graph, {"x": (1, 1, 4)}, {"x": (8, 1, 4)}) == []
     assert [node.name for node in squeezes_without_axes(graph)] == ["squeeze"]
+
+
+def test_sequences_and_maps_have_no_shape():
+    body = """
+        s = SplitToSequence<axis = 1>(x)
+        n = SequenceLength(s)
+        a = ConcatFromSequence<axis = 1>(s)
+        r = Reshape(a, to)
+        z = Relu(x)
+        y = Relu(r)
+    """
+    graph = build(RESHAPED, body, kind="float")
+    shapes = measured_shapes(graph, {"x": np.zeros((3, 4), np.float32), "to": np.array([2, 6])})
+    assert "s" not in shapes
+    assert (shapes["n"], shapes["a"], shapes["y"]) == ((), (3, 4), (2, 6))
+
+
+STALE = "m (float[batch,4] x) => (float[batch,4] y) <{}> {{ r = Relu(x)  s = Neg(r)  y = vendor.Op(s) }}"
+
+
+@pytest.mark.parametrize(
+    ("said", "stale"),
+    [
+        ("float[batch,4] r, float[batch,4] s", ""),
+        ("float[N,4] r", ""),  # another name for the same size
+        ("float[1,4] r, float[1,4] s", "'r' is [1, 4] in value_info and ['batch', 4] by the inputs"),
+        ("float[batch,4] r, float[batch,5] s", "'s' is"),
+        ("float[batch,1,4] r", "'r' is"),
+    ],
+)
+def test_what_contradicts_the_inputs_is_forgotten(said, stale):
+    text = '<ir_version: 8, opset_import: ["" : 17, "vendor" : 1]> '
+    graph = files.import_model(onnx.parser.parse_model(text + STALE.format(said)))
+    before = {name: tensor.shape for name, tensor in graph.tensors().items()}
+    found = files.drop_stale_shapes(graph)
+    assert found.startswith(stale)
+    assert bool(found) is bool(stale)
+    inside = {"r": None, "s": None} if stale else {}
+    assert {name: tensor.shape for name, tensor in graph.tensors().items()} == before | inside
+
+
+def test_operators_that_nobody_knows_have_no_shapes_and_functions_of_the_file_do():
+    text = """<ir_version: 8, opset_import: ["" : 17, "vendor" : 1, "local" : 1]>
+        m (float[N,4] x) => (float[] y, float[] z) { a = local.twice(x)  r = Relu(a)  y = vendor.Op(r)  z = Neg(r) }
+        <opset_import: ["" : 17], domain: "local"> twice (p) => (q) { q = Add(p, p) }"""
+    graph = files.import_model(onnx.parser.parse_model(text))
+    shapes = measured_shapes(graph, {"x": np.zeros((3, 4), np.float32)})
+    assert shapes == {"x": (3, 4), "a": (3, 4), "r": (3, 4), "z": (3, 4)}

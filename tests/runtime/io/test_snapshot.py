@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold.constants import FoldConstants
+from channelfold.passes.fold import FoldConstants
 from channelfold.runtime.io import edit, files
 from channelfold.runtime.io.snapshot import Snapshot
 

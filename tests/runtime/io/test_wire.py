@@ -63,6 +63,16 @@ def test_skeleton_refers_to_every_large_tensor():
     assert out == model
 
 
+@pytest.mark.parametrize("location", [TensorProto.DEFAULT, TensorProto.EXTERNAL])
+def test_the_reference_wins_over_what_a_tensor_says_of_its_place(location):
+    tensor = _tensor("w")
+    tensor.data_location = location  # DEFAULT is what onnx.load leaves behind raw_data that it has read from a file
+    data = helper.make_model(helper.make_graph([], "g", [], [], [tensor])).SerializeToString()
+    (found,) = onnx.ModelProto.FromString(skeleton(data, "here")).graph.initializer
+    assert found.data_location == TensorProto.EXTERNAL
+    assert {entry.key: entry.value for entry in found.external_data}["length"] == "1200"
+
+
 def test_skeleton_of_a_small_model_is_the_model():
     data = helper.make_model(
         helper.make_graph([], "g", [], [], [_tensor("w", INLINE_LIMIT // 4 - 1)])

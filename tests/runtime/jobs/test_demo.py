@@ -14,7 +14,7 @@ from rich.console import Console
 from channelfold.models import MODELS
 from channelfold.runtime import jobs
 from channelfold.runtime.errors import UsageError
-from channelfold.runtime.report.demo import render
+from channelfold.runtime.report.terminal import render
 
 FOLDED = {"digits_repavit": 159, "digits_repavit_ln": 167}  # nodes
 Of = Callable[[str], jobs.Record]

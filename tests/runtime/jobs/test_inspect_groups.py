@@ -9,9 +9,10 @@ from rich.console import Console
 
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
-from channelfold.passes.prune.prune import Prune
+from channelfold.passes.prune import Prune
 from channelfold.runtime.jobs.inspect_groups import describe
-from channelfold.runtime.report.groups import render_groups
+from channelfold.runtime.report import inspection
+from channelfold.runtime.report.tables import Page
 from channelfold.tests.graphs import build, positive
 from channelfold.tests.pruning import cnn, ffn, mlp
 
@@ -19,8 +20,8 @@ FIXED = "(float[1,3,12,12] x) => (float[1,10] y)"
 
 
 def printed(entries, width: int = 120) -> str:
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    render_groups(entries, console)
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=True)
+    inspection.show_groups(entries, Page(console))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert all(len(line) <= width for line in text.splitlines())

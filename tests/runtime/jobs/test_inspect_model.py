@@ -15,7 +15,7 @@ from channelfold.runtime.errors import DataError
 from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.jobs.inspect_model import inspect
-from channelfold.runtime.stats.statistics import outlier_ratio
+from channelfold.runtime.stats.channels import outlier_ratio
 from channelfold.tests.graphs import build
 
 DIGITS = models.path("digits_cnn.onnx")
@@ -61,7 +61,7 @@ def test_an_input_that_is_always_zero(tmp_path):
 
 def test_only_data_bring_the_column():
     assert all("outlier_ratio" not in entry for entry in jobs.inspect(DIGITS)["inspection"]["linears"])
-    record = jobs.inspect(DIGITS, calibration=CALIBRATION)
+    record = jobs.inspect(DIGITS, source=jobs.Source(CALIBRATION))
     ratios = {entry["node"]: entry["outlier_ratio"] for entry in record["inspection"]["linears"]}
     assert record["data"] == {"calibration": "128 samples from digits_calibration.npz"}
     assert ratios["/stem/conv/Conv"] == 1.0  # it reads one channel
@@ -70,4 +70,4 @@ def test_only_data_bring_the_column():
 
 def test_data_that_do_not_fit():
     with pytest.raises(DataError, match="imgae"):
-        jobs.inspect(DIGITS, calibration={"imgae": np.zeros((1, 1, 8, 8), np.float32)})
+        jobs.inspect(DIGITS, source=jobs.Source({"imgae": np.zeros((1, 1, 8, 8), np.float32)}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import re
@@ -22,15 +21,12 @@ from channelfold.runtime.io.session import Session
 from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.compare import Gates
 from channelfold.tests.graphs import build, random
+from channelfold.tests.shipped import CALIBRATION, DIGITS, EVALUATION, needs_rtx
 
-DIGITS = models.path("digits_cnn.onnx")
-CALIBRATION = models.path("digits_calibration.npz")
-EVALUATION = models.path("digits_evaluation.npz")
 IMAGES = np.load(EVALUATION)["image"]
 QUANTIZED = [
     f"/{block}/conv/Conv" for block in ("residual/first", "residual/second", "widen", "depthwise", "pointwise")
 ]
-needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra rtx")
 
 
 def outputs(path: Path) -> np.ndarray:
@@ -40,7 +36,7 @@ def outputs(path: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory) -> tuple[Path, jobs.Record]:
     folder = tmp_path_factory.mktemp("compressed")
-    return folder, jobs.compress(DIGITS, folder, calibration=CALIBRATION, evaluation=EVALUATION)
+    return folder, jobs.compress(DIGITS, folder, source=jobs.Source(CALIBRATION, evaluation=EVALUATION))
 
 
 # ---- compress ----------------------------------------------------------------------------------------------------
@@ -77,7 +73,7 @@ def test_the_diff_is_of_the_written_file(compressed):
 
 
 def test_without_evaluation_data_the_record_says_so(tmp_path):
-    record = jobs.compress(DIGITS, tmp_path, calibration=CALIBRATION)
+    record = jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION))
     assert record["data"]["evaluation"] == "the first 16 of 128 samples from digits_calibration.npz"
     assert any("compared on the calibration data" in warning for warning in record["warnings"])
 
@@ -85,14 +81,14 @@ def test_without_evaluation_data_the_record_says_so(tmp_path):
 def test_random_data_only_when_asked_for_and_with_a_warning(tmp_path):
     with pytest.raises(DataError, match="needs calibration data"):
         jobs.compress(DIGITS, tmp_path)
-    record = jobs.compress(DIGITS, tmp_path, random=2)
+    record = jobs.compress(DIGITS, tmp_path, source=jobs.Source(random=2))
     assert record["data"]["calibration"] == "2 random samples (seed 0)"
     assert any("random: neither ranges nor accuracy" in warning for warning in record["warnings"])
 
 
 def test_data_may_be_python_objects(tmp_path, compressed):
     images = np.load(CALIBRATION)["image"]
-    record = jobs.compress(DIGITS, tmp_path, calibration=[{"image": image[None]} for image in images])
+    record = jobs.compress(DIGITS, tmp_path, source=jobs.Source([{"image": image[None]} for image in images]))
     assert record["data"]["calibration"] == "128 samples from arrays in memory"
     assert (tmp_path / "model.onnx").read_bytes() == (compressed[0] / "model.onnx").read_bytes()
 
@@ -100,7 +96,9 @@ def test_data_may_be_python_objects(tmp_path, compressed):
 def test_a_recipe_file_and_overrides(tmp_path):
     (tmp_path / "mine.toml").write_text('[[pass]]\nname = "quantize"\ncalibrator = "entropy"\nexclude = ["/widen/*"]\n')
     options = {"calibrator": "minmax"}
-    record = jobs.compress(DIGITS, tmp_path / "out", tmp_path / "mine.toml", calibration=CALIBRATION, overrides=options)
+    record = jobs.compress(
+        DIGITS, tmp_path / "out", tmp_path / "mine.toml", source=jobs.Source(CALIBRATION), overrides=options
+    )
     (step,) = record["steps"]
     assert (step["options"]["calibrator"], step["options"]["exclude"]) == ("minmax", ["/widen/*"])
     assert record["output"]["ops"]["BatchNormalization"] == 6
@@ -118,9 +116,9 @@ def test_an_interrupted_call_is_taken_up(tmp_path, compressed):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        jobs.compress(DIGITS, tmp_path, calibration=CALIBRATION, progress=interrupt)
+        jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION), progress=interrupt)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
-    record = jobs.compress(DIGITS, tmp_path, calibration=CALIBRATION)
+    record = jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION))
     steps = len(record["steps"])
     assert f"{steps} of {steps} steps were done by an earlier, interrupted call" in record["warnings"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "report.json"]
@@ -129,7 +127,7 @@ def test_an_interrupted_call_is_taken_up(tmp_path, compressed):
 
 def test_a_missed_gate_is_raised_with_the_record_after_everything_is_written(tmp_path):
     with pytest.raises(GateError, match="wanted at least 200") as caught:
-        jobs.compress(DIGITS, tmp_path, calibration=CALIBRATION, gates=Gates(min_snr=200))
+        jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION), gates=Gates(min_snr=200))
     assert isinstance(caught.value, jobs.GateMissed)
     assert caught.value.record["accuracy"] == json.loads((tmp_path / "report.json").read_text())["accuracy"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "report.json"]
@@ -141,25 +139,25 @@ def test_a_gate_without_anything_to_measure_is_missed(tmp_path):
 
 
 def test_a_gate_compares_an_exact_recipe_on_the_calibration_data(tmp_path):
-    record = jobs.compress(DIGITS, tmp_path / "plain", "fold", calibration=CALIBRATION)
+    record = jobs.compress(DIGITS, tmp_path / "plain", "fold", source=jobs.Source(CALIBRATION))
     assert (record["accuracy"], record["warnings"]) == (None, [])  # every step has been verified
-    record = jobs.compress(DIGITS, tmp_path / "gated", "fold", calibration=CALIBRATION, gates=Gates(min_snr=80))
+    record = jobs.compress(DIGITS, tmp_path / "gated", "fold", source=jobs.Source(CALIBRATION), gates=Gates(min_snr=80))
     assert record["accuracy"]["feeds"] == 16
 
 
 def test_an_order_that_takes_something_back_is_warned_of(tmp_path):
     (tmp_path / "r.toml").write_text('[[pass]]\nname = "smooth"\n[[pass]]\nname = "equalize"\n')
-    record = jobs.compress(DIGITS, tmp_path / "out", tmp_path / "r.toml", calibration=CALIBRATION)
+    record = jobs.compress(DIGITS, tmp_path / "out", tmp_path / "r.toml", source=jobs.Source(CALIBRATION))
     assert record["warnings"][0].startswith("Pass 2 ('equalize') comes after pass 1 ('smooth')")
 
 
 def test_the_share_left_in_float_is_an_option_of_the_recipe(tmp_path):
-    record = jobs.compress(DIGITS, tmp_path, calibration=CALIBRATION, overrides={"float_share": 0.5})
+    record = jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION), overrides={"float_share": 0.5})
     assert record["steps"][-1]["options"]["float_share"] == 0.5
 
 
 def test_the_smooth_recipe_folds_first(tmp_path):
-    record = jobs.compress(DIGITS, tmp_path, "int8-smooth", calibration=CALIBRATION, evaluation=EVALUATION)
+    record = jobs.compress(DIGITS, tmp_path, "int8-smooth", source=jobs.Source(CALIBRATION, evaluation=EVALUATION))
     assert [step["pass"] for step in record["steps"]][-3:] == ["fold-affine", "smooth", "quantize"]
     (site, *_) = record["steps"][-2]["facts"]["sites"]
     assert site["output_snr_db"][1] > site["output_snr_db"][0]
@@ -168,7 +166,9 @@ def test_the_smooth_recipe_folds_first(tmp_path):
 
 def test_progress_tells_the_stages(tmp_path):
     stages: dict[str, None] = {}
-    jobs.compress(DIGITS, tmp_path, calibration=CALIBRATION, progress=lambda stage, *_: stages.update({stage: None}))
+    jobs.compress(
+        DIGITS, tmp_path, source=jobs.Source(CALIBRATION), progress=lambda stage, *_: stages.update({stage: None})
+    )
     assert {"load", "fold-affine", "quantize", "save", "compare"} <= stages.keys()
 
 
@@ -184,7 +184,9 @@ def test_fold_is_the_same_function(tmp_path):
 
 
 def test_quantize_compares_with_the_original(tmp_path):
-    record = jobs.quantize(DIGITS, tmp_path / "int8.onnx", calibration=CALIBRATION, options={"exclude": ("/widen/*",)})
+    record = jobs.quantize(
+        DIGITS, tmp_path / "int8.onnx", source=jobs.Source(CALIBRATION), options={"exclude": ("/widen/*",)}
+    )
     assert record["steps"][-1]["facts"]["quantized_nodes"] == [name for name in QUANTIZED if "widen" not in name]
     assert record["accuracy"]["outputs"][0]["snr"] > 25
 
@@ -204,7 +206,7 @@ def folded(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("method", ["smoothquant", "repq", "equalize"])
 def test_smooth_is_the_same_function_and_is_not_compared_again(method, folded, tmp_path):
-    record = jobs.smooth(folded, tmp_path / "s.onnx", method, calibration=CALIBRATION)
+    record = jobs.smooth(folded, tmp_path / "s.onnx", method, source=jobs.Source(CALIBRATION))
     (step,) = record["steps"]
     assert (bool(step["changed"]), record["accuracy"], record["warnings"]) == (True, None, [])
     assert (record["model"]["ops"], record["model"]["nodes"]) == (record["output"]["ops"], record["output"]["nodes"])
@@ -213,7 +215,7 @@ def test_smooth_is_the_same_function_and_is_not_compared_again(method, folded, t
 
 
 def test_smooth_says_when_there_was_nothing_to_do(tmp_path):
-    record = jobs.smooth(DIGITS, tmp_path / "s.onnx", "reorder", calibration=CALIBRATION)
+    record = jobs.smooth(DIGITS, tmp_path / "s.onnx", "reorder", source=jobs.Source(CALIBRATION))
     assert [step["pass"] for step in record["steps"]] == ["reorder-channels"]
     assert record["warnings"] == ["No channel was changed: the result computes with the weights that the model had"]
 
@@ -228,7 +230,9 @@ def test_split_and_merge(restore, tmp_path):
     files.save(graph, tmp_path / "m.onnx")
     samples = {"x": random((64, 32), "x").astype(np.float32)}
     options = {"align": 8, "max_extra": 0.3} | ({"restore_width": True, "max_change": 1.0} if restore else {})
-    record = jobs.smooth(tmp_path / "m.onnx", tmp_path / "s.onnx", "split-merge", calibration=samples, options=options)
+    record = jobs.smooth(
+        tmp_path / "m.onnx", tmp_path / "s.onnx", "split-merge", source=jobs.Source(samples), options=options
+    )
     assert [step["pass"] for step in record["steps"]] == ["split-channels", "merge-channels"][: 1 + restore]
     assert [step["facts"]["sites"][0]["width"] for step in record["steps"]] == [[32, 40], [40, 32]][: 1 + restore]
     assert (record["accuracy"] is None) == (not restore)
@@ -247,19 +251,21 @@ def test_smooth_runs_the_calibration_data_once(folded, tmp_path, monkeypatch):
     fed = []
     run = Session.run
     monkeypatch.setattr(Session, "run", lambda self, feed, *rest: (fed.append(feed), run(self, feed, *rest))[1])
-    jobs.smooth(folded, tmp_path / "s.onnx", "smoothquant", calibration=CALIBRATION)
+    jobs.smooth(folded, tmp_path / "s.onnx", "smoothquant", source=jobs.Source(CALIBRATION))
     assert 128 <= len(fed) <= 128 + 1 + 2 * 3
 
 
 def test_smooth_compares_on_evaluation_data(folded, tmp_path):
-    record = jobs.smooth(folded, tmp_path / "s.onnx", "fp4-shift", calibration=CALIBRATION, evaluation=EVALUATION)
+    record = jobs.smooth(
+        folded, tmp_path / "s.onnx", "fp4-shift", source=jobs.Source(CALIBRATION, evaluation=EVALUATION)
+    )
     assert record["accuracy"]["feeds"] == 500
     assert record["accuracy"]["outputs"][0]["snr"] == "inf"  # powers of two round nothing
 
 
 def test_what_is_approximate_is_compared(folded, tmp_path):
     options = {"absorb_bias": True}
-    record = jobs.smooth(folded, tmp_path / "s.onnx", "equalize", calibration=CALIBRATION, options=options)
+    record = jobs.smooth(folded, tmp_path / "s.onnx", "equalize", source=jobs.Source(CALIBRATION), options=options)
     assert [step["pass"] for step in record["steps"]] == ["equalize", "absorb-bias"]
     assert record["accuracy"]["feeds"] == 16
     assert any("compared on the calibration data" in warning for warning in record["warnings"])
@@ -275,7 +281,7 @@ def test_smooth_without_what_it_needs(tmp_path):
 
 def test_an_unknown_option_of_a_pass(tmp_path):
     with pytest.raises(UsageError, match="Did you mean 'exclude'"):
-        jobs.quantize(DIGITS, tmp_path / "int8.onnx", calibration=CALIBRATION, options={"exlude": ("x",)})
+        jobs.quantize(DIGITS, tmp_path / "int8.onnx", source=jobs.Source(CALIBRATION), options={"exlude": ("x",)})
 
 
 def test_a_model_that_refuses_random_inputs_is_not_compared(tmp_path):
@@ -304,7 +310,9 @@ def test_a_model_that_refuses_random_inputs_is_not_compared(tmp_path):
 
 
 def test_diff_of_a_model_with_itself():
-    record = jobs.diff(DIGITS, DIGITS, data=EVALUATION, gates=Gates(min_snr=1e6, min_agreement=1, max_rel=0))
+    record = jobs.diff(
+        DIGITS, DIGITS, source=jobs.Source(evaluation=EVALUATION), gates=Gates(min_snr=1e6, min_agreement=1, max_rel=0)
+    )
     assert record["accuracy"]["outputs"][0]["snr"] == "inf"
     assert record["warnings"] == ["evaluation data: Not inputs of the model, ignored: label"]
 
@@ -314,14 +322,16 @@ def test_diff_names_collapse_in_capitals(tmp_path):
     weight = next(t for t in model.graph.initializer if t.name == model.graph.node[-1].input[1])
     weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
     onnx.save(model, tmp_path / "negated.onnx")
-    record = jobs.diff(DIGITS, tmp_path / "negated.onnx", data=EVALUATION)
+    record = jobs.diff(DIGITS, tmp_path / "negated.onnx", source=jobs.Source(evaluation=EVALUATION))
     assert record["accuracy"]["verdict"]["level"] == "collapsed"
     assert record["warnings"][-1].startswith("THE OUTPUTS HAVE COLLAPSED on 500 samples from ")
 
 
 def test_opened_data_may_be_passed_on():
     data = open_data(EVALUATION, Session(DIGITS).inputs)
-    assert jobs.diff(DIGITS, DIGITS, data=data)["data"] == {"evaluation": "500 samples from digits_evaluation.npz"}
+    assert jobs.diff(DIGITS, DIGITS, source=jobs.Source(evaluation=data))["data"] == {
+        "evaluation": "500 samples from digits_evaluation.npz"
+    }
 
 
 def test_inspect_counts():
@@ -355,7 +365,7 @@ def test_inspect_counts_external_data(tmp_path):
 def test_the_model_is_never_overwritten(tmp_path):
     (tmp_path / "model.onnx").write_bytes(DIGITS.read_bytes())
     with pytest.raises(UsageError, match="is the model itself"):
-        jobs.compress(tmp_path / "model.onnx", tmp_path, calibration=CALIBRATION)
+        jobs.compress(tmp_path / "model.onnx", tmp_path, source=jobs.Source(CALIBRATION))
     assert (tmp_path / "model.onnx").read_bytes() == DIGITS.read_bytes()
 
 
@@ -363,7 +373,9 @@ def test_a_folder_that_cannot_be_made_is_found_out_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     stages = []
     with pytest.raises(OutputError, match="Nothing can be written in"):
-        jobs.compress(DIGITS, tmp_path / "file", calibration=CALIBRATION, progress=lambda *step: stages.append(step))
+        jobs.compress(
+            DIGITS, tmp_path / "file", source=jobs.Source(CALIBRATION), progress=lambda *step: stages.append(step)
+        )
     assert not stages
 
 
@@ -371,7 +383,7 @@ def test_a_folder_that_cannot_be_made_is_found_out_before_the_work(tmp_path):
 
 
 def test_sparsify_shows_every_layer_and_says_what_zeros_are_worth(tmp_path):
-    record = jobs.sparsify(DIGITS, tmp_path / "s.onnx", calibration=CALIBRATION, evaluation=EVALUATION)
+    record = jobs.sparsify(DIGITS, tmp_path / "s.onnx", source=jobs.Source(CALIBRATION, evaluation=EVALUATION))
     (step,) = record["steps"]
     assert (step["pass"], len(step["changed"]), len(step["refused"])) == ("sparsify", 5, 2)
     assert record["warnings"][-1].startswith("Zeros save no time in ONNX Runtime. TensorRT can use them from SM 80 on")
@@ -409,7 +421,7 @@ def test_the_flag_for_sparse_weights_is_passed_on_and_explained(tmp_path):
 @needs_rtx
 @pytest.mark.rtx
 def test_compress_builds_an_engine_for_the_shapes_of_the_data(tmp_path):
-    record = jobs.compress(DIGITS, tmp_path, calibration=CALIBRATION, sms=[86])
+    record = jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION), sms=[86])
     assert [Path(engine["path"]).name for engine in record["engines"]] == ["model.sm86.engine"]
     assert json.loads((tmp_path / "report.json").read_text())["engines"] == json.loads(json.dumps(record["engines"]))
 
@@ -417,7 +429,7 @@ def test_compress_builds_an_engine_for_the_shapes_of_the_data(tmp_path):
 @needs_rtx
 def test_an_sm_that_cannot_be_built_for_is_found_out_before_the_work(tmp_path):
     with pytest.raises(UsageError, match="SM 90"):
-        jobs.compress(DIGITS, tmp_path / "out", calibration=CALIBRATION, sms=[90])
+        jobs.compress(DIGITS, tmp_path / "out", source=jobs.Source(CALIBRATION), sms=[90])
     assert not (tmp_path / "out").exists()
 
 

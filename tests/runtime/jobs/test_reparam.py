@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,10 @@ from channelfold.runtime import jobs
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io import files
 from channelfold.runtime.io.session import Session
+from channelfold.tests.shipped import CALIBRATION, EVALUATION, needs_rtx
 
 REPAVIT = models.path("digits_repavit.onnx")
-CALIBRATION = models.path("digits_calibration.npz")
-EVALUATION = models.path("digits_evaluation.npz")
 LEGACY = Path(__file__).parents[2] / "passes" / "fixtures" / "legacy_17_shuffled.onnx"
-needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra rtx")
 
 
 def logits(path: Path) -> np.ndarray:
@@ -59,7 +56,9 @@ def test_options_for_the_approximate_pass_alone(tmp_path):
 @pytest.mark.rtx
 def test_every_matrix_of_a_folded_ffn_is_int8_in_the_engine(tmp_path):
     """They read the residual stream, without a norm in front."""
-    record = jobs.compress(REPAVIT, tmp_path, "int8-reparam", calibration=CALIBRATION, evaluation=EVALUATION, sms=[89])
+    record = jobs.compress(
+        REPAVIT, tmp_path, "int8-reparam", source=jobs.Source(CALIBRATION, evaluation=EVALUATION), sms=[89]
+    )
     (engine,) = record["engines"]
     assert engine["plan"] == {"readable": True, "reason": "", "int8": 20, "total": 20, "not_int8": []}
     quantized = next(step for step in record["steps"] if step["pass"] == "quantize")["facts"]["by_op"]["MatMul"]

@@ -13,10 +13,9 @@ from channelfold.tests.graphs import build
 
 def seen(axes: dict[str, int], samples: list[dict[str, np.ndarray]], limit: int = module.POSITIONS) -> Moments:
     found = Moments(axes, limit)
-    parts = found.parts()
     for sample in samples:
         for name in axes:
-            parts[name].add(sample[name])
+            found.take(name, sample[name])
     return found
 
 
@@ -53,8 +52,8 @@ class TestMoments:
         found = seen({"x": -1, "h": -1}, [{"x": x[:30], "h": h[:30]}])
         assert found.mean.shape == (8,)
         assert found.count == 30
-        for name, part in found.parts().items():
-            part.add({"x": x, "h": h}[name][30:])
+        for name, values in (("x", x), ("h", h)):
+            found.take(name, values[30:])
         assert np.allclose(found.covariance, np.cov(np.concatenate([x, h], axis=1).T, bias=True), atol=1e-9)
 
     def test_the_channel_axis_may_be_any(self):
@@ -102,10 +101,10 @@ class TestMoments:
             seen({"x": -1, "h": -1}, [{"x": np.ones((2, 3), np.float32), "h": np.ones((3, 3), np.float32)}])
 
     def test_tensors_observed_in_different_runs(self):
-        part = Moments({"x": -1, "h": -1}).parts()["x"]
-        part.add(np.ones((2, 3), np.float32))
+        found = Moments({"x": -1, "h": -1})
+        found.take("x", np.ones((2, 3), np.float32))
         with pytest.raises(DataError, match="twice before 'h'; a sample is too large"):
-            part.add(np.ones((2, 3), np.float32))
+            found.take("x", np.ones((2, 3), np.float32))
 
     def test_nothing_seen(self):
         with pytest.raises(DataError, match="No calibration sample reached 'x'"):
@@ -118,11 +117,7 @@ def samples() -> Data:
 
 
 class TestCollect:
-    GRAPH = """
-        h = MatMul(x, W)
-        a = Relu(h)
-        y = MatMul(a, V)
-    """
+    GRAPH = "h = MatMul(x, W)  a = Relu(h)  y = MatMul(a, V)"
 
     def test_groups_see_the_same_data(self, monkeypatch):
         graph = build("(float[2,3,4] x) => (float[2,3,2] y)", self.GRAPH, kind="float", W=(4, 6), V=(6, 2))

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import DoesNotFit, InBetween, Refusal, Refused
+from channelfold.passes.base import DoesNotFit, Refusal, Refused, TwoActivations
 from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.channels.widths import Width, read_by
 from channelfold.passes.layers.linear import Linear, cast, check_growth, live_linears, view
+from channelfold.passes.operators import Operator, operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
@@ -98,8 +99,9 @@ class Ffn:
         except DoesNotFit as error:
             raise Refused(str(error)) from None
         self.width = read_by(graph, down, shapes)  # an FFN that ends where this one begins may have a new bias by now
-        self.width.resize(lambda rows: rows[kept], lambda old: matrix.T.reshape(len(kept), *old.shape[1:]), shapes)
+        self.width.repeat(np.isin(np.arange(self.hidden), kept), shapes)
         self.down = view(graph, self.down.node)
+        self.down.set_weight(matrix.reshape(*matrix.shape, *[1] * len(down.kernel)))
         self.down.set_bias(bias)
         shapes[self.down.node.outputs[0].name] = shapes[self.down.output.name]
         if branch is not None and self.parallel is not None:
@@ -138,7 +140,7 @@ class Ffn:
         edit.insert_after(graph, linear, gs.Node("Add", own.name, {}, [own, branch], [result]))
 
 
-def find_ffns(graph: gs.Graph, shapes: Mapping[str, Shape], refused: list[Refusal]) -> list[Ffn]:
+def find_ffns(graph: gs.Graph, shapes: dict[str, Shape], refused: list[Refusal]) -> list[Ffn]:
     """Every FFN of the graph, in order. ``refused`` takes up what follows an activation and yet is none, with why.
 
     ``shapes``: of all tensors for some input, by name. In a chain of linears and activations every linear between two
@@ -146,14 +148,14 @@ def find_ffns(graph: gs.Graph, shapes: Mapping[str, Shape], refused: list[Refusa
     """
     found = []
     for node in live_linears(graph):
+        if not any(map(_follows_activation, node.inputs[:2])):
+            continue
         try:
             down = view(graph, node)
-        except Refused:
+            if all(size == 1 for size in down.kernel):
+                found.append(_ffn(graph, down, shapes))
+        except TwoActivations:
             continue
-        if not _follows_activation(down) or any(size > 1 for size in down.kernel):
-            continue
-        try:
-            found.append(_ffn(graph, down, shapes))
         except Refused as error:
             refused.append(Refusal(node.name, f"{node.op}: {error}", error.code))
     begin = {id(up.node) for ffn in found for up in ffn.ups}
@@ -164,17 +166,54 @@ def find_ffns(graph: gs.Graph, shapes: Mapping[str, Shape], refused: list[Refusa
     return found
 
 
-def _follows_activation(linear: Linear) -> bool:
-    """Whether what a linear reads comes from an operator that treats all channels alike and is not linear."""
-    source = edit.producer(linear.data)
-    return source is not None and source.op not in ("Add", "Sub") and (source.op in _ACTIVATIONS or source.op == "Mul")
+def _follows_activation(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is made by an operator that treats all channels alike and is not linear, or by an unknown one.
+
+    They are looked for through operators that move elements and constants that scale or shift them, and through both
+    factors of a gate. The root of a variance is no activation.
+    """
+    pending, seen = [tensor], set()
+    while pending:
+        node = edit.producer(pending.pop())
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        known, sources = operator(node), _sources(node)
+        if known == Operator():
+            return True
+        if known.elementwise and not known.linear and not known.arithmetic:
+            if not _is_statistic(node):
+                return True
+        elif known.moves or known.multiplies or (known.linear and len(sources) == 1 and not known.weighted):
+            pending += sources
+    return False
 
 
-def _ffn(graph: gs.Graph, down: Linear, shapes: Mapping[str, Shape]) -> Ffn:
+def _is_statistic(node: gs.Node) -> bool:
+    """Whether elementwise operators make a node's result of nothing but reductions."""
+    pending, seen = [node], set()
+    while pending:
+        node = pending.pop()
+        if operator(node).kind == "reduce" or id(node) in seen:
+            continue
+        seen.add(id(node))
+        sources = [edit.producer(tensor) for tensor in _sources(node)]
+        before = [source for source in sources if source is not None]
+        if len(before) < len(sources) or not (operator(node).elementwise or operator(node).moves):
+            return False
+        pending += before
+    return True
+
+
+def _sources(node: gs.Node) -> list[gs.Tensor]:
+    """The data that a node reads, constants left out."""
+    data = [node.inputs[i] for i in operator(node).inputs(node) if edit.has_input(node, i)]
+    return [tensor for tensor in data if not isinstance(tensor, gs.Constant)]
+
+
+def _ffn(graph: gs.Graph, down: Linear, shapes: dict[str, Shape]) -> Ffn:
     """The FFN that ends in ``down``. Raises Refused with the reason where there is none."""
-    width = read_by(graph, down, shapes)
-    if width.gathers:
-        raise InBetween("a Gather of its channels")
+    width = read_by(graph, down, shapes, _HIDDEN)
     if len(width.readers) > 1:
         raise Refused(f"{len(width.readers)} linears read the hidden channels")
     if len({id(up.node) for up in width.writers}) not in (1, 2):
@@ -199,7 +238,7 @@ def _why_no_branch(ffn: Ffn, shapes: Mapping[str, Shape]) -> str:
     up, down = ffn.ups[0], ffn.down
     if up.node.op != down.node.op or up.weight_input != down.weight_input or up.in_axis != down.in_axis:
         return f"{up.node.op} begins it and {down.node.op} ends it, with their channels on different axes or ends"
-    if any(node.op == "Transpose" for tensor, _ in ffn.width.axes.values() for node in tensor.inputs):
+    if any(node.op == "Transpose" for node in ffn.width.between):
         return "a Transpose is in between"
     axis, hidden, data = up.in_axis, shapes[down.data.name], shapes[up.data.name]
     if len(data) != len(hidden) or np.delete(data, axis).tolist() != np.delete(hidden, axis).tolist():
@@ -228,8 +267,4 @@ def _parallel(graph: gs.Graph, ffn: Ffn) -> Linear | None:
     return None
 
 
-_ACTIVATIONS = (
-    "Relu", "LeakyRelu", "PRelu", "Elu", "Celu", "Selu", "Gelu", "QuickGelu", "Sigmoid", "HardSigmoid", "HardSwish",
-    "Swish", "Mish", "Softplus", "Softsign", "Tanh", "Erf", "Clip", "Max", "Min", "Pow", "Div", "ThresholdedRelu",
-    "Abs", "Exp", "Sqrt", "Cast", "Dropout", "Identity", "Transpose",
-)  # fmt: skip
+_HIDDEN = ("elementwise", "pool", "reshape", "transpose")

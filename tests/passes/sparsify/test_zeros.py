@@ -11,15 +11,16 @@ import pytest
 from channelfold.passes import pipeline, recipe
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.linear import Linear, linears
-from channelfold.passes.quantize.static import Quantize
-from channelfold.passes.sparsify.layers import ChannelPower
+from channelfold.passes.quantize import Quantize
+from channelfold.passes.sparsify import Sparsify
 from channelfold.passes.sparsify.masks import Tiles
-from channelfold.passes.sparsify.sparsify import Sparsify, worth
+from channelfold.passes.sparsify.zeros import worth
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import check
 from channelfold.runtime.io.session import TensorSpec
-from channelfold.tests.graphs import build, changes, constants, feeds, listing, random, reasons, run
+from channelfold.runtime.stats.channels import ChannelMoments
+from channelfold.tests.graphs import build, changes, constants, data_from, feeds, listing, random, reasons, run, samples
 
 TOKENS = "(float[N,T,32] x) => (float[] y)"
 MLP = "h = MatMul(x, A)  r = Relu(h)  y = MatMul(r, B)"
@@ -27,16 +28,10 @@ MLP = "h = MatMul(x, A)  r = Relu(h)  y = MatMul(r, B)"
 
 def data_of(graph: gs.Graph, count: int = 4, size: int = 8, skew: float = 0.0) -> Data:
     """Random samples; with ``skew`` the channels, on the last axis, differ in size and have a mean."""
-    made = []
-    for index in range(count):
-        rng = np.random.default_rng(index)
-        feed = {}
-        for tensor in graph.inputs:
-            shape = [d if isinstance(d, int) else size for d in tensor.shape]
-            loud = np.exp(skew * random(shape[-1], "skew"))
-            feed[tensor.name] = ((rng.standard_normal(shape) + skew) * loud).astype(tensor.dtype)
-        made.append(feed)
-    return Data([TensorSpec(k, v.dtype, v.shape) for k, v in made[0].items()], count, lambda: iter(made), "random")
+    return samples(
+        graph, count, size=size,
+        make=lambda shape, rng: (rng.standard_normal(shape) + skew) * np.exp(skew * random(shape[-1], "skew")),
+    )  # fmt: skip
 
 
 def sparsify(graph: gs.Graph, data: Data | None = None, **options) -> Outcome:
@@ -190,29 +185,30 @@ def test_silent_channels_are_ranked_by_magnitude():
     graph = build("(float[N,8] x) => (float[] y)", "y = Gemm<transB=1>(x, W)", kind="float",
                   W=np.array([[1, 4, 3, 2, 4, 1, 2, 3.0]]))  # fmt: skip
     feed = {"x": np.array([[0, 0, 0, 0, 1, 1, 1, 1]], np.float32)}
-    data = Data([TensorSpec("x", feed["x"].dtype, (1, 8))], 1, lambda: iter([feed]), "one")
+    data = data_from(feed)
     sparsify(graph, data, correct_bias=False)
     assert linears(graph)[0].weight().tolist() == [[0, 4, 3, 0, 4, 0, 0, 3]]
 
 
-def test_channel_power_by_axis():
+@pytest.mark.parametrize(("axis", "positions"), [(1, 45), (-1, 27)])
+def test_power_of_channels_by_axis(axis, positions):
     first, second = random((2, 3, 5), "a").astype(np.float32), random((7, 3, 5), "b").astype(np.float32)
-    seen = ChannelPower([1, -1])
+    seen = ChannelMoments(axis)
     for values in (first, second, first[:0]):
         seen.add(values)
-    rows = np.concatenate([first, second]).astype(np.float64)
-    assert seen.positions == {1: 45, -1: 27}
-    np.testing.assert_allclose(seen.rms(1), np.sqrt(np.square(rows).mean(axis=(0, 2))), rtol=1e-6)
-    np.testing.assert_allclose(seen.mean(-1), rows.mean(axis=(0, 1)), rtol=1e-5, atol=1e-7)
-    with pytest.raises(DataError, match="4 channels on axis 1, and had 3 before"):
-        seen.add(np.zeros((1, 4, 5), np.float32))
+    rows = np.moveaxis(np.concatenate([first, second]).astype(np.float64), axis, -1)
+    assert seen.positions == positions
+    np.testing.assert_allclose(seen.rms, np.sqrt(np.square(rows).mean(axis=(0, 1))), rtol=1e-6)
+    np.testing.assert_allclose(seen.mean, rows.mean(axis=(0, 1)), rtol=1e-5, atol=1e-7)
+    with pytest.raises(DataError, match=f"4 channels on axis {axis}, and had {rows.shape[-1]} before"):
+        seen.add(np.zeros((1, 4, 4), np.float32))
 
 
 @pytest.mark.parametrize(("bad", "message"), [(np.nan, "it holds NaN"), (np.inf, "it holds infinities")])
 def test_values_that_are_no_numbers_are_named(bad, message):
     graph = build(TOKENS, MLP, kind="float", A=(32, 16), B=(16, 16))
     feed = {"x": np.full((1, 2, 32), bad, np.float32)}
-    data = Data([TensorSpec("x", feed["x"].dtype, (1, 2, 32))], 1, lambda: iter([feed]), "bad")
+    data = data_from(feed)
     with pytest.raises(DataError, match=f"Activation 'x' of sample 0 cannot be used: {message}"):
         sparsify(graph, data)
 
@@ -236,7 +232,7 @@ def test_two_readers_keep_one_weight():
     graph = build("(float[N,4] x, float[N,4] z) => (float[] u, float[] v)", "u = MatMul(x, W)  v = MatMul(z, W)",
                   kind="float", W=np.ones((4, 2)))  # fmt: skip
     feed = {"x": np.array([[3, 9, 0, 0]], np.float32), "z": np.array([[0, 0, 5, 4]], np.float32)}
-    data = Data([TensorSpec(n, v.dtype, v.shape) for n, v in feed.items()], 1, lambda: iter([feed]), "one")
+    data = data_from(feed)
     outcome = sparsify(graph, data)
     first, second = linears(graph)
     assert first.source is second.source

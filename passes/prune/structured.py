@@ -24,20 +24,19 @@ NeurIPS 2022; Kurtic et al., ZipLM, NeurIPS 2023.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.cut import cut, mask
 from channelfold.passes.channels.groups import Copies, Group, find_groups, regions_of
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.layers.linear import Linear
-from channelfold.passes.prune import allocation, importance, refit_outputs, sensitivity
+from channelfold.passes.prune import Prune, allocation, importance, refit_outputs, sensitivity
 from channelfold.passes.prune.costs import GroupCosts, Keeps, Kind
 from channelfold.passes.prune.importance import Ranking, Spread
 from channelfold.passes.prune.latency import a_feed, units_within_latency
@@ -51,7 +50,7 @@ from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.session import Feed
 from channelfold.runtime.io.snapshot import Snapshot
 
-_AMOUNTS = {  # how much goes; the allocations that can deal with it, and why no others
+AMOUNTS = {  # how much goes; the allocations that can deal with it, and why no others
     "keep_macs": (("auto", "uniform", "ranked", "knapsack"), "is a budget to share out"),
     "keep_params": (("auto", "uniform", "ranked", "knapsack"), "is a budget to share out"),
     "keep_latency": (("auto", "knapsack"), "takes the knapsack"),
@@ -61,65 +60,7 @@ _AMOUNTS = {  # how much goes; the allocations that can deal with it, and why no
 _CORRECTIONS = 8  # of a budget that units of unequal size, and new biases, have made a little more of
 
 
-@dataclass(frozen=True)
-class Prune(Pass):
-    """Removes channels until a budget is met; with calibration data what reads them makes up for them.
-
-    One of ``keep_macs``, ``keep_params``, ``keep_latency`` (shares, 0 to 1, of what the model has, or of the time that
-    it takes in ONNX Runtime on this machine), ``ratio`` (the share of every group's channels that goes) and
-    ``tolerance`` (the squared error of any output relative to its variance, on calibration data) says how much.
-    ``importance``: auto is reconstruction; bn needs BatchNormalizations. ``allocation``: auto is knapsack for a budget
-    and greedy for a tolerance; uniform is the same share everywhere. ``compensate``: auto is lstsq; outputs corrects
-    what that leaves, layer by layer, in two partial runs of the data each (``refit_outputs``). ``align``: kept
-    channels are a multiple of it where a group has more. ``width``: also cut channels that a norm works on. ``include``
-    and ``exclude``: patterns (``*`` and ``?``) of names of the nodes that write channels. ``ridge``: of the regression,
-    relative to the variance of each channel. ``verify``: prove the cut.
-
-    Raises UsageError for options that contradict each other and for a budget that cannot be reached.
-    """
-
-    name: ClassVar[str] = "prune"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "lossy"
-
-    keep_macs: float | None = None
-    keep_params: float | None = None
-    keep_latency: float | None = None
-    ratio: float | None = None
-    tolerance: float | None = None
-    importance: Literal["auto", "l1", "l2", "bn", "activation", "reconstruction"] = "auto"
-    allocation: Literal["auto", "uniform", "ranked", "knapsack", "greedy"] = "auto"
-    compensate: Literal["auto", "none", "bias", "lstsq", "outputs"] = "auto"
-    align: int = 8
-    width: bool = False
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    ridge: float = 1e-3
-    verify: bool = True
-
-    def __post_init__(self) -> None:
-        given = {name: value for name in _AMOUNTS if (value := getattr(self, name)) is not None}
-        if len(given) != 1:
-            found = "none of them" if not given else " and ".join(map(repr, given))
-            raise UsageError(f"Expected one of {', '.join(map(repr, _AMOUNTS))}, found {found}", "Give one")
-        ((option, value),) = given.items()
-        if option == "tolerance":
-            if not 0 < value < np.inf:
-                raise UsageError(f"'tolerance' is {value:g}", "Expected more than 0: 0.05 is an error of 5 %")
-        elif not (0 <= value < 1 if option == "ratio" else 0 < value <= 1):
-            raise UsageError(f"{option!r} is {value:g}", "Expected a share: 0.5 is half")
-        if self.align < 1:
-            raise UsageError(f"'align' is {self.align}", "Expected at least 1")
-        if not self.ridge >= 0:
-            raise UsageError(f"'ridge' is {self.ridge:g}", "Expected 0 or more")
-        allocations, why = _AMOUNTS[option]
-        if self.allocation not in allocations:
-            known = " or ".join(map(repr, allocations))
-            raise UsageError(
-                f"{option!r} {why}, 'allocation' is {self.allocation!r}", f"Take {known}, or another budget"
-            )
-        if option == "tolerance" and self.width:
-            raise UsageError("'tolerance' cannot judge channels that a norm works on", "Leave out 'width'")
-
+class Work(Prune):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         infer_shapes(graph)
         outcome = Outcome()
@@ -163,20 +104,19 @@ class Prune(Pass):
     def _usable(self, groups: Sequence[Group], outcome: Outcome) -> Iterator[Group]:
         """The groups that may be cut; refuses the others."""
         for group in groups:
-            names = [part.node.name for part in group.writers]
-            code = ""
-            if self.include and not _match(names, self.include):
-                code = "no pattern includes it"
-            elif pattern := _match(names, self.exclude):
-                code = f"excluded by pattern {pattern!r}"
-            elif not group.free.any() or group.units < 2:
-                code = max(group.reasons, key=lambda reason: group.reasons[reason], default="it is the only one")
-            elif group.region.reduced and not self.width:
-                code = f"{group.region.reduced}; 'width' cuts it all the same"
-            if code:
+            if code := self._why_not(group):
                 outcome.refuse(group.name, f"its {int(group.channels.sum())} channels stay: {code}", code)
             else:
                 yield group
+
+    def _why_not(self, group: Group) -> str:
+        if reason := self.patterns.why_not(*(part.node.name for part in group.writers)):
+            return reason
+        if not group.free.any() or group.units < 2:
+            return max(group.reasons, key=lambda reason: group.reasons[reason], default="it is the only one")
+        return (
+            f"{group.region.reduced}; 'width' cuts it all the same" if group.region.reduced and not self.width else ""
+        )
 
     def _held_out(self, ctx: Context) -> tuple[Context, Context | None]:
         """The data that statistics come from, and those that sensitivities are measured on where they count."""
@@ -354,10 +294,6 @@ class Prune(Pass):
         if verdict.warning:
             outcome.warnings.append(verdict.warning)
         return verdict.record
-
-
-def _match(names: Sequence[str], patterns: Sequence[str]) -> str | None:
-    return next((p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)), None)
 
 
 def _sizes(groups: Sequence[Group]) -> list[allocation.Group]:

@@ -15,9 +15,9 @@ from channelfold.passes import pipeline, recipe
 from channelfold.passes.base import Context, Refused
 from channelfold.passes.channels.cut import cut
 from channelfold.passes.layers.linear import linears
-from channelfold.passes.prune import prune as module
-from channelfold.passes.prune.prune import Prune
-from channelfold.passes.quantize.static import Quantize
+from channelfold.passes.prune import Prune
+from channelfold.passes.prune import structured as module
+from channelfold.passes.quantize import Quantize
 from channelfold.runtime.errors import ChannelfoldError, UsageError, VerificationError
 from channelfold.runtime.io.files import check, import_model
 from channelfold.runtime.io.snapshot import Snapshot
@@ -123,7 +123,7 @@ def test_include_and_exclude():
     assert [refusal.code for refusal in outcome.refused] == ["excluded by pattern 'Gemm_[2-9]'"] * 2
     graph = mlp()
     outcome = prune(graph, ratio=0.5, include=("nothing",))
-    assert (outcome.changed, {r.code for r in outcome.refused}) == ([], {"no pattern includes it"})
+    assert (outcome.changed, {r.code for r in outcome.refused}) == ([], {"not included by any pattern"})
 
 
 def test_the_width_only_when_asked_for():

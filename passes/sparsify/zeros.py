@@ -22,109 +22,32 @@ ECCV 2024; Sung et al., ECoFLaP, ICLR 2024.
 
 from __future__ import annotations
 
-import fnmatch
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused
-from channelfold.passes.layers.linear import Linear, live_linears, view
+from channelfold.passes.base import Context, Outcome, Refused
+from channelfold.passes.layers.linear import Linear, usable
+from channelfold.passes.sparsify import Sparsify
 from channelfold.passes.sparsify import ratios as layer_ratios
 from channelfold.passes.sparsify.layers import Layer, observers, shared, weights_of
 from channelfold.passes.sparsify.masks import Tiles, by_row, n_of_m
-from channelfold.runtime.errors import DataError, UsageError, nearest
+from channelfold.runtime.errors import DataError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.statistics import observe
+from channelfold.runtime.stats.observe import observe
 
 _WORDS = ("block", "unstructured")
 _SPARSITY = 0.5  # where none is given
 _LIMIT = 64  # of M
 
 
-@dataclass(frozen=True)
-class Sparsify(Pass):
-    """Sets weights of Conv, ConvTranspose, Gemm and MatMul to zero: N of M inputs, blocks, or anywhere.
-
-    ``pattern``: "2:4" or another N:M, "block" or "unstructured". ``sparsity``: the share of all weights (tiles) that
-    goes, by default 0.5; N:M has its own. ``block``: the side of a tile. ``scores``: by default "wanda" where there are
-    calibration data. ``ratios`` of the layers: "equal-slope" (block alone, its default), "uniform", "ecoflap" (needs
-    data); the first and last bind a layer to ``max_layer_sparsity``. ``exclude``: patterns of node names (``*`` and
-    ``?``). ``correct_bias``: with data. Raises UsageError for options that are out of range or do not go together.
-    """
-
-    name: ClassVar[str] = "sparsify"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "lossy"
-
-    pattern: str = "2:4"
-    sparsity: float | None = None
-    block: int = 32
-    scores: Literal["magnitude", "wanda"] | None = None
-    ratios: Literal["uniform", "equal-slope", "ecoflap"] | None = None
-    max_layer_sparsity: float = 0.8
-    exclude: tuple[str, ...] = ()
-    correct_bias: bool = True
-
-    def __post_init__(self) -> None:
-        if self.pattern not in _WORDS:
-            self._check_group()
-        for name in ("sparsity", "max_layer_sparsity"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise UsageError(f"{name!r} is {value:g}", "Expected more than 0 and less than 1")
-        if not 2 <= self.block <= 4096:
-            raise UsageError(f"'block' is {self.block}", "Expected 2 to 4096")
-        if self.ratios == "equal-slope" and self.pattern != "block":
-            raise UsageError(
-                f"Equal slopes are for blocks, and 'pattern' is {self.pattern!r}", "Use uniform or ecoflap"
-            )
-        if self._ratios != "uniform" and self._sparsity > self.max_layer_sparsity:
-            raise UsageError(
-                f"'sparsity' is {self._sparsity:g}, and no layer may pass {self.max_layer_sparsity:g}",
-                "Raise 'max_layer_sparsity', or use uniform ratios",
-            )
-
-    def _check_group(self) -> None:
-        """Raises UsageError where the pattern is no N:M, or other options contradict it."""
-        found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", self.pattern)
-        if found is None:
-            raise UsageError(
-                f"'pattern' is {self.pattern!r}, expected N:M such as 2:4, 'block' or 'unstructured'",
-                nearest(self.pattern, _WORDS) if self.pattern.isalpha() else "Write 2:4",
-            )
-        n, m = map(int, found.groups())
-        if not 1 <= n < m <= _LIMIT:
-            raise UsageError(f"'pattern' is {self.pattern!r}", f"Expected N:M with 1 <= N < M <= {_LIMIT}")
-        if self.sparsity is not None and not math.isclose(self.sparsity, 1 - n / m):
-            raise UsageError(
-                f"'sparsity' is {self.sparsity:g}, and {self.pattern} has one of {1 - n / m:g}", "Leave it out"
-            )
-        if self.ratios not in (None, "uniform"):
-            raise UsageError(f"{self.pattern} is the same in every layer", "Leave 'ratios' out")
-
-    @property
-    def group(self) -> tuple[int, int] | None:
-        """(N, M); None for the other patterns."""
-        if self.pattern in _WORDS:
-            return None
-        n, m = self.pattern.split(":")
-        return int(n), int(m)
-
-    @property
-    def _sparsity(self) -> float:
-        return _SPARSITY if self.sparsity is None else self.sparsity
-
-    @property
-    def _ratios(self) -> str:
-        return self.ratios or ("equal-slope" if self.pattern == "block" else "uniform")
-
+class Work(Sparsify):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        for what in (self.scores, self._ratios):
+        for what in (self.scores, self.shared_by):
             if ctx.calibration is None and what in ("wanda", "ecoflap"):
                 raise DataError(f"The option {what!r} needs calibration data", "Give some with --calibration")
         outcome = Outcome()
@@ -155,18 +78,7 @@ class Sparsify(Pass):
         return outcome
 
     def _layers(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Layer]:
-        usable = []
-        for node in live_linears(graph):
-            try:
-                linear = view(graph, node)
-                reason = self._why_not(linear)
-            except Refused as error:
-                reason = str(error)
-            if reason:
-                outcome.refuse(node.name, f"{node.op} stays dense: {reason}", reason)
-            else:
-                usable.append(linear)
-        for layer in shared(usable):
+        for layer in shared(list(usable(graph, outcome, self._why_not, "stays dense"))):
             try:
                 layer.check_growth()
             except Refused as error:
@@ -178,9 +90,8 @@ class Sparsify(Pass):
                 yield layer
 
     def _why_not(self, linear: Linear) -> str:
-        pattern = next((p for p in self.exclude if fnmatch.fnmatchcase(linear.name, p)), None)
-        if pattern is not None:
-            return f"excluded by pattern {pattern!r}"
+        if reason := self.patterns.why_not(linear.name):
+            return reason
         if linear.depthwise:
             return "it is depthwise, so that an output has one input channel"
         if not edit.is_float_type(np.dtype(linear.source.dtype)):
@@ -201,15 +112,15 @@ class Sparsify(Pass):
         """How many weights, or tiles, each layer keeps."""
         block = self.pattern == "block"
         sizes = [Tiles(layer.shape, self.block).count if block else layer.size for layer in layers]
-        dropped = round(self._sparsity * sum(sizes))
-        most = 1.0 if self._ratios == "uniform" else self.max_layer_sparsity
+        dropped = round(self.share * sum(sizes))
+        most = 1.0 if self.shared_by == "uniform" else self.max_layer_sparsity
         least = [max(1, size - math.floor(most * size)) for size in sizes]
         dropped = min(dropped, sum(sizes) - sum(least))  # a layer of one tile keeps it
-        if self._ratios == "equal-slope":
+        if self.shared_by == "equal-slope":
             costs = [_tile_costs(layer, self.block, layer.scores(wanda)) for layer in layers]
             return layer_ratios.equal_slope(dropped, costs, least)
         weights = [float(size) for size in sizes]
-        if self._ratios == "ecoflap":
+        if self.shared_by == "ecoflap":
             assert ctx.calibration is not None
             found = layer_ratios.sensitivities(graph, weights_of(layers), ctx.calibration, ctx.seed, ctx.progress)
             weights = [size * float(s) for size, s in zip(sizes, found, strict=True)]

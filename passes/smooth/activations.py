@@ -18,27 +18,25 @@ sees the ranges that the ones before it have left.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Pass, Refused, TwoActivations
+from channelfold.passes.base import Context, Outcome, Patterns, Refused, TwoActivations
 from channelfold.passes.channels.rescale import clamped, rescale
 from channelfold.passes.channels.scale_regions import Region, Shape, reach
 from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
-from channelfold.passes.smooth import scales
-from channelfold.passes.smooth.scales import Aim, Seen
-from channelfold.runtime.errors import DataError, UsageError
+from channelfold.passes.smooth import Smooth, scales
+from channelfold.passes.smooth.scales import Seen
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
-from channelfold.runtime.stats.statistics import ChannelStatistics, observe, outlier_ratio
+from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
+from channelfold.runtime.stats.observe import by_name, observe
 
-Method = Literal["auto", "smoothquant", "os-plus", "awq", "repq", "outliertune", "fp4-shift"]
 Candidate = tuple[str, np.ndarray, np.ndarray]  # what it is, scale and shift by class
 
 _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -47,55 +45,21 @@ _LIMITS = 16  # steps of os-plus from the largest channel down to the first deci
 _WORTH_NODES = 0.5  # of the error: what explicit nodes must save for ``auto`` to insert them
 
 
-@dataclass(frozen=True)
-class Smooth(Pass):
-    """Moves channel-wise scales and shifts of activations into the weights around them.
-
-    ``alpha``: of smoothquant, 0 (all to the weights' favor) to 1; ``search_alpha`` looks for the best one at each site.
-    ``aim``: the common step of repq. ``shift``: whether methods that shift may. ``include``, ``exclude``: patterns of
-    the names of linear nodes. ``activation_bits``, ``weight_bits``, ``group_size``: the quantizer that searched methods
-    expect; awq leaves activations in float. Raises UsageError for an option out of its range.
-    """
-
-    name: ClassVar[str] = "smooth"
-    kind: ClassVar[Literal["exact", "calibrated", "lossy"]] = "exact"
-
-    method: Method = "auto"
-    alpha: float = 0.5
-    search_alpha: bool = False
-    aim: Aim = "mean"
-    shift: bool = True
-    allow_insert: bool = False
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    activation_bits: int = 8
-    weight_bits: int = 8
-    group_size: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise UsageError(f"'alpha' is {self.alpha:g}", "Expected 0 to 1")
-        for name, low, high in (("activation_bits", 2, 16), ("weight_bits", 2, 16), ("group_size", 0, 1 << 20)):
-            if not low <= getattr(self, name) <= high:
-                raise UsageError(f"{name!r} is {getattr(self, name)}", f"Expected {low} to {high}")
-
+class Work(Smooth):
     @property
     def searches(self) -> bool:
         return self.method in ("auto", "os-plus", "awq") or (self.method == "smoothquant" and self.search_alpha)
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        feed = next(iter(ctx.calibration or ()), None)
-        if ctx.calibration is None or feed is None:
-            raise DataError("Smoothing needs calibration data", "Give some with --calibration")
         outcome = Outcome()
         infer_shapes(graph)
-        sites = list(self._sites(graph, measured_shapes(graph, feed), outcome))
+        sites = list(self._sites(graph, measured_shapes(graph, self.feed(ctx)), outcome))
         observers = {
             reader.tensor.name: ChannelStatistics(reader.axis, ROWS if self.searches else 0)
             for site in sites
             for reader in site.readers
         }
-        observe(graph, observers, ctx.calibration, ctx.progress)
+        observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
         facts = []
         for number, site in enumerate(sites):
             ctx.progress("Smoothing", number, len(sites))
@@ -120,12 +84,12 @@ class Smooth(Pass):
             if id(linear.data) in seen:
                 continue
             try:
-                if reason := self._why_not(linear):
+                if reason := self.patterns.why_not(linear.name):
                     raise Refused(reason)
                 seen.add(id(linear.data))
                 site = _Site.of(self._region(graph, linear, shapes))
-                if pattern := next(filter(None, (self._excluding(reader.linear) for reader in site.readers)), None):
-                    raise Refused(f"a linear that shares its scale is excluded by pattern {pattern!r}")
+                if reason := Patterns(exclude=self.exclude).why_not(*(reader.linear.name for reader in site.readers)):
+                    raise Refused(f"a linear that shares its scale is {reason}")
                 if any(id(reader.tensor) in scaled for reader in site.readers):  # with nodes inserted there, perhaps
                     raise Refused("it is tied to what another site scales")
             except Refused as error:
@@ -134,15 +98,6 @@ class Smooth(Pass):
             scaled.update(id(reader.tensor) for reader in site.readers)
             seen |= scaled
             yield site
-
-    def _why_not(self, linear: Linear) -> str:
-        if self.include and not any(fnmatch.fnmatchcase(linear.name, p) for p in self.include):
-            return "not included by any pattern"
-        pattern = self._excluding(linear)
-        return f"excluded by pattern {pattern!r}" if pattern is not None else ""
-
-    def _excluding(self, linear: Linear) -> str | None:
-        return next((p for p in self.exclude if fnmatch.fnmatchcase(linear.name, p)), None)
 
     def _region(self, graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape]) -> Region:
         try:

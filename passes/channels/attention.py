@@ -1,0 +1,172 @@
+"""Where attention operators keep the heads of their queries, keys and values.
+
+    Attention, RotaryEmbedding (opset 23)       (batch, heads, tokens, channels), or (batch, tokens, heads * channels)
+    com.microsoft MultiHeadAttention            the latter; or several in (batch, tokens, heads, 2 or 3, channels)
+    com.microsoft Attention                     the weights of all three in one, (inputs, 3 * heads * channels)
+    com.microsoft GroupQueryAttention           queries, keys and values side by side in one, or three tensors
+
+A key or value head serves as many consecutive query heads as there are more of those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import InBetween, Refused
+from channelfold.passes.channels.maps import Shape
+from channelfold.passes.channels.ports import Ports
+from channelfold.passes.operators import operator
+from channelfold.runtime.io import edit
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Heads along ``axis`` of ``port``: position ``at[h, c]`` is channel c of head h, or (heads, 1) the whole head."""
+
+    port: int
+    axis: int
+    at: np.ndarray
+
+    def take(self, index: np.ndarray, shape: Shape) -> np.ndarray:
+        """The classes (heads, channels) in an index map of a tensor of this shape."""
+        if len(shape) == 4:
+            return np.broadcast_to(index, (1, shape[1], 1, shape[3]))[0, :, 0]
+        return np.broadcast_to(index, (1, 1, shape[2]))[0, 0][self.at]
+
+
+@dataclass
+class Heads:
+    """``result``: the heads of the first output. ``others``: all that is cut along with heads and is never scaled.
+
+    ``held``: what keeps queries, keys or values from being scaled, or "". ``rotary``: how many channels of a query and
+    key head are turned in pairs inside the node.
+    """
+
+    result: Piece
+    queries: Piece | None = None
+    keys: Piece | None = None
+    values: Piece | None = None
+    others: list[Piece] = field(default_factory=list)
+    held: str = ""
+    rotary: int = 0
+
+    def pieces(self) -> list[Piece]:
+        found = (self.result, self.queries, self.keys, self.values)
+        return [*(piece for piece in found if piece is not None), *self.others]
+
+
+def heads_of(p: Ports) -> Heads:
+    """The heads of an attention operator. Raises Refused, with the reason, where they are not known."""
+    if edit.is_standard(p.node):
+        return _attention(p)
+    return {"Attention": _packed_weight, "MultiHeadAttention": _multi_head, "GroupQueryAttention": _grouped}[p.node.op](
+        p
+    )
+
+
+def is_attention(node: gs.Node) -> bool:
+    return operator(node).kind in ("attention", "packed_attention")
+
+
+def rotary(p: Ports) -> tuple[Piece, int, int]:
+    """Of a RotaryEmbedding its heads, how many channels of each are turned, and the input that holds the cosines.
+
+    The inputs behind x are the cosines, the sines and the positions; com.microsoft has the positions first.
+    """
+    shape, cosines = p.shape(0), 1 if edit.is_standard(p.node) else 2
+    turned = 2 * p.shape(cosines)[-1]
+    heads = shape[1] if len(shape) == 4 else p.attribute("num_heads", 0) or shape[2] // turned
+    return piece(p, -1, heads), turned, cosines
+
+
+def partners(p: Ports, channels: int, turned: int) -> np.ndarray:
+    """For every channel of a head the one that a rotary embedding of the first ``turned`` pairs it with."""
+    interleaved = p.attribute("interleaved", 0) or p.attribute("rotary_interleaved", 0)
+    found = np.arange(channels)
+    first = found[:turned]
+    found[:turned] = first ^ 1 if interleaved else (first + turned // 2) % turned
+    return found
+
+
+def piece(p: Ports, port: int, heads: int) -> Piece:
+    """The heads of a tensor of rank 3 (within its last axis), 4 or 5."""
+    shape = p.shape(port)
+    if len(shape) == 3:
+        return _within(port, 2, heads, 0, shape[2])
+    return Piece(port, 2 if len(shape) == 5 else 1, np.arange(heads)[:, None])
+
+
+def _within(port: int, axis: int, heads: int, start: int, size: int) -> Piece:
+    if not heads or size % heads:
+        raise Refused("the number of its heads does not divide its channels")
+    return Piece(port, axis, np.arange(start, start + size).reshape(heads, -1))
+
+
+def _present(p: Ports, *found: tuple[int, int]) -> list[Piece]:
+    return [piece(p, port, heads) for port, heads in found if p.has(port)]
+
+
+def _scores(p: Ports, port: int, heads: int) -> list[Piece]:
+    """What broadcasts to (batch, heads, tokens, tokens), where it differs by head."""
+    shape = p.shape(port) if p.has(port) else ()
+    return [Piece(port, len(shape) - 3, np.arange(heads)[:, None])] if len(shape) > 2 and shape[-3] > 1 else []
+
+
+def _held(p: Ports, *ports: int) -> str:
+    """What is scaled together with keys and values, and has no part in a scale."""
+    return f"{p.node.op} has a cache or a bias" if any(map(p.has, (*ports, -2, -3, -4))) else ""
+
+
+def _attention(p: Ports) -> Heads:
+    apart = len(p.shape(0)) == 4
+    heads = p.shape(0)[1] if apart else p.attribute("q_num_heads", 0)
+    kv = p.shape(1)[1] if apart else p.attribute("kv_num_heads", 0)
+    others = _present(p, (4, kv), (5, kv), (-2, kv), (-3, kv), (-4, heads)) + _scores(p, 3, heads)
+    held = _held(p, 4, 5)
+    return Heads(piece(p, -1, heads), piece(p, 0, heads), piece(p, 1, kv), piece(p, 2, kv), others, held)
+
+
+def _multi_head(p: Ports) -> Heads:
+    heads = p.attribute("num_heads", 0)
+    others = _present(p, (6, heads), (7, heads), (-2, heads), (-3, heads), (-4, heads)) + _scores(p, 5, heads)
+    if p.has(3):
+        (size,), values = p.shape(3), p.shape(-1)[2]
+        keys = (size - values) // 2
+        others += [_within(3, 0, heads, *part) for part in ((0, keys), (keys, keys), (2 * keys, values))]
+    queries, keys, values = (piece(p, port, heads) if p.has(port) else None for port in range(3))
+    packed = any(p.has(port) and len(p.shape(port)) != 3 for port in range(3))
+    held = f"{p.node.op} packs its inputs" if packed else _held(p, 3, 6, 7)
+    return Heads(piece(p, -1, heads), queries, keys, values, others, held)
+
+
+def _packed_weight(p: Ports) -> Heads:
+    heads, width = p.attribute("num_heads", 0), p.shape(1)[1]
+    sizes = p.node.attrs.get("qkv_hidden_sizes") or [width // 3] * 3
+    others = _present(p, (4, heads), (-2, heads)) + _scores(p, 5, heads)
+    for port, axis in ((1, 1), (2, 0)):
+        starts = np.cumsum([0, *sizes]).tolist()
+        found = (_within(port, axis, heads, *part) for part in zip(starts, sizes, strict=False))
+        others += found if p.has(port) else ()
+    held = f"{p.node.op} holds the weights of its queries, keys and values"
+    return Heads(piece(p, -1, heads), others=others, held=held)
+
+
+def _grouped(p: Ports) -> Heads:
+    heads, kv = p.attribute("num_heads", 0), p.attribute("kv_num_heads", 0)
+    if p.has(12) or p.has(13):
+        raise InBetween(f"{p.node.op} with a quantized cache")
+    others = _present(p, (3, kv), (4, kv), (-2, kv), (-3, kv), (-4, heads)) + _scores(p, 10, heads)
+    if p.has(11):
+        others.append(Piece(11, 0, np.arange(heads)[:, None]))
+    if p.has(1):
+        queries, keys, values = piece(p, 0, heads), piece(p, 1, kv), piece(p, 2, kv)
+    else:
+        each = p.shape(0)[2] // (heads + 2 * kv)
+        placed = ((0, heads), (heads, kv), (heads + kv, kv))
+        queries, keys, values = (_within(0, 2, n, each * start, each * n) for start, n in placed)
+    turned = 2 * p.shape(7)[-1] if p.attribute("do_rotary", 0) else 0
+    held = _held(p, 3, 4) or (f"{p.node.op} norms its queries and keys" if p.has(14) or p.has(15) else "")
+    return Heads(piece(p, -1, heads), queries, keys, values, others, held, turned)

@@ -1,0 +1,158 @@
+"""Einsum written as what it is: everything else knows a MatMul, a Mul and a Transpose.
+
+    bhk->bkh                  Transpose
+    bi,bj->bij                Mul(Unsqueeze(x), Unsqueeze(y))
+    btd,dhk->bthk             Reshape(MatMul(x, Reshape(W, [d, h k])))          a layer with heads
+    bqhk,bthk->bhqt           MatMul(Transpose(x), Transpose(y))                the scores of attention
+    bthk,hkd->btd             MatMul(Reshape(x, [b, t, h k]), Reshape(W, [h k, d]))
+
+The indices of two operands are batch (in both and the result), summed (in both alone), left and right (in one and the
+result); x is brought to batch, left, summed and y to batch, summed, right. Several summed or right ones become one axis
+where their sizes are known. What ``fold-constants`` finds of it on weights alone is computed once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Context, Outcome, Refused
+from channelfold.passes.channels.links import einsum_terms
+from channelfold.passes.fold import RewriteEinsum
+from channelfold.passes.operators import operator
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import constant, free_name, infer_shapes
+
+_HELD = {"Reshape": "shape", "Unsqueeze": "axes"}
+
+
+class Work(RewriteEinsum):
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        outcome = Outcome()
+        found = _einsums(graph)
+        if found:
+            infer_shapes(graph)
+        for node in found:
+            said = f"Einsum {node.attrs['equation']!r}"
+            try:
+                plan = _plan(node)
+            except Refused as error:
+                outcome.refuse(node.name, f"{said}: {error.what}", error.code)
+            else:
+                outcome.change(node.name, f"{said}: {', '.join(_write(graph, node, plan))}")
+        return outcome
+
+
+def _einsums(graph: gs.Graph) -> list[gs.Node]:
+    return [node for node in graph.nodes if operator(node).kind == "einsum"]
+
+
+Step = tuple[str, list[int]]  # Transpose, Reshape or Unsqueeze, and its perm, shape or axes
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is done to each operand, ``op`` that makes one of them, and what is done to that."""
+
+    operands: list[tuple[gs.Tensor, list[Step]]]
+    op: str
+    result: list[Step]
+
+
+def _plan(node: gs.Node) -> _Plan:
+    """Raises Refused where an Einsum is none of the three."""
+    *terms, result = einsum_terms(node)
+    parts = list(zip(terms, node.inputs, strict=True))
+    alone = next((i for i in "".join(terms) if i not in result and "".join(terms).count(i) == 1), "")
+    if alone or len(parts) > 2:
+        raise Refused(f"it sums over {alone!r} of one operand" if alone else f"it has {len(parts)} operands")
+    if len(parts) == 1:
+        return _Plan([(node.inputs[0], _ordered(terms[0], result))], "Identity", [])
+    sizes = _sizes(parts)
+    if isinstance(node.inputs[0], gs.Constant):
+        parts.reverse()
+    (x, left_data), (y, right_data) = parts
+    batch, summed = [i for i in result if i in x and i in y], [i for i in x if i not in result]
+    left, right = [i for i in result if i not in y], [i for i in result if i not in x]
+    if not summed:
+        return _Plan([(tensor, _ordered(term, result)) for term, tensor in parts], "Mul", [])
+    if not left or not right or (batch and len(left) > 1):
+        raise Refused("it is no product of matrices")
+    rows, outer = [0] * len(batch + left), _volume(right, sizes)
+    inner = _volume(summed, sizes) if len(summed) > 1 else 0  # 0: as long as it was
+    before, behind = _ordered(x, batch + left + summed), _ordered(y, batch + summed + right)
+    after = _ordered("".join(batch + left + right), result)
+    if len(summed) > 1:
+        before.append(("Reshape", [*rows, -1]))
+    if len(summed) > 1 or len(right) > 1:
+        if inner < 0 and outer < 0:
+            raise Refused("several indices of unknown size make one axis")
+        behind.append(("Reshape", [*[0] * len(batch), inner, -1 if inner >= 0 else outer]))
+    if len(right) > 1:
+        wide = [sizes.get(i, -1) for i in right]
+        if wide.count(-1) > 1:
+            raise Refused("several indices of unknown size make one axis")
+        after.insert(0, ("Reshape", [*rows, *wide]))
+    return _Plan([(left_data, before), (right_data, behind)], "MatMul", after)
+
+
+def _ordered(term: str, order: Iterable[str]) -> list[Step]:
+    """What brings a tensor with these indices into an order that may have more of them."""
+    perm = [term.index(i) for i in order if i in term]
+    missing = [axis for axis, i in enumerate(order) if i not in term]
+    moved: list[Step] = [("Transpose", perm)] if perm != sorted(perm) else []
+    return [*moved, ("Unsqueeze", missing)] if missing else moved
+
+
+def _sizes(parts: list[tuple[str, gs.Tensor]]) -> dict[str, int]:
+    """The sizes of the indices that have the same one for all inputs. Raises Refused where two do not agree."""
+    found: dict[str, int] = {}
+    for term, tensor in parts:
+        for i, size in zip(term, tensor.shape or (), strict=False):
+            if isinstance(size, int) and found.setdefault(i, size) != size:
+                raise Refused(f"it broadcasts {i!r}")
+    return found
+
+
+def _volume(indices: list[str], sizes: dict[str, int]) -> int:
+    """The length of the axis that some indices become, -1 where it is unknown."""
+    return math.prod(sizes[i] for i in indices) if all(i in sizes for i in indices) else -1
+
+
+def _write(graph: gs.Graph, node: gs.Node, plan: _Plan) -> list[str]:
+    """Puts the nodes of a plan in the place of a node, the main one by its name; returns their operators."""
+    output, made = node.outputs[0], []
+    place = next(i for i, other in enumerate(graph.nodes) if other is node)
+
+    def add(op: str, inputs: list[gs.Tensor], values: list[int] | None = None) -> gs.Variable:
+        name = f"{node.name}_{op.lower()}"
+        attrs = {"perm": values} if op == "Transpose" else {}
+        if op == "Unsqueeze" and graph.opset < 13:
+            attrs = {"axes": values}
+        if values is not None and not attrs:
+            inputs = [*inputs, constant(graph, f"{name}_{_HELD[op]}", np.array(values, np.int64))]
+        result = gs.Variable(free_name(graph, name), output.dtype)
+        made.append(gs.Node(op, result.name, attrs, inputs, [result]))
+        graph.nodes.insert(place + len(made), made[-1])
+        made[-1]._graph = graph
+        return result
+
+    operands = []
+    for tensor, steps in plan.operands:
+        for op, values in steps:
+            tensor = add(op, [tensor], values)
+        operands.append(tensor)
+    last: gs.Tensor = operands[0]
+    if plan.op != "Identity" or not made:
+        last = add(plan.op, operands)
+    for op, values in plan.result:
+        last = add(op, [last], values)
+    edit.detach(node)
+    edit.set_output(made[-1], 0, output)
+    edit.sweep(graph)
+    next((new for new in made if new.op == plan.op), made[0]).name = node.name
+    return [new.op for new in made]

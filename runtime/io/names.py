@@ -1,0 +1,38 @@
+"""Names in a file.
+
+Reports, options and TensorRT's plans speak of nodes by their names, and ONNX Runtime refuses a graph in which two nodes
+share one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import onnx
+
+
+class NodeNames:
+    """The names of a graph's nodes: those of the file, and made up where a node has none or that of one before it."""
+
+    def __init__(self, graph: onnx.GraphProto):
+        self._known = {node.name for node in graph.node}  # in the file, and by now
+        self._used: set[str] = set()
+
+    def of(self, node: onnx.NodeProto, index: int) -> str:
+        name = base = node.name or f"{node.op_type}_{index}"
+        numbers = itertools.count(1)
+        while name in (self._used if name == node.name else self._known):
+            name = f"{base}_{next(numbers)}"
+        self._used.add(name)
+        self._known.add(name)
+        return name
+
+
+def reads(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that a node and the nodes of its subgraphs read."""
+    yield from node.input
+    for attribute in node.attribute:
+        yield from (output.name for output in attribute.g.output)
+        for inner in attribute.g.node:
+            yield from reads(inner)

@@ -1,0 +1,106 @@
+"""The faults of a model that no runtime forgives, found before any work: one sentence each, with the node.
+
+    opsets        every domain that nodes are of has one, from 1 on
+    names         each tensor is written once; initializers, inputs and outputs are listed once
+    order         no node depends on itself
+    operators     the numbers of inputs and outputs, and the attributes, are those of the operator
+
+What the ONNX checker says beyond that, ONNX Runtime and TensorRT often let pass, and so does this.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import onnx
+
+from channelfold.runtime.errors import ModelError
+from channelfold.runtime.io.names import reads
+
+_KIND = onnx.AttributeProto
+_STANDARD = ("", "ai.onnx")
+
+
+def validate(model: onnx.ModelProto, path: Path) -> None:
+    """Raises ModelError with the first fault of a model."""
+    opsets = {"" if o.domain in _STANDARD else o.domain: o.version for o in model.opset_import}
+    fault = next(_faults(model.graph, opsets), None)
+    if fault:
+        raise ModelError(f"{path} is not a valid model: {fault[:300]}", "Export it again, or mend what made it.")
+
+
+def _faults(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> Iterator[str]:
+    if "" in opsets and opsets[""] < 1:
+        yield f"its opset is {opsets['']}"
+    yield from (f"it lists two initializers {name!r}" for name in _doubles(t.name for t in graph.initializer))
+    yield from (f"it lists the input {name!r} twice" for name in _doubles(v.name for v in graph.input))
+    written = {t.name for t in graph.initializer} | {v.name for v in graph.input}
+    for node in graph.node:
+        for name in filter(None, node.output):
+            if name in written:
+                yield f"{_named(node)} writes {name!r}, which is written before"
+            written.add(name)
+    yield from _cycles(graph)
+    for node in graph.node:
+        yield from _misuses(node, opsets)
+        for attribute in node.attribute:
+            for part in (attribute.g, *attribute.graphs):
+                yield from _faults(part, opsets)
+
+
+def _doubles(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1 and name]
+
+
+def _cycles(graph: onnx.GraphProto) -> Iterator[str]:
+    writers = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    sources = [{writers[name] for name in reads(node) if name in writers} for node in graph.node]
+    readers: dict[int, list[int]] = {}
+    for index, found in enumerate(sources):
+        for source in found:
+            readers.setdefault(source, []).append(index)
+    waiting = [len(found) for found in sources]
+    ready = [index for index, count in enumerate(waiting) if not count]
+    while ready:
+        for reader in readers.get(ready.pop(), ()):
+            waiting[reader] -= 1
+            if not waiting[reader]:
+                ready.append(reader)
+    yield from (f"{_named(graph.node[i])} depends on its own output" for i, count in enumerate(waiting) if count)
+
+
+def _misuses(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Iterator[str]:
+    yield from (f"{_named(node)} has the attribute {name!r} twice" for name in _doubles(a.name for a in node.attribute))
+    domain = "" if node.domain in _STANDARD else node.domain
+    version = opsets.get(domain)
+    if version is None or not onnx.defs.has(node.op_type, version, domain):
+        return
+    schema = onnx.defs.get_schema(node.op_type, version, domain)
+    given = len(node.input) - next((i for i, name in enumerate(reversed(node.input)) if name), len(node.input))
+    for what, count, low, high in (
+        ("inputs", given, schema.min_input, schema.max_input),
+        ("outputs", len([name for name in node.output if name]), min(1, schema.min_output), schema.max_output),
+    ):
+        if not low <= count <= high:
+            bounds = f"{low}" if low == high else f"at least {low}" if count < low else f"at most {high}"
+            yield f"{_named(node)} has {count} {what}, and {node.op_type} takes {bounds}"
+    for attribute in node.attribute:
+        known = schema.attributes.get(attribute.name)
+        if known is None:
+            yield f"{_named(node)} has an attribute {attribute.name!r}, which {node.op_type} has not in opset {version}"
+        elif (
+            attribute.type not in (getattr(known.type, "value", None), _KIND.UNDEFINED) and not attribute.ref_attr_name
+        ):
+            kind = _KIND.AttributeType.Name(attribute.type)
+            yield f"{_named(node)}: the attribute {attribute.name!r} is of type {kind}"
+    missing = [name for name, known in schema.attributes.items() if known.required]
+    for name in missing:
+        if name not in {attribute.name for attribute in node.attribute}:
+            yield f"{_named(node)} lacks the attribute {name!r}"
+
+
+def _named(node: onnx.NodeProto) -> str:
+    name = node.name or next(iter(node.output), "")
+    return f"{node.op_type} {name!r}"

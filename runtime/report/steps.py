@@ -1,0 +1,153 @@
+"""What the steps of a record have changed and refused, as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from channelfold.runtime.report.tables import UNKNOWN, Cell, Page, number, ratio
+
+_EXAMPLES, _SITES = 3, 12
+
+
+def show(record: Mapping[str, Any], page: Page) -> None:
+    """Prints ``steps`` of a record."""
+    rows = [_row(step) for step in record["steps"]]
+    page.table("Steps", ("<kind", ">changed", ">refused", ">seconds", "<verified rel. error"), rows)
+    for step in record["steps"]:
+        _quantized(step, page)
+        _sites(step, page)
+        _cut(step, page)
+        _refused(step, page)
+
+
+def _row(step: Mapping[str, Any]) -> tuple[Cell, ...]:
+    changed, refused = (str(len(step[key])) for key in ("changed", "refused"))
+    return step["pass"], step["kind"], changed, refused, f"{step['seconds']:.1f}", _verified(step.get("verified"))
+
+
+def _verified(verified: Mapping[str, Any] | None) -> Cell:
+    if not verified:
+        return UNKNOWN, "dim"
+    if "unverified" in verified:
+        return f"no: {verified['unverified']}", "yellow"
+    probes = verified["probes"]
+    return f"{number(verified['max_rel_error'], '{:.2g}')}, {probes} probe{'s' * (probes != 1)}", "green"
+
+
+def _quantized(step: Mapping[str, Any], page: Page) -> None:
+    facts = step.get("facts", {})
+    if "quantized" not in facts or "linears" not in facts:
+        return
+    counts = {**dict(sorted(facts.get("by_op", {}).items())),
+              "all linear nodes": {"quantized": facts["quantized"], "total": facts["linears"]}}  # fmt: skip
+    pairs = [(op, of["quantized"], of["total"]) for op, of in counts.items()]
+    rows = [(op, f"{done} of {total}", f"{total - done} left in float" * (done < total)) for op, done, total in pairs]
+    page.blank()
+    page.table("Quantized", (">", "<"), rows)
+
+
+def _sites(step: Mapping[str, Any], page: Page) -> None:
+    """What a pass has done to the channels of each site, those first that are worst now."""
+    facts = step.get("facts", {})
+    sites = sorted(facts.get("sites") or map(_ffn_site, facts.get("ffns", ())), key=_badness, reverse=True)
+    if not sites:
+        return
+    used = {key: column for key, column in _SITE.items() if any(site.get(key) for site in sites)}
+    headings = [heading for heading, _ in used.values()]
+    rows = [
+        (site["node"], *(form(site[key]) if site.get(key) else "" for key, (_, form) in used.items()))
+        for site in sites[:_SITES]
+    ]
+    if "method" in used and page.room(headings, rows) < max(len(name) for name, *_ in rows):
+        rows = [(name, method.partition(",")[0], *cells) for name, method, *cells in rows]  # the JSON has its details
+    page.blank()
+    page.fill(f"By {step['pass']}", headings, rows)
+    if len(sites) > _SITES:
+        page.note(f"… and {len(sites) - _SITES} more, with --json")
+    if legend := [words for key, words in _LEGEND.items() if key in used]:
+        page.note("; ".join(legend))
+    if inserted := sum(site.get("inserted", 0) for site in sites):
+        page.say((f"{inserted} node{'s were' if inserted > 1 else ' was'} inserted", "yellow"))
+
+
+def _ffn_site(ffn: Mapping[str, Any]) -> dict[str, Any]:
+    """What approximate-ffn says of an FFN, as a site."""
+    method = "with a dense branch" if ffn["branch"] else ""
+    return {"node": ffn["node"], "method": method, "width": ffn["hidden"], "macs": ffn["macs"],
+            "relative_change": ffn["error"]}  # fmt: skip
+
+
+def _badness(site: Mapping[str, Any]) -> float:
+    """What is left to be desired of a site: the noise of its quantized outputs, or else how its channels differ."""
+    if "energy_kept" in site:
+        return 1 - float(site["energy_kept"])
+    for key, sign in (("output_snr_db", -1), ("outlier_ratio", 1), ("bfp_error", 1)):
+        if site.get(key):
+            return sign * float("inf" if site[key][1] is None else site[key][1])
+    return float(site.get("relative_change", 0.0))
+
+
+def _pair(form: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda pair: " -> ".join(map(form, pair))
+
+
+_SITE: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "method": ("<method", str),
+    "width": (">channels", _pair(str)),
+    "outlier_ratio": (">outliers", _pair(ratio)),
+    "output_snr_db": (">SNR dB", _pair(lambda value: number(value, "{:.1f}"))),
+    "bfp_error": (">block error", _pair(lambda value: number(value, "{:.2e}"))),
+    "relative_change": (">change", lambda value: number(value, "{:.1e}")),
+    "macs": (">MACs", _pair(lambda value: f"{value:,}")),
+    "inserted": (">nodes", "{:+d}".format),
+    "sparsity": (">zeros", "{:.1%}".format),
+    "energy_kept": (">energy kept", "{:.2%}".format),
+}  # a key of a site: the heading of its column, and how it is written
+
+_LEGEND = {
+    "outlier_ratio": "outliers: largest channel against the median",
+    "output_snr_db": "SNR: of int8 outputs",
+    "bfp_error": "error in blocks that share an exponent",
+    "energy_kept": "energy: sum of the squared weights, times those of their inputs where there are data",
+}
+
+
+def _cut(step: Mapping[str, Any], page: Page) -> None:
+    """What ``prune`` has cut."""
+    facts = step.get("facts", {})
+    if not facts.get("groups"):
+        return
+    figures = ("channels", "kept", "parameters_saved", "macs_saved")
+    rows = [(group["node"], group["op"], *(f"{group[key]:,.0f}" for key in figures)) for group in facts["groups"]]
+    page.blank()
+    page.fill("Cut", ("<op", ">channels", ">kept", ">params saved", ">MACs saved"), rows)
+    for kind, words in (("macs", "MACs"), ("parameters", "parameters")):
+        before, after = facts[kind]["before"], facts[kind]["after"]
+        share = f", {after / before:.1%} kept" if before else ""
+        page.say(f"{words}: {before:,.0f} -> {after:,.0f}{share}")
+    if "latency" in facts:
+        page.say(f"time in ONNX Runtime: {facts['latency']['kept']:.1%} kept")
+    for name, error in facts.get("output_error", {}).items():
+        page.say(f"error of {name!r} on calibration data: {error:.2%} of its variance")
+    proof = facts["slice_equals_mask"]
+    if proof and "max_rel_error" in proof:
+        refitted = "; what reads the rest was refitted afterwards" if facts["statistics"] else ""
+        error = f"{proof['max_rel_error']:.1e} on {proof['probes']} probes"
+        page.say(f"The cut equals the same channels silenced, to {error}{refitted}")
+    elif proof:
+        page.say((f"The cut was not proven: {proof['unverified']}", "yellow"))
+
+
+def _refused(step: Mapping[str, Any], page: Page) -> None:
+    if not step["refused"]:
+        return
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for refusal in step["refused"]:
+        groups.setdefault(refusal.get("code") or refusal["reason"], []).append(refusal)
+    page.blank()
+    page.say((f"Left as it was by {step['pass']}", "bold"), indent=0)
+    for code, group in sorted(groups.items(), key=lambda item: -len(item[1])):
+        page.say((f"{len(group)} x ", "bold"), code)
+        reasons = ("" if refusal["reason"].endswith(code) else refusal["reason"] for refusal in group)
+        page.nodes([(refusal["node"], reason) for refusal, reason in zip(group, reasons, strict=True)], _EXAMPLES)

@@ -1,0 +1,149 @@
+"""The one way to draw a record: lines, tables and figures, every text of which passes ``safe``.
+
+What renders a record draws on a ``Page`` and never touches the console itself::
+
+    page = Page(Console())
+    page.fill("Engines", ["<for", ">size"], [("m.engine", "SM 89", size(940))])
+    page.say(("refused: ", "bold"), reason)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from channelfold.runtime.report.names import safe, shorten, shorten_all
+
+UNKNOWN = "–"  # in the place of a figure
+Cell = str | tuple[str, str]  # a text, or a text and its style
+_WHOLE = "whole names: --json, or pipe the output"
+
+
+class Page:
+    """Draws on a console, and lets no text through that could steer the terminal.
+
+    In a terminal all fits its width, and names are shortened between their parts. In a file or a pipe nothing is
+    shortened or wrapped.
+    """
+
+    def __init__(self, console: Console):
+        self._console = console
+        if not console.is_terminal:
+            console.width = 10_000
+
+    def blank(self) -> None:
+        self._console.print()
+
+    def say(self, *cells: Cell, indent: int = 2, wrap: bool = True) -> None:
+        """Prints a line. ``wrap`` False leaves a line that is too long to the terminal, so that it can be copied."""
+        line = _text(*cells)
+        content = Padding(line, (0, 0, 0, indent), expand=False) if indent else line
+        self._console.print(content, highlight=False, soft_wrap=not wrap)
+
+    def note(self, words: str, indent: int = 2) -> None:
+        """Prints a dim line, such as the legend of a table."""
+        self.say((words, "dim"), indent=indent)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], indent: int = 2) -> None:
+        """Prints a table without borders. The title heads the first column, that of labels, which are not shortened.
+
+        Each of the other ``columns`` is its alignment (``<`` or ``>``) and its heading; empty ones are left out.
+        """
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column(_text((title, "bold not dim")), no_wrap=True)
+        filled = _filled(columns, rows)
+        for column, _ in filled:
+            # rich measures a table with a column of no width too narrow
+            table.add_column(_text(column[1:]), justify="right" if column[0] == ">" else "left", min_width=1)
+        for (label, *_), *cells in zip(rows, *(cells for _, cells in filled), strict=True):
+            table.add_row(_text(" " * indent, label), *map(_text, cells))
+        self._console.print(table, highlight=False)
+
+    def fill(self, title: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+        """Prints a table of rows that begin with a name, which gets the width that the other columns leave."""
+        names = [safe(name) for name, *_ in rows]
+        shown = shorten_all(names, max(12, self.room(columns, rows)))
+        self.table(title, columns, [(name, *cells) for name, (_, *cells) in zip(shown, rows, strict=True)])
+        if shown != names:
+            self.note(_WHOLE)
+
+    def room(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> int:
+        """The width that the other columns leave to the names."""
+        taken = (max(len(column) - 1, *map(_width, cells)) + 2 for column, cells in _filled(columns, rows))
+        return self._console.width - 2 - sum(taken)
+
+    def grid(self, rows: Sequence[Sequence[Cell]], indent: int = 2, gap: int = 2) -> None:
+        """Prints rows of a label and its remark, without headings."""
+        grid = Table.grid(padding=(0, gap))
+        grid.add_column(no_wrap=True)
+        for row in rows:
+            grid.add_row(*map(_text, row))
+        self._console.print(Padding(grid, (0, 0, 0, indent), expand=False), highlight=False)
+
+    def nodes(self, rows: Sequence[tuple[str, str]], limit: int) -> None:
+        """Prints names of nodes with a remark each, the first ``limit`` of them."""
+        shown = [(self.name(node), (remark, "dim")) for node, remark in rows[:limit]]
+        self.grid(shown, indent=4)
+        more = [f"… and {len(rows) - limit} more"] if len(rows) > limit else []
+        if any(name != safe(node) for (name, _), (node, _) in zip(shown, rows, strict=False)):
+            more.append(_WHOLE)
+        if more:
+            self.note("; ".join(more), indent=4)
+
+    def name(self, name: str, taken: int = 0) -> str:
+        """The name in half of the width that is not ``taken``."""
+        return shorten(safe(name), max((self._console.width - taken) // 2, 12))
+
+
+def _filled(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[tuple[str, Sequence[Cell]]]:
+    """The columns in which a row has something, with their cells."""
+    cells = list(zip_longest(*(row[1:] for row in rows), fillvalue=""))
+    return [
+        (column, column_cells)
+        for column, column_cells in zip(columns, cells, strict=False)
+        if any(map(_width, column_cells))
+    ]
+
+
+def _text(*cells: Cell) -> Text:
+    # Text alone, never markup: names may hold brackets.
+    return Text.assemble(*(safe(cell) if isinstance(cell, str) else (safe(cell[0]), cell[1]) for cell in cells))
+
+
+def _width(cell: Cell) -> int:
+    return len(cell if isinstance(cell, str) else cell[0])
+
+
+def number(value: Any, form: str) -> str:
+    """A figure of the record: a number, "inf" or "-inf", or None."""
+    if value is None:
+        return UNKNOWN
+    if value == 0:
+        return "0"
+    return value if isinstance(value, str) else form.format(value)
+
+
+def ratio(value: Any) -> str:
+    """How many times as large something is: a number, infinite or "inf", or None."""
+    return number(value, "{:.1f}" if value is None or float(value) < 100 else "{:.0f}")
+
+
+def count(value: int | None) -> str:
+    """``1.40 M`` for 1398912; a dash for what is not known."""
+    return UNKNOWN if value is None else _scaled(value, "{:.2f} {}") or str(value)
+
+
+def size(value: int) -> str:
+    """``1.4 MB`` for 1398912 bytes."""
+    return _scaled(value, "{:.1f} {}B") or f"{value} B"
+
+
+def _scaled(value: int, form: str) -> str:
+    units = (("G", 1e9), ("M", 1e6), ("k", 1e3))
+    return next((form.format(value / scale, unit) for unit, scale in units if value >= scale), "")

@@ -1,0 +1,199 @@
+"""Observers of activations, all shown the same samples in one streaming run.
+
+An observer takes up the values of a tensor, one sample (a feed) at a time, and merges with another that has seen other
+samples of the same tensor. What an observer has found does not depend on how the samples were split or ordered: counts
+and minima by nature, sums because they are exact (``exact``); of covariances only up to rounding (``moments``).
+
+One sample's activations are in memory at a time. When even those are too many, the tensors are observed in groups, each
+with a run of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, Self, TypeVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.errors import DataError, no_progress
+from channelfold.runtime.io.files import export, open_model
+from channelfold.runtime.io.session import Feed
+from channelfold.runtime.io.shapes import shapes_on
+
+T = TypeVar("T")
+
+GROUP_BYTES = 1 << 29  # activations of one sample that may be observed in one run
+
+
+class Observer(Protocol):
+    """What takes up the values of a tensor, float32, one sample at a time."""
+
+    def add(self, values: np.ndarray) -> None:
+        """Takes up one sample. Raises DataError for values that cannot be used."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Takes up what another observer of the same tensor has seen of other samples."""
+        ...
+
+
+@dataclass
+class Joint:
+    """An observer of several tensors side by side, named in ``axes`` with the axis of their channels.
+
+    All of them have the same positions: the same lengths along their other axes, in order. Of every entry along the
+    first axis at most ``limit`` positions are taken. A subclass says in ``add`` what becomes of them.
+    """
+
+    axes: Mapping[str, int]
+    limit: int | None = None
+    widths: dict[str, int] = field(default_factory=dict, init=False)
+    _pending: dict[str, np.ndarray] = field(default_factory=dict, init=False)
+
+    def add(self, parts: list[np.ndarray]) -> None:
+        """Takes up one sample: the positions of each tensor as rows, (n, channels), in the order of ``axes``."""
+        raise NotImplementedError
+
+    def take(self, name: str, values: np.ndarray) -> None:
+        """Takes up one tensor of a sample, float32; when it is the last one, the sample counts.
+
+        Raises DataError for NaN and infinities, where the number of channels changes, and where the tensors do not have
+        the same positions.
+        """
+        if not values.size:
+            return
+        if name in self._pending:
+            awaited = ", ".join(repr(other) for other in self.axes if other not in self._pending)
+            raise DataError(f"it came twice before {awaited}; a sample is too large to observe both at once")
+        axis = self.axes[name] % values.ndim
+        check_width(values.shape[axis], self.axes[name], self.widths.setdefault(name, values.shape[axis]))
+        check_finite(values)
+        self._pending[name] = rows(values, axis, self.limit)
+        if len(self._pending) == len(self.axes):
+            parts = [self._pending.pop(other) for other in self.axes]
+            if len({len(part) for part in parts}) > 1:
+                shapes = ", ".join(f"{len(part)} of {other!r}" for other, part in zip(self.axes, parts, strict=True))
+                raise DataError(f"the tensors have different positions: {shapes}")
+            self.add(parts)
+
+
+def observe(
+    graph: gs.Graph,
+    observers: Mapping[str, Sequence[Observer | Joint]],
+    data: Data,
+    progress: Callable[[str, int, int], None] = no_progress,
+) -> None:
+    """Shows observers the tensor of their name, in float32, on every feed of ``data``; a Joint stands at all its names.
+
+    Raises DataError naming the tensor and the sample when an activation is NaN, ModelError when the model fails to run.
+    """
+    first = next(iter(data), None)
+    sizes = _sizes(graph, first) if first is not None else {}
+    sized = ((names, sum(sizes.get(name, 0) for name in names)) for names in _together(observers))
+    groups = list(within(GROUP_BYTES, sized)) if first is not None else []
+    for number, group in enumerate(groups):
+        observed = Observed(graph, [name for names in group for name in names])
+        for index, feed in enumerate(data):
+            progress("Observing activations", number * len(data) + index, len(groups) * len(data))
+            for name, values in observed.run(feed):
+                try:
+                    for observer in observers[name]:
+                        if isinstance(observer, Joint):
+                            observer.take(name, values)
+                        else:
+                            observer.add(values)
+                except DataError as error:
+                    raise DataError(
+                        f"Activation {name!r} of sample {index} cannot be used: {error}",
+                        "Check that sample, and that the float model computes finite values on it.",
+                    ) from None
+    progress("Observing activations", len(data) * len(groups), len(data) * len(groups))
+
+
+def by_name(observers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    """Observers, given with the names of their tensors, as ``observe`` takes them."""
+    found: dict[str, list[T]] = {}
+    for name, observer in observers:
+        found.setdefault(name, []).append(observer)
+    return found
+
+
+class Observed:
+    """A session whose outputs are tensors of the graph, cast to float32 where they are of another type."""
+
+    def __init__(self, graph: gs.Graph, tensors: Sequence[str]):
+        model, weights = export(graph)
+        self.names = {f"{name}__observed": name for name in tensors}
+        for output, name in self.names.items():
+            node = onnx.helper.make_node("Cast", [name], [output], to=onnx.TensorProto.FLOAT, name=output)
+            model.graph.node.append(node)
+        del model.graph.output[:]
+        model.graph.output.extend(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in self.names
+        )
+        self.session = open_model(model, weights)
+
+    def run(self, feed: Feed) -> Iterator[tuple[str, np.ndarray]]:
+        values = self.session.run(self.session.accepted(feed))
+        for output, name in self.names.items():
+            yield name, values.pop(output)
+
+
+def within(limit: int, sized: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
+    """Things, given with their sizes, in order and in groups that stay below a limit; one alone may pass it."""
+    group, used = [], 0
+    for thing, size in sized:
+        if group and used + size > limit:
+            yield group
+            group, used = [], 0
+        group.append(thing)
+        used += size
+    if group:
+        yield group
+
+
+def rows(values: np.ndarray, axis: int, limit: int | None) -> np.ndarray:
+    """The positions of a tensor as rows (n, channels), at most ``limit`` of each entry along the first axis.
+
+    They are drawn at random, always the same ones for the same shape.
+    """
+    moved = np.moveaxis(values, axis, -1)
+    entries = moved.reshape(1 if axis == 0 else len(moved), -1, moved.shape[-1])
+    if limit is not None and entries.shape[1] > limit:
+        chosen = np.random.default_rng(entries.shape[1]).choice(entries.shape[1], limit, replace=False)
+        entries = entries[:, np.sort(chosen)]
+    return entries.reshape(-1, entries.shape[-1])
+
+
+def check_width(width: int, axis: int, before: int) -> None:
+    """Raises DataError where a tensor has another number of channels than before."""
+    if width != before:
+        raise DataError(f"it has {width} channels on axis {axis}, and had {before} before")
+
+
+def check_finite(values: np.ndarray) -> None:
+    """Raises DataError for NaN and infinities."""
+    if not np.isfinite(values).all():
+        raise DataError("it holds NaN" if np.isnan(values).any() else "it holds infinities")
+
+
+def _together(observers: Mapping[str, Sequence[Observer | Joint]]) -> list[list[str]]:
+    """The names, in lists of those that have to be observed in one run because some Joint is at both."""
+    bundles: list[tuple[set[int], list[str]]] = []
+    for name, seen in observers.items():
+        joints = {id(observer) for observer in seen if isinstance(observer, Joint)}
+        met = [bundle for bundle in bundles if bundle[0] & joints]
+        bundles = [bundle for bundle in bundles if not bundle[0] & joints]
+        bundles.append((joints.union(*(ids for ids, _ in met)), [*(n for _, names in met for n in names), name]))
+    return [names for _, names in bundles]
+
+
+def _sizes(graph: gs.Graph, feed: Feed) -> dict[str, int]:
+    """Bytes of each tensor as float32 when the model runs on this feed, as far as shape inference can tell."""
+    shapes = shapes_on(graph, {name: array.shape for name, array in feed.items()})
+    return {name: 4 * math.prod(shape) for name, shape in shapes.items()}

@@ -1,0 +1,174 @@
+"""Histograms against direct counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from channelfold.runtime.errors import DataError
+from channelfold.runtime.stats.histograms import BINS, LOWER, MASK, WIDTH, TensorStatistics
+
+TINY = np.float32(2**-149)
+BELOW_2 = np.nextafter(np.float32(2), np.float32(0))
+
+
+def seen(*values: float, axis: int | None = None) -> TensorStatistics:
+    statistics = TensorStatistics(axis)
+    statistics.add(np.array(values, np.float32))
+    return statistics
+
+
+def means(statistics: TensorStatistics) -> np.ndarray:
+    assert statistics.channel_mean is not None
+    return statistics.channel_mean
+
+
+@pytest.mark.parametrize(
+    ("value", "lower", "width"),
+    [
+        (1.0, 1.0, 2**-7),
+        (BELOW_2, 2 - 2**-7, 2**-7),
+        (2.0, 2.0, 2**-6),
+        (0.75, 0.75, 2**-8),
+        (2**-126, 2**-126, 2**-133),
+        (2**-133, 2**-133, 2**-133),  # denormal numbers have bins of one width
+        (TINY, 0.0, 2**-133),
+        (0.0, 0.0, 2**-133),
+        (3e38, 225 * 2.0**120, 2.0**120),
+        (127.5, 127.5, 0.5),
+    ],
+)
+def test_a_value_is_counted_in_the_bin_that_holds_it(value, lower, width):
+    """128 bins an octave, the lower edge inside; checked for the value and its negative."""
+    (index,) = np.flatnonzero(seen(value).counts)
+    assert (LOWER[index], WIDTH[index]) == (lower, width)
+    assert lower <= value < lower + width
+    (negative,) = np.flatnonzero(seen(-value).counts)
+    assert negative == index + BINS
+
+
+def test_bins_are_contiguous_and_their_number_is_right():
+    assert len(LOWER) == len(WIDTH) == (0xFF << 7) - 1
+    assert np.array_equal(LOWER[1:], (LOWER + WIDTH)[:-1])
+    assert LOWER[0] == 0
+    assert LOWER[-1] + WIDTH[-1] == 255 * 2.0**120  # the last bin holds masks alone
+
+
+def test_counts_equal_a_direct_count():
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal(10_000) * 10.0 ** rng.integers(-40, 37, 10_000)).astype(np.float32)
+    edges = np.append(LOWER, LOWER[-1] + WIDTH[-1])
+    statistics = seen(*values)
+    positive, negative = values[~np.signbit(values)], -values[np.signbit(values)]
+    assert np.array_equal(statistics.counts[: len(LOWER)], np.histogram(positive.astype(float), edges)[0])
+    assert np.array_equal(statistics.counts[BINS : BINS + len(LOWER)], np.histogram(negative.astype(float), edges)[0])
+    kept = values[np.abs(values) < MASK]
+    assert (statistics.minimum, statistics.maximum) == (kept.min(), kept.max())
+    assert statistics.total == kept.size
+    assert statistics.masked == values.size - kept.size
+
+
+def test_both_zeros_are_zeros():
+    statistics = seen(0.0, -0.0)
+    assert (statistics.total, statistics.amax, statistics.magnitudes[0]) == (2, 0.0, 2)
+
+
+@pytest.mark.parametrize("mask", [-3e38, 3.4e38, -np.inf, np.inf, MASK, -MASK, np.finfo(np.float32).min])
+def test_masks_are_counted_and_change_nothing_else(mask):
+    with_mask = TensorStatistics(-1)
+    with_mask.add(np.array([[1.5, mask], [-0.5, mask]], np.float32))
+    assert (with_mask.minimum, with_mask.maximum, with_mask.amax) == (-0.5, 1.5, 1.5)
+    assert (with_mask.total, with_mask.masked) == (2, 2)
+    assert np.array_equal(means(with_mask), [0.5, 0.0])
+
+
+def test_the_largest_value_that_is_no_mask():
+    value = float(np.nextafter(np.float32(MASK), np.float32(0)))
+    assert (seen(value).amax, seen(value).masked) == (value, 0)
+
+
+def test_nothing_but_masks():
+    statistics = seen(-np.inf, -3e38)
+    assert (statistics.total, statistics.masked, statistics.amax) == (0, 2, 0.0)
+
+
+def test_nothing_at_all():
+    statistics = TensorStatistics(1)
+    statistics.add(np.zeros((0, 3), np.float32))
+    statistics.add(np.zeros((3, 0), np.float32))
+    assert (statistics.total, statistics.amax, statistics.channel_mean) == (0, 0.0, None)
+    statistics.add(np.ones((1, 3), np.float32))
+    assert np.array_equal(means(statistics), np.ones(3))
+
+
+def test_scalars_and_views_are_counted():
+    statistics = TensorStatistics()
+    statistics.add(np.array(2.5, np.float32))
+    statistics.add(np.arange(6, dtype=np.float32).reshape(2, 3).T[::2])
+    assert (statistics.total, statistics.minimum, statistics.maximum) == (5, 0.0, 5.0)
+
+
+def test_results_do_not_depend_on_order_or_batches():
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((12, 4, 5)) * np.logspace(-3, 3, 5)).astype(np.float32)
+    whole, single, turned = (TensorStatistics(1) for _ in range(3))
+    whole.add(values)
+    for sample in values:
+        single.add(sample[None])
+    for part in np.array_split(values[::-1], [2, 3, 7]):
+        turned.add(part)
+    for other in (single, turned):
+        assert np.array_equal(other.counts, whole.counts)
+        assert (other.minimum, other.maximum) == (whole.minimum, whole.maximum)
+        assert other.channel_mean == pytest.approx(whole.channel_mean, rel=1e-12)  # float64 sums in another order
+
+
+@pytest.mark.parametrize("axis", [1, -1, -2, 0])
+def test_means_by_channel(axis):
+    """To 1e-12: summed in float64, though a float32 sum of these would be off by 1e-4."""
+    values = (1000 + np.random.default_rng(0).standard_normal((7, 5, 300))).astype(np.float32)
+    statistics = TensorStatistics(axis)
+    statistics.add(values)
+    others = tuple(i for i in range(3) if i != axis % 3)
+    assert statistics.channel_mean == pytest.approx(values.mean(axis=others, dtype=np.float64), rel=1e-12)
+
+
+def test_means_of_samples_of_different_lengths_weigh_every_position_alike():
+    rng = np.random.default_rng(0)
+    samples = [rng.standard_normal((1, length, 4)).astype(np.float32) for length in (3, 9, 1)]
+    statistics = TensorStatistics(-1)
+    for sample in samples:
+        statistics.add(sample)
+    expected = np.concatenate(samples, axis=1).mean(axis=(0, 1), dtype=np.float64)
+    assert statistics.channel_mean == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("other", [1, 5])
+def test_channels_must_stay(other):
+    statistics = TensorStatistics(1)
+    statistics.add(np.ones((2, 4), np.float32))
+    with pytest.raises(DataError, match=f"it has {other} channels on axis 1, and had 4 before"):
+        statistics.add(np.ones((2, other), np.float32))
+
+
+# ---- peaks and rows ------------------------------------------------------------------------------------------------
+
+
+def test_the_peak_of_every_sample():
+    statistics = TensorStatistics()
+    assert statistics.typical_peak == 0.0
+    for values in ([1.0, -3.0], [0.5], [], [-np.inf, 2.0], [-np.inf]):
+        statistics.add(np.array(values, np.float32))
+    assert statistics.peaks == [3.0, 0.5, 2.0]  # masks left out, and the sample that holds nothing else
+    assert statistics.typical_peak == 2.0
+
+
+def test_the_median_row():
+    """Rows are counted in bins of 32 / 128 of an octave's lower edge: 12 % to either side of the middle."""
+    values = np.random.default_rng(0).standard_normal((3, 101, 64)) * np.geomspace(1e-3, 1e3, 101)[:, None]
+    statistics = TensorStatistics(-1)
+    for sample in values:
+        statistics.add(sample.astype(np.float32)[None])
+    expected = np.median(np.sqrt(np.square(values).mean(axis=-1)))
+    assert statistics.typical_row == pytest.approx(expected, rel=0.13)
+    assert seen(1.0, 2.0).typical_row is None
