@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.files import constant, read, stored
 
 _STANDARD = (None, "", "ai.onnx")
@@ -128,6 +129,30 @@ def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
         for index, tensor in enumerate(node.inputs):
             if tensor is old:
                 set_input(node, index, new)
+
+
+def take_defaults(graph: gs.Graph) -> list[str]:
+    """Makes constants of the inputs that have default values; returns their names.
+
+    An exporter that keeps initializers as inputs (IR version 4 and later) lets a caller override every weight, which
+    nobody does. Nothing can be folded or quantized that may be overridden.
+    """
+    own = carried(graph)
+    if own is None:
+        return []
+    inputs = {tensor.name: tensor for tensor in graph.inputs}
+    defaults = [proto for proto in own.graph.initializer if proto.name in inputs]
+    for proto in defaults:
+        tensor = inputs[proto.name]
+        new = gs.Constant(proto.name, stored(graph, onnx.numpy_helper.to_array(proto), proto.name))
+        for node in consumers(tensor):
+            for index, other in enumerate(node.inputs):
+                if other is tensor:
+                    set_input(node, index, new)
+        graph.outputs = [new if output is tensor else output for output in graph.outputs]
+        graph.inputs = [other for other in graph.inputs if other is not tensor]
+        own.graph.initializer.remove(proto)
+    return [proto.name for proto in defaults]
 
 
 def set_output(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
