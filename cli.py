@@ -210,6 +210,7 @@ def _gates(jobs: Any, options: dict[str, Any]) -> Any:
 @click.option("--sm", "sms", multiple=True, type=int, metavar="SM", help=f"{opt.SM} Repeatable.")
 @opt.shape
 @opt.gates
+@opt.require_share
 @opt.of("quantize")
 def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **options: Any) -> Any:
     """Run a recipe on MODEL, compare with the original, build engines.
@@ -217,7 +218,7 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
     Writes DIR/model.onnx, DIR/model.sm89.engine for --sm 89, and DIR/report.json. An interrupted command goes on
     where it stopped when it is repeated. Options of passes replace those in the recipe.
     """
-    settings = {name: options.pop(name) for name in ("sms", "shapes")}
+    settings = {name: options.pop(name) for name in ("sms", "shapes", "require_share")}
     settings |= {"source": _source(jobs, options), "gates": _gates(jobs, options), "overrides": _given(options)}
     command = shlex.join(click.get_current_context().obj)
     return jobs.compress(model, output, recipe, command=command, progress=progress, **settings)
@@ -341,14 +342,18 @@ def reparam(jobs: Any, progress: Any, model: str, output: str, approximate: bool
 @opt.output
 @opt.source
 @click.option("--weights-only", is_flag=True, help="Store weights as int8 and compute in float. Needs no data.")
+@opt.require_share
 @opt.of("quantize")
-def quantize(jobs: Any, progress: Any, model: str, output: str, weights_only: bool, **options: Any) -> Any:
+def quantize(
+    jobs: Any, progress: Any, model: str, output: str, weights_only: bool, require_share: float | None, **options: Any
+) -> Any:
     """Quantize MODEL to int8 with QDQ nodes.
 
     Weights are quantized per output channel, activations per tensor with ranges from calibration data. For best
     accuracy fold first, or use compress, which does both.
     """
-    return jobs.quantize(model, output, weights_only=weights_only, progress=progress, **_settings(jobs, options))
+    settings = {"weights_only": weights_only, "require_share": require_share, **_settings(jobs, options)}
+    return jobs.quantize(model, output, progress=progress, **settings)
 
 
 @_command("channelfold build int8.onnx -o int8.engine --sm 89 --shape x:1x64:8x64:16x64")

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from channelfold.passes.base import Pass
 from channelfold.passes.ffn import ApproximateFfn, ReparameterizeFfn
-from channelfold.passes.fold import FoldAffine, FoldConstants, FoldPad, MergeConvs, RemoveIdentities, RewriteEinsum
+from channelfold.passes.fold import (
+    FoldAffine,
+    FoldConstants,
+    FoldPad,
+    InlineFunctions,
+    MergeConvs,
+    RemoveIdentities,
+    RewriteEinsum,
+)
 from channelfold.passes.prune import Prune, RemoveDeadChannels
 from channelfold.passes.quantize import ClipWeights, Quantize, QuantizeWeights
 from channelfold.passes.smooth import AbsorbBias, Equalize, MergeChannels, ReorderChannels, Smooth, SplitChannels
@@ -16,8 +24,8 @@ from channelfold.passes.sparsify import Sparsify
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
     for cls in (
-        *(FoldConstants, RewriteEinsum, RemoveIdentities, FoldPad, FoldAffine, ReparameterizeFfn, Equalize),
-        *(AbsorbBias, Smooth, MergeConvs, SplitChannels, MergeChannels, ReorderChannels, ClipWeights),
+        *(FoldConstants, InlineFunctions, RewriteEinsum, RemoveIdentities, FoldPad, FoldAffine, ReparameterizeFfn),
+        *(Equalize, AbsorbBias, Smooth, MergeConvs, SplitChannels, MergeChannels, ReorderChannels, ClipWeights),
         *(RemoveDeadChannels, Prune, Sparsify, ApproximateFfn, Quantize, QuantizeWeights),
     )
 }

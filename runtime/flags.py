@@ -121,6 +121,12 @@ shape = click.option(
     help="Shapes that a dynamic input may take in an engine, such as image:1x3x224x224:8x3x224x224:16x3x224x224. "
     "Repeatable.  [default: as in the data]",
 )
+require_share = click.option(
+    "--require-share",
+    type=click.FloatRange(0, 1),
+    metavar="X",
+    help="Gate: share of the weight bytes that is quantized, 0 to 1. Biases and norms do not count.",
+)
 gates = together(
     click.option("--min-snr", type=float, metavar="DB", help="Gate: signal-to-noise ratio of every output, in dB."),
     click.option("--min-cosine", type=float, metavar="X", help="Gate: cosine similarity of every output, up to 1."),

@@ -1,6 +1,7 @@
 """Exact folds: the same function in fewer nodes, or in nodes that the others know.
 
 rewrite-einsum      Einsum = Transpose, Mul or MatMul
+inline-functions    y = f(x)  ->  the nodes of f
 fold-constants      f(c1, c2, …) = c
 remove-identities   Identity(x), x + 0, x * 1, … = x
 fold-pad            Conv(pads=p)(Pad(q)(x)) = Conv(pads=p + q)(x)
@@ -21,6 +22,13 @@ class RewriteEinsum(Pass):
     """Writes Einsum as the Transpose, Mul or MatMul that it is."""
 
     name, kind, does_it = "rewrite-einsum", "exact", "einsum"
+
+
+@dataclass(frozen=True)
+class InlineFunctions(Pass):
+    """Replaces calls of the model's own functions by the nodes of their bodies."""
+
+    name, kind, does_it = "inline-functions", "exact", "inline"
 
 
 @dataclass(frozen=True)

@@ -16,31 +16,33 @@ import onnx.inliner
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
+from channelfold.passes.fold import InlineFunctions
 from channelfold.runtime.io.convert import all_graphs, carried, export_skeleton, import_model
 from channelfold.runtime.io.snapshot import become
 
 
-def apply(graph: gs.Graph, ctx: Context) -> Outcome:
-    outcome = Outcome()
-    own = carried(graph)
-    if own is None or not own.header.functions:
+class Work(InlineFunctions):
+    def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
+        outcome = Outcome()
+        own = carried(graph)
+        if own is None or not own.header.functions:
+            return outcome
+        calls = _calls(graph, own.header)
+        model, large = export_skeleton(graph)
+        for function in model.functions:
+            _relabel(function, graph.opset)
+        inlined = onnx.inliner.inline_local_functions(model)
+        left = {(function.domain, function.name) for function in inlined.functions}
+        for (domain, name), (node, count) in calls.items():
+            if (domain, name) in left:
+                outcome.refuse(node, f"{name}: the function is of another opset than the model", "another opset")
+            else:
+                outcome.change(node, f"{name}: {count} call{'s' * (count > 1)} replaced by the nodes of the function")
+        if outcome.changed:
+            scratch = own.scratch
+            become(graph, import_model(inlined, own.path, weights={proto.name: held._values for proto, held in large}))
+            (carried(graph) or own).scratch = scratch
         return outcome
-    calls = _calls(graph, own.header)
-    model, large = export_skeleton(graph)
-    for function in model.functions:
-        _relabel(function, graph.opset)
-    inlined = onnx.inliner.inline_local_functions(model)
-    left = {(function.domain, function.name) for function in inlined.functions}
-    for (domain, name), (node, count) in calls.items():
-        if (domain, name) in left:
-            outcome.refuse(node, f"{name}: the function is of another opset than the model", "another opset")
-        else:
-            outcome.change(node, f"{name}: {count} call{'s' * (count > 1)} replaced by the nodes of the function")
-    if outcome.changed:
-        scratch = own.scratch
-        become(graph, import_model(inlined, own.path, weights={proto.name: held._values for proto, held in large}))
-        (carried(graph) or own).scratch = scratch
-    return outcome
 
 
 def _calls(graph: gs.Graph, header: onnx.ModelProto) -> dict[tuple[str, str], tuple[str, int]]:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.operators import LINEAR_OPS
+from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.convert import carried
 
@@ -83,6 +83,38 @@ def account(graph: gs.Graph, reasons: Mapping[str, str] | None = None) -> list[R
             where = f"function {function.name}"
             _add(rows, where, "", name, _dtype(tensor.data_type), tuple(tensor.dims), "inside a local function")
     return sorted(rows.values(), key=lambda row: -row.bytes)
+
+
+ASKED = ("excluded by", "not included", "int8 changes its outputs most")  # how the reasons begin that a user gave
+WARNED = 0.05  # share of the bytes that may stay float without a word
+
+
+def to_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """The ``weights`` of a report record: {share, bytes, rows: [the fields of a Row]}."""
+    keys = ("place", "op", "state", "reason", "bytes", "tensors", "largest")
+    entries = [{key: getattr(row, key) for key in keys} for row in rows]
+    return {"share": share(rows), "bytes": sum(row.bytes for row in rows), "rows": entries}
+
+
+def unasked(rows: Sequence[Row]) -> str:
+    """A sentence about the bytes that stay float although nobody asked for it, the largest named; "" for a few."""
+    counted = [row for row in rows if row.reason != VECTOR]
+    left = [row for row in counted if row.state == FLOAT and not row.reason.startswith(ASKED)]
+    part = sum(row.bytes for row in left) / max(1, sum(row.bytes for row in counted))
+    if part <= WARNED:
+        return ""
+    told = ", ".join(f"{row.bytes / 1e6:.1f} MB read by {_who(row)} ({_why(row)})" for row in left[:3])
+    return f"{part:.0%} of the weight bytes stay float: {told}" + (
+        f" and {len(left) - 3} more" if len(left) > 3 else ""
+    )
+
+
+def _who(row: Row) -> str:
+    return f"{row.op or row.place} such as {row.largest}" if row.place == MAIN else f"{row.op} in the {row.place}"
+
+
+def _why(row: Row) -> str:
+    return row.reason or f"no weight of {row.op} is quantized"
 
 
 def share(rows: Sequence[Row]) -> float:
@@ -158,7 +190,7 @@ def _reader(node: gs.Node, tensor: gs.Tensor) -> tuple[gs.Node, np.dtype | None]
 
 def _rank(reader: gs.Node, scale: np.dtype | None) -> int:
     """Of several readers, which one a constant is counted for: the lowest."""
-    return 2 if reader.op in ("Shape", "Size") else int(reader.op not in LINEAR_OPS)
+    return 2 if operator(reader).asks_shape else int(not operator(reader).weighted)
 
 
 def _is_code(node: gs.Node, tensor: gs.Constant) -> bool:

@@ -24,6 +24,7 @@ from channelfold.passes import recipe as recipes
 from channelfold.passes import smooth_methods as methods
 from channelfold.passes.base import Pass
 from channelfold.passes.checkpoint import clear
+from channelfold.passes.layers import account
 from channelfold.passes.prune import AMOUNTS
 from channelfold.passes.sparsify import zeros
 from channelfold.runtime.engine import build as tensorrt
@@ -54,6 +55,7 @@ def compress(
     sms: Sequence[int] = (),
     shapes: Shapes = (),
     gates: Gates | None = None,
+    require_share: float | None = None,
     command: str = "compress",
     progress: Progress = no_progress,
 ) -> Record:
@@ -61,8 +63,9 @@ def compress(
 
     ``recipe``: a name or the path of a TOML file. ``overrides``: pass options by name (``calibrator``, ``exclude`` …),
     set on every pass of the recipe that has them. ``shapes``: ranges of dynamic inputs for the engines; by default
-    those of the calibration data. An interrupted call goes on where it stopped when it is repeated. ``command``: the
-    command line, for the report.
+    those of the calibration data. An interrupted call goes on where it stopped when it is repeated. ``require_share``:
+    a gate as well, the least share of the weight bytes that is to be quantized. ``command``: the command line, for the
+    report.
 
     Raises GateMissed after everything is written.
     """
@@ -86,6 +89,7 @@ def compress(
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
     terminal.write_json(job.record, out_dir / "report.json")
     clear(out_dir / "checkpoint")
+    job.check_share(require_share)
     job.check(gates)
     return job.record
 
@@ -113,9 +117,7 @@ def smooth(
     passes = methods.passes_of(method, options or {})
     job = Job("smooth", Path(model), progress, source)
     job.open_both()
-    job.transform(passes, Path(out))
-    if not any(step["changed"] for step in job.record["steps"]):
-        job.warn("No channel was changed: the result computes with the weights that the model had")
+    job.transform(passes, Path(out), nothing="No channel was changed")
     return job.record
 
 
@@ -206,9 +208,10 @@ def quantize(
     source: Source = Source(),
     weights_only: bool = False,
     options: Mapping[str, Any] | None = None,
+    require_share: float | None = None,
     progress: Progress = no_progress,
 ) -> Record:
-    """Quantizes to int8, without folding first. Writes ``out``.
+    """Quantizes to int8, without folding first. Writes ``out``. ``require_share``: as for ``compress``.
 
     ``options`` are those of the pass: ``quantize``, or ``quantize-weights`` with ``weights_only``, which needs no data.
     """
@@ -216,6 +219,7 @@ def quantize(
     job = Job("quantize", Path(model), progress, source)
     job.open_both()
     job.transform([step], Path(out))
+    job.check_share(require_share)
     return job.record
 
 
@@ -275,6 +279,7 @@ def inspect(
     job = Job("inspect", Path(model), progress, source)
     data = job.open("calibration", source.calibration)
     job.record["inspection"] = inspection.inspect(job.model, job.graph, data, progress)
+    job.record["weights"] = account.to_json(account.account(job.graph))
     if idle:
         job.record["ffns"] = idle_channels.idle(job.graph, data, progress)
     if groups:

@@ -15,6 +15,8 @@ import onnx_graphsurgeon as gs
 import channelfold
 from channelfold.passes import pipeline, verify
 from channelfold.passes.base import Context, Pass
+from channelfold.passes.fold import InlineFunctions
+from channelfold.passes.layers import account
 from channelfold.runtime.data.sources import Data, load_script, open_data, random_data
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
@@ -22,6 +24,8 @@ from channelfold.runtime.engine.run import EngineSession
 from channelfold.runtime.engine.squeeze import name_squeezed_axes, name_unequal_sizes, squeezes_without_axes
 from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
 from channelfold.runtime.io import files
+from channelfold.runtime.io.convert import carried
+from channelfold.runtime.io.edit import take_defaults
 from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Session, TensorSpec
@@ -111,10 +115,12 @@ class Job:
         checkpoint: Path | None = None,
         gated: bool = False,
         counted: bool = False,
+        nothing: str = "Nothing was changed",
     ) -> None:
         """Runs the passes, writes the model, opens it again and compares it with the original.
 
-        ``counted``: the record says of both how many parameters and multiply-accumulates they have.
+        ``counted``: the record says of both how many parameters and multiply-accumulates they have. ``nothing``: how
+        the warning begins when no pass has changed anything.
         Exact steps have been verified one by one: for them the calibration data are run again only if a gate needs it.
         """
         self.check_output(out, "an ONNX file")
@@ -123,6 +129,7 @@ class Job:
             self._session(self.model, optimize=False)  # what cannot be compared has to be known before the work
         if counted:
             self.record["model"] |= inspection.costs(self.graph)
+        passes = [*self._prepared(), *passes]
         context = Context(self.calibration, self.progress, self.source.seed)
         graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
         self.record["steps"] = steps
@@ -135,9 +142,37 @@ class Job:
         gc.collect()  # nodes and tensors refer to each other, and their mapped weights count as memory while they live
         written = files.load(out)
         self.record["output"] = model_facts(out, written) | (inspection.costs(written) if counted else {})
+        self._account(written, nothing)
         del written
         if self.evaluation or not exact or (gated and self.calibration):
             self.prove(out)
+
+    def _prepared(self) -> list[Pass]:
+        """What lets the passes see all weights: inputs with defaults as constants, functions inlined."""
+        if names := take_defaults(self.graph):
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            self.warn(f"Inputs with default values were taken as constants, which no caller can override: {some}")
+        own = carried(self.graph)
+        return [InlineFunctions()] if own is not None and own.header.functions else []
+
+    def _account(self, graph: gs.Graph, nothing: str) -> None:
+        """Says where the weight bytes of the result are, and warns of many that stay float, or of no change at all."""
+        steps = self.record["steps"]
+        quantized = [step for step in steps if "quantized" in step["facts"]]
+        reasons = {r["node"]: r["code"] or r["reason"] for step in quantized for r in step["refused"]}
+        rows = account.account(graph, reasons)
+        self.record["weights"] = account.to_json(rows)
+        if not any(step["changed"] for step in steps):
+            self.warn(f"{nothing}: the result computes with the weights that the model had")
+        if quantized and (left := account.unasked(rows)):
+            self.warn(left)
+
+    def check_share(self, least: float | None) -> None:
+        """Raises GateMissed when a smaller share of the weight bytes than ``least`` is quantized."""
+        found = self.record["weights"]["share"]
+        if least is not None and found < least:
+            reason = f"{found:.1%} of the weight bytes are quantized, {least:.1%} are required"
+            raise GateMissed(GateError(reason, "The table of weights says what the others are"), self.record)
 
     def check_output(self, out: Path, kind: str) -> None:
         """Raises before hours of work what would make writing the result fail, or destroy a file, at their end."""

@@ -19,6 +19,9 @@ not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
                                      sparsity, energy_kept}]}, each key where it applies to the pass; of
                                      approximate-ffn {ffns: [{node, branch, error; pairs of before and after: hidden,
                                      macs}]}
+    weights     {share: of the bytes that is quantized, bytes,
+                 rows: [{place, op, state, reason, bytes, tensors, largest}]}     of what came out; bytes as in the type
+                                       that the model computes in
     accuracy    Comparison.to_json()   in exact arithmetic; of a file for ONNX Runtime as this machine runs it, and
                                        under ``exact`` in exact arithmetic
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
@@ -46,6 +49,7 @@ from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 from channelfold.runtime.stats.compare import json_number
 
 _EXCEPTIONS = 12
+_LEAST = 0.002  # share of all weight bytes below which a row is not shown
 _LEVELS = {"ok": "green", "degraded": "yellow", "collapsed": "bold red"}
 
 
@@ -133,6 +137,17 @@ def _data(record: Mapping[str, Any], page: Page) -> None:
     page.table("Data", ("<",), [(key, description or "none") for key, description in record["data"].items()])
 
 
+def _weights(record: Mapping[str, Any], page: Page) -> None:
+    found = record["weights"]
+    rows = [
+        (row["largest"], row["op"], row["place"], row["state"], size(row["bytes"]), row["reason"])
+        for row in found["rows"]
+        if row["bytes"] > _LEAST * found["bytes"]
+    ]
+    page.fill("Weights", ("<read by", "<in", "<stored as", ">bytes", "<because"), rows)
+    page.note("the largest of each kind by name; bytes as in the type the model computes in")
+
+
 def _comparison(heading: str, accuracy: Mapping[str, Any], page: Page) -> None:
     level, reasons = accuracy["verdict"]["level"], accuracy["verdict"]["reasons"]
     page.say((heading, "bold"), "  ", (level.upper(), _LEVELS[level]), f"  {accuracy['data']}", indent=0)
@@ -204,6 +219,7 @@ _SECTIONS = {
     "data": _data,
     "steps": steps.show,
     "inspection": inspection.show,
+    "weights": _weights,
     "accuracy": lambda record, page: _comparison("Accuracy", record["accuracy"], page),
     "engines": _engines,
     "latency": _latency,

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold import inline
+from channelfold.passes.fold import InlineFunctions
 from channelfold.runtime.io import edit, files
 from channelfold.tests.graphs import listing
 
@@ -42,18 +42,18 @@ def test_calls_become_nodes(opset):
     graph = files.import_model(model(opset))
     feed = {"x": np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)}
     before = files.session(graph).run(feed)["y"]
-    outcome = inline.apply(graph, Context())
+    outcome = InlineFunctions().apply(graph, Context())
     assert [change.what for change in outcome.changed] == ["Block: 2 calls replaced by the nodes of the function"]
     assert [node.op for node in graph.nodes] == ["Gemm", "Relu", "Gemm", "Relu"]
     assert "Gemm<transB=1>(x, W, B)" in listing(graph)
     assert np.array_equal(files.session(graph).run(feed)["y"], before)
-    assert not inline.apply(graph, Context()).changed
+    assert not InlineFunctions().apply(graph, Context()).changed
 
 
 def test_a_function_of_another_opset_whose_operators_changed_is_refused():
     squeeze = [helper.make_node("ReduceSum", ["g"], ["s"], axes=[1]), helper.make_node("Identity", ["s"], ["r"])]
     graph = files.import_model(model(12, squeeze))
-    outcome = inline.apply(graph, Context())
+    outcome = InlineFunctions().apply(graph, Context())
     assert not outcome.changed
     assert [(r.node, r.code) for r in outcome.refused] == [("Block_0", "another opset")]
     assert [node.op for node in graph.nodes] == ["Block", "Block"]
@@ -65,7 +65,7 @@ def test_a_model_without_functions_stays_the_object_it_is():
     plain.graph.node.append(helper.make_node("Relu", ["x"], ["y"]))
     graph = files.import_model(plain)
     nodes = list(graph.nodes)
-    assert not inline.apply(graph, Context()).changed
+    assert not InlineFunctions().apply(graph, Context()).changed
     assert graph.nodes == nodes
 
 

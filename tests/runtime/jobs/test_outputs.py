@@ -37,11 +37,11 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "run",
     [
-        lambda f: jobs.quantize(f / "m.onnx", f / "c.npz", calibration=f / "c.npz"),
-        lambda f: jobs.quantize(f / "m.onnx", f / "data/0.npz", calibration=f / "data"),
-        lambda f: jobs.quantize(f / "m.onnx", f / "m.bin", calibration=f / "c.npz"),
-        lambda f: jobs.sparsify(f / "m.onnx", f / "c.npz", evaluation=f / "c.npz"),
-        lambda f: jobs.build(f / "m.onnx", f / "c.npz", sm=89, data=f / "c.npz"),
+        lambda f: jobs.quantize(f / "m.onnx", f / "c.npz", source=jobs.Source(f / "c.npz")),
+        lambda f: jobs.quantize(f / "m.onnx", f / "data/0.npz", source=jobs.Source(f / "data")),
+        lambda f: jobs.quantize(f / "m.onnx", f / "m.bin", source=jobs.Source(f / "c.npz")),
+        lambda f: jobs.sparsify(f / "m.onnx", f / "c.npz", source=jobs.Source(evaluation=f / "c.npz")),
+        lambda f: jobs.build(f / "m.onnx", f / "c.npz", sm=89, source=jobs.Source(f / "c.npz")),
         lambda f: jobs.compress(f / "m.onnx", f, f / "report.json"),
         lambda f: jobs.fold(f / "m.onnx", f / "m.onnx"),
         lambda f: jobs.fold(f / "m.onnx", f / "photo.jpg"),
@@ -77,7 +77,7 @@ def test_devices_are_refused(folder, monkeypatch):
 def test_an_empty_path_of_data(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(UsageError, match="empty"):
-        jobs.quantize(DIGITS, "q.onnx", calibration="")
+        jobs.quantize(DIGITS, "q.onnx", source=jobs.Source(""))
 
 
 @pytest.mark.parametrize(
@@ -97,12 +97,12 @@ def test_data_that_cannot_be_read(make, says, tmp_path):
     if "shape" in says:
         (tmp_path / "negative.npy").write_bytes(head)
     with pytest.raises(ChannelfoldError, match=says):
-        jobs.quantize(DIGITS, tmp_path / "only" / "q.onnx", calibration=make(tmp_path), allow_script=True)
+        jobs.quantize(DIGITS, tmp_path / "only" / "q.onnx", source=jobs.Source(make(tmp_path), allow_script=True))
 
 
 def test_an_array_without_a_name_is_that_of_the_only_input(tmp_path):
     np.savez(tmp_path / "c.npz", SAMPLES["image"])
-    assert jobs.quantize(DIGITS, tmp_path / "q.onnx", calibration=tmp_path / "c.npz")["steps"][-1]["changed"]
+    assert jobs.quantize(DIGITS, tmp_path / "q.onnx", source=jobs.Source(tmp_path / "c.npz"))["steps"][-1]["changed"]
 
 
 def test_models_that_are_none(tmp_path):
