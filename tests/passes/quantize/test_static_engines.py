@@ -149,3 +149,21 @@ def test_tensorrt_runs_every_quantized_node_in_int8(tmp_path):
         assert engine.plan.readable, engine.plan.reason
         runs = {n: engine.plan.nodes[n].arithmetic for n in outcome.facts["quantized_nodes"]}
         assert set(runs.values()) == {"int8"}, (name, runs)
+
+
+@pytest.mark.parametrize("bias", [0.5, 20.0])
+def test_a_float16_bias_fits_the_steps_that_onnxruntime_stores_it_in(bias):
+    """ONNX Runtime makes int32 of it by way of float16, where bias / (s_x s_W) must not exceed 65504."""
+    body = "h = Conv<pads=[1,1,1,1]>(x, W, b) r = Relu(h) y = Conv(r, V)"
+    given = {
+        "W": random((32, 16, 3, 3), "W") / 12,
+        "b": bias * random(32, "b"),
+        "V": random((16, 32, 1, 1), "V") / 6,
+    }
+    given = {name: values.astype(np.float16) for name, values in given.items()}
+    graph = build("(float16[N,16,8,8] x) => (float16[] y)", body, opset=19, **given)
+    data = samples(graph)
+    feed = next(iter(data))
+    before = session(graph).run(feed)
+    quantize(graph, Quantize(target="onnxruntime"), data)
+    assert snr(before, session(graph).run(feed)) > 20
