@@ -276,7 +276,7 @@ def _wide_before(node: gs.Node, index: np.ndarray, source: Shape, result: Shape)
     wide = {axis for axis, size in enumerate(index.shape) if size > 1}
     kind = operator(node).kind
     if kind == "slice":
-        single = {i for i, n in enumerate(result) if n == 1 < source[i] and isinstance(node.inputs[0].shape[i], int)}
+        single = {i for i, n in enumerate(result) if n == 1 < source[i] and _is_certain(node.inputs[0], i)}
         return wide | single
     if kind == "expand":
         more = index.ndim - len(source)
@@ -284,8 +284,13 @@ def _wide_before(node: gs.Node, index: np.ndarray, source: Shape, result: Shape)
     axis = int(node.attrs.get("axis", 0)) % len(source)
     more = index.ndim - len(source)  # axes that the indices add to the one they replace, -1 for a single index
     own = {i if i < axis else i - more for i in wide if not axis <= i <= axis + more}
-    known = isinstance(node.inputs[1], gs.Constant) and isinstance(node.inputs[0].shape[axis], int)
+    known = isinstance(node.inputs[1], gs.Constant) and _is_certain(node.inputs[0], axis)
     return own | ({axis} if known else set())
+
+
+def _is_certain(tensor: gs.Tensor, axis: int) -> bool:
+    """Whether the length of an axis is the same for all inputs, as far as the graph says."""
+    return tensor.shape is not None and isinstance(tensor.shape[axis], int)
 
 
 def _reduced_axes(node: gs.Node, rank: int) -> tuple[int, ...]:

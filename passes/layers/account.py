@@ -103,10 +103,14 @@ def unasked(rows: Sequence[Row]) -> str:
     part = sum(row.bytes for row in left) / max(1, sum(row.bytes for row in counted))
     if part <= WARNED:
         return ""
-    told = ", ".join(f"{row.bytes / 1e6:.1f} MB read by {_who(row)} ({_why(row)})" for row in left[:3])
+    told = ", ".join(f"{_size(row.bytes)} read by {_who(row)} ({_why(row)})" for row in left[:3])
     return f"{part:.0%} of the weight bytes stay float: {told}" + (
         f" and {len(left) - 3} more" if len(left) > 3 else ""
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def _who(row: Row) -> str:

@@ -131,6 +131,16 @@ def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
                 set_input(node, index, new)
 
 
+def see_through_identities(graph: gs.Graph) -> None:
+    """Lets the readers of an Identity of a constant read the constant: exporters put one where a weight is shared."""
+    for node in [node for node in graph.nodes if node.op == "Identity" and is_standard(node)]:
+        source, result = node.inputs[0], node.outputs[0]
+        if isinstance(source, gs.Constant) and not is_output(graph, result):
+            replace_uses(graph, result, source)
+            detach(node)
+    sweep(graph)
+
+
 def take_defaults(graph: gs.Graph) -> list[str]:
     """Makes constants of the inputs that have default values; returns their names.
 

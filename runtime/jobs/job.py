@@ -25,7 +25,7 @@ from channelfold.runtime.engine.squeeze import name_squeezed_axes, name_unequal_
 from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
 from channelfold.runtime.io import files
 from channelfold.runtime.io.convert import carried
-from channelfold.runtime.io.edit import take_defaults
+from channelfold.runtime.io.edit import see_through_identities, take_defaults
 from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Session, TensorSpec
@@ -152,6 +152,7 @@ class Job:
         if names := take_defaults(self.graph):
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             self.warn(f"Inputs with default values were taken as constants, which no caller can override: {some}")
+        see_through_identities(self.graph)
         own = carried(self.graph)
         return [InlineFunctions()] if own is not None and own.header.functions else []
 

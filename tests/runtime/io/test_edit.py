@@ -163,3 +163,12 @@ def test_insert_after_keeps_the_order():
     assert listing(graph) == "a = Exp(x)\nu = Abs(a)\nt = Neg(a)\ny = Relu(t)"
     check(graph)
     assert run(graph, feeds(graph))["y"].shape == (2,)
+
+
+def test_readers_of_an_identity_of_a_constant_read_the_constant():
+    body = "i = Identity(b)\n h = Gemm(x, W, i)\n y = Gemm(h, V, i)"
+    graph = build("(float[N,4] x) => (float[] y)", body, W=(4, 4), V=(4, 4), b=4)
+    before = run(graph, feeds(graph))
+    edit.see_through_identities(graph)
+    assert listing(graph) == "h = Gemm(x, W, b)\ny = Gemm(h, V, b)"
+    assert_same(before, run(graph, feeds(graph)))

@@ -12,11 +12,12 @@ import pytest
 from channelfold import models
 from channelfold.runtime import jobs
 from channelfold.runtime.errors import GateError
+from channelfold.runtime.io import files
 from channelfold.runtime.io import session as sessions
 from channelfold.runtime.io.session import Session
 from channelfold.runtime.jobs import job
 from channelfold.runtime.stats.compare import Gates
-from channelfold.tests.graphs import build
+from channelfold.tests.graphs import build, random
 
 DIGITS = models.path("digits_cnn.onnx")
 CALIBRATION = models.path("digits_calibration.npz")
@@ -122,3 +123,17 @@ def test_telemetry_is_off_unless_it_is_asked_for(given, expected):
     env |= {} if given is None else {"ORT_DISABLE_TELEMETRY": given}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert found.stdout.strip() == expected
+
+
+def test_an_int8_weight_of_several_nodes(tmp_path):
+    """With exact kernels ONNX Runtime 1.32 makes two unsigned weights of one name, and fails."""
+    body = """
+        h = Gemm<transB=1>(x, W, b)
+        r = Relu(h)
+        y = Gemm<transB=1>(r, W, c)
+    """
+    graph = build("(float[N,32] x) => (float[] y)", body, kind="float", W=random((32, 32), "W") / 6, b=32, c=32)
+    files.save(graph, tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=random((16, 32), "x").astype(np.float32))
+    record = jobs.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", source=jobs.Source(tmp_path / "x.npz"))
+    assert record["accuracy"]["outputs"][0]["snr"] > 30
