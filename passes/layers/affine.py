@@ -87,7 +87,7 @@ def find_affine(node: gs.Node) -> Affine | None:
     """
     known = operator(node)
     if known.kind == "batch_norm":
-        return _batchnorm(node)
+        return batch_norm(node)
     if node.attrs or not known.elementwise:
         return None
     if node.op == "Neg":
@@ -116,7 +116,8 @@ def find_affine(node: gs.Node) -> Affine | None:
     return Affine((node,), axis, scale, shift, x, node.outputs[0])
 
 
-def _batchnorm(node: gs.Node) -> Affine:
+def batch_norm(node: gs.Node) -> Affine:
+    """The map of a BatchNormalization. Raises Refused where the node is in training or has no constant parameters."""
     if node.attrs.get("training_mode", 0) or not node.attrs.get("spatial", 1):
         raise Refused("it is in training mode" if node.attrs.get("training_mode") else "it is not per channel")
     if any(not t.is_empty() for t in node.outputs[1:]):
@@ -190,11 +191,11 @@ def passes(node: gs.Node, v: Vector) -> Vector:
     ):
         raise InBetween(op, " and may cut or pad the channels")
     no_shift = "" if known.shift else f"a shift does not pass {op}"
-    if op == "AveragePool" and _counts_padding(node):
+    if op == "AveragePool" and counts_padding(node):
         no_shift = "a shift does not pass the zero padding of AveragePool"
     elif known.kind == "pad":
         constant = node.attrs.get("mode", "constant") == "constant"
-        if constant and not _pads_zero(node):
+        if constant and padded_value(node) != 0:
             raise InBetween("Pad with a value other than zero")
         no_shift = "a shift does not pass zero padding (Pad)" if constant else ""
     no_negative = op if known.scale == "positive" else ""
@@ -217,11 +218,16 @@ def _pads(node: gs.Node, axis: int | None) -> bool:
     return pads is None or bool(pads[axis] or pads[axis + len(pads) // 2])
 
 
-def _pads_zero(node: gs.Node) -> bool:
-    return edit.scalar(node.inputs[2]) == 0 if edit.has_input(node, 2) else node.attrs.get("value", 0.0) == 0
+def padded_value(node: gs.Node) -> float:
+    """The value that a Pad of mode "constant" writes; NaN where the value is computed at run time."""
+    if not edit.has_input(node, 2):
+        return float(node.attrs.get("value", 0.0))
+    value = edit.scalar(node.inputs[2])
+    return np.nan if value is None else value
 
 
-def _counts_padding(node: gs.Node) -> bool:
+def counts_padding(node: gs.Node) -> bool:
+    """Whether an AveragePool averages over zeros of its padding."""
     attrs = node.attrs
     padded = any(attrs.get("pads") or ()) or attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     return bool(attrs.get("count_include_pad", 0) and (padded or attrs.get("ceil_mode", 0)))
