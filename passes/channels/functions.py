@@ -294,7 +294,7 @@ class Reader:
         return _Elements(source.what.transpose(perm), place, tuple(source.size[i] for i in perm))
 
     def moved(self, node: gs.Node) -> list[_Elements]:
-        """The elements that a node moves. An element that Pad adds has the number 0, which is that of the constant 0."""
+        """The elements that a node moves. An element that Pad adds has the number 0, that of the constant 0."""
         slots = operator(node).inputs(node)
         if node.attrs.get("reduction", "none") != "none" or node.attrs.get("value"):
             raise Refused(f"{node.op} does more than to move channels")
@@ -391,7 +391,7 @@ def _common(operands: Sequence[_Elements], size: Shape = ()) -> tuple[np.ndarray
 
 
 def _arithmetic(op: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(elements of a sum, difference, product or quotient, where they are one function with a scale and a shift)."""
+    """(elements of a sum, difference, product or quotient, where each is one function, scaled and shifted)."""
     a, b = np.broadcast_arrays(a, b)
     fixed_a, fixed_b = a["function"] == CONSTANT, b["function"] == CONSTANT
     result = np.where(fixed_a, b, a)

@@ -42,7 +42,7 @@ def data_input(node: gs.Node) -> int | None:
 
 
 def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.ndarray:
-    """The map of the result (shape ``result``) of a node from ``index``, the map of its data input (shape ``source``)."""
+    """The map of the result of a node (shape ``result``) from the map of its data input (shape ``source``)."""
     kind = operator(node).kind
     if kind == "transpose":
         return index.transpose(node.attrs.get("perm"))
@@ -170,7 +170,7 @@ class Classes:
         return np.broadcast_to(columns[:, 0], (channels,))
 
     def fitted(self, index: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """The map of an operand of this shape from ``index``, the map of the result that the operand is broadcast to."""
+        """The map of an operand of this shape from ``index``, the map of the result that it is broadcast to."""
         index = raised(index, max(index.ndim, len(shape)))
         first = index
         for axis in range(index.ndim):
