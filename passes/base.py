@@ -127,11 +127,11 @@ class Context:
 class Pass:
     """A graph rewrite. Its dataclass fields are its options, its command-line flags and its recipe keys.
 
-    ``kind`` is a promise that the pipeline checks: ``exact`` (the same function to float rounding, verified numerically
+    ``kind`` is a promise that the pipeline checks: ``exact`` (the same function to float rounding, verified by numbers
     after every run), ``calibrated`` (data-driven, approximate) or ``lossy``.
 
-    ``apply`` edits ``graph`` in place and keeps no state. It rewrites a site fully, or leaves the site alone and refuses
-    it with the reason. ``needs_opset`` is the lowest opset that the pass supports, ``least_opset`` the lowest opset for
+    ``apply`` edits ``graph`` in place and keeps no state. It rewrites a site fully, or refuses the site with a reason.
+    ``needs_opset`` is the lowest opset that the pass supports, ``least_opset`` the lowest opset for
     one graph; the pipeline raises the graph to this opset beforehand. ``needs_data`` names, for the error message, the
     work that needs calibration data.
 
@@ -191,6 +191,6 @@ class Pass:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        usual = {name: option.default for name, option in options(type(self)).items()}
-        changed = {name: value for name, value in vars(self).items() if value != usual[name]}
+        known = options(type(self))
+        changed = {name: value for name, value in self.options().items() if value != known[name].default}
         return self.name + (str(changed) if changed else "")

@@ -1,4 +1,4 @@
-"""Multiple-choice knapsack: one option of every group, with the greatest sum of values at a sum of costs within a budget.
+"""Multiple-choice knapsack: one option of every group, the greatest sum of values at a sum of costs within a budget.
 
     max  sum_g v_g(j_g)    subject to    sum_g c_g(j_g) <= B
 
