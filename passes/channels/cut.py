@@ -2,9 +2,9 @@
 
     W2 diag(m) f(W1 x + b)   =   (W2 S) f(S^T W1 x + S^T b),      m in {0, 1}^n,  S: the columns of I where m = 1
 
-``cut`` makes the right side: every constant, shape, split and index in the region loses the channels. ``mask`` makes the
-left side and keeps all shapes: every node that sums over the channels reads zeros. Both sides are one function where f
-treats every channel alike, whatever f makes of zero. The tests prove a cut by this equality.
+``cut`` makes the right side: every constant, shape, split and index in the region loses the channels. ``mask`` makes
+the left side and keeps all shapes: every node that sums over the channels reads zeros. Both sides are one function
+where f treats every channel alike, whatever f makes of zero. The tests prove a cut by this equality.
 
 A norm over the channels does not treat every channel alike, because a channel of zeros counts in the mean. There
 ``mask`` removes the channels in front of the node and puts zeros in their place behind the node.
