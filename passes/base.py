@@ -1,4 +1,4 @@
-"""What every pass is made of: sites, outcomes, the context and the pass itself."""
+"""The parts of every pass: outcomes, refusals, the context and the pass itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """One rewritten site: the node it was about, and what was done to it."""
+    """One rewritten site: the node, and what the pass did to it."""
 
     node: str
     what: str
@@ -29,7 +29,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Refusal:
-    """One site left alone: its node and why. ``code`` groups refusals of one kind in a report."""
+    """One site left alone: the node and the reason. ``code`` groups refusals of one kind in a report."""
 
     node: str
     reason: str
@@ -38,10 +38,9 @@ class Refusal:
 
 @dataclass
 class Outcome:
-    """What a pass did.
+    """The changes, refusals and results of a pass.
 
-    ``facts`` carries JSON-able results that belong in the report (scales, counts …), ``warnings`` sentences that the
-    user has to see.
+    ``facts`` holds JSON-able results for the report (scales, counts …), ``warnings`` holds sentences for the user.
     """
 
     changed: list[Change] = field(default_factory=list)
@@ -57,10 +56,10 @@ class Outcome:
 
 
 class Refused(Exception):
-    """Why a site stays as it is. ``reason`` is what the report says; ``code`` groups refusals of one kind.
+    """A site stays as it is. The report shows ``reason``; ``code`` groups refusals of one kind.
 
-    ``what`` is the obstacle alone, where the reason names one; ``behind`` is the reason as a site in front of the
-    obstacle puts it.
+    ``what`` is the obstacle alone, where the reason names an obstacle. ``behind`` is the reason in the words of a site
+    in front of the obstacle.
     """
 
     def __init__(self, reason: str, code: str = "", what: str = "", behind: str = ""):
@@ -70,7 +69,7 @@ class Refused(Exception):
 
 
 class InBetween(Refused):
-    """An operator stands between two places that belong together; ``more`` says what it may do there."""
+    """An operator stands between two sites that belong together; ``more`` says what the operator may do there."""
 
     def __init__(self, what: str, more: str = ""):
         super().__init__(f"{what} is in between{more}", what=what, behind=f"{what} follows it{more}")
@@ -86,13 +85,13 @@ class DoesNotFit(Refused):
 
 @dataclass(frozen=True)
 class Patterns:
-    """Which sites a pass takes by their names: patterns (``*`` and ``?``); without ``include`` all but ``exclude``."""
+    """Patterns (``*`` and ``?``) of the names of sites; an empty ``include`` takes all sites but ``exclude``."""
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
 
     def why_not(self, *names: str) -> str:
-        """Why a site with these names is left alone; empty where it is not."""
+        """Why the patterns leave a site with these names alone; empty where they take the site."""
         if self.include and not _match(names, self.include):
             return "not included by any pattern"
         pattern = _match(names, self.exclude)
@@ -100,16 +99,16 @@ class Patterns:
 
 
 def _match(names: Sequence[str], patterns: Sequence[str]) -> str:
-    """The first pattern that one of the names matches; empty for none."""
+    """The first pattern that one of the names matches; empty where no pattern matches."""
     return next((p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)), "")
 
 
 @dataclass
 class Context:
-    """What passes may use beside the graph.
+    """The data and settings that passes may use beside the graph.
 
-    ``calibration`` is the data for calibrated passes (``None`` when there is none); ``progress(stage, done, total)``
-    is called now and then during long work; ``seed`` makes random probes repeatable.
+    ``calibration`` is the data for calibrated passes, or None. Long work calls ``progress(stage, done, total)`` now and
+    then. ``seed`` makes random probes repeatable.
     """
 
     calibration: Data | None = None
@@ -128,16 +127,16 @@ class Context:
 class Pass:
     """A graph rewrite. Its dataclass fields are its options, its command-line flags and its recipe keys.
 
-    ``kind`` is a promise the pipeline holds it to: ``exact`` (the same function to float rounding, verified
-    numerically after every run), ``calibrated`` (data-driven, approximate) or ``lossy``.
+    ``kind`` is a promise that the pipeline checks: ``exact`` (the same function to float rounding, verified by numbers
+    after every run), ``calibrated`` (data-driven, approximate) or ``lossy``.
 
-    ``apply`` edits ``graph`` in place and keeps no state. It rewrites a site fully or leaves it alone and refuses it
-    with the reason. ``needs_opset`` is the lowest opset it works at, ``least_opset`` the same for one graph where that
-    depends on it; the pipeline raises the graph to it beforehand. ``needs_data``: what needs calibration data, as the
-    error says it where there are none.
+    ``apply`` edits ``graph`` in place and keeps no state. It rewrites a site fully, or refuses the site with a reason.
+    ``needs_opset`` is the lowest opset that the pass supports, ``least_opset`` the lowest opset for
+    one graph; the pipeline raises the graph to this opset beforehand. ``needs_data`` names, for the error message, the
+    work that needs calibration data.
 
-    The class stands in the face of its family, ``passes/<family>/__init__.py``, which imports nothing heavy. Class
-    ``Work`` of the file ``does_it`` beside the face derives from it and does the work; that file is imported then.
+    The class stands in the face of its family, ``passes/<family>/__init__.py``, which imports nothing heavy. The class
+    ``Work`` in the file ``does_it`` beside the face is derived from the class and does the work; only a run imports it.
     """
 
     name: ClassVar[str]
@@ -151,12 +150,12 @@ class Pass:
             option.check(getattr(self, name))
 
     def work(self) -> Pass:
-        """The same options in the class that does the work."""
+        """An instance, with the same options, of the class that does the work."""
         module = importlib.import_module(f"{type(self).__module__}.{self.does_it}") if self.does_it else None
         return module.Work(**vars(self)) if module else self
 
     def opset_for(self, graph: gs.Graph) -> int:
-        """The lowest opset that the pass works at on a graph."""
+        """The lowest opset that the pass supports for a graph."""
         return self.work().least_opset(graph)
 
     def least_opset(self, graph: gs.Graph) -> int:
@@ -192,9 +191,6 @@ class Pass:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        changed = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != (f.default if f.default is not dataclasses.MISSING else None)
-        }
+        known = options(type(self))
+        changed = {name: value for name, value in self.options().items() if value != known[name].default}
         return self.name + (str(changed) if changed else "")

@@ -1,9 +1,9 @@
-"""Long runs that can be taken up again: after every step the graph and what was done so far, in a folder.
+"""Checkpoints of long runs: a folder with the graph and the records after the latest step.
 
-The folder holds ``manifest.json`` and one model, ``step-N.onnx``. The model is written first and the manifest replaces
-the last one in one step, so a killed run leaves a folder that is right. A run takes a folder up when everything that
-its results depend on is the same: the source model, the data, the options of the run, the version, and the passes done,
-which must be the first ones of those to do. Otherwise it starts anew.
+The folder holds ``manifest.json`` and one model, ``step-N.onnx``. A step writes the model first and then replaces the
+manifest atomically, so that a killed run leaves a valid folder. A run resumes a folder where everything that its
+results depend on is the same: the source model, the data, the options of the run, and the version. The passes done must
+be the first passes of the run. Otherwise the run starts anew.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCHEMA = 1
 
 @dataclass
 class Progress:
-    """What a run has done: its graph (None: the source as it is), its step records and how many passes they cover."""
+    """The graph of a run (None: the unchanged source), the records of its steps and the number of passes done."""
 
     graph: gs.Graph | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -37,17 +37,17 @@ class Progress:
 
 
 class Checkpoint:
-    """The folder of one run. ``conditions`` (JSON-able) are what results depend on, beside the passes."""
+    """The folder of one run. The results depend on ``conditions`` (JSON-able) and on the passes."""
 
     def __init__(self, folder: Path, conditions: dict[str, Any], passes: Sequence[Pass]):
         self._folder = folder
         self._conditions = _plain({"schema": SCHEMA, **conditions})
         self._passes = _plain([[step.name, step.options()] for step in passes])
-        self._model: str | None = None  # the latest one
-        self._files: dict[str, str] = {}  # what it consists of, with SHA-256
+        self._model: str | None = None  # the latest model
+        self._files: dict[str, str] = {}  # SHA-256 of the files of the model
 
     def resume(self) -> Progress:
-        """What an earlier run with the same conditions got done. A damaged folder counts as empty, with a warning."""
+        """The progress of an earlier run with the same conditions. A damaged folder counts as empty, with a warning."""
         if not (self._folder / MANIFEST).exists():
             return Progress()
         try:
@@ -97,7 +97,7 @@ class Checkpoint:
 
 
 def clear(folder: str | Path) -> None:
-    """Removes a checkpoint, and the folder when nothing else is in it."""
+    """Removes a checkpoint, and its folder where the folder holds nothing else."""
     folder = Path(folder)
     remove_leftovers(folder)
     _remove([folder / MANIFEST, *_models(folder, "step-")])
@@ -112,7 +112,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _models(folder: Path, prefix: str) -> list[Path]:
-    """A model of a checkpoint and the files with its weights, by how their names start."""
+    """The models of a checkpoint, and the files with their weights, whose names start with ``prefix``."""
     return [path for path in folder.glob("step-*.onnx*") if path.name.startswith(prefix)]
 
 
@@ -122,5 +122,5 @@ def _digest(path: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON gives it back: tuples become lists."""
+    """A value after a round trip through JSON: tuples become lists."""
     return json.loads(json.dumps(value))

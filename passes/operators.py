@@ -1,12 +1,12 @@
-"""What is known of operators, each said once: one row an operator.
+"""The table of operators: one row holds every known fact about one operator.
 
-    operator(node).elementwise         instead of a set of names, with the domain looked at
+    operator(node).elementwise         replaces a set of names, and checks the domain of the node
 
-A row tells what an operator does to the channels of its data. What needs code (which channels of a Reshape go together,
-say) is found by ``kind``: operators of one kind share a rule in ``links``, ``maps`` and the like. Every claim of a row
-is tested by running the operator. Whoever adds an operator adds a row here, and a rule only if it moves channels.
+A row tells how an operator treats the channels of its data. Facts that need code (which channels of a Reshape go
+together, say) are found by ``kind``: operators of one kind share a rule in ``links``, ``maps`` and the like. The tests
+run every operator to check its row. A new operator needs a row here, and a rule only if the operator moves channels.
 
-What a certain runtime makes of an operator is no fact about it and stands where it is needed.
+Facts about a runtime, such as the operators that a runtime fuses, do not belong here.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ import onnx_graphsurgeon as gs
 
 from channelfold.runtime.io import edit
 
-EVERY = ()  # as ``data``: all inputs, however many there are
+EVERY = ()  # the value of ``data`` for an operator whose inputs all hold data
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator, at inference, with the attributes it has by default.
+    """One operator at inference, with its default attributes.
 
-    ``kind``: names the rules that follow its channels; "" where there are none. ``data``: the inputs that hold data,
-    not parameters. Of a function f of all data inputs together:
+    ``kind`` names the rules that follow the channels; "" where there are none. ``data`` lists the inputs that hold data
+    and no parameters. The following facts hold for the function f of all data inputs together:
 
         linear    f(x + y) + f(0) = f(x) + f(y)
-        scale     f(s x) = s f(x), with a scale by channel, of any sign or positive; "" where it does not pass
+        scale     f(s x) = s f(x), with a scale by channel, of any sign or positive; "" where no scale passes
         shift     f(x + z) = f(x) + z, with a shift by channel
-        moves     each element of f(x) is one of x, or a zero
+        moves     each element of f(x) is an element of x, or zero
 
-    ``arithmetic``: with a constant in the other's place it scales an operand, or shifts it if it is ``linear``.
-    ``neutral``: the second operand that leaves the first one as it is. ``rectifies``: negative values come out smaller
-    than positive ones. ``sums``: zeros add nothing to what it reduces. ``random``: two runs may differ.
-    ``gamma``: the input of a norm that scales its result, by channel; ``beta``: whether a shift is the next one.
-    ``gates``: of a recurrent cell, the blocks of rows in its weights. ``sized``: the input that is the result's shape.
+    An ``arithmetic`` operator with a constant operand scales the other operand, or shifts it if ``linear``. The second
+    operand ``neutral`` leaves the first operand unchanged. An operator that ``rectifies`` shrinks negative values more
+    than positive values. An operator that ``sums`` reduces its input, and zeros add nothing to the result. Two runs of
+    a ``random`` operator may differ. Input ``gamma`` of a norm scales the result by channel; with ``beta`` the next
+    input shifts the result. ``gates`` counts the blocks of rows in the weights of a recurrent cell. Input ``sized`` is
+    the shape of the result.
     """
 
     kind: str = ""
@@ -58,27 +59,27 @@ class Operator:
 
     @property
     def elementwise(self) -> bool:
-        """Whether it treats every element alike, whatever its channel. Operands are broadcast to each other."""
+        """Whether the operator treats every element alike in all channels. Operands broadcast to each other."""
         return self.kind == "elementwise"
 
     @property
     def weighted(self) -> bool:
-        """Whether it multiplies by a weight as a linear layer does."""
+        """Whether the operator multiplies by a weight as a linear layer does."""
         return self.kind in ("conv", "gemm", "matmul")
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """The inputs that are weights where they are constant: what has channels in rows and columns."""
+        """The inputs whose constants are weights, with channels in rows and columns."""
         return _WEIGHTS.get(self.kind, ())
 
     @property
     def asks_shape(self) -> bool:
-        """Whether it looks at the shape of its input alone."""
+        """Whether the operator reads nothing but the shape of its input."""
         return self.kind in ("shape", "size")
 
     @property
     def copies(self) -> bool:
-        """Whether its result holds the elements of its input in their order, perhaps in another type or shape."""
+        """Whether the result holds the elements of the input in the same order, in any type or shape."""
         same = self.elementwise and self.data == (0,) and self.linear and self.shift
         return same or self.kind == "reshape"
 
@@ -92,23 +93,23 @@ class Operator:
 
     @property
     def joins(self) -> bool:
-        """Whether one scale for all of its operands, which are broadcast to each other, is one of its result."""
+        """Whether one scale for all operands, which broadcast to each other, becomes the scale of the result."""
         return self.elementwise and self.data == EVERY and bool(self.scale)
 
     @property
     def merges(self) -> bool:
-        """Whether its result holds elements of several inputs, each from one of them."""
+        """Whether the result holds elements of several inputs, each element from one input."""
         several = len(self.data) != 1 and self.kind != "pad"
         return several and (self.moves or (bool(self.scale) and not self.joins))
 
     @property
     def source(self) -> int | None:
-        """The one input whose channels its result has; None where several inputs are alike."""
+        """The only input whose channels the result has; None where the result has the channels of several inputs."""
         return None if self.data == EVERY or self.merges else self.data[0]
 
     @property
     def norm_axis(self) -> int:
-        """The axis of the channels that a norm has gamma for."""
+        """The axis of the channels that gamma of a norm scales."""
         return 1 if self.kind in ("batch_norm", "instance_norm", "group_norm") else -1
 
     def inputs(self, node: gs.Node) -> tuple[int, ...]:
@@ -232,7 +233,7 @@ OPERATORS = {
 }
 _UNKNOWN = Operator()
 
-NOT_LOOKED_AT = {  # by domain; to all of them everything is unknown, and what depends on them is refused by name
+NOT_LOOKED_AT = {  # by domain; the table knows nothing about these operators, and passes refuse them by name
     "": (
         "AffineGrid BitCast BitShift BlackmanWindow CastLike CausalConvWithState CenterCropPad Col2Im Compress "
         "ConcatFromSequence Constant ConvInteger CumProd DFT DeformConv Det EyeLike HammingWindow HannWindow If "
@@ -260,5 +261,5 @@ NOT_LOOKED_AT = {  # by domain; to all of them everything is unknown, and what d
 
 
 def operator(node: gs.Node) -> Operator:
-    """What is known of a node's operator: an empty row where it has none, as the functions of a model have."""
+    """The row of the operator of a node; an empty row for an unknown operator, such as a function of the model."""
     return OPERATORS.get(("" if edit.is_standard(node) else node.domain, node.op), _UNKNOWN)

@@ -1,8 +1,8 @@
-"""Options of passes, said once: a field says what there is to know, everything else is derived from it.
+"""Options of passes: a dataclass field defines an option, and everything else is derived from the field.
 
     percentile: float = option(99.999, "Of the calibrator percentile.", above=0, high=100)
 
-is a flag of the command line, a key of recipes, a check of values, a JSON schema and a row of ``passes/README.md``.
+gives a flag of the command line, a key of recipes, a check of values, a JSON schema and a row of ``passes/README.md``.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _BOUNDS = {"low": "minimum", "high": "maximum", "above": "exclusiveMinimum", "be
 
 
 def option(default: Any, help: str, **said: Any) -> Any:
-    """A field with what there is to say of its option: fields of ``Option``, from ``low`` on."""
+    """A dataclass field that defines an option; ``said`` holds fields of ``Option`` from ``low`` on."""
     return dataclasses.field(default=default, metadata={"help": help} | said)
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a pass: an ``item`` (str, bool, int, float), one of ``choices`` if there are any.
+    """An option of a pass: an ``item`` (str, bool, int, float), limited to ``choices`` where there are any.
 
-    ``many``: any number of them. ``optional``: or None. ``needed``: there is no default. A number is at least ``low``,
-    at most ``high``, more than ``above``, less than ``below``; ``expected`` says what that means. ``means``: what the
-    default None means; ``metavar`` stands for the value in the help of the command line.
+    ``many`` allows a list of items, and ``optional`` allows None. A ``needed`` option has no default. A number is at
+    least ``low``, at most ``high``, more than ``above`` and less than ``below``; ``expected`` puts the bounds in words.
+    ``means`` explains the default None. ``metavar`` stands for the value in the help of the command line.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Option:
 
     @classmethod
     def of(cls, field: dataclasses.Field, hint: Any) -> Option:
-        """From a field and its annotation: str, bool, int, float, Literal[...], tuple[X, ...], X | None."""
+        """The option of a field with the annotation str, bool, int, float, Literal[...], tuple[X, ...] or X | None."""
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if origin in (types.UnionType, typing.Union):
             (hint,) = (arg for arg in args if arg is not type(None))
@@ -72,7 +72,7 @@ class Option:
 
     @property
     def bounds(self) -> str:
-        """The numbers that are allowed, in words."""
+        """The bounds of a number, in words."""
         if math.isfinite(self.low) and math.isfinite(self.high):
             return f"{self.low} to {self.high}"
         words = (("at least", self.low), ("more than", self.above), ("at most", self.high), ("less than", self.below))
@@ -83,7 +83,7 @@ class Option:
         return self.low <= value <= self.high and above and (self.below is None or value < self.below)  # and no NaN
 
     def convert(self, value: Any) -> Any:
-        """A TOML value as the field holds it. Raises UsageError where it does not fit the type."""
+        """The value of the field for a TOML value. Raises UsageError where the value has the wrong type."""
         try:
             return self._converted(value)
         except TypeError:
@@ -108,7 +108,7 @@ class Option:
         return value
 
     def check(self, value: Any) -> None:
-        """Raises UsageError for a value that is none of the choices, or out of bounds."""
+        """Raises UsageError for a value that is no choice or is out of bounds."""
         if value is None or self.many:
             return
         if self.choices:
@@ -124,7 +124,7 @@ class Option:
 
     @property
     def usual(self) -> str:
-        """The default as the command line spells it; empty where there is none to speak of."""
+        """The default in the words of the command line; empty for an option without a default."""
         if self.default in (None, ()) or self.default is False:
             return self.means
         if self.default is True:
@@ -151,5 +151,5 @@ def options(cls: type) -> dict[str, Option]:
 
 
 def found(value: Any) -> str:
-    """A value as it stood in the file."""
+    """A value in the notation of the file."""
     return json.dumps(value, default=str, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Runs passes over a graph and holds each of them to what it promises.
+"""Runs passes over a graph and checks the contract of every pass.
 
     snapshot -> apply -> contract -> ONNX checker -> (exact passes) verify -> record -> (checkpoint)
 
@@ -6,12 +6,12 @@ The contract, for every pass:
 
 - it returns an Outcome in which every change and refusal names a node, and whose facts are JSON;
 - the model's inputs and outputs keep their names, dtypes and shapes (an open size of an output may become known);
-- it reports changes if and only if the graph changed;
-- weights are replaced, never written into;
-- the graph is valid ONNX (if it was before), and an ``exact`` pass computes the same function (see ``verify``).
+- the pass reports changes if and only if the graph changed;
+- the pass replaces weights and never writes into them;
+- a valid graph stays valid ONNX, and an ``exact`` pass keeps the function of the graph (see ``verify``).
 
-A pass that breaks it is rolled back: the graph is bit for bit what it was. Then the run fails, because a compressed
-model that lacks a step is not what was asked for; with ``on_violation="skip"`` it goes on and the record says so.
+A pass that breaks the contract is rolled back: the graph is bit for bit what it was. The run then fails, because the
+user did not ask for a model that lacks a step. With ``on_violation="skip"`` the run goes on and the record says so.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from channelfold.runtime.errors import ChannelfoldError, UsageError, Verificatio
 from channelfold.runtime.io.files import check, raise_opset
 from channelfold.runtime.io.snapshot import Snapshot, become
 
-WHOLE = "(whole graph)"  # what a record names where no single node is to blame
+WHOLE = "(whole graph)"  # the node of a record where no single node is to blame
 
 
 @dataclass(frozen=True)
 class RaiseOpset(Pass):
-    """Raises the graph to an opset with ONNX's version converter. The pipeline runs it for passes that need it."""
+    """Raises the graph to an opset with ONNX's version converter, in front of a pass that needs the opset."""
 
     name, kind = "raise-opset", "exact"
 
@@ -66,12 +66,12 @@ def run(
 ) -> tuple[gs.Graph, list[dict[str, Any]]]:
     """Runs ``passes`` in order; returns the graph and one record a step (JSON-able, see ``warnings``).
 
-    Edits ``graph`` in place and returns it, unless a checkpoint was taken up: then another graph comes back.
-    ``probes`` are real samples to verify on (default: the calibration data). ``checkpoint`` is a folder that keeps the
-    state after every step, for a later run with the same arguments to take up; ``checkpoint.clear`` removes it.
+    The run edits ``graph`` in place and returns it; a run that resumes a checkpoint returns another graph. ``probes``
+    are real samples to verify on (default: the calibration data). ``checkpoint`` is a folder that keeps the state after
+    every step, so that a later run with the same arguments resumes there; ``checkpoint.clear`` removes the state.
 
-    Raises VerificationError for a pass that broke its contract, with the graph as it was before it; other errors of a
-    pass (missing calibration data, an opset that cannot be reached) as they are, likewise rolled back.
+    Raises VerificationError for a pass that broke its contract. Other errors of a pass (missing calibration data, an
+    opset that cannot be reached) pass through. In both cases the graph is as it was before the pass.
     """
     if on_violation not in ("raise", "skip"):
         raise UsageError(f"on_violation is {on_violation!r}", "Expected 'raise' or 'skip'")
@@ -98,12 +98,12 @@ def run(
 
 
 def warnings(steps: Sequence[dict[str, Any]]) -> list[str]:
-    """What the records of a run warn of, one sentence each, with the pass."""
+    """The warnings in the records of a run, one sentence each, with the name of the pass."""
     return [f"{step['pass']}: {text}" for step in steps for text in step.get("warnings", ())]
 
 
 class _Runner:
-    """One graph, and what it was before the pass at hand."""
+    """A graph, and its snapshot from before the current pass."""
 
     def __init__(self, graph: gs.Graph, state: Snapshot, ctx: Context, verifier: Verifier | None, on_violation: str):
         self._graph = graph
@@ -113,7 +113,7 @@ class _Runner:
         self._skips = on_violation == "skip"
 
     def run(self, step: Pass) -> tuple[list[dict[str, Any]], bool]:
-        """Runs a pass, at the opset it needs. Returns the records, and whether the graph changed."""
+        """Runs a pass at the opset that the pass needs. Returns the records, and whether the graph changed."""
         before, records = self._state, []
         needed = step.opset_for(self._graph)
         if needed > self._graph.opset:
@@ -145,7 +145,7 @@ class _Runner:
         return _record(step, seconds, outcome, verified, [*outcome.warnings, *warned])
 
     def _apply(self, step: Pass) -> tuple[Outcome, Snapshot]:
-        """What a pass did, and the graph after it. Raises VerificationError when the contract is broken."""
+        """(outcome of a pass, snapshot of the graph after the pass). Raises VerificationError for a broken contract."""
         try:
             with self._state.frozen():
                 outcome = step.apply(self._graph, self._ctx)
@@ -161,7 +161,7 @@ class _Runner:
         return outcome, after
 
     def _accept(self, step: Pass, outcome: Outcome, after: Snapshot) -> tuple[dict[str, Any] | None, list[str]]:
-        """Checks and verifies a graph that changed."""
+        """(record of the verification, warnings) of a graph that changed. Raises VerificationError."""
         if not outcome.changed:
             return None, []
         warned = self._check(step)
@@ -189,7 +189,7 @@ class _Runner:
 
 
 def _breach(outcome: Any, before: Snapshot, after: Snapshot) -> str:
-    """Which part of the contract the result of a pass breaks; empty when it keeps it."""
+    """How the result of a pass breaks the contract; empty where the result keeps the contract."""
     if not isinstance(outcome, Outcome):
         return f"apply() returned {type(outcome).__name__!r}, expected an Outcome"
     for entry in (*outcome.changed, *outcome.refused):
@@ -197,21 +197,23 @@ def _breach(outcome: Any, before: Snapshot, after: Snapshot) -> str:
             return f"it reports {asdict(entry)} without the name of a node"
     for what in ("input", "output"):
         was, now = ([_spec(v) for v in getattr(graph.model.graph, what)] for graph in (before, after))
-        if was != now and not (what == "output" and _refine(was, now)):
+        refined = what == "output" and len(was) == len(now) and all(map(_refines, was, now))
+        if was != now and not refined:
             return f"it changed the model's {what}s from {_listed(was)} to {_listed(now)}"
     try:
         json.dumps(outcome.facts)
     except (TypeError, ValueError) as error:
         return f"its facts are not JSON ({error})"
-    if bool(outcome.changed) == before.same(after):
-        return (
-            "it reports changes, but the graph is the same" if outcome.changed else "it reports no change, but made one"
-        )
-    return ""
+    if bool(outcome.changed) != before.same(after):
+        return ""
+    return "it reports changes, but the graph is the same" if outcome.changed else "it reports no change, but made one"
 
 
-def _spec(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...] | None]:
-    """Name, type and dims of an input or output; an unknown dim is ``?``, an unknown rank None."""
+_Spec = tuple[str, str, tuple[int | str, ...] | None]
+
+
+def _spec(value: onnx.ValueInfoProto) -> _Spec:
+    """(name, type, dims) of an input or output; an unknown dim is ``?``, dims of an unknown rank are None."""
     if not value.type.HasField("tensor_type"):
         return value.name, " ".join(str(value.type).split()), None
     tensor = value.type.tensor_type
@@ -220,19 +222,16 @@ def _spec(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...] |
     return value.name, kind, dims if tensor.HasField("shape") else None
 
 
-def _refine(was: list, now: list) -> bool:
-    """Whether types and shapes are the same or merely better known: a number, or at least a name, where none was."""
-    same = [old[0] == new[0] and old[1] in ("", "undefined", new[1]) for old, new in zip(was, now, strict=False)]
-    if len(was) != len(now) or not all(same):
+def _refines(old: _Spec, new: _Spec) -> bool:
+    """Whether a spec is the same or better known: a number in place of a name, a number or a name in place of ``?``."""
+    if old[0] != new[0] or old[1] not in ("", "undefined", new[1]):
         return False
-    pairs = [(old[2], new[2]) for old, new in zip(was, now, strict=True) if old[2] is not None]
+    if old[2] is None:
+        return True
+    if new[2] is None or len(old[2]) != len(new[2]):
+        return False
     return all(
-        new is not None
-        and len(old) == len(new)
-        and all(
-            a == b or a == "?" or (isinstance(a, str) and isinstance(b, int)) for a, b in zip(old, new, strict=True)
-        )
-        for old, new in pairs
+        a in ("?", b) or (isinstance(a, str) and isinstance(b, int)) for a, b in zip(old[2], new[2], strict=True)
     )
 
 
@@ -275,7 +274,7 @@ def _rolled_back(step: Pass, seconds: float, reason: str, node: str) -> dict[str
 
 
 def _conditions(source: Snapshot, ctx: Context, probes: Data | None, verify: bool, on_violation: str) -> dict[str, Any]:
-    """Everything beside the passes that the result of a run depends on."""
+    """Everything that the result of a run depends on, except the passes."""
     return {
         "channelfold": __version__,
         "source": source.fingerprint(),

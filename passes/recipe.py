@@ -12,18 +12,18 @@
 
 Passes run from top to bottom. A good order is
 
-    constants, identities                        they clear the way between linears
-    reparameterize-ffn                           it changes which linears there are, and folds the norms around them
-    pads, affine maps                            they leave less to scale
-    equalize, smooth                             shifts and scales, which need a weight or a norm to go into
-    split-channels, merge-channels, reorder      they choose by the ranges that scales have left
-    clip-weights                                 for the weights that all of them have left
-    quantize                                     on ranges measured then
+    constants, identities                        remove nodes between linears
+    reparameterize-ffn                           replaces linears, and folds the norms around them
+    pads, affine maps                            leave less to scale
+    equalize, smooth                             move shifts and scales into weights and norms
+    split-channels, merge-channels, reorder      choose by the ranges after scaling
+    clip-weights                                 clips the final weights
+    quantize                                     measures the final ranges
 
-What cannot work is refused: after a quantization the weights lie behind DequantizeLinear, where nothing finds them. The
-other orders are all right for the function the model computes, since exact passes keep it, but in some a later pass
-takes back what an earlier one has gained. Those run, with a warning (``Recipe.warnings``): recipes are also written to
-find out what a pass is worth.
+An order that cannot work is refused: after a quantization the weights lie behind DequantizeLinear, where no pass finds
+them. All other orders are correct, because exact passes keep the function of the model. In some orders a later pass
+undoes the gain of an earlier pass. Such a recipe runs with a warning (``Recipe.warnings``), because recipes also serve
+to measure the gain of a pass.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from channelfold.passes.options import options as options_of
 from channelfold.runtime.errors import ChannelfoldError, UsageError, nearest
 
 _QUANTIZATIONS = ("quantize", "quantize-weights")
-# they do not touch weights behind DequantizeLinear
+# passes that do not touch weights behind DequantizeLinear
 _ANYWHERE = ("rewrite-einsum", "fold-constants", "remove-identities")
 _TAKEN_BACK = {
     ("smooth", "fold-affine"): "folds the Mul nodes that allow_insert lets it insert back into the weights",
@@ -62,7 +62,7 @@ class Recipe:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Where a pass takes back what an earlier one has gained, one sentence each."""
+        """One sentence for every pass that undoes the gain of an earlier pass."""
         pairs = itertools.combinations(enumerate(self.passes, 1), 2)
         return tuple(
             f"Pass {second} ({later.name!r}) comes after pass {first} ({earlier.name!r}) and {what}. Swap them"
@@ -73,9 +73,9 @@ class Recipe:
 
 
 def load_recipe(source: str | Path) -> Recipe:
-    """A built-in recipe by its name, else the one in the TOML file ``source``.
+    """The built-in recipe with the name ``source``, else the recipe in the TOML file ``source``.
 
-    Raises UsageError, which names the file, the pass and the key, and says what was expected.
+    Raises UsageError, which names the file, the pass, the key and the expected value.
     """
     if isinstance(source, str) and source in BUILT_IN:
         return Recipe(source, tuple(PASSES[name]() for name in BUILT_IN[source]))
@@ -98,7 +98,7 @@ def load_recipe(source: str | Path) -> Recipe:
 
 
 def loads(text: str, source: str = "recipe.toml") -> Recipe:
-    """The recipe in a TOML text; ``source`` is the file it comes from, for messages. Raises UsageError."""
+    """The recipe in a TOML text; messages name the file ``source``. Raises UsageError."""
     import tomllib  # which help has no use for
 
     try:
@@ -126,7 +126,7 @@ def loads(text: str, source: str = "recipe.toml") -> Recipe:
 
 
 def dumps(recipe: Recipe) -> str:
-    """The recipe as TOML, with every option written out, so that later defaults do not change it."""
+    """The recipe as TOML with every option, so that later defaults do not change the recipe."""
     lines = [f"name = {_toml(recipe.name)}"]
     for step in recipe.passes:
         options = {key: value for key, value in step.options().items() if value is not None}  # TOML has no null
@@ -161,7 +161,7 @@ def make(name: str, options: Mapping[str, Any], where: str = "") -> Pass:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A pass for people: name, kind, needs_opset, summary, and its options as ``Option.describe`` has them."""
+    """The description of a pass: name, kind, needs_opset, summary, and options (see ``Option.describe``)."""
     cls = PASSES[name]
     summary = (cls.__doc__ or "").strip().splitlines()[0]
     options = [one.describe() for one in options_of(cls).values()]

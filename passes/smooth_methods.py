@@ -1,12 +1,11 @@
-"""The methods of the command ``smooth``: the pass that does each of them, and which options it heeds.
+"""The methods of the command ``smooth``: the passes of each method, and the options that the method accepts.
 
-    auto, smoothquant, os-plus, awq, repq, outliertune, fp4-shift     pass smooth, whose option ``method`` they are
-    equalize                                                          pass equalize; then absorb-bias, if asked for
-    split-merge                                                       pass split-channels; then merge-channels, if
-                                                                      asked for
+    auto, smoothquant, os-plus, awq, repq, outliertune, fp4-shift     pass smooth with this ``method``
+    equalize                                                          pass equalize; on request, absorb-bias
+    split-merge                                                       pass split-channels; on request, merge-channels
     reorder                                                           pass reorder-channels
 
-The passes that are added when asked for change the function a little; all others are exact.
+The passes on request change the function a little; all other passes are exact.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from channelfold.runtime.errors import UsageError, nearest
 
 @dataclass(frozen=True)
 class Method:
-    """``step``: a pass, with the ``options`` that matter to it.
+    """The pass ``step`` with the ``options`` that it accepts.
 
-    ``switched``: options that matter where the option ``switch`` is set: to the pass ``then``, which it adds, or to
-    ``step`` where it adds none.
+    The option ``switch`` enables the options ``switched`` and adds the pass ``then``, which they belong to. Without
+    ``then`` the options ``switched`` belong to ``step``.
     """
 
     step: str
@@ -63,9 +62,9 @@ METHODS = {
 
 
 def passes_of(name: str, options: Mapping[str, Any]) -> tuple[Pass, ...]:
-    """The passes of a method. ``options``: those of its passes by name, and the switches absorb_bias and restore_width.
+    """The passes of a method. ``options`` holds options of the passes and the switches absorb_bias and restore_width.
 
-    Raises UsageError for an unknown method, and for an option that it does not heed.
+    Raises UsageError for an unknown method, and for an option that the method does not accept.
     """
     if name not in METHODS:
         raise UsageError(f"There is no method {name!r}", nearest(name, METHODS))
@@ -86,7 +85,7 @@ def passes_of(name: str, options: Mapping[str, Any]) -> tuple[Pass, ...]:
 
 
 def _who_has(option: str, method: Method) -> str:
-    """What to do about an option that a method does not have."""
+    """The hint of the error for an option that a method does not have."""
     if others := [name for name, other in METHODS.items() if option in other]:
         return f"It is for: {', '.join(others)}"
     known = [*method.options, *method.switched, *([method.switch] if method.switch else [])]

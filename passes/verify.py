@@ -1,22 +1,23 @@
-"""The proof that an exact pass is exact: the graph after it beside the graph before it, on probe inputs.
+"""The proof that an exact pass is exact: the outputs of the graph before and after the pass, on probe inputs.
 
-Probes are up to two samples of the data at hand and one random feed of the same shapes; without data, two random feeds
-of two different sizes where the model leaves sizes open, but none for a model of more than 1 GB. ONNX Runtime runs both
-graphs unoptimized, node by node as they stand, so that its own fusions neither hide nor cause a difference.
+Probes are up to two samples of the available data and one random feed of the same shapes. Without data, probes are two
+random feeds, of two sizes where the model leaves sizes open; a model of more than 1 GB then has no probes. ONNX Runtime
+runs both graphs without optimization, node by node, so that its own fusions neither hide nor cause a difference.
 
-The error of an output is max |before - after| / max |before|. It may reach the tolerance of the coarsest float type in
+The error of an output is max |before - after| / max |before|. The limit is the tolerance of the coarsest float type in
 the graph. Integers, and the places of NaN and Inf, must be the same.
 
-Past the tolerance, every tensor that both graphs know by name is compared, and the error is followed back from the
-output through tensors that differ to the first one, written by a node that the pass has changed. A tensor that a fold
-has rewritten on purpose, as in Conv -> BatchNormalization, is not on that way: what follows it agrees again. Where the
-way ends at a node that is as it was, that node has amplified a smaller error: the search goes on for that one.
+Where an output exceeds the tolerance, the verifier compares every tensor that both graphs know by name. It follows the
+error back from the output, through tensors that differ, to the first such tensor whose writer the pass has changed. A
+tensor that a fold rewrites on purpose, as in Conv -> BatchNormalization, is not on this path, because the tensors after
+it agree again. Where the path ends at an unchanged node, that node has amplified a smaller error, and the search goes
+on with a smaller threshold.
 
 A model can amplify rounding past the tolerance (a decoder does on a random sequence of two tokens). An output may also
-be off by four times what it changes when every weight of the original is moved by a unit in its last place.
+differ by four times the change that one unit in the last place of every original weight makes.
 
-Rounding alone can move a value over an edge (ArgMax, Greater, Round ...). An output is not held against the pass when
-each way back ends at such a node, unchanged, whose inputs agree within the tolerance.
+Rounding alone can move a value over an edge (ArgMax, Greater, Round ...). An output does not count as an error of the
+pass where every path ends at such an unchanged node whose inputs agree within the tolerance.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Violation(VerificationError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a report says of the verification of a step, and a warning, if there is one to give."""
+    """The record of the verification of a step for the report, and a warning or ""."""
 
     record: dict[str, Any]
     warning: str = ""
@@ -84,7 +85,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Culprit:
-    """Where two graphs part."""
+    """The first tensor in which two graphs differ, with the node that writes the tensor."""
 
     tensor: str
     node: str
@@ -102,7 +103,7 @@ class _NoProbe(Exception):
 
 
 class Verifier:
-    """Verifies one step after another. What a graph gave is kept: it is the reference of the next step."""
+    """Verifies one step after another. The outputs of a graph are kept as the reference of the next step."""
 
     def __init__(self, probes: Data | None = None, seed: int = 0):
         self._probes = probes
@@ -113,7 +114,7 @@ class Verifier:
         self._hopeless = ""
 
     def verify(self, before: Snapshot, after: Snapshot) -> Verdict:
-        """Raises Violation when ``after`` is not the same function as ``before``, or cannot be run."""
+        """Raises Violation where ``after`` is not the same function as ``before``, or cannot be run."""
         started = time.perf_counter()
         try:
             self._refer_to(before)
@@ -131,19 +132,17 @@ class Verifier:
             worst = max([worst, *(error for name, (error, _) in errors.items() if name not in off)])
             if not off:
                 continue
+            said = f"output {errors[off[0]].where} (allowed: {tolerance:.0e}) on probe {index + 1} of {len(found)}"
             noise = self._noise(before, index)
             if all(math.isfinite(n := noise.get(name, 0.0)) and errors[name][0] <= AMPLIFIED * n for name in off):
                 worst = max(worst, *(errors[name][0] for name in off))
-                warning = (
-                    f"output {errors[off[0]].where} (allowed: {tolerance:.0e}) on probe {index + 1} of {len(found)}; "
-                    f"there it changes by {noise[off[0]]:.2g} when the original weights are rounded otherwise"
-                )
+                changes = f"it changes by {noise[off[0]]:.2g} when the original weights are rounded otherwise"
+                warning = f"{said}; there {changes}"
                 continue
             try:
                 culprit, edge = _trace(before, after, self._feeds[index], off, tolerance)
             except _NoProbe as reason:
                 return Verdict({"unverified": str(reason)}, f"not verified: {reason}")
-            said = f"output {errors[off[0]].where} (allowed: {tolerance:.0e}) on probe {index + 1} of {len(found)}"
             if culprit is not None:
                 raise Violation(f"{said}; {culprit}", culprit.tensor, culprit.node, culprit.error)
             warning = f"{said}, because rounding moved {edge} over an edge; whether anything else changed is not known"
@@ -153,7 +152,7 @@ class Verifier:
         return Verdict(record, warning)
 
     def _noise(self, graph: Snapshot, index: int) -> dict[str, float]:
-        """The error of each output on a probe when the weights of ``graph`` are off by a unit in the last place."""
+        """The error of each output on a probe where every weight of ``graph`` is off by a unit in the last place."""
         if sum(packed_nbytes(proto) for proto in graph.weights) > LARGE:
             return {}
         try:
@@ -164,7 +163,7 @@ class Verifier:
         return {name: difference({name: expected[name]}, {name: found[name]})[0] for name in expected}
 
     def _refer_to(self, graph: Snapshot) -> None:
-        """Runs ``graph`` on the probes, unless that has been done. Raises _NoProbe."""
+        """Runs ``graph`` on the probes, unless its outputs are known. Raises _NoProbe."""
         if self._hopeless:
             raise _NoProbe(self._hopeless)
         if self._of is graph:
@@ -186,7 +185,7 @@ class Verifier:
         self._of = graph
 
     def _choose(self, session: Session) -> tuple[list[Feed], list[Outputs]]:
-        """Feeds on which the model runs and gives finite numbers, and what it gives."""
+        """(feeds on which the model runs and gives finite numbers, the outputs for these feeds)."""
         reasons: list[str] = []
         samples = list(_running(session, islice(self._probes or (), SAMPLES), SAMPLES, reasons))
         shapes = samples[0][0] if samples else None
@@ -201,7 +200,7 @@ class Verifier:
 
 
 def tolerance_of(model: onnx.ModelProto, weights: tuple[onnx.TensorProto, ...] = ()) -> float:
-    """The tolerance of the coarsest float type that a graph computes in; of float32 when it has none."""
+    """The tolerance of the coarsest float type in a graph; that of float32 where the graph has no float type."""
     graph = model.graph
     types = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
     types |= {proto.data_type for proto in (*graph.initializer, *weights)}
@@ -229,7 +228,7 @@ def _run(session: Session, feeds: list[Feed]) -> list[Outputs]:
 
 
 def _has_numbers(outputs: Outputs) -> bool:
-    """Whether the outputs hold anything that a wrong graph would give otherwise."""
+    """Whether a comparison of the outputs means anything: they hold finite numbers, or no floats at all."""
     floats = [v for v in outputs.values() if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
     return not floats or any(np.isfinite(v).any() for v in floats)
 
@@ -240,9 +239,9 @@ def _has_numbers(outputs: Outputs) -> bool:
 def _trace(
     before: Snapshot, after: Snapshot, feed: Feed, off: list[str], tolerance: float
 ) -> tuple[_Culprit | None, str]:
-    """The first tensor on the way to the outputs ``off`` that the pass got wrong; or None, and the node that rounds.
+    """(first wrong tensor on the path to the outputs ``off``, ""), or (None, node at whose edge rounding matters).
 
-    Raises _NoProbe when ``before`` gives something else every time.
+    Raises _NoProbe where ``before`` gives other outputs every time.
     """
     first, second = _run(before.session(), [feed, feed])
     if any(difference({name: first[name]}, {name: second[name]}).error > tolerance for name in off):
@@ -267,7 +266,7 @@ def _trace(
 def _roots(
     graph: onnx.GraphProto, writers: Mapping[str, onnx.NodeProto], differing: set[str], errors: Mapping[str, float]
 ) -> list[tuple[onnx.NodeProto, str]]:
-    """The nodes, in order, that write one of the differing tensors and read none; with that tensor."""
+    """(node, tensor) for the nodes, in order, that write a differing tensor and read no differing tensor."""
     found = []
     for node in graph.node:
         wrong = [name for name in node.output if name in differing]
@@ -306,7 +305,7 @@ def _fetch(graph: Snapshot, names: list[str], feed: Feed) -> Iterator[tuple[str,
 def _differing(
     writers: Mapping[str, onnx.NodeProto], outputs: list[str], errors: Mapping[str, float], tolerance: float
 ) -> set[str]:
-    """The tensors past the tolerance that the outputs can be reached from through nothing but such tensors."""
+    """The tensors past the tolerance with a path to an output on which every tensor is past the tolerance."""
     found, pending = set(outputs), list(outputs)
     while pending:
         node = writers.get(pending.pop())
@@ -331,7 +330,7 @@ def _sources(node: onnx.NodeProto, writers: Mapping[str, onnx.NodeProto], errors
 
 
 def _unchanged(node: onnx.NodeProto, old: onnx.NodeProto | None, before: Snapshot, after: Snapshot) -> bool:
-    """Whether a node is in both graphs with the same attributes, inputs and constants: it made no error of its own."""
+    """Whether a node has the same attributes, inputs and constants in both graphs, and so causes no error itself."""
     if old is None or (node.op_type, list(node.input)) != (old.op_type, list(old.input)):
         return False
     names = [name for name in reads(node) if name]

@@ -1,11 +1,11 @@
-"""Where attention operators keep the heads of their queries, keys and values.
+"""The heads of queries, keys and values in the inputs and outputs of attention operators.
 
     Attention, RotaryEmbedding (opset 23)       (batch, heads, tokens, channels), or (batch, tokens, heads * channels)
-    com.microsoft MultiHeadAttention            the latter; or several in (batch, tokens, heads, 2 or 3, channels)
-    com.microsoft Attention                     the weights of all three in one, (inputs, 3 * heads * channels)
-    com.microsoft GroupQueryAttention           queries, keys and values side by side in one, or three tensors
+    com.microsoft MultiHeadAttention            the latter; or packed as (batch, tokens, heads, 2 or 3, channels)
+    com.microsoft Attention                     one weight for all three, (inputs, 3 * heads * channels)
+    com.microsoft GroupQueryAttention           queries, keys and values side by side in one tensor, or three tensors
 
-A key or value head serves as many consecutive query heads as there are more of those.
+With n times as many query heads as key heads, each key or value head serves n consecutive query heads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from channelfold.runtime.io import edit
 
 @dataclass(frozen=True)
 class Piece:
-    """Heads along ``axis`` of ``port``: position ``at[h, c]`` is channel c of head h, or (heads, 1) the whole head."""
+    """Heads along ``axis`` of ``port``: position ``at[h, c]`` is channel c of head h; (heads, 1) for whole heads."""
 
     port: int
     axis: int
@@ -39,10 +39,10 @@ class Piece:
 
 @dataclass
 class Heads:
-    """``result``: the heads of the first output. ``others``: all that is cut along with heads and is never scaled.
+    """The heads of an attention operator; ``result`` holds the heads of the first output.
 
-    ``held``: what keeps queries, keys or values from being scaled, or "". ``rotary``: how many channels of a query and
-    key head are turned in pairs inside the node.
+    ``others`` are cut together with the heads and never scaled. ``held`` is the reason why queries, keys and values
+    cannot be scaled, or "". The node rotates the first ``rotary`` channels of every query and key head in pairs.
     """
 
     result: Piece
@@ -71,9 +71,9 @@ def is_attention(node: gs.Node) -> bool:
 
 
 def rotary(p: Ports) -> tuple[Piece, int, int]:
-    """Of a RotaryEmbedding its heads, how many channels of each are turned, and the input that holds the cosines.
+    """(heads, rotated channels of each head, input that holds the cosines) of a RotaryEmbedding.
 
-    The inputs behind x are the cosines, the sines and the positions; com.microsoft has the positions first.
+    The inputs after x are the cosines, the sines and the positions; com.microsoft has the positions first.
     """
     shape, cosines = p.shape(0), 1 if edit.is_standard(p.node) else 2
     turned = 2 * p.shape(cosines)[-1]
@@ -82,7 +82,7 @@ def rotary(p: Ports) -> tuple[Piece, int, int]:
 
 
 def partners(p: Ports, channels: int, turned: int) -> np.ndarray:
-    """For every channel of a head the one that a rotary embedding of the first ``turned`` pairs it with."""
+    """The partner of every channel of a head in a rotary embedding of the first ``turned`` channels."""
     interleaved = p.attribute("interleaved", 0) or p.attribute("rotary_interleaved", 0)
     found = np.arange(channels)
     first = found[:turned]
@@ -109,13 +109,13 @@ def _present(p: Ports, *found: tuple[int, int]) -> list[Piece]:
 
 
 def _scores(p: Ports, port: int, heads: int) -> list[Piece]:
-    """What broadcasts to (batch, heads, tokens, tokens), where it differs by head."""
+    """The heads of an input that broadcasts to (batch, heads, tokens, tokens); none where all heads share the input."""
     shape = p.shape(port) if p.has(port) else ()
     return [Piece(port, len(shape) - 3, np.arange(heads)[:, None])] if len(shape) > 2 and shape[-3] > 1 else []
 
 
 def _held(p: Ports, *ports: int) -> str:
-    """What is scaled together with keys and values, and has no part in a scale."""
+    """Why keys and values cannot be scaled: caches and biases would need the same scale."""
     return f"{p.node.op} has a cache or a bias" if any(map(p.has, (*ports, -2, -3, -4))) else ""
 
 

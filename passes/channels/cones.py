@@ -1,7 +1,7 @@
-"""The nodes between some tensors and one behind them: their cone.
+"""Cones: the nodes between some root tensors and a target tensor that depends on them.
 
-A cone of channels holds nodes that treat every element alike, nodes that move elements, and what computes their masks
-and indices from shapes. It ends where channels are mixed: at linears, norms over channels, softmax.
+A cone holds nodes that treat every element alike, nodes that move elements, and the nodes that compute masks and
+indices from shapes. A cone ends at nodes that mix channels: linears, norms over channels, softmax.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ LARGEST_CONE, DEEPEST = 400, 200  # nodes; the masks of PyTorch's exporters take
 
 @dataclass(frozen=True)
 class Cone:
-    """The nodes between some tensors (``roots``) and one behind them, in order.
+    """The nodes between some tensors (``roots``) and ``target``, in order.
 
-    ``unknown``: masks that are computed from the values of other tensors, with what computes them.
+    ``unknown`` holds masks, by id, that depend on the values of other tensors; each comes with the obstacle's name.
     """
 
     target: gs.Tensor
@@ -33,30 +33,30 @@ class Cone:
 
     @property
     def linear(self) -> bool:
-        """Whether nothing in it is nonlinear."""
-        for node in self.nodes:
-            scaled = operator(node).arithmetic and any(isinstance(t, gs.Constant) for t in node.inputs)
-            if not scaled and not operator(node).linear:
-                return False
-        return True
+        """Whether every node is linear, or adds or multiplies by a constant."""
+        return all(
+            operator(node).linear
+            or (operator(node).arithmetic and any(isinstance(t, gs.Constant) for t in node.inputs))
+            for node in self.nodes
+        )
 
     @property
     def varied(self) -> bool:
-        """Whether anything in it may treat channels differently, or nothing in it is nonlinear."""
+        """Whether a node may treat channels differently, or the whole cone is linear."""
         kinds = {operator(n).kind for n in self.nodes if operator(n).moves}
         scaled = any(isinstance(t, gs.Constant) and math.prod(t.shape) > 1 for n in self.nodes for t in n.inputs)
         return bool(kinds - {"elementwise", "transpose"}) or scaled or self.linear or self.mixed
 
     @property
     def mixed(self) -> bool:
-        """Whether it puts a tensor together from several."""
+        """Whether a node assembles its result from elements of several tensors."""
         return any(operator(n).merges for n in self.nodes)
 
 
 def cone(graph: gs.Graph, target: gs.Tensor, is_root: Callable[[gs.Tensor], bool], roots: int) -> Cone:
-    """The nodes that ``target`` is computed by, back to at most so many tensors for which ``is_root`` holds.
+    """The nodes that compute ``target`` from at most ``roots`` tensors for which ``is_root`` holds.
 
-    Raises Refused where it depends on the values of anything else, or a node on the way mixes channels.
+    Raises Refused where the target depends on the values of another tensor, or a node in between mixes channels.
     """
     found = Cone(target, [], [], {})
     seen: set[int] = set()
@@ -100,6 +100,6 @@ def cone(graph: gs.Graph, target: gs.Tensor, is_root: Callable[[gs.Tensor], bool
 
 
 def is_followed(node: gs.Node) -> bool:
-    """Whether a node on floating point data keeps channels apart, or only moves them."""
+    """Whether a node on floating point data keeps channels apart, or only moves channels."""
     known = operator(node)
     return known.elementwise or known.moves or known.kind == "batch_norm"

@@ -1,4 +1,4 @@
-"""Which channels of which tensors hold one value whatever the input is, and which value: from the weights alone.
+"""Channels that hold one value for every input of the model, and that value, from the weights alone.
 
     a zero row             W[j] = 0                       b_j
     a row of constants     W[j, i] = 0 where x_i varies   b_j + sum_i W[j, i] c_i
@@ -6,7 +6,7 @@
     elementwise            all operands constant          f(c), the node run on one value a channel
     what moves or pools    all sources the same           c
 
-Zero padding mixes zeros with c: behind it only c = 0 stays constant. Inputs are taken to be finite: 0 * x is 0.
+Zero padding mixes zeros with c, so that only c = 0 stays constant. All inputs are assumed finite: 0 * x is 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Refused
 from channelfold.passes.channels.links import LinkTable
-from channelfold.passes.channels.ports import Link, Links, Member
+from channelfold.passes.channels.ports import Link, Links, Member, joins
+from channelfold.passes.layers.affine import counts_padding, padded_value
 from channelfold.passes.layers.linear import blocks, view
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
@@ -30,21 +31,22 @@ from channelfold.runtime.io.files import alone, export, session
 
 @dataclass(frozen=True)
 class Known:
-    """Along one axis: ``where`` (n,) bool a position holds one value whatever the input, and ``values`` (n,) which.
+    """The positions along one axis that hold one value for every input.
 
-    Where none is known the value is some finite number.
+    ``where`` (n,) bool marks these positions, and ``values`` (n,) holds their values. The values of all other positions
+    are finite and mean nothing.
     """
 
     where: np.ndarray
     values: np.ndarray
 
     def zero(self) -> np.ndarray:
-        """Where it is known to be zero, (n,) bool."""
+        """Which positions are known to hold zero, (n,) bool."""
         return self.where & (self.values == 0)
 
 
 class ConstantChannels:
-    """The constant channels of a graph. ``table``: its links."""
+    """The constant channels of a graph; ``table`` holds the links of the graph."""
 
     def __init__(self, graph: gs.Graph, table: LinkTable):
         self._graph, self._table = graph, table
@@ -56,9 +58,8 @@ class ConstantChannels:
                 continue
 
     def along(self, tensor: gs.Tensor, axis: int) -> Known:
-        """What is known of every position along an axis of a tensor whose shape is known."""
-        shape = self._table.shape(tensor)
-        assert shape is not None
+        """The constant positions along an axis of a tensor. Raises Refused where the shape is unknown."""
+        shape = self._table.known_shape(tensor)
         axis %= len(shape)
         values = edit.value(tensor)
         if values is None:
@@ -67,9 +68,8 @@ class ConstantChannels:
         return Known((rows == rows[:, :1]).all(axis=1), rows[:, 0])
 
     def met_by_zeros(self, node: gs.Node, port: int, axis: int) -> np.ndarray:
-        """Along an axis of an input that a node sums over: what is multiplied by zeros alone, (n,) bool."""
-        shape = self._table.shape(node.inputs[port])
-        assert shape is not None
+        """Which positions along a summed axis of an input are multiplied by zeros alone, (n,) bool."""
+        shape = self._table.known_shape(node.inputs[port])
         axis, met = axis % len(shape), np.zeros(shape[axis], bool)
         for link in self._table.of(node).summed:
             if any((m.port, m.axis) == (port, axis) and m.at is None for m in link):
@@ -78,7 +78,7 @@ class ConstantChannels:
         return met
 
     def _visit(self, node: gs.Node) -> None:
-        """Notes what is known of the outputs of a node. Raises Refused where its links are not known."""
+        """Notes the constant channels of the outputs of a node. Raises Refused where the links are unknown."""
         known = operator(node)
         if known.weighted:
             self._linear(node)
@@ -105,14 +105,8 @@ class ConstantChannels:
     # ---- weights -----------------------------------------------------------------------------------------------------
 
     def _linear(self, node: gs.Node) -> None:
-        try:
-            linear = view(self._graph, node)
-        except Refused:
-            return
-        source, shape = self._table.shape(linear.data), self._table.shape(node.outputs[0])
-        if source is None or shape is None:
-            return
-        given, weight = self.along(linear.data, linear.in_axis % len(source)), linear.weight()
+        linear, rank = view(self._graph, node), len(self._table.known_shape(node.outputs[0]))
+        given, weight = self.along(linear.data, linear.in_axis), linear.weight()
         used = (weight != 0).reshape(*weight.shape[:2], -1).any(axis=-1)
         varies = ~(given.zero() if linear.padded else given.where)
         where = np.concatenate([~used[rows][:, varies[columns]].any(axis=1) for rows, columns in blocks(linear)])
@@ -122,12 +116,12 @@ class ConstantChannels:
         values = linear.respond(weight, np.where(varies, 0.0, given.values.astype(np.float64)))
         with np.errstate(over="ignore"):
             values = (values if bias is None else values + bias).astype(linear.dtype)
-        self._note(node.outputs[0], linear.out_axis % len(shape), Known(where, values))
+        self._note(node.outputs[0], linear.out_axis % rank, Known(where, values))
 
     # ---- what only moves values --------------------------------------------------------------------------------------
 
     def _move(self, node: gs.Node, links: Links, port: int) -> None:
-        """An output channel is constant where all that it is made of is, and is the same."""
+        """An output channel is constant where all of its sources hold the same constant."""
         only = _surviving(node)
         shape = self._table.shape(node.outputs[port])
         for axis in range(len(shape or ())):
@@ -137,10 +131,9 @@ class ConstantChannels:
                 self._note(node.outputs[port], axis, Known(where, found.values))
 
     def _moved(self, node: gs.Node, links: Links, out: Member) -> Known | None:
-        shape = self._table.shape(node.outputs[-1 - out.port])
-        assert shape is not None
-        known = _unknown(shape[out.axis], edit.dtype(node.outputs[-1 - out.port]))
-        where, values = known.where.copy(), known.values.copy()
+        result = node.outputs[-1 - out.port]
+        known = _unknown(self._table.known_shape(result)[out.axis], edit.dtype(result))
+        where, values = known.where, known.values
         data = operator(node).inputs(node)
         for link in (*links.links, *(link for choice in links.choices for link in choice)):
             sources = [m for m in link if m.port in data]
@@ -162,10 +155,9 @@ class ConstantChannels:
 
     def _compute(self, node: gs.Node, links: Links, axes: Sequence[int] | range) -> None:
         """Runs a node on one value a channel."""
-        shape = self._table.shape(node.outputs[0])
-        assert shape is not None
+        shape = self._table.known_shape(node.outputs[0])
         for axis in (axis for axis in axes if shape[axis] > 1):
-            link = next((link for link in links.links if any((m.port, m.axis) == (-1, axis) for m in link)), ())
+            link = next((link for link in links.links if joins(link, -1, axis)), ())
             operands = dict(self._operands(node, link))
             where = np.logical_and.reduce([np.broadcast_to(o.where, shape[axis]) for o in operands.values()])
             for port in _deciding(node):
@@ -178,7 +170,7 @@ class ConstantChannels:
                     self._note(node.outputs[0], axis, Known(where, values.reshape(-1)))
 
     def _operands(self, node: gs.Node, link: Link) -> Iterator[tuple[int, Known]]:
-        """Of every input what is known along the axis of a link; of one without that axis, if it is one number."""
+        """The constant positions of every input along the axis of a link; an input without the axis is one position."""
         axes = {m.port: m.axis for m in link}
         for port, tensor in enumerate(node.inputs):
             if tensor.is_empty():
@@ -192,14 +184,12 @@ class ConstantChannels:
                 yield port, Known(np.array([one]), values.reshape(-1)[:1] if one and values is not None else filler)
 
     def _spread(self, tensor: gs.Tensor, values: np.ndarray, axis: int | None) -> np.ndarray:
-        """Values as a tensor of the rank of another, along one axis of it."""
-        shape = self._table.shape(tensor)
-        if shape is None:
-            raise Refused(f"the shape of {tensor.name!r} is unknown")
-        return values.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        """Values along one axis of an array that has the rank of ``tensor``."""
+        rank = len(self._table.known_shape(tensor))
+        return values.reshape([-1 if a == axis else 1 for a in range(rank)])
 
     def _run(self, node: gs.Node, feed: dict[int, np.ndarray]) -> np.ndarray | None:
-        """The first output of a node on other inputs, None where nothing can run it."""
+        """The first output of a node for the inputs in ``feed``, None where nothing can run the node."""
         kind = node.outputs[0].dtype or next(iter(feed.values())).dtype
         part, named = alone(self._graph, node, feed, [kind])
         try:
@@ -214,7 +204,7 @@ def _evaluated(part: gs.Graph, feed: dict[str, np.ndarray]) -> np.ndarray | None
     model, _ = export(part)
     try:
         found: Any = ReferenceEvaluator(model).run(None, feed)
-    except Exception:  # there are as many kinds as operators that it does not have
+    except Exception:  # the evaluator raises errors of many types for operators that it lacks
         return None
     return np.asarray(found[0])
 
@@ -236,7 +226,7 @@ def _all_same(sources: Sequence[Known]) -> Known:
 
 
 def _deciding(node: gs.Node) -> tuple[int, ...]:
-    """The inputs of a node whose zeros make zeros, or a bias, whatever the others are."""
+    """The inputs of a node whose zeros make the result zero, or a bias, for all values of the other inputs."""
     known = operator(node)
     if known.kind in ("batch_norm", "instance_norm"):
         return (known.gamma,)
@@ -244,19 +234,12 @@ def _deciding(node: gs.Node) -> tuple[int, ...]:
 
 
 def _surviving(node: gs.Node) -> float | None:
-    """The only value that a node leaves as it is; None when it leaves all of them. NaN: none."""
+    """The only value that a node passes unchanged; None where every value passes, NaN where no value passes."""
     known = operator(node)
     if known.random:
         return np.nan if edit.has_input(node, 2) else None
     if node.op == "AveragePool":
-        padded = any(node.attrs.get("pads") or ()) or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-        uneven = padded or node.attrs.get("ceil_mode", 0)
-        return 0.0 if uneven and node.attrs.get("count_include_pad", 0) else None
+        return 0.0 if counts_padding(node) else None
     if known.kind == "pad":
-        if node.attrs.get("mode", "constant") != "constant":
-            return None
-        if not edit.has_input(node, 2):
-            return float(node.attrs.get("value", 0.0))
-        value = edit.scalar(node.inputs[2])
-        return np.nan if value is None else value
+        return padded_value(node) if node.attrs.get("mode", "constant") == "constant" else None
     return None if known.shift else 0.0

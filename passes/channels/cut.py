@@ -1,13 +1,13 @@
-"""Channels taken out of a graph, and the same graph with them silenced instead.
+"""Channels cut from a graph, and the same graph with these channels masked instead.
 
     W2 diag(m) f(W1 x + b)   =   (W2 S) f(S^T W1 x + S^T b),      m in {0, 1}^n,  S: the columns of I where m = 1
 
-``cut`` makes the right side: every constant, shape, split and index in the region of the channels loses them. ``mask``
-makes the left side, with all shapes as they were: whatever sums over the channels reads zeros. Wherever f treats every
-channel alike both are one function, whatever f makes of zero, and that is how a cut is proven.
+``cut`` makes the right side: every constant, shape, split and index in the region loses the channels. ``mask`` makes
+the left side and keeps all shapes: every node that sums over the channels reads zeros. Both sides are one function
+where f treats every channel alike, whatever f makes of zero. The tests prove a cut by this equality.
 
-Where f does not, as a norm over the channels, a channel of zeros still counts. There ``mask`` takes the channels out in
-front of the node and puts zeros in their place behind it: the norm of those that are left.
+A norm over the channels does not treat every channel alike, because a channel of zeros counts in the mean. There
+``mask`` removes the channels in front of the node and puts zeros in their place behind the node.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Cut = tuple[Region, np.ndarray]  # a region and which of its labels stay, (size,
 
 
 def cut(graph: gs.Graph, cuts: Sequence[Cut]) -> None:
-    """Takes all labels that do not stay out of the graph. Raises OutputError when the disk is full.
+    """Cuts all labels that do not stay from the graph. Raises OutputError where the disk is full.
 
-    They must be free, and no axis may lose all of its labels (``Region.completed``).
+    The labels must be free, and no axis may lose all of its labels (``Region.completed``).
     """
     for region, keep in cuts:
         assert keep[~region.free].all()
@@ -39,9 +39,9 @@ def cut(graph: gs.Graph, cuts: Sequence[Cut]) -> None:
 
 
 def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
-    """Silences all labels that do not stay: what sums over them reads zeros, what norms them does without them.
+    """Masks all labels that do not stay: sums read zeros in their place, and norms leave them out.
 
-    Raises Refused, with the reason, for a norm of which no such form is known.
+    Raises Refused, with the reason, for a norm that cannot leave channels out.
     """
     for region, keep in cuts:
         for part in region.parts:
@@ -62,9 +62,8 @@ def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
 
 
 def _forget(graph: gs.Graph, node: gs.Node, stays: np.ndarray) -> None:
-    """A recurrent node sums over its own channels, too: columns of R."""
-    values = edit.value(node.inputs[2])
-    assert values is not None
+    """Sets columns of R to zero, because a recurrent node sums over its own channels too."""
+    values = np.asarray(edit.value(node.inputs[2]))
     edit.set_input(node, 2, constant(graph, f"{node.name}_recurrence", values * stays.astype(values.dtype)))
 
 
@@ -83,7 +82,7 @@ def _take(graph: gs.Graph, node: gs.Node, port: int, axis: int, stays: np.ndarra
 
 
 def _norm_of_the_rest(graph: gs.Graph, read: Read, stays: np.ndarray) -> None:
-    """A norm over the last axis of the channels that stay, with zeros in the places of the others behind it."""
+    """Norms the channels that stay along the last axis, and writes zeros in the places of the others."""
     node, result = read.node, read.node.outputs[0]
     if read.axis != -1 or any(not t.is_empty() for t in node.outputs[1:]):
         raise Refused(f"{node.op} with several outputs or axes, without some of its channels")

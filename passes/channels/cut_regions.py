@@ -1,14 +1,14 @@
-"""The region of an axis: every tensor and constant that has its channels, from the graph alone.
+"""The region of an axis: every tensor and constant that has the channels of the axis, from the graph alone.
 
-``best_trace`` starts at one axis of one tensor and follows ``links`` forwards and backwards. Along each axis it keeps a
-label for every position; positions that links put together share one. In the end labels are 1 .. n, and of each is
-known what it stands for along which axis, and why it must stay, if it must.
+``best_trace`` starts at one axis of one tensor and follows ``links`` forwards and backwards. The trace keeps a label
+for every position along every axis; positions that a link puts together share one label. The result has labels 1 .. n.
+It tells where each label stands along which axes, and why the label must stay, if it must.
 
-A Reshape that splits channels leaves a choice: whole heads or the same channel of every head, say. The first that
-leaves two or more labels to choose from is taken, outer axes first: heads, then channels of heads.
+A Reshape that splits channels leaves a choice: whole heads, or the same channel of every head, say. The trace tries the
+outer axes first (heads, then channels of heads) and takes the first alternative that leaves two or more free labels.
 
-Where the model's own input or output has the channels, or an operator mixes them, they stay, with that reason. Sizes
-computed from the length of a cut axis are followed to a shape they end in, or the axis stays.
+Channels stay where an input or output of the model has them, or where an operator mixes them. The trace follows sizes
+that are computed from the length of a cut axis; the axis stays where such a size ends in anything but a shape.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Classes
-from channelfold.passes.channels.ports import Edit, Link
+from channelfold.passes.channels.ports import Edit, Link, joins, tensor_at
 from channelfold.passes.channels.sizes import Length, Source, readers_of_size, source_of_size
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
-CHOICES = 3  # alternatives of a Reshape that are tried
+CHOICES = 3  # alternatives of a Reshape that a trace tries
 
 
 @dataclass(frozen=True)
 class Part:
     """A constant that has the channels: ``input`` of ``node``, along ``axis``; ``labels`` (length of the axis,).
 
-    ``role``: "out" of a weight whose rows make the channels, "in" of one that sums over them, "" of anything else.
-    ``layer``: whose weight it is, where a Transpose, Cast or DequantizeLinear (``node``) is in between; else ``node``.
+    ``role`` is "out" for a weight whose rows make the channels, "in" for a weight that sums over them, else "".
+    ``layer`` is the node that multiplies by the weight. A Transpose, Cast or DequantizeLinear in between is ``node``;
+    without one ``layer`` is ``node``.
     """
 
     node: gs.Node
@@ -48,9 +49,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Read:
-    """Where a node sums over the channels, or norms or averages them: its input, the axis from the end, the labels.
+    """An input of a node that sums over the channels, normalizes or averages them; ``axis`` counts from the end.
 
-    ``reduced``: why the result differs when channels are zero instead of gone; "" for a sum.
+    ``reduced`` is the reason why channels of zero give another result than missing channels; "" for a sum.
     """
 
     node: gs.Node
@@ -62,9 +63,9 @@ class Read:
 
 @dataclass(frozen=True)
 class NodeEdit:
-    """What a cut changes in a node beside its constants (see ``links``); ``labels`` along the axis it names.
+    """A number of a node that a cut changes (``links`` explains edits), and the labels of its axis.
 
-    ``source``: where a shape has the length of the axis from.
+    ``source`` is the origin of the length in a shape.
     """
 
     node: gs.Node
@@ -77,9 +78,10 @@ class NodeEdit:
 
 @dataclass
 class Region:
-    """Everything that has the channels of one tensor: labels 1 .. ``size``; ``fixed``: why a label stays, or "".
+    """Everything that has the channels of one tensor, with labels 1 .. ``size``.
 
-    ``blocks``: the nodes with several positions on one side for one on the other, as a Reshape into heads.
+    ``fixed`` gives the reason why each label must stay, "" for a free label. ``axes`` holds the labels of activations
+    by tensor and axis. ``blocks`` lists the nodes that link one position to several, as a Reshape into heads does.
     """
 
     size: int
@@ -96,7 +98,7 @@ class Region:
         return np.array([not reason for reason in self.fixed])
 
     def completed(self, keep: np.ndarray) -> np.ndarray:
-        """``keep`` (size,) bool, with the first label of every axis that would be left without any."""
+        """``keep`` (size,) bool, plus the first label of every axis that would lose all of its labels."""
         keep = keep.copy()
         for labels in [*(labels for _, labels in self.axes.values()), *(part.labels for part in self.parts)]:
             if not keep[labels - 1].any():
@@ -104,7 +106,7 @@ class Region:
         return keep
 
     def copied(self, nodes: Mapping[str, gs.Node], tensors: Mapping[str, gs.Tensor]) -> Region:
-        """The same region of a copy of the graph, whose ``nodes`` and ``tensors`` go by the same names."""
+        """The same region in a copy of the graph; ``nodes`` and ``tensors`` of the copy have the same names."""
 
         def source(found: Source | None) -> Source | None:
             return replace(found, tensor=tensors[found.tensor.name]) if isinstance(found, Length) else found
@@ -123,25 +125,26 @@ class Region:
 
 
 def best_trace(table: LinkTable, tensor: gs.Tensor, axis: int) -> Region:
-    """The region of an axis, with the alternative of its reshapes that leaves something to choose from.
+    """The region of an axis, traced with the first choices at reshapes that leave two or more free labels.
 
-    Raises Refused where the table is one of single channels and an operator does not let all of them through.
+    Raises Refused where the table follows single channels and an operator does not pass each of them alone.
     """
-    best: Region | None = None
+    regions = []
     for choice in range(CHOICES):
         tracer = _Tracer(table=table, choice=choice)
-        region = tracer.trace(tensor, axis)
-        if best is None or region.free.sum() > best.free.sum():
-            best = region
-        if best.free.sum() > 1 or not tracer.chose:
+        regions.append(tracer.trace(tensor, axis))
+        if regions[-1].free.sum() > 1 or not tracer.chose:
             break
-    assert best is not None
-    return best
+    return max(regions, key=lambda region: region.free.sum())
 
 
 @dataclass
 class _Tracer(Classes):
-    """One trace. ``axes``: labels by (tensor, axis); ``held``: those of constants, by (node, input, axis)."""
+    """One trace.
+
+    ``axes`` holds the labels of activations by (tensor, axis), ``held`` the labels of constants by (node, input, axis).
+    ``pending`` lists the axes to follow, ``waiting`` the choices to make, and ``chosen`` the choices made so far.
+    """
 
     table: LinkTable = field(kw_only=True)
     choice: int = field(kw_only=True)
@@ -154,9 +157,7 @@ class _Tracer(Classes):
     chose: bool = False
 
     def trace(self, tensor: gs.Tensor, axis: int) -> Region:
-        shape = self.table.shape(tensor)
-        assert shape is not None
-        self._reach(tensor, axis, None, self.fresh([shape[axis]]))
+        self._reach(tensor, axis, None, self.fresh([self.table.known_shape(tensor)[axis]]))
         while self.pending or self.waiting:
             if self.pending:
                 self._expand(*self.pending.pop())
@@ -168,7 +169,7 @@ class _Tracer(Classes):
     # ---- one axis of one tensor --------------------------------------------------------------------------------------
 
     def _reach(self, tensor: gs.Tensor, axis: int, at: np.ndarray | None, labels: np.ndarray) -> None:
-        """Positions ``at`` along an axis of an activation have these labels."""
+        """Gives labels to the positions ``at`` along an axis of an activation."""
         key = (id(tensor), axis)
         shape = self.table.shape(tensor)
         if shape is None:
@@ -182,7 +183,7 @@ class _Tracer(Classes):
             self.merge(known if at is None else known[at], labels)
 
     def _hold(self, node: gs.Node, port: int, axis: int, at: np.ndarray | None, labels: np.ndarray) -> None:
-        """The same of a constant."""
+        """Gives labels to the positions ``at`` along an axis of a constant."""
         key = (id(node), port, axis)
         if key not in self.held:
             self.held[key] = (node, self._spread(at, labels, node.inputs[port].shape[axis]))
@@ -191,7 +192,7 @@ class _Tracer(Classes):
             self.merge(known if at is None else known[at], labels)
 
     def _spread(self, at: np.ndarray | None, labels: np.ndarray, size: int) -> np.ndarray:
-        """Labels along a whole axis of which some positions have known ones."""
+        """Labels along a whole axis: ``labels`` at positions ``at``, fresh labels elsewhere."""
         if at is None:
             return np.broadcast_to(labels, (size,))
         along = self.fresh([size])
@@ -215,7 +216,7 @@ class _Tracer(Classes):
                     self._pass(node, port, axis, labels)
 
     def _pass(self, node: gs.Node, port: int, axis: int, labels: np.ndarray) -> None:
-        """Goes from one port of a node to all others that have the channels."""
+        """Follows the channels from one port of a node to all other ports that have them."""
         if not edit.in_graph(self.table.graph, node):
             self.pin(labels, "a subgraph reads it")
             return
@@ -234,7 +235,7 @@ class _Tracer(Classes):
         for link in (*links.links, *links.summed):
             known |= self._follow(node, link, port, axis, labels)
         for number, alternatives in enumerate(links.choices):
-            if any((m.port, m.axis) == (port, axis) for link in alternatives for m in link):
+            if any(joins(link, port, axis) for link in alternatives):
                 known = True
                 self._decide(node, number, alternatives, port, axis, labels)
         if not known:
@@ -256,7 +257,7 @@ class _Tracer(Classes):
         for member in link:
             if member is mine[0]:
                 continue
-            tensor = node.inputs[member.port] if member.port >= 0 else node.outputs[-1 - member.port]
+            tensor = tensor_at(node, member.port)
             if isinstance(tensor, gs.Constant):
                 self._hold(node, member.port, member.axis, member.at, values)
             else:
@@ -266,9 +267,9 @@ class _Tracer(Classes):
     def _decide(
         self, node: gs.Node, number: int, alternatives: list[Link], port: int, axis: int, labels: np.ndarray
     ) -> None:
-        """A split of channels: from one of the parts its own link is followed, from the whole the one that was chosen.
+        """Follows a Reshape that splits channels: the link of a part from that part, the chosen link from the whole.
 
-        Which that is waits until nothing else is left to follow, for a part may be reached another way.
+        The choice waits until nothing else is left to follow, because the trace may reach a part on another way.
         """
         link = self.chosen.get((id(node), number))
         parts = [a for a in alternatives if (a[1].port, a[1].axis) == (port, axis)]
@@ -281,44 +282,34 @@ class _Tracer(Classes):
             self.waiting.append((node, number))
 
     def _choose(self, node: gs.Node, number: int) -> None:
-        if (id(node), number) in self.chosen:
-            link = self.chosen[id(node), number]
-        else:
+        if (id(node), number) not in self.chosen:
             alternatives = self.table.of(node).choices[number]
-            link = alternatives[min(self.choice, len(alternatives) - 1)]
-            self.chosen[id(node), number] = link
+            self.chosen[id(node), number] = alternatives[min(self.choice, len(alternatives) - 1)]
             self.chose = True
+        link = self.chosen[id(node), number]
         whole = link[0]
-        tensor = node.inputs[whole.port] if whole.port >= 0 else node.outputs[-1 - whole.port]
-        self._follow(node, link, whole.port, whole.axis, self.axes[id(tensor), whole.axis][1])
+        labels = self.axes[id(tensor_at(node, whole.port)), whole.axis][1]
+        self._follow(node, link, whole.port, whole.axis, labels)
 
     # ---- sizes -------------------------------------------------------------------------------------------------------
 
     def _along(self, node: gs.Node, port: int, axis: int) -> np.ndarray | None:
-        """The labels along an axis of a port of a node, None where it has none."""
-        tensor = node.inputs[port] if port >= 0 else node.outputs[-1 - port]
-        if isinstance(tensor, gs.Constant):
-            found = self.held.get((id(node), port, axis))
-        else:
-            found = self.axes.get((id(tensor), axis))
+        """The labels along an axis of a port of a node, None where the axis has none."""
+        tensor = tensor_at(node, port)
+        held = isinstance(tensor, gs.Constant)
+        found = self.held.get((id(node), port, axis)) if held else self.axes.get((id(tensor), axis))
         return found[1] if found is not None else None
 
     def _edits(self) -> Iterator[tuple[gs.Node, Edit, np.ndarray]]:
         nodes = {id(n): n for t, _ in self.axes.values() for n in (*t.inputs, *t.outputs)}
         for node in nodes.values():
-            if not edit.in_graph(self.table.graph, node):
-                continue
-            try:
-                edits = self.table.of(node).edits
-            except Refused:
-                continue
-            for found in edits:
+            for found in self.table.known(node).edits:
                 labels = self._along(node, found[2], found[3])
                 if labels is not None:
                     yield node, found, labels
 
     def _check_sizes(self) -> None:
-        """Pins what a size is computed from, unless it ends in, or comes from, the length of an axis that is cut."""
+        """Pins axes whose length is used in a computation, and axes whose length in a shape comes from elsewhere."""
         graph, shape_of = self.table.graph, self.table.shape
         for node, (what, holder, _, axis), labels in self._edits():
             if what == "size":
@@ -337,7 +328,7 @@ class _Tracer(Classes):
                         self.merge(along, labels)
 
     def _wrong_source(self, source: Source | None, labels: np.ndarray) -> str:
-        """Why the size of a result cannot be changed where it is written; "" where it can, or follows by itself."""
+        """Why the size of a result cannot change with the axis; "" where the size can change."""
         if source is None:
             return "has a shape that is computed"
         if isinstance(source, Length):
@@ -359,17 +350,16 @@ class _Tracer(Classes):
             Part(node, port, axis, renumber(labels), *self._role(node, port, axis))
             for (_, port, axis), (node, labels) in self.held.items()
         ]
-        edits = [self._node_edit(*found[:2], renumber(found[2])) for found in self._edits() if found[1][0] != "shape"]
+        edits = []
+        for node, (what, holder, _, axis), labels in self._edits():
+            source = source_of_size(node, holder, axis, self.table.shape) if what == "size" else None
+            if what != "shape":
+                edits.append(NodeEdit(node, what, holder, axis, renumber(labels), source))
         fixed = self.reasons(self.pins, renumber, size)
         return Region(size, fixed, axes, parts, list(self._reads(renumber)), edits, self.blocks)
 
-    def _node_edit(self, node: gs.Node, found: Edit, labels: np.ndarray) -> NodeEdit:
-        what, holder, _, axis = found
-        source = source_of_size(node, holder, axis, self.table.shape) if what == "size" else None
-        return NodeEdit(node, what, holder, axis, labels, source)
-
     def _role(self, node: gs.Node, port: int, axis: int) -> tuple[str, gs.Node]:
-        """Whether a constant is a weight that makes the channels or sums over them, and whose."""
+        """The role of a constant, and the node that reads it as a weight (``Part`` explains both)."""
         known = operator(node)
         if known.kind == "gather" and port == 0:
             return "out" if axis > 0 else "", node
@@ -386,7 +376,7 @@ class _Tracer(Classes):
 
     def _moved_to(self, node: gs.Node, axis: int) -> list[int]:
         """The axes of the first output of a node that have the same positions as an axis of its first input."""
-        links = [link for link in self.table.of(node).links if any((m.port, m.axis) == (0, axis) for m in link)]
+        links = [link for link in self.table.of(node).links if joins(link, 0, axis)]
         return [m.axis for link in links for m in link if m.port == -1 and m.at is None]
 
     def _weight_role(self, node: gs.Node, port: int, axis: int) -> str:
@@ -394,22 +384,16 @@ class _Tracer(Classes):
         if shape is None or source is None or (node.op == "MatMul" and axis < len(shape) - 2):
             return ""
         if operator(node).kind in ("conv", "fused_conv") and 1 < int(node.attrs.get("group", 1)) == source[1]:
-            return ""  # depthwise: its channels come from before
-        summed = any((m.port, m.axis) == (port, axis) for link in self.table.of(node).summed for m in link)
-        return "in" if summed else "out"
+            return ""  # a depthwise convolution keeps the channels of its input
+        return "in" if any(joins(link, port, axis) for link in self.table.of(node).summed) else "out"
 
     def _reads(self, renumber: Callable[[np.ndarray], np.ndarray]) -> Iterator[Read]:
         seen = set()
         for (_, axis), (tensor, labels) in self.axes.items():
             for node in edit.consumers(tensor):
-                if not edit.in_graph(self.table.graph, node):
-                    continue
-                try:
-                    links = self.table.of(node)
-                except Refused:
-                    continue
+                links = self.table.known(node)
                 for port in (k for k, other in enumerate(node.inputs) if other is tensor):
-                    summed = any((m.port, m.axis) == (port, axis) for link in links.summed for m in link)
+                    summed = any(joins(link, port, axis) for link in links.summed)
                     reduced = links.reduced.get((port, axis), "")
                     if (summed or reduced) and (id(node), port, axis) not in seen:
                         seen.add((id(node), port, axis))

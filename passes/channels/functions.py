@@ -1,19 +1,19 @@
-"""What every channel of a tensor is, as a function of one channel of a tensor before it.
+"""Every channel of a tensor as a function of one channel of an earlier tensor.
 
     y[.., j, ..]  =  scale[j] * f_j(h[.., channel[j], ..]) + shift[j]
 
-The nodes between h and y (their *cone*) are followed twice over. Elementwise ones make new functions out of old ones,
-and constant factors and terms go to scale and shift. Those that only move data (Transpose, Slice, Concat, ScatterND …)
-run in ONNX Runtime on the numbers of the elements instead of their values, so that each does to the numbers what it
-does to the data, and no spelling of "some channels of h" needs a rule of its own. Masks, indices and bounds that the
-graph computes from shapes are computed for the shapes at hand.
+The reader follows the nodes between h and y (their *cone*). An elementwise node makes new functions out of old
+functions; constant factors and terms go to scale and shift. A node that only moves data (Transpose, Slice, Concat,
+ScatterND …) runs in ONNX Runtime on the numbers of the elements instead of their values. The node then does to the
+numbers what it does to the data, so that no spelling of "some channels of h" needs a rule of its own. Masks, indices
+and bounds that the graph computes from shapes are computed for the shapes at hand.
 
 Worked example: h has 4 channels, m = [1 1 0 0] is computed by ConstantOfShape and ScatterND, y = Where(m, Gelu(h), h).
 Channel: [0 1 2 3]. Functions: [Gelu(h) Gelu(h) h h]. The last two are affine: a linear in front of h and one behind y
 are one linear for them (``reparameterize_ffn``).
 
-Every element also has a place: the number of its position along all other axes of h. A cone that moves tokens or mixes
-them is no function of channels, even if the channels come out right.
+Every element also has a place: the number of its position along all other axes of h. A cone that moves or mixes tokens
+is no function of channels, even where every channel of y comes from one channel of h.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.cones import Cone, is_followed
-from channelfold.passes.channels.maps import Shape, raised
-from channelfold.passes.layers.affine import find_affine
+from channelfold.passes.channels.maps import Shape, collapsed, raised
+from channelfold.passes.layers.affine import batch_norm
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import alone, free_name, session
 from channelfold.runtime.io.shapes import LazyShapes
 
-NOWHERE = -1  # the place of constants among data
+NOWHERE = -1  # the place of a constant that is moved together with data
 _WHAT = np.dtype([("function", np.int32), ("channel", np.int32), ("scale", np.float64), ("shift", np.float64)])
 
 
 class UnknownShape(Refused):
-    """A tensor has no shape that anyone can tell for the input at hand."""
+    """A tensor has no known shape for the input at hand."""
 
 
 @dataclass(frozen=True, eq=False)
 class Function:
-    """A function of a channel: the result of ``node`` on functions and one-element constants (None: input left out).
+    """A function of a channel: the result of ``node`` on ``arguments``; None stands for an input that is left out.
 
-    ``root`` is the number of the tensor that a channel is of, when the function is the channel itself. ``affine``: the
+    Where the function is the channel itself, ``root`` is the number of the tensor that holds the channel. ``affine`` is
     (root, slope, intercept) of a function that is affine in a channel of one root, else None.
     """
 
@@ -60,12 +60,12 @@ class Function:
         return self.node.op if self.node is not None else "a mixture"
 
 
-CONSTANT, MIXED = 0, 1  # the first two functions: a constant, and what differs from channel to channel
+CONSTANT, MIXED = 0, 1  # the first two functions: a constant, and a mixture of several channels or scales
 
 
 @dataclass
 class Functions:
-    """The functions met so far, each once."""
+    """All functions found so far, each once; a function goes by its place in ``items``."""
 
     items: list[Function] = field(default_factory=lambda: [Function(), Function()])
     known: dict[object, int] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Functions:
         return self._number(("root", root), lambda: Function(root=root, affine=(root, 1.0, 0.0)))
 
     def applied(self, node: gs.Node, arguments: tuple[int | gs.Constant | None, ...]) -> int:
-        """The function that a node makes of functions, by number, and constants."""
+        """The number of the function that a node computes from functions (by number) and constants."""
         if any(isinstance(a, int) and a == MIXED for a in arguments):
             return MIXED
         attrs = tuple(sorted((name, str(value)) for name, value in node.attrs.items()))
@@ -98,7 +98,7 @@ def _key(constant: gs.Constant) -> tuple[str, bytes]:
 
 
 def _affine(node: gs.Node, given: tuple[Function | gs.Constant | None, ...]) -> tuple[int, float, float] | None:
-    """What an arithmetic node makes of one affine function and constants."""
+    """(root, slope, intercept) of the result of an arithmetic node on one affine function and constants, or None."""
     moving = [a for a in given if isinstance(a, Function)]
     if len(moving) != 1 or moving[0].affine is None:
         return None
@@ -108,8 +108,7 @@ def _affine(node: gs.Node, given: tuple[Function | gs.Constant | None, ...]) -> 
     if not operator(node).arithmetic:
         return None
     other = next(a for a in given if isinstance(a, gs.Constant))
-    value = edit.scalar(other)
-    assert value is not None
+    value = float(np.asarray(edit.value(other)).reshape(()))
     match node.op, given[0] is other:
         case "Add", _:
             return root, slope, intercept + value
@@ -126,10 +125,10 @@ def _affine(node: gs.Node, given: tuple[Function | gs.Constant | None, ...]) -> 
 
 @dataclass(frozen=True)
 class _Elements:
-    """What the elements of a tensor are, and where: arrays that broadcast to its shape.
+    """The functions and places of the elements of a tensor: arrays that broadcast to ``size``, its shape.
 
-    ``what`` holds the number of a function, a channel, a scale and a shift. ``place`` is None for constants.
-    ``size``: the shape of the tensor.
+    Every record of ``what`` holds the number of a function, a channel, a scale and a shift. ``place`` is None for
+    constants.
     """
 
     what: np.ndarray
@@ -138,7 +137,7 @@ class _Elements:
 
     @property
     def uniform(self) -> bool:
-        """Whether all elements are one function, neither scaled nor shifted."""
+        """Whether all elements have one function, scale 1 and shift 0."""
         what = self.what
         plain = bool(np.all(what["scale"] == 1) and not np.any(what["shift"]))
         return plain and bool(np.all(what["function"] == what["function"].flat[:1]))
@@ -146,7 +145,7 @@ class _Elements:
 
 @dataclass
 class Reader:
-    """Follows the elements of roots through cones, for the ``shapes`` that tensors have for some input."""
+    """Follows the elements of roots through cones. ``shapes`` holds the shapes of tensors for one input."""
 
     graph: gs.Graph
     shapes: LazyShapes
@@ -156,10 +155,10 @@ class Reader:
     unknown: dict[int, str] = field(default_factory=dict)
 
     def read(self, found: Cone, axes: Mapping[int, int], axis: int) -> np.ndarray:
-        """What the channels of a cone's target, along ``axis``, are: function, channel, scale, shift, one record each.
+        """The channels of the target of a cone along ``axis``: records (n,) of function, channel, scale and shift.
 
-        ``axes``: the axis of the channels of each root, by id. Raises Refused where the elements are no functions of
-        channels, or vary along other axes.
+        ``axes`` holds the axis of the channels of each root, by id. Raises Refused where the elements are no functions
+        of channels, or vary along other axes.
         """
         self.unknown, self.elements = found.unknown, {}
         places = set()
@@ -226,7 +225,7 @@ class Reader:
         return _Elements(what, None, values.shape)
 
     def computed(self, node: gs.Node) -> _Elements:
-        """What an elementwise node makes of its inputs."""
+        """The elements that an elementwise node computes from its inputs."""
         operands = [self.operand(t) for t in node.inputs if not t.is_empty()]
         plain = all(o.uniform if o.place is not None else o.what.size == 1 for o in operands)
         whats = [operand.what for operand in operands]
@@ -238,10 +237,10 @@ class Reader:
             scalars = [o.place is None and o.what.size == 1 for o in operands]
             applied = self.applied(node, whats, scalars)
             result = np.where(done, result, applied)
-        return _Elements(_narrow(result), *_common(operands))
+        return _Elements(collapsed(result), *_common(operands))
 
     def applied(self, node: gs.Node, whats: list[np.ndarray], scalars: list[bool]) -> np.ndarray:
-        """A new function of every combination of functions, where they are of one channel, not scaled or shifted."""
+        """A new function for every combination of functions; MIXED where scales, shifts or channels differ."""
         shape = np.broadcast_shapes(*(what.shape for what in whats))
         wide = [np.broadcast_to(what, shape).reshape(-1) for what in whats]
         moving = [what for what, scalar in zip(wide, scalars, strict=True) if not scalar]
@@ -261,24 +260,23 @@ class Reader:
         return result.reshape(shape)
 
     def kept(self, tensor: gs.Tensor) -> gs.Constant:
-        """A tensor with one element as a constant."""
+        """A constant with the value of a tensor of one element."""
         if isinstance(tensor, gs.Constant):
             return tensor
         return gs.Constant(free_name(self.graph, tensor.name), np.asarray(self.value(tensor)))
 
     def selected(self, node: gs.Node) -> _Elements:
-        """What a Where whose mask is known takes."""
+        """The elements that a Where with a known mask selects."""
         if id(node.inputs[0]) in self.unknown:
             raise Refused(f"its mask depends on {self.unknown[id(node.inputs[0])]}")
         mask = self.value(node.inputs[0])
         operands = [self.operand(t) for t in node.inputs[1:]]
-        what = np.where(_narrow(mask), *(operand.what for operand in operands))
-        return _Elements(_narrow(what), *_common(operands, mask.shape))
+        what = np.where(collapsed(mask), *(operand.what for operand in operands))
+        return _Elements(collapsed(what), *_common(operands, mask.shape))
 
     def scaled(self, node: gs.Node) -> _Elements:
-        """What a BatchNormalization makes of its input."""
-        affine, source = find_affine(node), self.elements[id(node.inputs[0])]
-        assert affine is not None
+        """The elements of a BatchNormalization."""
+        affine, source = batch_norm(node), self.elements[id(node.inputs[0])]
         vector = [-1] + [1] * (source.what.ndim - 2)
         scale, shift = affine.scale.reshape(vector), affine.shift.reshape(vector)
         what = np.broadcast_to(source.what, np.broadcast_shapes(source.what.shape, scale.shape)).copy()
@@ -296,7 +294,7 @@ class Reader:
         return _Elements(source.what.transpose(perm), place, tuple(source.size[i] for i in perm))
 
     def moved(self, node: gs.Node) -> list[_Elements]:
-        """What a node does to the numbers of the elements. What Pad adds has the number 0, that of the constant 0."""
+        """The elements that a node moves. An element that Pad adds has the number 0, that of the constant 0."""
         slots = operator(node).inputs(node)
         if node.attrs.get("reduction", "none") != "none" or node.attrs.get("value"):
             raise Refused(f"{node.op} does more than to move channels")
@@ -313,25 +311,25 @@ class Reader:
                 numbers[i] = np.broadcast_to(number, sources[i].size)
                 start += array.size
             moved = self.run(node, numbers | fixed)
-            made.append([_narrow(table[_narrow(array)]) for array in moved])
+            made.append([collapsed(table[collapsed(array)]) for array in moved])
             sizes = [array.shape for array in moved]
         return [_Elements(*parts) for parts in zip(*made, sizes, strict=True)]
 
     def run(self, node: gs.Node, feed: Mapping[int, np.ndarray]) -> list[np.ndarray]:
-        """The outputs of one node for inputs by position, whatever types it had before."""
+        """The outputs of one node for integer inputs, by position."""
         part, named = alone(self.graph, node, feed, [np.dtype(np.int64)] * len(node.outputs))
         return list(session(part, optimize=False).run(named).values())
 
     # ---- what does not depend on the roots ---------------------------------------------------------------------------
 
     def value(self, tensor: gs.Tensor) -> np.ndarray:
-        """The values of a tensor that is computed from constants and shapes alone."""
+        """The values of a tensor that the graph computes from constants and shapes alone."""
         if isinstance(tensor, gs.Constant):
             return np.asarray(edit.value(tensor))
         if tensor.name not in self.values:
             try:
                 self.evaluate(tensor, self.shapes.inferred)
-            except Refused:  # a shape that inference does not know, of something that is not computed from shapes
+            except Refused:  # shape inference does not know every shape
                 self.evaluate(tensor, self.shapes.measured)
         return self.values[tensor.name]
 
@@ -368,7 +366,7 @@ class Reader:
         self.values[tensor.name] = computed[tensor.name]
 
     def size(self, tensor: gs.Tensor, shape: Callable[[str], Shape | None]) -> Shape | None:
-        """The shape of a tensor if it is followed, else what ``shape`` knows of it."""
+        """The shape of a tensor from its elements where the reader follows it, else from ``shape``."""
         own = self.elements.get(id(tensor))
         return own.size if own is not None else shape(tensor.name)
 
@@ -380,7 +378,7 @@ def _shape_value(node: gs.Node, shape: Shape) -> np.ndarray:
 
 
 def _common(operands: Sequence[_Elements], size: Shape = ()) -> tuple[np.ndarray, Shape]:
-    """The places of all operands, which must be the same but for constants, and the result's shape. Raises Refused."""
+    """(places, shape) of the result of operands. Raises Refused where the places of two operands differ."""
     size = np.broadcast_shapes(size, *(operand.size for operand in operands))
     place, *others = (raised(o.place, len(size)) for o in operands if o.place is not None)
     for other in others:
@@ -388,12 +386,12 @@ def _common(operands: Sequence[_Elements], size: Shape = ()) -> tuple[np.ndarray
             continue
         if np.any((place != other) & (place != NOWHERE) & (other != NOWHERE)):
             raise Refused("tensors that are laid out differently meet")
-        place = _narrow(np.maximum(place, other))
+        place = collapsed(np.maximum(place, other))
     return place, size
 
 
 def _arithmetic(op: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sum, difference, product or quotient of elements, and where it is a scale and a shift of one function."""
+    """(elements of a sum, difference, product or quotient, where each is one function, scaled and shifted)."""
     a, b = np.broadcast_arrays(a, b)
     fixed_a, fixed_b = a["function"] == CONSTANT, b["function"] == CONSTANT
     result = np.where(fixed_a, b, a)
@@ -417,16 +415,6 @@ def _arithmetic(op: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _settle(what: np.ndarray) -> None:
-    """Calls constants what has a scale of 0."""
+    """Turns elements with a scale of 0 into constants."""
     gone = what["scale"] == 0
     what["function"][gone], what["channel"][gone] = CONSTANT, -1
-
-
-def _narrow(array: np.ndarray) -> np.ndarray:
-    """An array without the length of the axes along which nothing changes."""
-    for axis, size in enumerate(array.shape):
-        if size > 1:
-            first = array.take([0], axis=axis)
-            if (array == first).all():
-                array = first
-    return array

@@ -1,10 +1,10 @@
-"""Channel groups: which channels of which tensors have to be cut together, from the graph alone.
+"""Channel groups: the channels of tensors that must be cut together, from the graph alone.
 
-Starting at every weight, ``trace`` finds regions: all tensors and constants that have the same channels, as labels
-1 .. n. Any set of labels that may go can be taken out of all of them, and the graph fits together again (``cut``).
+``best_trace`` starts at every weight and finds regions: all tensors and constants that have the same channels, as
+labels 1 .. n. Any set of free labels can be cut from all of them, and the shapes of the graph agree again (``cut``).
 
-Within a region, labels that the same weights write form a ``Group``: one budget, one ranking. Worked example, a
-residual block of 24 channels with a depthwise convolution of 96 inside, after a stem and before a classifier fc::
+Within a region, the labels that the same weights write form a ``Group`` with one budget and one ranking. Worked
+example, a residual block of 24 channels around a depthwise convolution of 96, after a stem and before a classifier fc::
 
     y = Conv(x, A)  Relu  Conv(depthwise, D)  Relu  Conv(B)  Add(x)
 
@@ -14,6 +14,7 @@ residual block of 24 channels with a depthwise convolution of 96 inside, after a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,9 +32,9 @@ from channelfold.runtime.io.snapshot import Snapshot
 
 @dataclass(frozen=True)
 class Group:
-    """Labels of a region that the same weights write; ``name`` is the node that writes them first.
+    """Labels of a region that the same weights write; ``name`` is the first node that writes them.
 
-    ``labels`` (units,): one unit is what goes at once; ``channels`` (units,): how many that node writes of it.
+    A unit is one label of ``labels`` (units,). ``channels`` (units,) counts the channels that the node writes for each.
     """
 
     name: str
@@ -53,12 +54,8 @@ class Group:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How many units stay for which reason."""
-        found: dict[str, int] = {}
-        for label in self.labels:
-            if reason := self.region.fixed[label - 1]:
-                found[reason] = found.get(reason, 0) + 1
-        return found
+        """The number of units that stay, for every reason."""
+        return Counter(filter(None, (self.region.fixed[label - 1] for label in self.labels)))
 
 
 def find_groups(graph: gs.Graph, shapes: Mapping[str, Shape]) -> list[Group]:
@@ -70,7 +67,7 @@ def find_groups(graph: gs.Graph, shapes: Mapping[str, Shape]) -> list[Group]:
         if (id(tensor), axis) in seen:
             continue
         region = best_trace(table, tensor, axis)
-        if seen & set(region.axes):  # a Reshape splits what is cut as a whole, or as another part, already
+        if seen & set(region.axes):  # a Reshape splits channels that another group cuts whole, or in other parts
             region.fixed[:] = [reason or "its channels are cut in another way" for reason in region.fixed]
         seen |= set(region.axes)
         groups += _groups(region)
@@ -78,18 +75,21 @@ def find_groups(graph: gs.Graph, shapes: Mapping[str, Shape]) -> list[Group]:
 
 
 def regions_of(groups: Sequence[Group]) -> list[Region]:
-    """Each once, in order."""
+    """The regions of groups, each once, in order."""
     return list({id(group.region): group.region for group in groups}.values())
 
 
 class Copies:
-    """Copies of a graph as it is now, to lose channels of the regions of ``groups``."""
+    """Copies of a graph in its current state, for cuts in the regions of ``groups``."""
 
     def __init__(self, graph: gs.Graph, groups: Sequence[Group]):
         self._state, self._regions = Snapshot.of(graph), regions_of(groups)
 
     def make(self, keeps: Mapping[int, tuple[Region, np.ndarray]]) -> tuple[gs.Graph, list[tuple[Region, np.ndarray]]]:
-        """A copy, and of its own regions those in ``keeps`` (by the id of the graph's), with the labels that stay."""
+        """A copy of the graph, and the regions in ``keeps`` in terms of the copy, each with the labels that stay.
+
+        The keys of ``keeps`` are the ids of the regions of the original graph.
+        """
         twin = gs.Graph()
         self._state.restore(twin)
         nodes, tensors = {node.name: node for node in twin.nodes}, twin.tensors()
@@ -98,7 +98,7 @@ class Copies:
 
 
 def _written(graph: gs.Graph, table: LinkTable) -> Iterator[tuple[gs.Tensor, int]]:
-    """The tensors whose channels weights make, and the axis: of layers, recurrent cells, embeddings."""
+    """(tensor, axis) of the channels that weights write: of layers, recurrent cells and embeddings."""
     for node in graph.nodes:
         tensor = next((t for t in node.outputs if not t.is_empty()), None)
         shape = table.shape(tensor) if tensor is not None else None
@@ -125,16 +125,12 @@ def _written_axis(node: gs.Node, rank: int, table: LinkTable) -> int | None:
 
 
 def _made_axes(node: gs.Node, table: LinkTable) -> set[int]:
-    """The axes of the first output that a constant weight makes, of operators that are no layer of their own."""
+    """The axes of the first output that a constant weight makes, of fused operators with several weights."""
     known = operator(node)
     if known.weighted or known.gates or not known.weights:
         return set()
-    try:
-        links = table.of(node).links
-    except Refused:
-        return set()
     found = set()
-    for link in links:
+    for link in table.known(node).links:
         inputs = {m.port for m in link if m.port in (0, *known.weights)}
         if inputs and all(isinstance(node.inputs[port], gs.Constant) for port in inputs):
             found |= {m.axis for m in link if m.port == -1}
@@ -142,7 +138,7 @@ def _made_axes(node: gs.Node, table: LinkTable) -> set[int]:
 
 
 def _groups(region: Region) -> list[Group]:
-    """The labels of a region sorted by the weights that write them; labels without any are left out."""
+    """The groups of a region: its labels by the weights that write them, without labels that no weight writes."""
     writers = [part for part in region.parts if part.role == "out"]
     if not writers:
         return []
@@ -161,7 +157,7 @@ def _groups(region: Region) -> list[Group]:
 
 
 def _channels(region: Region, writer: Part, labels: np.ndarray) -> np.ndarray:
-    """How often each label stands along the axis that a weight writes."""
+    """The number of positions of each label along the axis that a weight writes."""
     results = [along for tensor, along in region.axes.values() if any(tensor is t for t in writer.layer.outputs)]
     along = next((along for along in results if np.isin(along, labels).any()), writer.labels)
     return np.bincount(along, minlength=region.size + 1)[labels]

@@ -1,16 +1,16 @@
-"""Links of the operators that move channels: what goes where, and which numbers in the graph say so."""
+"""Links of the operators that move channels, and the numbers in the graph that describe the moves."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.maps import Shape
-from channelfold.passes.channels.ports import Link, Member, Ports
+from channelfold.passes.channels.ports import Link, Member, Ports, Rules
 from channelfold.passes.channels.sizes import Length, source_of_size
 from channelfold.runtime.io import edit
 
@@ -29,9 +29,8 @@ def _concat(p: Ports) -> None:
         size = p.shape(port)[along]
         p.link((port, along), (-1, along, np.arange(start, start + size)))
         start += size
-    for axis in range(rank):
-        if axis != along:
-            p.link((-1, axis), *((port, axis) for port in ports))
+    for axis in (a for a in range(rank) if a != along):
+        p.link((-1, axis), *((port, axis) for port in ports))
 
 
 def _split(p: Ports) -> None:
@@ -43,9 +42,8 @@ def _split(p: Ports) -> None:
         size = p.shape(port)[along]
         p.link((port, along), (0, along, np.arange(start, start + size)))
         start += size
-        for axis in range(rank):
-            if axis != along:
-                p.link((0, axis), (port, axis))
+        for axis in (a for a in range(rank) if a != along):
+            p.link((0, axis), (port, axis))
     if p.computed(1):
         p.block(along, "Split has sizes that are computed", *range(-len(p.node.outputs), 1))
     p.edit("split", 1, 0, along)
@@ -102,10 +100,10 @@ def _gather(p: Ports) -> None:
 
 
 def _reshape(p: Ports) -> None:
-    """Axes between two places where the volumes to the left agree: one axis on one side, some on the other.
+    """Groups the axes of both shapes into blocks of equal volume and links the axes of each block.
 
-    Where there are several on both, as when (N, C, H, W) becomes (N, groups, C / groups * H * W), the first axes agree
-    in what they count in common, here the groups, and so do the last.
+    A block with several axes on both sides arises when (N, C, H, W) becomes (N, groups, C / groups * H * W), say. In
+    such a block the first axes share the count of their common divisor, here the groups, and so do the last axes.
     """
     source, result = p.shape(0), p.shape(-1)
     if math.prod(source) != math.prod(result) or not math.prod(source):
@@ -133,7 +131,7 @@ def _reshape(p: Ports) -> None:
 
 
 def _parts(whole: int, axis: int, parts: int, axes: Sequence[int], shape: Shape) -> list[Link]:
-    """The alternatives when one axis is split into several: a position of any one of them is what is cut."""
+    """The alternatives for one axis that is split into several axes: a cut along any one of the several axes."""
     volume = math.prod(shape[a] for a in axes)
     found, stride = [], volume
     for a in axes:
@@ -144,7 +142,7 @@ def _parts(whole: int, axis: int, parts: int, axes: Sequence[int], shape: Shape)
 
 
 def _common(p: Ports, before: list[int], after: list[int]) -> None:
-    """Several axes that become several others."""
+    """Links the first and the last axes of a block that has several axes on both sides; blocks all other axes."""
     linked = set()
     for place in (0, -1):
         one, other = before[place], after[place]
@@ -161,7 +159,7 @@ def _common(p: Ports, before: list[int], after: list[int]) -> None:
 
 
 def _blocks(source: Shape, result: Shape) -> list[tuple[list[int], list[int]]]:
-    """Axes, those of length 1 left out, grouped so that both sides of a group have the same volume."""
+    """The axes longer than 1, grouped into the smallest blocks that have the same volume on both sides."""
     left = [a for a, n in enumerate(source) if n > 1]
     right = [a for a, n in enumerate(result) if n > 1]
     groups: list[tuple[list[int], list[int]]] = []
@@ -180,7 +178,7 @@ def _blocks(source: Shape, result: Shape) -> list[tuple[list[int], list[int]]]:
 
 
 def _sizes(p: Ports, holder: int) -> None:
-    """A shape among the inputs or attributes names the length of every axis of the result."""
+    """Notes that input ``holder``, or an attribute, holds the length of every axis of the result."""
     for axis, size in enumerate(p.shape(-1)):
         if size > 1:
             p.edit("size", holder, -1, axis)
@@ -247,12 +245,12 @@ def _depth_to_space(p: Ports) -> None:
 
 
 def _sampled(p: Ports) -> None:
-    """What reads an image at places that do not depend on the channel."""
+    """GridSample, RoiAlign: the operator reads every channel of an image at the same positions."""
     p.link((0, 1), (-1, 1))
 
 
 def _along_an_axis(p: Ports) -> None:
-    """CumSum, TopK, ArgMax: along one axis; every place of the others is worked on alone."""
+    """CumSum, TopK, ArgMax work along one axis and treat every position of the other axes alone."""
     rank, default = len(p.shape(0)), -1 if p.node.op == "TopK" else 0
     along = p.argument(1, "axis") if p.node.op == "CumSum" else np.array([p.attribute("axis", default)])
     if along is None:
@@ -266,13 +264,13 @@ def _along_an_axis(p: Ports) -> None:
 
 
 def _shape(p: Ports) -> None:
-    """What is done with the sizes is looked at where they are used."""
+    """Every axis can be cut here; the tracer checks the nodes that use the sizes."""
     for axis in range(len(p.shape(0))):
         p.link((0, axis))
         p.edit("shape", 0, 0, axis)
 
 
-RULES: dict[str, Callable[[Ports], None]] = {  # by kind of operator
+RULES: Rules = {
     "along_axis": _along_an_axis,
     "concat": _concat,
     "constant_of_shape": _constant_of_shape,

@@ -1,8 +1,9 @@
-"""Which positions along which axes of a node's inputs and outputs have to be cut together.
+"""Which positions along which axes of a node's inputs and outputs must be cut together.
 
-A link says of one operator what a user of it knows: removing output channel c of a convolution takes away row c of its
-weight, entry c of its bias and channel c of its result. It is a list of members (port, axis, at): a position i of the
-link is position ``at[i]`` along that axis of that port (``at`` None: i itself). Port k is input k, -1 - k output k.
+A link states a fact about one operator. For a convolution: removing output channel c removes row c of the weight, entry
+c of the bias and channel c of the result. A link is a list of members (port, axis, at). Position i of the link is
+position ``at[i]`` along the axis of the port; where ``at`` is None, position i of the link is position i of the axis.
+Port k is input k of the node, and port -1 - k is output k.
 
     Conv                       [(0, 1), (1, 1)]  [(-1, 1), (1, 0), (2, 0)]
     Conv, depthwise, x 2       [(0, 1, 0 0 1 1 2 2 …), (-1, 1), (1, 0), (2, 0)]
@@ -11,19 +12,19 @@ link is position ``at[i]`` along that axis of that port (``at`` None: i itself).
     Conv, 2 groups of 3        [(0, 1), (1, 1, 0 1 2 0 1 2)]  and the like for its outputs
     Reshape, 12 to 4 x 3       [(0, 2), (-1, 2, 0 0 0 1 1 1 …)]  or  [(0, 2), (-1, 3, 0 1 2 0 1 2 …)]
 
-In the last two, positions that share an entry of the other member become one: the same channel of every group is cut,
-whole heads are, or the same channel of every head. What a Reshape cuts is a ``choice``: all its alternatives are
-listed, and whoever follows the links decides.
+In the last two rows, positions that share an entry of the other member are cut together: the same channel of every
+group, all channels of a head, or the same channel of every head. A Reshape that splits an axis leaves a ``choice``: the
+table lists all alternatives, and the tracer that follows the links takes one of them.
 
-Some axes cannot be cut: Softmax over them, a spatial axis of a pool. They are ``blocked`` with the reason, as is every
-axis that no link mentions. Some can, but the node gives another result when their channels are zero instead of gone
-(a mean, a norm): they are ``reduced``. What a node holds as numbers, not as data, is an ``edit``: sizes in the shape of
-a Reshape, the group count of a depthwise Conv.
+Some axes cannot be cut, such as the axis of a Softmax or a spatial axis of a pool. These axes are ``blocked`` with a
+reason, and so is every axis that no link mentions. Other axes are ``reduced``: they can be cut, but channels of zero
+change the result of the node where missing channels do not (a mean, a norm). An ``edit`` is a number that the node
+holds beside its data: a size in the shape of a Reshape, or the group count of a depthwise Conv.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -31,12 +32,13 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels import link_moves, links_attention
 from channelfold.passes.channels.maps import Shape
-from channelfold.passes.channels.ports import Links, Ports
+from channelfold.passes.channels.ports import Links, Ports, Rules, known_shape
 from channelfold.passes.operators import operator
+from channelfold.runtime.io import edit
 
 
 def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], single: bool = False) -> Links:
-    """The links of a node. Raises Refused, with the reason, where nothing is known of the operator or a shape."""
+    """The links of a node. Raises Refused where no rule knows the operator or where a shape is unknown."""
     ports = Ports(graph, node, shapes, single)
     rule = _RULES.get(operator(node).kind)
     if rule is None or any(isinstance(value, gs.Graph) for value in node.attrs.values()):
@@ -46,10 +48,10 @@ def links_of(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], single
 
 
 class LinkTable:
-    """The links of every node of a graph, looked up once. ``shapes``: of all tensors for some input, by name.
+    """The links of every node of a graph, computed once. ``shapes`` holds the shapes of all tensors for one input.
 
-    ``single``: for channels that are to go or to be repeated one by one whatever the others do. The indices of a Gather
-    then make channels of their own, as rows of a weight do.
+    ``single`` serves edits that drop or repeat each channel independently of the others. The constant indices of a
+    Gather then create channels, as the rows of a weight do.
     """
 
     def __init__(self, graph: gs.Graph, shapes: Mapping[str, Shape], single: bool = False):
@@ -57,7 +59,7 @@ class LinkTable:
         self._known: dict[int, Links | str] = {}
 
     def of(self, node: gs.Node) -> Links:
-        """Raises Refused, with the reason."""
+        """The links of a node. Raises Refused with the reason where they are unknown."""
         if id(node) not in self._known:
             try:
                 self._known[id(node)] = links_of(self.graph, node, self.shapes, self.single)
@@ -68,23 +70,32 @@ class LinkTable:
             raise Refused(found)
         return found
 
+    def known(self, node: gs.Node) -> Links:
+        """The links of a node of the graph; no links where they are unknown or the node belongs to a subgraph."""
+        try:
+            return self.of(node) if edit.in_graph(self.graph, node) else Links()
+        except Refused:
+            return Links()
+
     def shape(self, tensor: gs.Tensor) -> Shape | None:
         return tuple(tensor.shape) if isinstance(tensor, gs.Constant) else self.shapes.get(tensor.name)
+
+    def known_shape(self, tensor: gs.Tensor) -> Shape:
+        """The shape of a tensor. Raises Refused where the shape is unknown."""
+        return known_shape(tensor, self.shapes)
 
 
 # ---- operators that treat every channel alike ---------------------------------------------------------------------
 
 
 def _elementwise(p: Ports) -> None:
-    """Everything that broadcasts: an axis of the result is that of each operand which is not broadcast along it."""
+    """An axis of the result is linked to the same axis of every operand that is not broadcast along that axis."""
     if "broadcast" in p.node.attrs:
         raise Refused(f"{p.node.op} broadcasts as before opset 7")
-    rank = len(p.shape(-1))
-    for axis in range(-rank, 0):
-        ports = [k for k in range(len(p.node.inputs)) if p.has(k)]
-        held = [k for k in ports if len(p.shape(k)) >= -axis and p.shape(k)[axis] > 1]
-        outputs = [-1 - k for k in range(len(p.node.outputs)) if p.has(-1 - k)]
-        p.link(*((k, axis) for k in held), *((k, axis) for k in outputs))
+    operands = [k for k in range(len(p.node.inputs)) if p.has(k)]
+    for axis in range(-len(p.shape(-1)), 0):
+        held = [k for k in operands if len(p.shape(k)) >= -axis and p.shape(k)[axis] > 1]
+        p.link(*((k, axis) for k in (*held, *range(-1, -1 - len(p.node.outputs), -1))))
 
 
 def _pool(p: Ports) -> None:
@@ -112,7 +123,7 @@ def _lrn(p: Ports) -> None:
 
 
 def _channel_norm(p: Ports) -> None:
-    """BatchNormalization, per place, and InstanceNormalization, over the places of a channel."""
+    """BatchNormalization scales each channel; InstanceNormalization also normalizes over the positions of a channel."""
     if p.has(-2) or not p.attribute("spatial", 1):
         raise InBetween(f"{p.node.op} in training, or with a scale by place,")
     p.link((0, 1), (-1, 1), *((k, 0) for k in range(1, len(p.node.inputs))))
@@ -123,7 +134,7 @@ def _channel_norm(p: Ports) -> None:
 
 
 def _last_axis_norm(p: Ports) -> None:
-    """Output 3 of the norms with a skip is the sum that they normalize; the other ones are of what was normalized."""
+    """A norm over the last axes. Output 3 of a norm with a skip connection is the sum of its inputs."""
     rank, skip = len(p.shape(0)), operator(p.node).gamma == 2
     first = rank - 1 if skip else p.attribute("axis", -1) % rank
     data, parameters = ((0, 1), (2, 3, 4)) if skip else ((0,), (1, 2))
@@ -137,7 +148,7 @@ def _last_axis_norm(p: Ports) -> None:
 
 
 def _group_norm(p: Ports) -> None:
-    """Whole groups are cut: what is left of the others would be another norm."""
+    """Whole groups are cut, because a group without some of its channels has another mean and variance."""
     groups, channels = p.attribute("num_groups", 1), p.shape(0)[1]
     of = np.arange(channels) // (channels // groups)
     per_group = p.graph.opset < 21 and p.shape(1)[0] == groups
@@ -152,7 +163,7 @@ def _group_norm(p: Ports) -> None:
 
 
 def _lp_norm(p: Ports) -> None:
-    """Zeros add nothing to the norm and are zeros behind it."""
+    """A channel of zeros adds nothing to the norm and stays zero in the result."""
     p.keep(*range(len(p.shape(0))))
     p.link((0, p.attribute("axis", -1)), summed=True)
 
@@ -178,19 +189,18 @@ def _reduction(p: Ports) -> None:
 
 
 def _conv(p: Ports) -> None:
-    """W is (out, in / groups, *kernel), of ConvTranspose (in, out / groups, *kernel). FusedConv adds its input 3."""
+    """W (out, in / groups, *kernel), of ConvTranspose (in, out / groups, *kernel). FusedConv adds input 3."""
     groups, ins, outs = p.attribute("group", 1), p.shape(0)[1], p.shape(-1)[1]
     transposed = p.node.op == "ConvTranspose"
     if groups == ins and groups > 1:
         of = np.repeat(np.arange(ins), outs // ins)
-        weight = ((1, 0), (1, 1, np.arange(outs) % (outs // ins))) if transposed else ((1, 0),)
-        if transposed and outs == ins:
+        if not transposed:
+            p.link((0, 1, of), (-1, 1), (1, 0), (2, 0), (3, 1))
+        elif outs == ins:
             p.link((0, 1), (-1, 1), (1, 0), (2, 0))
-        elif transposed:
+        else:
             p.link((0, 1), (1, 0))
             p.link((0, 1, of), (-1, 1), (2, 0))
-        else:
-            p.link((0, 1, of), (-1, 1), *weight, (2, 0), (3, 1))
         p.edit("group", 0, 0, 1)
     else:
         inner, outer = np.arange(ins) % (ins // groups), np.arange(outs) % (outs // groups)
@@ -233,7 +243,7 @@ def _matmul(p: Ports) -> None:
 
 
 def einsum_terms(node: gs.Node) -> list[str]:
-    """The indices of each operand and, last, of the result. Raises Refused for "..." and for diagonals."""
+    """The indices of every operand, then those of the result. Raises Refused for an ellipsis and for diagonals."""
     equation = node.attrs["equation"].replace(" ", "")
     operands, arrow, result = equation.partition("->")
     if not arrow:
@@ -245,7 +255,7 @@ def einsum_terms(node: gs.Node) -> list[str]:
 
 
 def _einsum(p: Ports) -> None:
-    """Every index is one link; those that the result lacks are summed over."""
+    """Every index is one link. The node sums over the indices that the result lacks."""
     *operands, result = einsum_terms(p.node)
     for letter in sorted({*"".join(operands)}):
         places = [(k, term.index(letter)) for k, term in enumerate(operands) if letter in term]
@@ -255,13 +265,13 @@ def _einsum(p: Ports) -> None:
 
 
 def _embedding(p: Ports) -> None:
-    """EmbedLayerNormalization: the sum of rows of up to three tables, and its norm."""
+    """EmbedLayerNormalization adds rows of up to three tables and normalizes the sum."""
     p.link((-1, 2), *((k, 1) for k in (2, 3, 4)), (5, 0), (6, 0), (-3, 2))
     p.block(2, f"{p.node.op} normalizes over it", *(port for port in (-1, -3) if p.has(port)))
 
 
 def _recurrent(p: Ports) -> None:
-    """W (directions, gates H, in), R (directions, gates H, H), B (directions, 2 gates H), P, and states."""
+    """W (directions, gates H, in), R (directions, gates H, H), B (directions, 2 gates H), P (directions, 3 H)."""
     gates, hidden = operator(p.node).gates, p.attribute("hidden_size", 0) or p.shape(2)[2]
     if p.attribute("layout", 0):
         raise InBetween(f"{p.node.op} with layout 1")
@@ -269,7 +279,7 @@ def _recurrent(p: Ports) -> None:
     states = [(-1, 3), (-2, 2), (-3, 2), (5, 2), (6, 2)]
     p.link((2, 2), *states)
     p.link((2, 2), summed=True)
-    for port, axis in states:  # each, for constants do not lead on to others
+    for port, axis in states:  # one link a state, because a constant state leads to no other constant
         for copies, *members in ((gates, (1, 1), (2, 1)), (2 * gates, (3, 1)), (3, (7, 1))):
             p.link((port, axis, np.tile(np.arange(hidden), copies)), *members)
     p.edit("hidden", 0, 2, 2)
@@ -285,29 +295,27 @@ def _dequantize(p: Ports) -> None:
         p.link((0, axis), (-1, axis), *vectors)
 
 
-_RULES: dict[str, Callable[[Ports], None]] = (
-    link_moves.RULES
-    | links_attention.RULES
-    | {  # by kind
-        "batch_norm": _channel_norm,
-        "conv": _conv,
-        "einsum": _einsum,
-        "elementwise": _elementwise,
-        "fused_conv": _conv,
-        "fused_gemm": _gemm,
-        "fused_matmul": _matmul,
-        "embedding": _embedding,
-        "gemm": _gemm,
-        "group_norm": _group_norm,
-        "instance_norm": _channel_norm,
-        "lp_norm": _lp_norm,
-        "lrn": _lrn,
-        "matmul": _matmul,
-        "norm": _last_axis_norm,
-        "pool": _pool,
-        "quantize": _dequantize,
-        "recurrent": _recurrent,
-        "reduce": _reduction,
-        "softmax": _softmax,
-    }
-)
+_RULES: Rules = {
+    **link_moves.RULES,
+    **links_attention.RULES,
+    "batch_norm": _channel_norm,
+    "conv": _conv,
+    "einsum": _einsum,
+    "elementwise": _elementwise,
+    "fused_conv": _conv,
+    "fused_gemm": _gemm,
+    "fused_matmul": _matmul,
+    "embedding": _embedding,
+    "gemm": _gemm,
+    "group_norm": _group_norm,
+    "instance_norm": _channel_norm,
+    "lp_norm": _lp_norm,
+    "lrn": _lrn,
+    "matmul": _matmul,
+    "norm": _last_axis_norm,
+    "pool": _pool,
+    "quantize": _dequantize,
+    "recurrent": _recurrent,
+    "reduce": _reduction,
+    "softmax": _softmax,
+}

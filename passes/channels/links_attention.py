@@ -4,20 +4,20 @@
     GroupQueryAttention, 2 kv heads      [(-1, 2, 0 0 3 3 6 6 9 9), (1, 2, 0 1 0 1 2 3 2 3)]
     Attention with a packed weight       [(-1, 2, 0 0 0 3 3 3), (1, 1, 0 1 2 3 4 5)]  [(-1, 2, 0 0 …), (1, 1, 6 7 …)]
 
-Every channel goes with the first one of its head in the result. Where heads have an axis of their own, the channels of
-all heads can be cut as well: those of queries and keys together, which leaves the scale of the scores as it was, and
-those of values and the result. A rotary embedding turns channels in pairs, i and i + half or 2 i and 2 i + 1.
+Every channel is linked to the first channel of its head in the result. Where the heads have an axis of their own, the
+same channel of all heads can be cut too. Queries and keys then lose the same channels, and the scale of the scores
+stays; values and the result lose the same channels. A rotary embedding rotates channels in pairs: i and i + half, or
+2 i and 2 i + 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from channelfold.passes.channels.attention import Heads, heads_of, partners, rotary
-from channelfold.passes.channels.ports import Ports
+from channelfold.passes.channels.ports import Ports, Rules
 from channelfold.runtime.io import edit
 
 
@@ -58,7 +58,7 @@ def _rotary(p: Ports) -> None:
             p.link((-1, 3), (port, -1, half))
 
 
-RULES: dict[str, Callable[[Ports], None]] = {
+RULES: Rules = {
     "attention": _attention,
     "packed_attention": _attention,
     "rotary": _rotary,

@@ -1,16 +1,16 @@
 """Index maps: numbers for the channels of a tensor, moved as operators move the data.
 
-An index map is an integer array of its tensor's rank; an axis is as long as the tensor's, or 1 where nothing changes
-along it. ``image`` does to the map of a node's data input what the node does to the data, ``preimage`` goes back. With
-channels along the last axis of x [2, 5, 4] and the map [[[1 2 3 4]]]:
+An index map is an integer array of the rank of its tensor. An axis of the map is as long as that of the tensor, or 1
+where the map is constant along the axis. ``image`` does to the map of the data input what the node does to the data;
+``preimage`` goes back. With channels along the last axis of x [2, 5, 4] and the map [[[1 2 3 4]]]:
 
     Transpose, perm 0 2 1      [[[1] [2] [3] [4]]]
     Reshape to [2, 5, 2, 2]    [[[[1 2] [3 4]]]]
     Slice 2: of the last axis  [[[3 4]]]
     Gather 0 of axis 1         [[1 2 3 4]]
 
-Numbers are signed: -c stands for the inverse of c (see ``channels``). ``Shape`` arguments are of real data, not
-symbolic. Everything here raises Refused, with the reason, where an operator does to the channels what no map can say.
+Numbers are signed: -c stands for the inverse of c (see ``scale_regions``). ``Shape`` arguments hold the sizes of real
+data and no symbols. All functions raise Refused, with the reason, where no map can express what an operator does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FOLLOWED = (  # kinds of operators that ``image`` knows
 
 
 def data_input(node: gs.Node) -> int | None:
-    """Which input of a node ``image`` can follow to its output; None where there is none."""
+    """The input of a node that ``image`` can follow to the output; None where ``image`` can follow no input."""
     known = operator(node)
     if known.kind == "rotary":
         return 0
@@ -42,7 +42,7 @@ def data_input(node: gs.Node) -> int | None:
 
 
 def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.ndarray:
-    """The map of a node's result, of shape ``result``, from that of its data input, of shape ``source``."""
+    """The map of the result of a node (shape ``result``) from the map of its data input (shape ``source``)."""
     kind = operator(node).kind
     if kind == "transpose":
         return index.transpose(node.attrs.get("perm"))
@@ -67,10 +67,10 @@ def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.
 def preimage(
     node: gs.Node, index: np.ndarray, source: Shape, result: Shape, fresh: Callable[[Sequence[int]], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(map of a node's data input, map of its result that follows from it), from the map of the result.
+    """(map of the data input of a node, its image), from ``index``, the map of the result.
 
-    The second equals ``index``, or its classes are to be merged with those of ``index``. ``fresh`` gives new classes,
-    by shape, to channels that the node drops or repeats.
+    Where the image differs from ``index``, the caller must merge the classes of the two maps. ``fresh`` makes new
+    classes, by shape, for channels that the node drops or repeats.
     """
     kind = operator(node).kind
     if kind == "transpose":
@@ -89,7 +89,7 @@ def preimage(
 
 
 def mixed_axes(node: gs.Node, source: Shape, result: Shape) -> set[int]:
-    """The axes along which each value of a result comes from several of the source, which are to be of one class."""
+    """The axes along which each result mixes several values of the source; these values must be of one class."""
     kind = operator(node).kind
     if kind == "pool":
         return set(range(2, len(source)))
@@ -101,24 +101,25 @@ def mixed_axes(node: gs.Node, source: Shape, result: Shape) -> set[int]:
 
 
 def raised(index: np.ndarray, rank: int) -> np.ndarray:
-    """A map with leading axes, as broadcasting gives them."""
+    """A map with leading axes of length 1, as broadcasting adds them."""
     return index.reshape([1] * (rank - index.ndim) + list(index.shape))
 
 
-def collapsed(index: np.ndarray) -> np.ndarray:
-    """A map without the length of the axes along which nothing changes."""
-    for axis, size in enumerate(index.shape):
-        first = np.take(index, [0], axis=axis)
-        if size > 1 and (index == first).all():
-            index = first
-    return index
+def collapsed(array: np.ndarray) -> np.ndarray:
+    """An array with length 1 along every axis along which its values are constant."""
+    for axis, size in enumerate(array.shape):
+        if size > 1:
+            first = array.take([0], axis=axis)
+            if (array == first).all():
+                array = first
+    return array
 
 
 def reshaped(index: np.ndarray, source: Shape, result: Shape, op: str) -> np.ndarray:
     """The map of a reshaped tensor.
 
-    Both shapes are cut wherever the axes on the left have the same volume. Between two cuts one axis is split, or
-    several are merged; only where there are channels are they spread out.
+    Both shapes are cut at every place where the axes to the left have the same volume. Between two cuts the Reshape
+    splits one axis or merges several axes. The map gets its full length between two cuts that hold channels.
     """
     before, after = np.cumprod((1, *source)), np.cumprod((1, *result))
     if before[-1] != after[-1] or before[-1] == 0:
@@ -138,7 +139,7 @@ def reshaped(index: np.ndarray, source: Shape, result: Shape, op: str) -> np.nda
 
 @dataclass
 class Classes:
-    """The numbers in index maps: which of them are one, which are pinned to a scale of 1, which cannot be shifted."""
+    """The classes in index maps: merged classes, classes pinned to a scale of 1, and classes that take no shift."""
 
     count: int = 0
     merges: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -162,14 +163,14 @@ class Classes:
         self.unshifted.append((index.reshape(-1), reason))
 
     def along(self, index: np.ndarray, axis: int, channels: int) -> np.ndarray:
-        """A map as a vector over the channels on one axis: all positions along the other axes become one class."""
+        """A map as a vector over the channels along one axis; merges the classes along all other axes."""
         columns = np.moveaxis(index, axis, 0).reshape(index.shape[axis], -1)
         if columns.shape[1] > 1:
             self.merge(columns[:, :1], columns)
         return np.broadcast_to(columns[:, 0], (channels,))
 
     def fitted(self, index: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """The map of an operand of this shape, from that of the result it is broadcast to."""
+        """The map of an operand of this shape from ``index``, the map of the result that it is broadcast to."""
         index = raised(index, max(index.ndim, len(shape)))
         first = index
         for axis in range(index.ndim):
@@ -181,7 +182,7 @@ class Classes:
         return first.reshape(first.shape[first.ndim - len(shape) :])
 
     def renumbered(self, used: list[np.ndarray]) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
-        """A function from the maps in ``used`` to maps with classes 1 .. n, one for those that were merged, and n."""
+        """(function that gives the maps in ``used`` classes 1 .. n, n); merged classes get one number."""
         number = _components(self.count, self.merges)
         labels = np.unique(np.concatenate([np.abs(number[np.abs(index)]).reshape(-1) for index in used]))
         final = np.zeros(self.count + 2, np.int64)
@@ -199,7 +200,7 @@ class Classes:
     def reasons(
         noted: list[tuple[np.ndarray, str]], renumber: Callable[[np.ndarray], np.ndarray], size: int
     ) -> list[str]:
-        """The first reason noted for each class, "" where there is none."""
+        """The first reason noted for each class, "" for a class without a reason."""
         found = [""] * size
         for index, reason in noted:
             for c in np.unique(np.abs(renumber(index))):
@@ -208,10 +209,10 @@ class Classes:
 
 
 def _components(count: int, merges: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """For every class 0 .. ``count`` the signed class that stands for it, the lowest one of those it is merged with.
+    """The signed representative of every class 0 .. ``count``: the lowest class that the class is merged with.
 
-    ``merges``: pairs of 1-d arrays whose entries are equal in turn. Where a class meets its own inverse it is
-    ``count + 1``.
+    ``merges`` holds pairs of 1-d arrays; entry i of one array is merged with entry i of the other. A class that is
+    merged with its own inverse gets ``count + 1``.
     """
     if not merges:
         return np.arange(count + 1)
@@ -232,12 +233,12 @@ def _components(count: int, merges: list[tuple[np.ndarray, np.ndarray]]) -> np.n
 
 
 def _vertex(index: np.ndarray) -> np.ndarray:
-    """The vertices of signed classes: c is 2 c, its inverse 2 c + 1."""
+    """The vertices of signed classes in the graph of merges: 2 c for c, 2 c + 1 for the inverse of c."""
     return 2 * np.abs(index) + (index < 0)
 
 
 def _slices(node: gs.Node, held: Sequence[int], shape: Shape) -> tuple[slice, ...]:
-    """What a Slice with constant bounds takes of a map: everything along axes the map does not vary on."""
+    """The slices that a Slice with constant bounds takes of a map; all of an axis along which the map is constant."""
     starts, ends = edit.argument(node, 1, "starts"), edit.argument(node, 2, "ends")
     axes, steps = edit.argument(node, 3, "axes"), edit.argument(node, 4, "steps")
     taken = [slice(None)] * len(shape)
@@ -272,7 +273,7 @@ def _gathered(node: gs.Node, index: np.ndarray) -> np.ndarray:
 
 
 def _wide_before(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> set[int]:
-    """The axes along which the data input of a node may have channels, from the map of the result."""
+    """The axes along which the map of the data input of a node may vary, from the map of the result."""
     wide = {axis for axis, size in enumerate(index.shape) if size > 1}
     kind = operator(node).kind
     if kind == "slice":

@@ -1,8 +1,8 @@
-"""What a link is made of, and how the rules of ``links`` and ``link_moves`` note them."""
+"""The members of a link, and how the rules of ``links``, ``link_moves`` and ``links_attention`` note links."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,17 +23,18 @@ class Member:
 
 
 Link = tuple[Member, ...]
-Edit = tuple[
-    str, int, int, int
-]  # what ("size", "group", "slice", "gather", "split", "hidden", "heads", "scale"), its input, port, axis
+# what ("size", "group", "slice", "gather", "split", "hidden", "heads", "scale"), its input, port, axis
+Edit = tuple[str, int, int, int]
 
 
 @dataclass
 class Links:
-    """``blocked`` and ``reduced``: reasons by (port, axis). ``choices``: of each, links of which one holds. ``pinned``:
-    positions that have to stay, with the reason. ``summed``: the links over which a node adds up, whose channels it
-    reads. ``edits``: what a cut along (port, axis) changes beside the data; of a size, the input that holds it, at the
-    place of the axis.
+    """The links of one node.
+
+    ``choices`` lists alternative links; exactly one link of each list holds. ``summed`` lists the links over which the
+    node adds up. ``pinned`` lists positions that must stay, each with a reason. ``blocked`` and ``reduced`` give a
+    reason for each (port, axis). ``edits`` lists the numbers of the node that a cut along (port, axis) changes; an edit
+    of a size names the input that holds the shape.
     """
 
     links: list[Link] = field(default_factory=list)
@@ -45,10 +46,29 @@ class Links:
     edits: list[Edit] = field(default_factory=list)
 
 
+def known_shape(tensor: gs.Tensor, shapes: Mapping[str, Shape]) -> Shape:
+    """The shape of a constant, or of a tensor whose name is in ``shapes``. Raises Refused for any other tensor."""
+    if isinstance(tensor, gs.Constant):
+        return tuple(tensor.shape)
+    if tensor.name not in shapes:
+        raise Refused(f"the shape of {tensor.name!r} is unknown")
+    return shapes[tensor.name]
+
+
+def tensor_at(node: gs.Node, port: int) -> gs.Tensor:
+    """The tensor at a port of a node: port k is input k, port -1 - k is output k."""
+    return node.inputs[port] if port >= 0 else node.outputs[-1 - port]
+
+
+def joins(link: Link, port: int, axis: int) -> bool:
+    """Whether a link has a member along an axis of a port."""
+    return any((member.port, member.axis) == (port, axis) for member in link)
+
+
 class Ports:
     """A node, the shapes at its ports, and the links found so far. Axes may count from the end.
 
-    ``single``: see ``LinkTable``.
+    ``LinkTable`` explains ``single``.
     """
 
     def __init__(self, graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape], single: bool = False):
@@ -56,29 +76,26 @@ class Ports:
         self.found = Links()
 
     def tensor(self, port: int) -> gs.Tensor:
-        return self.node.inputs[port] if port >= 0 else self.node.outputs[-1 - port]
+        return tensor_at(self.node, port)
 
     def has(self, port: int) -> bool:
         tensors, index = (self.node.inputs, port) if port >= 0 else (self.node.outputs, -1 - port)
         return index < len(tensors) and not tensors[index].is_empty()
 
     def shape(self, port: int) -> Shape:
-        """Raises Refused where it is unknown."""
-        shape = self.shape_of(self.tensor(port))
-        if shape is None:
-            raise Refused(f"the shape of {self.tensor(port).name!r} is unknown")
-        return shape
+        """The shape at a port. Raises Refused where the shape is unknown."""
+        return known_shape(self.tensor(port), self._shapes)
 
     def shape_of(self, tensor: gs.Tensor) -> Shape | None:
         return tuple(tensor.shape) if isinstance(tensor, gs.Constant) else self._shapes.get(tensor.name)
 
     def is_static(self, port: int, axis: int) -> bool:
-        """Whether an axis is known to have one length whatever the inputs are."""
+        """Whether an axis has the same length for all inputs of the model, as far as the graph says."""
         shape = self.tensor(port).shape
         return shape is not None and len(shape) > axis and isinstance(shape[axis], int | np.integer)
 
     def link(self, *members: tuple[int, int] | tuple[int, int, np.ndarray], summed: bool = False) -> None:
-        """Notes a link of the ports that are there."""
+        """Notes a link, without the members whose ports the node lacks."""
         made = []
         for port, axis, *at in members:
             if self.has(port):
@@ -86,16 +103,17 @@ class Ports:
         (self.found.summed if summed else self.found.links).append(tuple(made))
 
     def keep(self, *axes: int) -> None:
-        """The node leaves these axes of its data alone."""
+        """Links each of these axes of the first input to the same axis of the outputs."""
         for axis in axes:
             self.link((0, axis), (-1, axis), (-2, axis))
 
     def block(self, axis: int, reason: str, *ports: int) -> None:
-        """``ports``: all that have the axis, or else the first input and output."""
+        """Notes why ``axis`` cannot be cut at ``ports``, by default at the first input and the first output."""
         for port in ports or (0, -1):
             self.found.blocked[port, axis % len(self.shape(port))] = reason
 
     def reduce(self, axis: int, reason: str, *ports: int) -> None:
+        """Notes why channels of zero along ``axis`` count in the result, where channels that are gone do not."""
         for port in ports or (0, -1):
             if self.has(port):
                 self.found.reduced[port, axis % len(self.shape(port))] = reason
@@ -107,9 +125,12 @@ class Ports:
         return int(self.node.attrs.get(name, default))
 
     def argument(self, index: int, name: str) -> np.ndarray | None:
-        """A parameter that is a constant input or an attribute, (n,); None where it is missing or computed."""
+        """A constant input or an attribute as an array (n,); None where the parameter is missing or computed."""
         return edit.argument(self.node, index, name)
 
     def computed(self, index: int) -> bool:
-        """Whether an input is there and not constant."""
+        """Whether the node has an input at ``index`` that is no constant."""
         return edit.has_input(self.node, index) and not isinstance(self.node.inputs[index], gs.Constant)
+
+
+Rules = dict[str, Callable[[Ports], None]]  # by the kind of an operator: what notes the links of a node of this kind

@@ -1,4 +1,4 @@
-"""A region: tensors that are scaled together, and where that ends. ``channels`` finds them, ``rescale`` moves them."""
+"""Regions: tensors that are scaled together. ``scale_regions`` finds regions, ``rescale`` scales them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from channelfold.passes.layers.linear import Linear
 
 @dataclass(frozen=True)
 class End:
-    """Where a region ends in constants.
+    """Constants where a region ends.
 
-    ``role``: "out" and "in" are the output and input channels of a ``linear``, "norm" the gamma and beta of a norm,
-    "factor" the constant operand of a Mul or Div, "term" that of an Add, Sub, Min or Max. ``index``: the classes, a
-    vector over the channels, or an array that broadcasts against the operand's reader. ``shifted``: whether the shift
-    ends here too. ``forward``: of a term, whether the region is on the side of the input, not of the result.
+    ``role`` names the constants: "out" and "in" are the output and input channels of ``linear``, "norm" is the gamma
+    and beta of a norm, "factor" the constant operand of a Mul or Div, "term" that of an Add, Sub, Min or Max. ``index``
+    holds the classes: a vector over the channels, or an array that broadcasts against the inputs of ``node``.
+    ``shifted`` tells whether the constants take the shift too. ``forward`` tells whether the region holds the input of
+    a term, not its result.
     """
 
     role: str
@@ -30,7 +31,7 @@ class End:
 
 @dataclass(frozen=True)
 class Cut:
-    """An edge where the scale is undone by explicit nodes: in front of ``reader``, or (None) behind the writer."""
+    """An edge where explicit nodes undo the scale: in front of ``reader``, or behind the writer (reader None)."""
 
     tensor: gs.Tensor
     reader: gs.Node | None
@@ -43,8 +44,8 @@ class Cut:
 class Region:
     """Tensors that are scaled together. ``index`` arrays hold signed class numbers; class c is row c - 1 of a scale.
 
-    ``fixed``: why each class is pinned, "" where it is free. ``unshifted``: why each class cannot be shifted, "" where
-    it can. ``places``: the tensors and their maps, by id.
+    ``fixed`` gives the reason why each class is pinned, "" for a free class. ``unshifted`` gives the reason why each
+    class takes no shift, "" for a class that does. ``places`` holds the tensors and their maps, by id of the tensor.
     """
 
     ends: list[End]
@@ -67,13 +68,13 @@ class Region:
 
     @property
     def no_shift(self) -> str:
-        """Why no class can be shifted; empty when one can."""
+        """Why no class takes a shift; empty where a class does."""
         return "" if self.shiftable.any() else next(iter(self.unshifted), "it has no channels")
 
     def readers(self) -> list[End]:
         return [end for end in self.ends if end.role == "in"]
 
     def why_fixed(self, index: np.ndarray) -> str:
-        """Why no class of an index map is free; empty when one is."""
+        """Why no class of an index map is free; empty where a class is."""
         reasons = [self.fixed[abs(int(c)) - 1] for c in np.unique(index)]
         return "" if "" in reasons else next(iter(reasons), "it has no channels")

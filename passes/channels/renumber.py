@@ -1,10 +1,10 @@
-"""The channels of a region numbered anew: some dropped, repeated or put in another order, everywhere at once.
+"""Renumbers the channels of a region: drops, repeats or permutes channels everywhere at once.
 
     W2 f(W1 x + b)   ->   (W2 P^T) f(P W1 x + P b)        P: rows of I
 
-Every constant in the region is indexed along the axis of the channels, and whatever else says how many there are or
-which, the shapes, splits and indices in the graph, follows. A cut and a permutation leave one function where f treats
-every channel alike; where channels are repeated, the columns of W2 are to be divided among the copies beforehand.
+The edit indexes every constant in the region along the axis of the channels, and updates the shapes, splits and indices
+in the graph. A permutation keeps the function where f treats every channel alike. Before channels are repeated, the
+caller must divide the columns of W2 among the copies.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HEADS = {"num_heads", "q_num_heads", "kv_num_heads", "qkv_hidden_sizes"}  # att
 
 @dataclass(frozen=True)
 class Numbering:
-    """What takes the places of labels 1 .. n: of label l ``counts[l - 1]`` labels, all of them in turn in ``source``.
+    """The labels that replace labels 1 .. n: ``counts[l - 1]`` labels replace label l; ``source`` lists all in order.
 
     cut 2               counts 1 0 1    source 1 3
     repeat 2            counts 1 2 1    source 1 2 2 3
@@ -39,7 +39,7 @@ class Numbering:
 
     @classmethod
     def repeating(cls, counts: np.ndarray) -> Numbering:
-        """Label l stands ``counts[l - 1]`` times: once where it stays (True), not at all where it goes (False)."""
+        """Label l stands ``counts[l - 1]`` times; a bool tells whether the label stays."""
         counts = counts.astype(np.int64)
         return cls(counts, np.repeat(np.arange(1, counts.size + 1), counts))
 
@@ -49,12 +49,13 @@ class Numbering:
         return cls(np.ones(source.size, np.int64), source)
 
     def positions(self, labels: np.ndarray) -> np.ndarray:
-        """Which position of an axis stands at each one afterwards. Raises Refused where that is not certain.
+        """The old position of an axis for each new position. Raises Refused where the old position is ambiguous.
 
-        For a label that stands more than once along an axis no other is known to come in the same order.
+        A label that stands several times along an axis cannot replace another label, because the order of its positions
+        need not match.
         """
         counts = self.counts[labels - 1]
-        own = np.repeat(np.arange(labels.size), counts)  # whose place it is
+        own = np.repeat(np.arange(labels.size), counts)  # the old position in the same place
         turn = np.arange(own.size) - np.repeat(np.cumsum(counts) - counts, counts)
         source = self.source[(np.cumsum(self.counts) - self.counts)[labels[own] - 1] + turn]
         times = np.bincount(labels, minlength=self.counts.size + 1)
@@ -66,7 +67,7 @@ class Numbering:
         return np.where(moved, where[source], own)
 
     def check(self, region: Region) -> None:
-        """Raises Refused with the reason where a label that is fixed would move, or copies belong in blocks."""
+        """Raises Refused with the reason where a fixed label would move, or where a block would hold copies."""
         for node in region.blocks if self.counts.max(initial=0) > 1 else ():
             raise InBetween(node.op)
         stays = self.counts == 1
@@ -81,9 +82,9 @@ def renumber(
     suffix: str = "",
     shapes: dict[str, Shape] | None = None,
 ) -> None:
-    """Gives the labels of regions other places. Raises Refused, with nothing changed, and OutputError.
+    """Renumbers the labels of regions. Raises Refused, with nothing changed, and OutputError.
 
-    ``suffix``: see ``index_constants``. ``shapes``, of tensors by name, are brought up to date.
+    ``index_constants`` explains ``suffix``. The call updates ``shapes``, the shapes of tensors by name.
     """
     places = []
     for region, numbering in changes:
@@ -105,10 +106,10 @@ def renumber(
 
 
 def index_constants(graph: gs.Graph, places: Iterable[tuple[gs.Node, int, int, np.ndarray]], suffix: str = "") -> None:
-    """Takes of constants, (node, input, axis, positions), what is to stand along an axis. Raises OutputError.
+    """Indexes constants, given as (node, input, axis, positions), along an axis. Raises OutputError.
 
-    Those who shared a constant and get the same share the new one. ``suffix``: of its name; without one it keeps the
-    name of the old one where nobody else reads that.
+    Readers that share a constant and take the same positions share the new constant. Its name ends in ``suffix``.
+    Without a suffix the new constant keeps the old name where the old constant has one reader.
     """
     held: dict[tuple[int, int], tuple[gs.Node, dict[int, np.ndarray]]] = {}
     for node, port, axis, positions in places:
@@ -157,9 +158,7 @@ def _edit(graph: gs.Graph, found: NodeEdit, numbering: Numbering) -> None:
     elif found.what == "size":
         _set_size(graph, found, left)
     elif found.what == "gather":
-        picked = edit.value(node.inputs[1])
-        assert picked is not None
-        picked = picked % labels.size
+        picked = np.asarray(edit.value(node.inputs[1])) % labels.size
         if picked.ndim == 1:
             picked = picked[numbering.positions(labels[picked])]
         places = np.zeros(labels.size, np.int64)
@@ -172,7 +171,7 @@ def _edit(graph: gs.Graph, found: NodeEdit, numbering: Numbering) -> None:
 
 
 def _set_size(graph: gs.Graph, found: NodeEdit, size: int) -> None:
-    """Writes a length where a shape has it from, if that is written anywhere."""
+    """Writes a length into the constant or attribute that a shape takes the length from, if there is one."""
     if not isinstance(found.source, Written):
         return
     if not found.source.ports:
@@ -181,20 +180,17 @@ def _set_size(graph: gs.Graph, found: NodeEdit, size: int) -> None:
         found.node.attrs["shape"] = shape
         return
     node, port = _own(graph, found.node, found.source.ports)
-    values = edit.value(node.inputs[port])
-    assert values is not None
-    new = np.array(values)
+    new = np.array(edit.value(node.inputs[port]))
     new.reshape(-1)[found.source.element] = size
     edit.set_constant(graph, node, port, new, f"{found.node.name}_shape")
 
 
 def _own(graph: gs.Graph, reader: gs.Node, ports: Sequence[int]) -> tuple[gs.Node, int]:
-    """The node and input at the end of a way, for its first node alone: what others use on the way is copied."""
+    """The node and input at the end of a path of inputs; nodes on the path with other readers are copied first."""
     port, *further = ports
     for next_port in further:
         tensor = reader.inputs[port]
-        step = edit.producer(tensor)
-        assert step is not None
+        step = tensor.inputs[0]
         if len(tensor.outputs) > 1 or edit.is_output(graph, tensor):
             twin = gs.Variable(free_name(graph, f"{tensor.name}_own"), tensor.dtype, tensor.shape)
             name = free_name(graph, f"{step.name}_own")
@@ -220,11 +216,9 @@ def _set_split(graph: gs.Graph, node: gs.Node, axis: int, counts: np.ndarray) ->
 
 
 def _set_slice(graph: gs.Graph, node: gs.Node, place: int, counts: np.ndarray) -> None:
-    """A Slice begins and ends behind as many positions as are left in front."""
+    """Moves the start and the end of a Slice by the positions that are dropped or repeated in front of them."""
     for index, name in ((1, "starts"), (2, "ends")):
-        values = edit.argument(node, index, name)
-        assert values is not None
-        new = np.array(values)
+        new = np.array(edit.argument(node, index, name))
         at = min(max(int(new[place]) + (counts.size if new[place] < 0 else 0), 0), counts.size)
         new[place] = int(counts[:at].sum())
         if edit.has_input(node, index):

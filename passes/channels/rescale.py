@@ -1,4 +1,4 @@
-"""A scale and a shift moved through a region of a graph (``channels``) without changing its function.
+"""Moves a scale and a shift through a region of a graph (``scale_regions``); the graph computes the same function.
 
     x' = (x - z) / s       in every tensor of the region, with s > 0 and z by class
     writers                W' = diag(1/s) W,   b' = (b - z) / s;    a norm's gamma' = gamma / s,  beta' = (beta - z) / s
@@ -6,14 +6,13 @@
     a constant factor      c' = c / s          x = c u becomes x' = c' u
     a constant term        c' = (c - z) / s    x = u + c becomes x' = u / s + c';  behind x, c' = (c + z) / s
 
-where 1 / s stands for s in a map's negative entries. Everything is computed in float64 and cast once, and all of it
-before anything is written: where one weight cannot be, the region stays as it is.
+where 1 / s stands for s in the negative entries of a map. All new values are computed in float64, cast once, and
+written together: where one weight cannot take its new values, the region stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,73 +23,57 @@ from channelfold.passes.layers.linear import Linear, cast, check_growth, norm_pa
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
-LOWEST, HIGHEST = 1e-5, 1e5  # of a scale; a channel that is always zero asks for 0, one that explodes for infinity
+Write = Callable[[], object]  # puts values that are computed already into the graph
+LOWEST, HIGHEST = 1e-5, 1e5  # of a scale: a channel that is always zero asks for 0, a diverging channel for infinity
 
 
 def clamped(scale: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """A scale by class with 1 where the class is not free or the value is no number, and within 1e-5 .. 1e5."""
+    """A scale (classes,) clipped to 1e-5 .. 1e5, with 1 where a class is pinned or the value is no positive number."""
     usable = free & np.isfinite(scale) & (scale > 0)
     return np.where(usable, np.clip(np.where(usable, scale, 1.0), LOWEST, HIGHEST), 1.0)
 
 
 def at(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """A scale by class, looked up for an index map; the inverse where the map is negative."""
+    """The scale of every entry of an index map, from a scale (classes,): the inverse where an entry is negative."""
     found = values[np.abs(index) - 1]
     return np.where(index > 0, found, 1 / found)
 
 
 def rescale(graph: gs.Graph, region: Region, scale: np.ndarray, shift: np.ndarray | None = None) -> None:
-    """Moves ``scale`` and ``shift``, (classes,) float64, through a region, 1 and 0 where a class cannot take them.
+    """Moves ``scale`` and ``shift``, (classes,) float64, through a region; pinned classes get scale 1 and shift 0.
 
-    Raises Refused with the reason, and nothing changed, where a weight cannot take its part: a value too large for its
-    type, a shared weight of more than 1 MB, a shift where ``region.no_shift`` says why there can be none.
+    Raises Refused, with nothing changed, where a weight does not fit its type, where a shared weight is larger than
+    1 MB, and where ``region.no_shift`` gives a reason against a shift.
     """
     scale = clamped(scale, region.free)
     if shift is not None and np.any(shift) and region.no_shift:
         raise Refused(region.no_shift)
     shift = np.zeros_like(scale) if shift is None else np.where(region.shiftable, shift, 0.0)
-    try:
-        writes = [write for end in _joined(region.ends) for write in _planned(graph, end, scale, shift)]
-        for tensor in {id(cut.tensor): cut.tensor for cut in region.cuts}.values():
-            writes.append(_inserted(graph, [cut for cut in region.cuts if cut.tensor is tensor], scale, shift))
-    except Refused as error:
-        raise Refused(str(error)) from None
+    linears: dict[int, tuple[Linear, dict[str, End]]] = {}  # a linear may write a tensor of the region and read another
+    writes: list[Write] = []
+    for end in region.ends:
+        if end.linear is None:
+            writes += _planned(graph, end, scale, shift)
+        else:
+            linears.setdefault(id(end.node), (end.linear, {}))[1][end.role] = end
+    for linear, ends in linears.values():
+        writes += _planned_linear(linear, ends, scale, shift)
+    for tensor in {id(cut.tensor): cut.tensor for cut in region.cuts}.values():
+        writes.append(_inserted(graph, [cut for cut in region.cuts if cut.tensor is tensor], scale, shift))
     for write in writes:
         write()
     edit.sweep(graph)
 
 
-@dataclass
-class _Both:
-    """A linear with what its inputs and its outputs take up."""
-
-    linear: Linear
-    inner: End | None = None
-    outer: End | None = None
+def _taken(place: End | Cut, scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The scale and the shift of every entry of the map of an end or a cut."""
+    s = at(scale, place.index)
+    return s, shift[np.abs(place.index) - 1] if place.shifted else np.zeros_like(s)
 
 
-def _joined(ends: list[End]) -> list[End | _Both]:
-    """The ends, those of one linear together: it may write one tensor of a region and read another."""
-    linears: dict[int, _Both] = {}
-    others: list[End | _Both] = []
-    for end in ends:
-        if end.linear is None:
-            others.append(end)
-            continue
-        both = linears.setdefault(id(end.node), _Both(end.linear))
-        if end.role == "in":
-            both.inner = end
-        else:
-            both.outer = end
-    return [*others, *linears.values()]
-
-
-def _planned(graph: gs.Graph, end: End | _Both, scale: np.ndarray, shift: np.ndarray) -> list[Callable[[], object]]:
-    """The writes an end takes, computed."""
-    if isinstance(end, _Both):
-        return _planned_linear(end, scale, shift)
-    s = at(scale, end.index)
-    z = shift[np.abs(end.index) - 1] if end.shifted else np.zeros_like(s)
+def _planned(graph: gs.Graph, end: End, scale: np.ndarray, shift: np.ndarray) -> list[Write]:
+    """The writes to the constants of a norm, a factor or a term."""
+    s, z = _taken(end, scale, shift)
     if not np.any(s != 1) and not np.any(z):
         return []
     node = end.node
@@ -111,35 +94,29 @@ def _planned(graph: gs.Graph, end: End | _Both, scale: np.ndarray, shift: np.nda
     return [lambda: edit.set_constant(graph, node, place, values, name)]
 
 
-def _planned_linear(both: _Both, scale: np.ndarray, shift: np.ndarray) -> list[Callable[[], object]]:
-    linear = view(both.linear.graph, both.linear.node)  # as it is now: other regions share it
-    outs, ins = linear.channels
-    out_scale, out_shift = np.ones(outs), np.zeros(outs)
-    in_scale, in_shift = np.ones(ins), np.zeros(ins)
-    if both.outer is not None:
-        out_scale = 1 / at(scale, both.outer.index)
-        if both.outer.shifted:
-            out_shift = -shift[np.abs(both.outer.index) - 1] * out_scale
-    if both.inner is not None:
-        in_scale = at(scale, both.inner.index)
-        if both.inner.shifted:
-            in_shift = shift[np.abs(both.inner.index) - 1]
-    if all(np.all(v == idle) for v, idle in ((out_scale, 1), (in_scale, 1), (out_shift, 0), (in_shift, 0))):
+def _planned_linear(old: Linear, ends: dict[str, End], scale: np.ndarray, shift: np.ndarray) -> list[Write]:
+    """The write to a linear; ``ends`` by role: "out" scales its outputs, "in" its inputs."""
+    linear, moved = view(old.graph, old.node), {}  # viewed anew, because other regions may have changed the weight
+    if "out" in ends:
+        s, z = _taken(ends["out"], scale, shift)
+        moved |= {"out_scale": 1 / s, "out_shift": -z * (1 / s)}
+    if "in" in ends:
+        moved["in_scale"], moved["in_shift"] = _taken(ends["in"], scale, shift)
+    if all(np.all(values == name.endswith("scale")) for name, values in moved.items()):
         return []
     check_growth(linear)
-    values = linear.rescaled(out_scale=out_scale, out_shift=out_shift, in_scale=in_scale, in_shift=in_shift)
+    values = linear.rescaled(**moved)
     return [lambda: linear.install(*values)]
 
 
-def _inserted(graph: gs.Graph, cuts: list[Cut], scale: np.ndarray, shift: np.ndarray) -> Callable[[], object]:
-    """Puts explicit nodes on the cut edges of a tensor.
+def _inserted(graph: gs.Graph, cuts: list[Cut], scale: np.ndarray, shift: np.ndarray) -> Write:
+    """The write that puts explicit nodes on the cut edges of a tensor.
 
-    Where its writer cannot take the scale up, (x - z) / s is computed for the readers that expect it; else s x' + z is
-    restored for those that do not.
+    A writer that cannot take the scale writes x; the nodes compute (x - z) / s for the readers in the region. Otherwise
+    the nodes restore s x' + z for the readers that cannot take the scale.
     """
-    tensor, index = cuts[0].tensor, cuts[0].index
-    s = at(scale, index)
-    z = shift[np.abs(index) - 1] if cuts[0].shifted else np.zeros_like(s)
+    tensor = cuts[0].tensor
+    s, z = _taken(cuts[0], scale, shift)
     blocked = [cut.reader for cut in cuts if cut.reader is not None]
     if len(blocked) < len(cuts):
         readers = [n for n in edit.consumers(tensor) if not any(n is b for b in blocked)]

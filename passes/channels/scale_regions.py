@@ -1,25 +1,25 @@
-"""Which channels of which tensors are one: index maps through a graph.
+"""Regions of tensors whose channels must be scaled together, found by index maps through a graph.
 
-Give every channel of a tensor a number of its own, its *class*, and follow the numbers through the graph by doing to
-them what the operators do to the data: Transpose, Reshape, Slice and Gather move them, Add makes those that meet one
-class, a linear node ends them. What comes out is a ``Region``: all tensors that must be scaled together, and the
-weights that can take the scale up. With a scale s > 0 and a shift z per class, every tensor of the region becomes
+Every channel of a tensor gets a number of its own, its *class*. The trace follows the numbers through the graph and
+does to them what the operators do to the data: Transpose, Reshape, Slice and Gather move classes, Add merges the
+classes of its operands, and a linear node ends the trace. The result is a ``Region``: all tensors that must be scaled
+together, and the weights that take the scale. With a scale s > 0 and a shift z per class, every tensor x becomes
 
     x' = (x - z) / s        writers (linears, norms, constant operands):  W' = diag(1/s) W,  b' = (b - z) / s
                             readers (linears):                            W' = W diag(s),    b' = b + W z
 
-and nothing outside it changes. Index maps (``index_maps``) are arrays of the tensor's rank whose entries are class
-numbers from 1; a negative one stands for the inverse scale, 1 / s: in q k^T the classes of q are those of k, inverted,
-so that heads, grouped queries and rotary pairs need no rule of their own.
+and no tensor outside the region changes. Index maps (``maps``) are arrays of the rank of the tensor whose entries are
+class numbers from 1. A negative entry stands for the inverse scale, 1 / s: in q k^T the classes of q are the inverse
+classes of k, so that heads, grouped queries and rotary pairs need no rule of their own.
 
-Worked example, v -> o in attention with 2 heads of 2 channels. The map of what o reads is [1 2 3 4]; backwards through
-Reshape [[1 2] [3 4]], through Transpose and softmax(q k^T) v (linear in v) and another Transpose and Reshape to
-[1 2 3 4] at the output of v: region {writer v, reader o}. With one kv head for both query heads an Expand makes
-1 = 3 and 2 = 4.
+Worked example, v -> o in attention with 2 heads of 2 channels. The map of the tensor that o reads is [1 2 3 4]. The
+trace goes back through Reshape ([[1 2] [3 4]]), Transpose, softmax(q k^T) v (linear in v), another Transpose and
+Reshape to [1 2 3 4] at the output of v: region {writer v, reader o}. With one kv head for both query heads an Expand
+merges 1 with 3 and 2 with 4.
 
-What a class cannot pass (an activation function, an output of the graph) *pins* it to s = 1, z = 0, with the reason; a
-region whose classes are all pinned has nothing to give. Traced with ``insert`` the region ends at its first tensor
-instead, and explicit Mul and Add nodes on the edges that block it (its ``cuts``) undo the scale there.
+An obstacle (an activation function, an output of the graph) *pins* a class to s = 1, z = 0, with a reason. A region
+whose classes are all pinned cannot be scaled. With ``insert`` the region ends at its first tensor instead, and explicit
+Mul and Add nodes undo the scale on the edges that block the scale (the ``cuts``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from channelfold.passes.channels.maps import (
     preimage,
     raised,
 )
-from channelfold.passes.channels.ports import Ports
+from channelfold.passes.channels.ports import Ports, known_shape
 from channelfold.passes.channels.region import Cut, End, Region
 from channelfold.passes.channels.scale_attention import attended, turned
 from channelfold.passes.layers.affine import Vector, passes
@@ -54,10 +54,10 @@ Move = tuple[gs.Tensor, np.ndarray, bool]  # a tensor to follow, its map, whethe
 
 
 def trace(graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: Mapping[str, Shape], insert: bool = False) -> Region:
-    """The region of a tensor whose channels lie along ``axis``. ``shapes``: of all tensors for some input, by name.
+    """The region of a tensor along ``axis``. ``shapes`` holds the shapes of all tensors for one input, by name.
 
-    With ``insert`` nothing is followed beyond that tensor and the constants that are next to it. Raises Refused where
-    the tensor's shape is unknown.
+    With ``insert`` the trace follows nothing but the tensor and the constants next to it. Raises Refused where the
+    shape of the tensor is unknown.
     """
     tracer = _Tracer(graph=graph, shapes=shapes, insert=insert)
     first = tracer.follow(tensor, axis)
@@ -71,7 +71,7 @@ def trace(graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: Mapping[str, Sh
 
 
 def reach(graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape], allow_insert: bool) -> Region:
-    """The region of what a linear reads, traced with ``insert`` where it has nothing to give otherwise and that may be.
+    """The region of the input of a linear; where all classes are pinned and ``allow_insert``, traced with ``insert``.
 
     Raises Refused with the reason where no channel can be scaled.
     """
@@ -95,9 +95,9 @@ class _Place:
 class _Tracer(Classes):
     """Follows maps from tensor to tensor, over every node once.
 
-    ``related``: by node, the tensors whose maps it ties together, the queries and keys of attention apart (True).
-    ``choices``: the products of two activations where either could take the scale; ``instead`` is one where it is the
-    one that is not tried first.
+    ``related`` holds the tensors that every node ties together; the key True marks the queries and keys of attention.
+    ``choices`` lists the products of two activations where either operand can take the scale. At the product
+    ``instead`` the trace gives the scale to the operand that the trace does not try first.
     """
 
     graph: gs.Graph
@@ -127,11 +127,7 @@ class _Tracer(Classes):
         return self.region()
 
     def shape(self, tensor: gs.Tensor) -> Shape:
-        if isinstance(tensor, gs.Constant):
-            return tuple(tensor.shape)
-        if tensor.name not in self.shapes:
-            raise Refused(f"the shape of {tensor.name!r} is unknown")
-        return self.shapes[tensor.name]
+        return known_shape(tensor, self.shapes)
 
     def visit(self, tensor: gs.Tensor, index: np.ndarray, shifted: bool) -> None:
         index = collapsed(index)
@@ -149,19 +145,19 @@ class _Tracer(Classes):
         else:
             self.pending.append(place)
         for size, length in zip(index.shape, tensor.shape or (), strict=False):
-            if size > 1 and length in self.dynamic:  # the map would be another one for another input
+            if size > 1 and length in self.dynamic:  # another input would have another map
                 self.pin(index, f"the length of its axis {length!r} may change")
 
     def expand(self, place: _Place) -> None:
-        """Follows a tensor to the node that writes it and to all that read it."""
+        """Follows a tensor to its writer and to all of its readers."""
         readers = [n for n in edit.consumers(place.tensor) if not operator(n).asks_shape]
         for node in (None, *readers):
             self.attempt(place, node)
 
     def attempt(self, place: _Place, reader: gs.Node | None, last: bool = False) -> None:
-        """Follows a tensor across a reader, or (None) its writer.
+        """Follows a tensor across a reader, or across its writer (reader None).
 
-        What a product of two activations takes the scale from is asked ``last``, when one of them may be known.
+        A product of two activations waits until it is ``last``, because the trace may reach one of its operands before.
         """
         try:
             node = reader or self.writer(place.tensor)
@@ -187,7 +183,7 @@ class _Tracer(Classes):
         return node
 
     def cross(self, node: gs.Node, place: _Place, forward: bool) -> None:
-        """Ends the region at a node or follows it to the other side. Raises Refused, with nothing tied to anything."""
+        """Ends the region at a node, or follows the map to the other side. Raises Refused, with nothing merged."""
         if not edit.in_graph(self.graph, node):
             raise Refused("a subgraph " + ("reads it" if forward else "writes it"))
         if forward and sum(t is place.tensor for t in node.inputs) > 1:
@@ -208,7 +204,7 @@ class _Tracer(Classes):
             self.visit(*move)
 
     def is_near(self, node: gs.Node, place: _Place, forward: bool) -> bool:
-        """Whether the region passes a node although it ends at its first tensor: a constant operand takes its part."""
+        """Whether a region traced with ``insert`` passes a node, because the constant operand takes the scale."""
         operand = _constant_operand(node)
         if operand is None:
             return False
@@ -230,7 +226,7 @@ class _Tracer(Classes):
         return linear is not None or operator(node).gamma > 0
 
     def written_by(self, node: gs.Node, tensor: gs.Tensor) -> Linear | None:
-        """The linear whose result, bias included, a tensor is."""
+        """The linear whose result, bias included, is ``tensor``; None where no linear writes the tensor."""
         sources = [node] if operator(node).weighted else []
         if node.op == "Add":
             sources = [s for s in map(edit.producer, node.inputs) if s is not None and s.op == "MatMul"]
@@ -262,7 +258,7 @@ class _Tracer(Classes):
         self.ends.append(End("norm", node, self.along(place.index, axis, channels), place.shifted))
 
     def reads(self, node: gs.Node, place: _Place) -> bool:
-        """Whether a linear ends the region here; False for the product of two activations."""
+        """Whether a linear that reads a tensor ends the region; False for the product of two activations."""
         if not operator(node).weighted:
             return False
         try:
@@ -300,7 +296,7 @@ class _Tracer(Classes):
         raise Refused(f"{node.op} reads it") if forward else InBetween(node.op)
 
     def moved(self, node: gs.Node, source: gs.Tensor, place: _Place, forward: bool) -> list[Move]:
-        """One input and one output, the channels of which are those of the input or some of them."""
+        """Follows a map across a node that moves the channels of one input to its output."""
         result = node.outputs[0]
         if place.tensor is not source and place.tensor is not result:
             raise Refused(f"it is a second output of {node.op}")
@@ -319,7 +315,7 @@ class _Tracer(Classes):
         return [(source, before, shifted)]
 
     def shift_passes(self, node: gs.Node, index: np.ndarray, shifted: bool) -> bool:
-        """Whether a shift comes along; notes why not. Raises Refused where not even a positive scale passes."""
+        """Whether a shift passes a node; notes why not. Raises Refused where not even a positive scale passes."""
         known = operator(node)
         reason = "" if known.shift or known.kind in ("pad", "pool") else f"a shift does not pass {node.op}"
         if known.kind in ("pad", "pool") or known.random:  # it depends on their attributes and inputs
@@ -331,10 +327,10 @@ class _Tracer(Classes):
         return shifted and not reason
 
     def arithmetic(self, node: gs.Node, place: _Place, forward: bool) -> list[Move]:
-        """Mul, Div, Add, Max and the like: what is tied together has one map, as far as each is not broadcast.
+        """Mul, Div, Add, Max and the like: the operands and the result have one map, except along broadcast axes.
 
-        A constant factor by channel takes up the whole scale, and what is on the other side stays as it is; a constant
-        term takes up the shift (a bound does not), and the scale goes on; any other factor lets the scale pass.
+        A constant factor by channel takes the whole scale, and the tensor on its other side stays. A constant term
+        takes the shift (the bound of a Max or Min does not) and passes the scale. Other factors pass the scale.
         """
         result, operand = node.outputs[0], _constant_operand(node)
         index = raised(place.index, len(self.shape(result)))
@@ -357,7 +353,7 @@ class _Tracer(Classes):
         return [move for move in moves if move[0] is not place.tensor]
 
     def takes_scale(self, node: gs.Node, operand: int, index: np.ndarray | None = None) -> bool:
-        """Whether a constant operand is a factor that varies over the channels (over anything, without a map)."""
+        """Whether a constant operand is a factor that varies over the channels of a map (over any axis without one)."""
         if operator(node).joins or (node.op == "Div" and operand == 0):
             return False
         shape = tuple(node.inputs[operand].shape)
@@ -367,7 +363,7 @@ class _Tracer(Classes):
         return any(size > 1 and held > 1 for size, held in zip(shape, wide, strict=True))
 
     def carrier(self, node: gs.Node) -> gs.Tensor:
-        """The operand of a product of two activations that takes the scale: one that comes from weights."""
+        """The operand of a product of two activations that takes the scale: an operand made from weights."""
         sides = (0,) if node.op == "Div" else (1, 0)
         carriers = [node.inputs[side] for side in sides if self.comes_from_weights(node.inputs[side])]
         if not carriers:
@@ -391,9 +387,9 @@ class _Tracer(Classes):
         return False
 
     def product(self, node: gs.Node, place: _Place, forward: bool) -> list[Move]:
-        """MatMul of two activations: rows follow the left operand, columns the right one.
+        """MatMul of two activations: the rows of the result follow the left operand, its columns the right operand.
 
-        Along the axis that is summed over, the other operand gets the inverse.
+        Along the axis that is summed over, the other operand gets the inverse classes.
         """
         left, right = node.inputs
         result, index = node.outputs[0], place.index
@@ -427,7 +423,7 @@ class _Tracer(Classes):
         return axis == -1 or axis + 1 == len(self.shape(node.outputs[0]))
 
     def pieces(self, node: gs.Node, place: _Place) -> list[Move]:
-        """Concat and Split: one whole tensor, and parts of it along an axis."""
+        """Concat and Split: a whole tensor, and the parts of the tensor along an axis."""
         whole, parts = node.outputs[0], list(node.inputs)
         if node.op == "Split":
             whole, parts = node.inputs[0], list(node.outputs)
@@ -447,7 +443,7 @@ class _Tracer(Classes):
     # ---- the result --------------------------------------------------------------------------------------------------
 
     def region(self) -> Region:
-        """The region with its classes renumbered: merged ones are one, those that nothing refers to are gone."""
+        """The region with classes 1 .. n: merged classes have one number, unused classes have none."""
         used = [*(e.index for e in self.ends), *(c.index for c in self.cuts), *(p.index for p in self.places.values())]
         renumber, size = self.renumbered(used)
         fixed = self.reasons(self.pins, renumber, size)
@@ -461,7 +457,7 @@ class _Tracer(Classes):
 
 
 def _constant_operand(node: gs.Node) -> int | None:
-    """Which operand of an arithmetic node is the one that is constant; None where none or both are."""
+    """The constant operand of an arithmetic node; None where no operand or both operands are constant."""
     known = operator(node)
     if not (known.joins or known.multiplies) or len(node.inputs) != 2:
         return None

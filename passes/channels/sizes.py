@@ -1,8 +1,8 @@
-"""Where the numbers in a shape come from and where they go.
+"""The origin of the numbers in a shape, and the shapes that use the length of an axis.
 
-Exporters write a shape as one constant, or put it together at run time: Concat of constants and of elements that Gather
-or Slice take from a Shape. Both ways are followed element by element through operators that only move elements, and
-through the Where that PyTorch puts in front of an Expand: Where(shape = -1, 1, shape).
+Exporters write a shape as one constant, or assemble the shape at run time: a Concat of constants and of elements that
+Gather or Slice take from a Shape. The functions here follow single elements through operators that only move elements,
+and through the Where that PyTorch puts in front of an Expand: Where(shape = -1, 1, shape).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ ShapeOf = Callable[[gs.Tensor], tuple[int, ...] | None]
 class Written:
     """An element of a constant: ``element`` of its values, in C order.
 
-    ``ports`` lead there: an input of the node asked for, an input of the node that writes it, and so on.
+    ``ports`` is the path to the constant: an input of the node that has the shape, an input of the node that writes
+    this input, and so on.
     """
 
     ports: tuple[int, ...]
@@ -41,14 +42,14 @@ class Length:
 
 @dataclass(frozen=True)
 class Implied:
-    """A size that nobody writes: -1 in a Reshape, or 1 in an Expand."""
+    """A size that follows from the data: -1 in a Reshape, or 1 in an Expand."""
 
 
 Source = Written | Length | Implied
 
 
 def source_of_size(node: gs.Node, holder: int, element: int, shape_of: ShapeOf) -> Source | None:
-    """Where a node has an element of its shape, input ``holder`` or an attribute, from; None where it is computed."""
+    """The origin of an element of the shape (input ``holder`` or an attribute) of a node; None for a computed size."""
     if edit.has_input(node, holder):
         found = _source(node, holder, element, shape_of)
     else:
@@ -58,7 +59,7 @@ def source_of_size(node: gs.Node, holder: int, element: int, shape_of: ShapeOf) 
         return found
     if found.value == 0 and node.op == "Reshape" and not node.attrs.get("allowzero", 0):
         return Length(node.inputs[0], element)
-    # 1 in the shape of an Expand leaves the length that is there; where it makes one, it has length 1 and no channels
+    # 1 in the shape of an Expand keeps the length of the data; a new axis has length 1 and no channels
     return Implied() if found.value < 0 or (found.value == 1 and node.op == "Expand") else found
 
 
@@ -83,7 +84,7 @@ def _source(node: gs.Node, port: int, element: int, shape_of: ShapeOf) -> Source
 
 
 def _origin(node: gs.Node, element: int, shape_of: ShapeOf) -> tuple[int, int] | None:
-    """The input of a node, and the element of it, that it moves to an element of its result."""
+    """(input, element of the input) that a node moves to an element of its result."""
     if operator(node).copies:
         return 0, element
     if node.op == "Concat":
@@ -94,14 +95,12 @@ def _origin(node: gs.Node, element: int, shape_of: ShapeOf) -> tuple[int, int] |
             element -= size
         return None
     size = _length(node.inputs[0], shape_of)
-    if size is None:
-        return None
-    taken = _taken(node, size)
+    taken = None if size is None else _taken(node, size)
     return None if taken is None or element >= taken.size else (0, int(taken[element]))
 
 
 def _taken(node: gs.Node, size: int) -> np.ndarray | None:
-    """Which elements of a vector of sizes a Gather or Slice takes."""
+    """The elements of a vector of sizes that a Gather or Slice takes."""
     if node.op == "Gather":
         picked = edit.value(node.inputs[1])
         return None if picked is None else picked.reshape(-1) % size
@@ -126,15 +125,15 @@ def _chosen(where: gs.Node, element: int, shape_of: ShapeOf) -> Source | None:
 
 
 def _is_negative(tensor: gs.Tensor) -> bool:
-    """Whether a constant holds no size that an axis can have, so that comparing with it says nothing of one."""
+    """Whether all values of a constant are negative, so that a comparison with a size of an axis is always false."""
     values = edit.value(tensor)
     return values is not None and bool((values < 0).all())
 
 
 def readers_of_size(graph: gs.Graph, node: gs.Node, axis: int, shape_of: ShapeOf) -> list[tuple[gs.Node, int]] | None:
-    """The nodes whose shape has the length of an axis that a Shape node reads, with the element of their shape.
+    """(node, element of its shape) for every node whose shape uses the length of an axis that a Shape node reads.
 
-    None where something is computed with it, or it ends elsewhere.
+    None where a node computes with the length, or the length ends anywhere but in a shape.
     """
     axes = _axes(node, shape_of)
     found: list[tuple[gs.Node, int]] = []
@@ -158,13 +157,13 @@ def readers_of_size(graph: gs.Graph, node: gs.Node, axis: int, shape_of: ShapeOf
 
 
 def _axes(node: gs.Node, shape_of: ShapeOf) -> list[int]:
-    """The axes whose lengths a Shape node gives."""
+    """The axes whose lengths a Shape node writes."""
     rank = len(shape_of(node.inputs[0]) or ())
     return list(range(rank)[slice(node.attrs.get("start", 0), node.attrs.get("end"))])
 
 
 def _moved(node: gs.Node, port: int, element: int, shape_of: ShapeOf) -> list[int] | None:
-    """Which elements of its result a node makes of one of an input; None where it does more than move it."""
+    """The elements of its result that a node copies from an element of an input; None where the node computes."""
     if node.op == "Shape" or (node.op == "Equal" and _is_negative(node.inputs[1 - port])):
         return []
     if operator(node).copies and port == 0:

@@ -1,14 +1,14 @@
-"""How many channels a tensor has, changed: a view on the cut region of what a linear reads.
+"""Widths: the channels between the linears that write them and the linears that read them, to repeat, drop or blend.
 
-For x = f(W u + b), with f whatever treats every channel alike, and y = V x:
+For x = f(W u + b), with any f that treats every channel alike, and y = V x:
 
     repeat, drop    W' = P W,  b' = P b,  V' = V P^T      P: rows of I, which commute with any f (``renumber``)
     blend           W' = R W,  b' = R b                   where f is linear, R any matrix of rows that add up to 1
                     V' = V C
 
-Worked example, SwiGLU, from what ``down`` reads: back through Mul to up (a writer) and to the activation, whose Sigmoid
-and Mul lead to gate (another writer); all tensors between them get the new width. A Gather with constant indices along
-the channels is a writer, too: its indices are its rows.
+Worked example, SwiGLU, from the tensor that ``down`` reads: the trace goes back through Mul to ``up`` (a writer) and to
+the activation, whose Sigmoid and Mul lead to ``gate`` (another writer). All tensors between them get the new width. A
+Gather with constant indices along the channels is a writer too: its indices are its rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import DoesNotFit, InBetween, Refused
+from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.cut_regions import Region, best_trace
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Shape
@@ -30,12 +30,12 @@ from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
-Blend = Callable[[np.ndarray], np.ndarray]  # of an array (channels, …), to one of the same shape
+Blend = Callable[[np.ndarray], np.ndarray]  # maps an array (channels, …) to an array of the same shape
 
 
 @dataclass
 class Width:
-    """Tensors with the same channels, labels 1 .. ``channels`` of a region, and the linears that make and read them."""
+    """Tensors with the same channels (labels 1 .. ``channels`` of a region), and the linears that use them."""
 
     graph: gs.Graph
     region: Region
@@ -45,7 +45,7 @@ class Width:
 
     @property
     def linears(self) -> list[Linear]:
-        """Each once: one may read the channels and write them."""
+        """The writers and readers, each once: a linear may read the channels and write them."""
         return list({id(linear.node): linear for linear in (*self.writers, *self.readers)}.values())
 
     @property
@@ -63,12 +63,13 @@ class Width:
 
     @property
     def linear(self) -> bool:
-        """Whether nothing but sums of all channels stands between writers and readers."""
+        """Whether every node between writers and readers commutes with sums of channels."""
         whole = all(len(part.labels) == self.channels for part in self.region.parts)
-        return whole and all(_adds_up(node) for node in self.between)
+        known = [operator(node) for node in self.between]
+        return whole and all(row.linear and row.kind in ("elementwise", "reshape", "transpose") for row in known)
 
     def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Everything that makes a channel what it is: labels (n,) and values (n, …)."""
+        """All constants along the channels, except weights that read them: labels (n,) and values (n, …)."""
         for part in (part for part in self.region.parts if part.role != "in"):
             yield part.labels, np.moveaxis(np.asarray(edit.value(part.node.inputs[part.input])), part.axis, 0)
 
@@ -77,38 +78,34 @@ class Width:
         return np.concatenate([columns_of(linear) for linear in self.readers])
 
     def repeat(self, counts: np.ndarray, shapes: dict[str, Shape]) -> None:
-        """Lets every channel stand so often, or not at all, (channels,). Raises Refused, with nothing changed.
+        """Repeats channel c ``counts[c]`` times, (channels,); 0 drops the channel. Updates ``shapes``, by name.
 
-        ``shapes``, of tensors by name, are brought up to date.
+        Raises Refused, with nothing changed.
         """
         renumber(self.graph, [(self.region, Numbering.repeating(counts))], shapes=shapes)
         self.channels = int(counts.sum())
 
     def blended(self, rows: Blend | None, columns: Blend, shapes: dict[str, Shape]) -> Width:
-        """The group when ``columns`` has mapped what reads it and ``rows`` what writes it, for a group that is linear.
+        """Maps the weights that read the channels by ``columns``, and the constants that make them by ``rows``.
 
-        Raises Refused, with nothing changed, where a value does not fit its type.
+        The width must be ``linear``. Raises Refused, with nothing changed, where a value does not fit its type.
         """
         writes: list[Callable[[], object]] = []
         writers = {id(linear.node) for linear in self.writers} if rows else set()
-        try:
-            for linear in self.linears:
-                weight, reads = linear.weight(), any(linear.node is reader.node for reader in self.readers)
-                if reads:
-                    weight = columns(weight.swapaxes(0, 1)).swapaxes(0, 1)
-                if rows and id(linear.node) in writers:
-                    weight = rows(weight)
-                if reads or id(linear.node) in writers:
-                    writes.append(partial(linear.set_weight, cast(weight, linear.dtype)))
-            if rows:
-                for node, port, axis in self.vectors:
-                    old = np.asarray(edit.value(node.inputs[port]))
-                    new = cast(np.moveaxis(rows(np.moveaxis(old, axis, 0)), 0, axis), old.dtype)
-                    writes.append(
-                        partial(edit.set_constant, self.graph, node, port, new, f"{node.inputs[port].name}_mean")
-                    )
-        except DoesNotFit as error:
-            raise Refused(str(error)) from None
+        for linear in self.linears:
+            weight, reads = linear.weight(), any(linear.node is reader.node for reader in self.readers)
+            if reads:
+                weight = columns(weight.swapaxes(0, 1)).swapaxes(0, 1)
+            if rows and id(linear.node) in writers:
+                weight = rows(weight)
+            if reads or id(linear.node) in writers:
+                writes.append(partial(linear.set_weight, cast(weight, linear.dtype)))
+        for node, port, axis in self.vectors:
+            if rows is None:
+                break
+            old = np.asarray(edit.value(node.inputs[port]))
+            new = cast(np.moveaxis(rows(np.moveaxis(old, axis, 0)), 0, axis), old.dtype)
+            writes.append(partial(edit.set_constant, self.graph, node, port, new, f"{node.inputs[port].name}_mean"))
         for write in writes:
             write()
         return read_by(self.graph, view(self.graph, self.readers[0].node), shapes)
@@ -117,15 +114,13 @@ class Width:
 def follow(
     graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: dict[str, Shape], kinds: Collection[str] | None = None
 ) -> Width:
-    """The group of a tensor whose channels lie along ``axis``. ``shapes``: of all tensors for some input, by name.
+    """The width of a tensor along ``axis``. ``shapes`` holds the shapes of all tensors for one input, by name.
 
-    ``kinds``: of the operators that may stand in it, by default all that treat every channel alike. Raises Refused,
-    with the reason, where its width cannot change.
+    ``kinds`` names the kinds of operators that may stand between writers and readers; None allows all operators that
+    treat every channel alike. Raises Refused, with the reason, where the width cannot change.
     """
     table = LinkTable(graph, shapes, single=True)
-    shape = table.shape(tensor)
-    if shape is None:
-        raise Refused(f"the shape of {tensor.name!r} is unknown")
+    shape = table.known_shape(tensor)
     region = best_trace(table, tensor, axis % len(shape))
     width = Width(graph, region, shape[axis], *_linears(graph, region))
     _check(width, kinds)
@@ -135,7 +130,7 @@ def follow(
 
 
 def read_by(graph: gs.Graph, linear: Linear, shapes: dict[str, Shape], kinds: Collection[str] | None = None) -> Width:
-    """The group of what a linear reads. Raises Refused as ``follow``, and where linears read other tensors of it."""
+    """The width of the input of a linear. Raises Refused as ``follow`` does, and where readers read several tensors."""
     width = follow(graph, linear.data, linear.in_axis, shapes, kinds)
     if any(reader.data is not linear.data for reader in width.readers):
         raise Refused("linears read its channels from several tensors")
@@ -143,16 +138,17 @@ def read_by(graph: gs.Graph, linear: Linear, shapes: dict[str, Shape], kinds: Co
 
 
 def gathered(graph: gs.Graph, readers: list[Linear], shapes: dict[str, Shape]) -> Width:
-    """Puts a Gather of all channels between a tensor and some linears that read it; returns the group behind it."""
+    """Puts a Gather of all channels between a tensor and ``readers``; returns the width behind the Gather.
+
+    The tensor must be written by a node.
+    """
     tensor, channels = readers[0].data, readers[0].channels[1]
     axis = readers[0].in_axis % len(shapes[tensor.name])
     name = f"{tensor.name}_channels"
     result = gs.Variable(free_name(graph, name), tensor.dtype, tensor.shape)
     index = constant(graph, f"{name}_indices", np.arange(channels))
     node = gs.Node("Gather", name, {"axis": axis}, [tensor, index], [result])
-    source = edit.producer(tensor)
-    assert source is not None
-    edit.insert_after(graph, source, node)
+    edit.insert_after(graph, tensor.inputs[0], node)
     shapes[result.name] = shapes[tensor.name]
     for linear in readers:
         edit.set_input(linear.node, 1 - linear.weight_input, result)
@@ -160,25 +156,19 @@ def gathered(graph: gs.Graph, readers: list[Linear], shapes: dict[str, Shape]) -
 
 
 def columns_of(linear: Linear) -> np.ndarray:
-    """The weight of a linear without groups as (outputs, inputs), each place of its kernel an output."""
+    """The weight of a linear without groups as (outputs, inputs); every position of a kernel counts as an output."""
     weight = np.moveaxis(linear.weight(), 1, -1)
     return weight.reshape(-1, weight.shape[-1])
 
 
-def _adds_up(node: gs.Node) -> bool:
-    """Whether a node commutes with sums of its channels."""
-    known = operator(node)
-    return known.linear and known.kind in ("elementwise", "reshape", "transpose")
-
-
 def _linears(graph: gs.Graph, region: Region) -> tuple[list[Linear], list[Linear]]:
-    """(writers, readers) of a region. Raises Refused where something else makes or sums up its channels."""
+    """(writers, readers) of a region. Raises Refused where another operator makes the channels or sums over them."""
     layers = {part.role: {id(p.layer): p.layer for p in region.parts if p.role == part.role} for part in region.parts}
     writers = [_view(graph, n, "writes") for n in layers.get("out", {}).values() if operator(n).weighted]
     readers: dict[int, Linear] = {}
     for read in region.reads:
         linear = _view(graph, read.node, "reads")
-        if linear.weight_input != read.port:  # or else it is what stands in front of a weight
+        if linear.weight_input != read.port:  # a Transpose or Cast of a weight is no activation
             readers[id(read.node)] = linear
     if stray := next((node for key, node in layers.get("in", {}).items() if key not in readers), None):
         raise InBetween(stray.op)
@@ -198,7 +188,7 @@ def _view(graph: gs.Graph, node: gs.Node, verb: str) -> Linear:
 
 
 def _check(width: Width, kinds: Collection[str] | None) -> None:
-    """Raises Refused where the channels of a group cannot each be repeated or dropped."""
+    """Raises Refused where a channel of a width cannot be repeated or dropped alone."""
     for node in width.region.blocks:
         raise InBetween(node.op)
     for node in width.between:

@@ -3,8 +3,8 @@
     y[.., c, ..] = scale[c] * x[.., c, ..] + shift[c]
 
 BatchNormalization at inference, and Mul, Div, Add, Sub and Neg with a constant that varies along one axis at most, are
-all this map; a run of them is one map. ``Affine`` is that run. ``before`` and ``after`` say what becomes of the map on
-the other side of an operator that commutes with it:
+all this map; a run of such nodes is one map. ``Affine`` is this run. ``before`` and ``after`` give the map on the other
+side of an operator that commutes with the map:
 
     any scale and shift    Identity, Dropout, Transpose, Reshape, Flatten, Squeeze, Unsqueeze; pooling by averages;
                            Slice and ReduceMean along other axes; Pad that repeats what is there
@@ -34,7 +34,7 @@ _PASSED = ("elementwise", "pad", "pool", "reduce", "reshape", "slice", "transpos
 class Affine:
     """A run of nodes that together map ``input`` to ``output`` by ``scale`` and ``shift``, float64.
 
-    They are vectors over ``axis`` (counted from the front), or 0-d when ``axis`` is None.
+    Scale and shift are vectors over ``axis`` (counted from the front), or 0-d where ``axis`` is None.
     """
 
     nodes: tuple[gs.Node, ...]
@@ -45,20 +45,20 @@ class Affine:
     output: gs.Tensor
 
     def then(self, other: Affine) -> Affine | None:
-        """This map followed by another, when both go along one axis."""
+        """This map followed by ``other``; None where the two maps have different axes."""
         if self.axis is not None and other.axis is not None and self.axis != other.axis:
             return None
         axis = self.axis if self.axis is not None else other.axis
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite any more is refused when it is written
+        with np.errstate(over="ignore", invalid="ignore"):  # the write refuses values that are not finite
             scale, shift = other.scale * self.scale, other.scale * self.shift + other.shift
         return Affine(self.nodes + other.nodes, axis, scale, shift, self.input, other.output)
 
 
 @dataclass(frozen=True)
 class Vector:
-    """How a map looks at another tensor: along ``axis``, each channel ``repeat`` times, all that ``tile`` times.
+    """The layout of a map at another tensor: along ``axis``, every channel ``repeat`` times, the whole ``tile`` times.
 
-    ``no_negative``: what on the way stops scales below zero. ``no_shift``: why a shift cannot come along.
+    ``no_negative`` names the operator that stops negative scales, ``no_shift`` the reason why a shift does not pass.
     """
 
     axis: int | None
@@ -72,7 +72,7 @@ class Vector:
 
 
 def as_affine(node: gs.Node) -> Affine | None:
-    """The map one node computes, or None."""
+    """The map that one node computes, or None; never raises Refused."""
     try:
         return find_affine(node)
     except Refused:
@@ -80,14 +80,14 @@ def as_affine(node: gs.Node) -> Affine | None:
 
 
 def find_affine(node: gs.Node) -> Affine | None:
-    """The map one node computes, or None.
+    """The map that one node computes, or None.
 
-    Raises Refused where a node looks like one and is none: a BatchNormalization in training, a channel-wise constant in
-    front of a tensor of unknown shape.
+    Raises Refused for a BatchNormalization in training, and for a channel-wise constant beside a tensor of unknown
+    shape.
     """
     known = operator(node)
     if known.kind == "batch_norm":
-        return _batchnorm(node)
+        return batch_norm(node)
     if node.attrs or not known.elementwise:
         return None
     if node.op == "Neg":
@@ -116,7 +116,8 @@ def find_affine(node: gs.Node) -> Affine | None:
     return Affine((node,), axis, scale, shift, x, node.outputs[0])
 
 
-def _batchnorm(node: gs.Node) -> Affine:
+def batch_norm(node: gs.Node) -> Affine:
+    """The map of a BatchNormalization. Raises Refused where the node is in training or has no constant parameters."""
     if node.attrs.get("training_mode", 0) or not node.attrs.get("spatial", 1):
         raise Refused("it is in training mode" if node.attrs.get("training_mode") else "it is not per channel")
     if any(not t.is_empty() for t in node.outputs[1:]):
@@ -140,7 +141,7 @@ def _batchnorm(node: gs.Node) -> Affine:
 def _vector(constant: gs.Constant, x: gs.Tensor) -> tuple[int | None, np.ndarray] | None:
     """(axis, values) of a constant that varies along at most one axis of ``x`` and does not broaden ``x``.
 
-    Raises Refused when the shape of ``x`` does not tell.
+    Raises Refused where the shape of ``x`` is unknown.
     """
     shape, size = tuple(constant.shape), edit.rank(x)
     wide = [i for i, d in enumerate(shape) if d != 1]
@@ -176,10 +177,10 @@ def after(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
 
 
 def passes(node: gs.Node, v: Vector) -> Vector:
-    """What a node asks of a map on its first input, so that the map may be on its output instead. Raises Refused."""
+    """The conditions under which a map on the first input of a node can move to its output. Raises Refused."""
     op, known = node.op, operator(node)
     kept = known.scale and known.kind in _PASSED and known.source == 0 and op != "Cast"
-    if not kept or any(not t.is_empty() for t in node.outputs[1:]):  # what a Cast rounds to is another number
+    if not kept or any(not t.is_empty() for t in node.outputs[1:]):  # a Cast rounds a scaled value differently
         raise InBetween(op)
     if known.kind == "pool" and v.axis is not None and v.axis > 1:
         raise Refused(f"{op} pools the axis it scales")
@@ -190,11 +191,11 @@ def passes(node: gs.Node, v: Vector) -> Vector:
     ):
         raise InBetween(op, " and may cut or pad the channels")
     no_shift = "" if known.shift else f"a shift does not pass {op}"
-    if op == "AveragePool" and _counts_padding(node):
+    if op == "AveragePool" and counts_padding(node):
         no_shift = "a shift does not pass the zero padding of AveragePool"
     elif known.kind == "pad":
         constant = node.attrs.get("mode", "constant") == "constant"
-        if constant and not _pads_zero(node):
+        if constant and padded_value(node) != 0:
             raise InBetween("Pad with a value other than zero")
         no_shift = "a shift does not pass zero padding (Pad)" if constant else ""
     no_negative = op if known.scale == "positive" else ""
@@ -202,13 +203,13 @@ def passes(node: gs.Node, v: Vector) -> Vector:
 
 
 def _touches(node: gs.Node, axis: int | None, axes: np.ndarray | None) -> bool:
-    """Whether a node that works along ``axes`` of its input works along ``axis``, as far as is known."""
+    """Whether a node that works along ``axes`` of its input may work along ``axis``."""
     size = edit.rank(node.inputs[0])
     return axis is not None and (axes is None or size is None or axis in {int(a) % size for a in axes})
 
 
 def _pads(node: gs.Node, axis: int | None) -> bool:
-    """Whether a Pad changes the length of ``axis``, as far as is known."""
+    """Whether a Pad may change the length of ``axis``."""
     pads = edit.argument(node, 1, "pads")
     if axis is None:
         return False
@@ -217,11 +218,16 @@ def _pads(node: gs.Node, axis: int | None) -> bool:
     return pads is None or bool(pads[axis] or pads[axis + len(pads) // 2])
 
 
-def _pads_zero(node: gs.Node) -> bool:
-    return edit.scalar(node.inputs[2]) == 0 if edit.has_input(node, 2) else node.attrs.get("value", 0.0) == 0
+def padded_value(node: gs.Node) -> float:
+    """The value that a Pad of mode "constant" writes; NaN where the value is computed at run time."""
+    if not edit.has_input(node, 2):
+        return float(node.attrs.get("value", 0.0))
+    value = edit.scalar(node.inputs[2])
+    return np.nan if value is None else value
 
 
-def _counts_padding(node: gs.Node) -> bool:
+def counts_padding(node: gs.Node) -> bool:
+    """Whether an AveragePool averages over zeros of its padding."""
     attrs = node.attrs
     padded = any(attrs.get("pads") or ()) or attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     return bool(attrs.get("count_include_pad", 0) and (padded or attrs.get("ceil_mode", 0)))
@@ -232,7 +238,7 @@ def _changes_axes(node: gs.Node) -> bool:
 
 
 def _axis_before(node: gs.Node, axis: int) -> int:
-    """The input axis that is output axis ``axis``; Refused when the node splits or merges it."""
+    """The input axis that becomes output axis ``axis``. Raises Refused where the node splits or merges the axis."""
     size = edit.rank(node.inputs[0])
     if size is None:
         raise Refused(f"the shape in front of {node.op} is unknown")

@@ -1,10 +1,10 @@
-"""Formats of stored weights: the levels, what shares a scale, and how a weight is rounded to them.
+"""Formats of stored weights: the codes, the weights that share a scale, and the rounding of a weight to the codes.
 
     q = clip(round(w / s) + z, low, high)          w' = (q - z) s
 
-s and z belong to an output channel, or to ``group`` neighbouring inputs of one. Symmetric formats have z = 0 and leave
-out the lowest code, so that -w is rounded as w is. A new format is a row here, and what its target wants around it in
-``quantize/qdq``.
+Scale s and zero point z belong to an output channel, or to ``group`` neighbouring inputs of an output channel.
+Symmetric formats have z = 0 and leave out the lowest code, so that -w is rounded as w is. A new format is a row here;
+``quantize/qdq`` writes the nodes that a target expects around the format.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from dataclasses import dataclass
 import numpy as np
 
 _CHUNK = 1 << 22  # weight values rounded at once
-_SMALLEST = {  # scale of each type; 2^-17 is not normal in float16, but 127 s is still off by s / 2 at most
+_SMALLEST = {  # scale of each type; 2^-17 is subnormal in float16, but the error of 127 s is still s / 2 at most
     np.dtype(np.float16): 2.0**-17,
     np.dtype(np.float32): 2.0**-126,
 }
-SCALES = tuple(_SMALLEST)  # types that a scale can have
+SCALES = tuple(_SMALLEST)  # the types of scales
 
 
 def positive_scale(limit: np.ndarray | float, levels: int, dtype: np.dtype) -> np.ndarray:
-    """limit / levels in ``dtype``, which is float32 or float16; never zero."""
+    """The scale limit / levels in ``dtype`` (float32 or float16); never zero."""
     return np.maximum(np.asarray(limit, np.float64) / levels, _SMALLEST[np.dtype(dtype)]).astype(dtype)
 
 
 @dataclass(frozen=True)
 class Format:
-    """``bits`` of a code, ``group`` inputs to a scale (0: all inputs of an output channel)."""
+    """A code has ``bits`` bits; ``group`` inputs share a scale (0: all inputs of an output channel)."""
 
     bits: int = 8
     group: int = 0
@@ -36,7 +36,7 @@ class Format:
 
     @property
     def levels(self) -> int:
-        """Steps from zero to the largest code; of an asymmetric format from its lowest code to its highest."""
+        """Steps from zero to the largest code; from the lowest to the largest code of an asymmetric format."""
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
     def codes(
@@ -44,7 +44,7 @@ class Format:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(codes int8, scales (out,) in ``dtype``) of a weight (out, ...), for a symmetric format without groups.
 
-        No scale is below ``floor``, (out,) or a scalar.
+        Every scale is at least ``floor``, (out,) or a scalar.
         """
         limits = np.broadcast_to(np.asarray(floor, np.float64) * self.levels, weight.shape[:1])
         outs = weight.shape[0]
@@ -61,7 +61,7 @@ class Format:
         return values, scales
 
     def rounded(self, matrix: np.ndarray) -> np.ndarray:
-        """What a float32 matrix (out, in) is after it was stored in this format."""
+        """A float32 matrix (out, in) rounded to the values that this format can store."""
         outs, ins = matrix.shape
         size = self.group or max(ins, 1)
         padded = matrix if ins % size == 0 else np.pad(matrix, ((0, 0), (0, -ins % size)))

@@ -5,9 +5,9 @@
     Gemm            stored [i, o], or [o, i] with transB; alpha belongs to W, beta to b
     MatMul          X W: stored [i, o]; W X: stored [o, i]; b is the constant Add that follows
 
-The weight may lie behind Transpose, Cast, Identity, Reshape, Squeeze and Unsqueeze nodes. Reading applies them; writing
-puts a new constant at the node itself whenever someone else also uses the old one (copy on write) or a chain is in
-between, so a shared weight is never changed under another reader.
+The weight may lie behind Transpose, Cast, Identity, Reshape, Squeeze and Unsqueeze nodes. Reading applies this chain of
+nodes. Writing puts a new constant at the linear node itself where the old constant has other readers (copy on write) or
+lies behind a chain, so that a shared weight never changes for another reader.
 
 Worked example: ``Transpose(E) -> MatMul(x, ·)`` with the embedding E [vocabulary, width] also read by a Gather. The
 view's weight is E itself, (out=vocabulary, in=width); ``set_weight`` gives the MatMul a constant of its own, and the
@@ -35,8 +35,8 @@ from channelfold.runtime.io.files import constant, free_name, read
 class Linear:
     """A linear node with a constant weight.
 
-    ``data`` is the activation it reads, ``in_axis`` the axis of its channels; ``output`` is the tensor after the bias
-    and ``out_axis`` the axis of its channels (negative axes count from the end).
+    ``data`` is the activation that the node reads, ``in_axis`` the axis of its channels. ``output`` is the tensor after
+    the bias, ``out_axis`` the axis of its channels. Negative axes count from the end.
     """
 
     graph: gs.Graph
@@ -89,7 +89,7 @@ class Linear:
 
     @property
     def padded(self) -> bool:
-        """Whether some outputs see fewer inputs than others, so that a constant shift changes the border."""
+        """Whether outputs at the border read zero padding, so that a shift of the input changes them differently."""
         attrs = self.node.attrs
         if self.node.op == "ConvTranspose":
             return True
@@ -99,28 +99,28 @@ class Linear:
 
     @property
     def growth(self) -> int:
-        """Bytes that ``set_weight`` adds to the model: someone else may keep the old weight, or hold it in less."""
+        """Bytes that ``set_weight`` adds to the model: the old weight may have other readers or a smaller type."""
         tensors = [self.source, *(node.outputs[0] for node in self.chain)]
         alone = all(len(t.outputs) == 1 and not edit.is_output(self.graph, t) for t in tensors)
         freed = np.dtype(self.source.dtype).itemsize if alone else 0
         return math.prod(self.source.shape) * (self.dtype.itemsize - freed)
 
     def weight(self) -> np.ndarray:
-        """The effective weight (alpha included), (out, in / groups, *kernel), in the node's type; not to be written."""
-        weight, alpha = self._orient(self.stored_weight()), self._factor("alpha")
+        """The effective weight (alpha included), (out, in / groups, *kernel), in the type of the node. Read-only."""
+        weight, alpha = self.unorient(self.stored_weight()), self._factor("alpha")
         return weight if alpha == 1 else (weight.astype(np.float64) * alpha).astype(weight.dtype)
 
     def stored_weight(self) -> np.ndarray:
-        """The weight as the node's input sees it: after the chain, before alpha."""
+        """The weight at the input of the node: after the chain, before alpha."""
         values = read(self.source)
         for node in self.chain:
             values = _apply(node, values)
         return values
 
     def set_weight(self, weight: np.ndarray) -> None:
-        """Replaces the effective weight by an array (out, in / groups, *kernel), cast once to the node's type.
+        """Replaces the effective weight by an array (out, in / groups, *kernel), cast once to the type of the node.
 
-        Raises DoesNotFit, with nothing changed, when a value is not finite in that type.
+        Raises DoesNotFit, with nothing changed, where a value is not finite in this type.
         """
         values = np.ascontiguousarray(cast(self.unorient(weight), self.dtype))
         name = f"{self.source.name}_folded"
@@ -133,7 +133,7 @@ class Linear:
             self.node.attrs["alpha"] = 1.0
 
     def bias(self) -> np.ndarray | None:
-        """The effective bias (beta included), (out,) in float64; None when there is none."""
+        """The effective bias (beta included), (out,) in float64; None where the linear has no bias."""
         tensor = self._bias_tensor()
         if tensor is None:
             return None
@@ -141,7 +141,7 @@ class Linear:
         return np.broadcast_to(values.reshape(-1), (self.channels[0],)).copy()
 
     def set_bias(self, bias: np.ndarray) -> None:
-        """Replaces the effective bias by a vector (out,), adding one where there was none. Raises DoesNotFit."""
+        """Replaces the effective bias by a vector (out,), or adds a bias. Raises DoesNotFit."""
         values = cast(np.asarray(bias), self.dtype)
         name = f"{self.name}_bias"
         if self.node.op != "MatMul":
@@ -162,9 +162,9 @@ class Linear:
         edit.insert_after(self.graph, self.node, self.bias_node)
 
     def places(self, role: str) -> list[tuple[gs.Node, int, int]]:
-        """The constants along its output ("out") or input channels ("in"), as (node, input, axis), without groups.
+        """The constants along the output channels ("out") or input channels ("in"), as (node, input, axis).
 
-        The weight is first put where the node reads it.
+        The linear must have no groups. A weight behind a chain first becomes a constant at the node.
         """
         if self.chain:
             self.set_weight(self.weight())
@@ -187,12 +187,12 @@ class Linear:
         """Weight and bias of out_scale * (W (in_scale * x + in_shift) + b) + out_shift, for ``install``.
 
         W' = diag(out_scale) W diag(in_scale);  b' = out_scale * (b + W in_shift) + out_shift, computed in float64 and
-        cast once. Scales and shifts are vectors over the channels or scalars. The bias is None where there was none and
-        none is needed. Raises Refused for an ``in_shift`` on a node that is ``padded``, DoesNotFit when a value is
-        not finite in the node's type, or when the whole weight is too small for it.
+        cast once. Scales and shifts are vectors over the channels or scalars. The bias is None where the linear has no
+        bias and needs none. Raises Refused for an ``in_shift`` on a node that is ``padded``, and DoesNotFit where a
+        value is not finite in the type of the node or the whole weight is subnormal in this type.
         """
         outs, ins = self.channels
-        alpha, weight = self._factor("alpha"), self._orient(self.stored_weight())
+        alpha, weight = self._factor("alpha"), self.unorient(self.stored_weight())
         a = np.broadcast_to(np.asarray(out_scale, np.float64), (outs,))
         d = np.broadcast_to(np.asarray(in_shift, np.float64), (ins,))
         old = self.bias()
@@ -211,12 +211,12 @@ class Linear:
         return cast(weight, self.dtype), bias if old is not None or np.any(bias) else None
 
     def respond(self, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """What ``weight`` (out, in / groups, *kernel) makes of an input that is x (in,) everywhere: (out,) float64."""
+        """The response (out,) of ``weight`` (out, in / groups, *kernel) to an input that is x (in,) everywhere."""
         summed = weight.reshape(*weight.shape[:2], -1).sum(axis=-1, dtype=np.float64)
         return (summed * self._spread_inputs(x).reshape(weight.shape[0], -1)).sum(axis=1)
 
     def install(self, weight: np.ndarray, bias: np.ndarray | None) -> None:
-        """Writes what ``rescaled`` computed."""
+        """Writes the weight and the bias that ``rescaled`` computed."""
         self.set_weight(weight)
         if bias is not None:
             self.set_bias(bias)
@@ -255,31 +255,20 @@ class Linear:
             return self.weight_input == 0
         return self.node.op == "Conv" or bool(self.node.attrs.get("transB", 0))
 
-    def _orient(self, values: np.ndarray) -> np.ndarray:
-        """An array as the node's input has it, as (out, in / groups, *kernel)."""
-        if self.node.op == "ConvTranspose":
-            return self._swapped(values)
-        return values if self._stored_as_out_in() else values.T
-
     def unorient(self, values: np.ndarray) -> np.ndarray:
-        """An array (out, in / groups, *kernel) as the node's input wants it."""
-        if self.node.op == "ConvTranspose":
-            return self._swapped(values)
-        return values if self._stored_as_out_in() else values.T
-
-    def _swapped(self, values: np.ndarray) -> np.ndarray:
-        """(groups * a, b, *kernel) as (groups * b, a, *kernel)."""
+        """An array (out, in / groups, *kernel) in the layout of the node, or back: the step is its own inverse."""
+        if self.node.op != "ConvTranspose":
+            return values if self._stored_as_out_in() else values.T
         rows, columns, *kernel = values.shape
         grouped = values.reshape(self.groups, rows // self.groups, columns, *kernel)
         return grouped.swapaxes(1, 2).reshape(self.groups * columns, rows // self.groups, *kernel)
 
 
 def view(graph: gs.Graph, node: gs.Node) -> Linear:
-    """The view of a linear node of ``graph``. Raises Refused with the reason when it has none."""
-    if not operator(node).weighted and operator(node).weights:
-        raise Refused(f"its weight has a form that only {node.op} reads")
+    """The view of a linear node of ``graph``. Raises Refused with the reason where the node has no view."""
     if not operator(node).weighted:
-        raise Refused(f"{node.op} is not a linear operator")
+        own = f"its weight has a form that only {node.op} reads"
+        raise Refused(own if operator(node).weights else f"{node.op} is not a linear operator")
     index = 1
     if node.op == "MatMul" and _resolve(node.inputs[0]) and not _resolve(node.inputs[1]):
         index = 0
@@ -319,7 +308,7 @@ def linears(graph: gs.Graph) -> list[Linear]:
 
 
 def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """``values`` in ``dtype``. Raises DoesNotFit when a result is infinite or not a number."""
+    """``values`` in ``dtype``. Raises DoesNotFit where a result is infinite or not a number."""
     with np.errstate(over="ignore", invalid="ignore"):
         out = values.astype(dtype, copy=False)
     if not np.isfinite(out).all():
@@ -341,7 +330,7 @@ def _complete_matmul(linear: Linear) -> None:
 
 
 def _is_bias(linear: Linear, add: gs.Node) -> bool:
-    """Whether an Add adds a constant vector over the output channels and nothing larger."""
+    """Whether an Add adds a constant vector over the output channels that does not broadcast the result."""
     if add.attrs or not any(isinstance(t, gs.Constant) for t in add.inputs):
         return False
     shape = tuple(add.inputs[_constant_index(add)].shape)
@@ -354,7 +343,7 @@ def _is_bias(linear: Linear, add: gs.Node) -> bool:
 
 
 def _is_row(shape, channels: int) -> bool:
-    """Whether an array holds one value, or one for each channel along its last axis."""
+    """Whether an array of this shape holds one value, or one value for each channel along its last axis."""
     return all(d == 1 for d in shape[:-1]) and (not shape or shape[-1] in (1, channels))
 
 
@@ -363,7 +352,7 @@ def _constant_index(node: gs.Node) -> int:
 
 
 def _resolve(tensor: gs.Tensor) -> tuple[gs.Constant, list[gs.Node]] | None:
-    """The constant a tensor is made from, and the nodes from it to the tensor; None when it is not constant."""
+    """The constant that a tensor is made from, and the nodes in between; None where the tensor is not constant."""
     chain: list[gs.Node] = []
     while not isinstance(tensor, gs.Constant):
         node = edit.producer(tensor)
@@ -400,15 +389,15 @@ def _apply(node: gs.Node, values: np.ndarray) -> np.ndarray:
     given = edit.argument(node, 1, "shape" if node.op == "Reshape" else "axes")
     if node.op == "Squeeze":
         return values.squeeze(None if given is None else tuple(map(int, given)))
-    assert given is not None
+    sizes = [] if given is None else given.tolist()
     if node.op == "Reshape":
         kept = not node.attrs.get("allowzero", 0)
-        return values.reshape([values.shape[i] if d == 0 and kept else int(d) for i, d in enumerate(given)])
-    return np.expand_dims(values, tuple(map(int, given)))
+        return values.reshape([values.shape[i] if d == 0 and kept else d for i, d in enumerate(sizes)])
+    return np.expand_dims(values, tuple(sizes))
 
 
 def _drop_unread(graph: gs.Graph, node: gs.Node) -> bool:
-    """Detaches a node that nobody reads any more."""
+    """Detaches a node whose result has no readers; returns whether it did."""
     if node.outputs[0].outputs or edit.is_output(graph, node.outputs[0]):
         return False
     edit.detach(node)
@@ -416,7 +405,7 @@ def _drop_unread(graph: gs.Graph, node: gs.Node) -> bool:
 
 
 def live_linears(graph: gs.Graph) -> list[gs.Node]:
-    """The nodes that multiply by a weight and whose results are needed, in order; not all of them have a view."""
+    """The nodes, in order, that multiply by a weight and that an output depends on; some of them have no view."""
     dead: set[int] = set()
     for node in reversed(graph.nodes):
         readers = [reader for tensor in node.outputs for reader in tensor.outputs]
@@ -426,14 +415,14 @@ def live_linears(graph: gs.Graph) -> list[gs.Node]:
 
 
 def _holds_weight(node: gs.Node) -> bool:
-    """Whether it multiplies by a constant in a way of its own, as recurrent cells and some attention do."""
+    """Whether an operator without a view multiplies by a constant, as recurrent cells and packed attention do."""
     known = operator(node)
     held = (node.inputs[i] for i in known.weights if edit.has_input(node, i))
     return known.kind != "embedding" and any(isinstance(tensor, gs.Constant) for tensor in held)
 
 
 def usable(graph: gs.Graph, outcome: Outcome, why_not: Callable[[Linear], str], says: str) -> Iterator[Linear]:
-    """The live linears with a weight that ``why_not`` has nothing against; refuses the others: ``says``, and why."""
+    """The live linears for which ``why_not`` gives no reason; refuses all others with ``says`` and the reason."""
     for node in live_linears(graph):
         try:
             linear = view(graph, node)
@@ -447,7 +436,7 @@ def usable(graph: gs.Graph, outcome: Outcome, why_not: Callable[[Linear], str], 
 
 
 def blocks(linear: Linear) -> list[tuple[slice, slice]]:
-    """Of each group of a linear: its outputs and its inputs."""
+    """(outputs, inputs) of every group of a linear."""
     outs, ins = linear.channels
     a, b = outs // linear.groups, ins // linear.groups
     return [(slice(g * a, g * a + a), slice(g * b, g * b + b)) for g in range(linear.groups)]
@@ -457,16 +446,16 @@ GROWTH_LIMIT = 1 << 20  # bytes
 
 
 def check_growth(linear: Linear) -> None:
-    """Raises Refused where writing a weight would leave its old copy in the file, too."""
+    """Raises Refused where a new weight would make the file more than ``GROWTH_LIMIT`` larger."""
     if linear.growth > GROWTH_LIMIT:
         size, cause = f"{linear.growth / 1e6:.1f} MB", "the old one has other readers or takes fewer bytes"
         raise Refused(f"a new weight for {linear.name} would make the file {size} larger ({cause})")
 
 
 def norm_parameters(node: gs.Node, scale: np.ndarray, shift: np.ndarray) -> list[tuple[int, np.ndarray, str]]:
-    """The gamma and beta of a norm behind a scale and a shift, (channels,): (input index, values, name for a new one).
+    """The gamma and beta of a norm whose result is scaled and shifted by (channels,): (input, values, new name).
 
-    A beta is added where a shift needs one. Raises DoesNotFit.
+    The list has a beta where the norm has a beta, or where a shift needs one. Raises DoesNotFit.
     """
     known = operator(node)
     first = known.gamma

@@ -1,11 +1,11 @@
-"""How much an error in the middle of a network becomes at its outputs.
+"""The error at the outputs of a network that an error in the middle of the network causes.
 
     error = mean over outputs of  sum |y' - y|^2 / sum |y|^2        over some feeds
 
-A small error of a layer reaches the outputs multiplied by a factor that hardly depends on its size (within 5 % between
-12 and 50 % of the channels of an FFN of a BERT removed) but very much on the layer, from 0.5 to 9 there, and the errors
-of several layers add up: predicted 14.7 and 9.8 dB, measured 14.4 and 9.4. Neither the energy of a layer's output nor
-that of the residual stream tells that factor: it has to be measured.
+A small error of a layer reaches the outputs multiplied by a factor. The factor hardly depends on the size of the error
+(5 % between 12 and 50 % of the channels of an FFN of a BERT removed) but strongly on the layer (0.5 to 9 in this BERT).
+The errors of several layers add up: predicted 14.7 and 9.8 dB, measured 14.4 and 9.4. The factor must be measured,
+because neither the energy of the output of a layer nor that of the residual stream predicts the factor.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import free_name, session
 from channelfold.runtime.io.session import Feed
 
-FEEDS = 16  # evenly spaced ones that outputs are compared on, fewer where the outputs are large
-_CONSTANT = 1e-12  # of its energy: an output that varies less does so by rounding
-_BYTES = 1 << 28  # of outputs that are kept
+FEEDS = 16  # evenly spaced feeds that outputs are compared on, fewer where the outputs are large
+_CONSTANT = 1e-12  # share of the energy of an output; a smaller variance is due to rounding
+_BYTES = 1 << 28  # of kept outputs
 
 
 class Outputs:
-    """What a graph computes for some feeds of ``data``, kept to compare with: its float outputs. Raises ModelError.
+    """The float outputs of a graph for some feeds of ``data``, kept as the reference. Raises ModelError.
 
-    ``energies`` and ``variances``: of each output the sums of squares, as they are and around the mean; 0 where nothing
-    was kept. What is not finite does not count.
+    ``energies`` holds the sum of squares of each output, ``variances`` the sum of squares around its mean; both are 0
+    without a kept output. Values that are not finite do not count.
     """
 
     def __init__(self, graph: gs.Graph, data: Data):
@@ -68,11 +68,12 @@ class Outputs:
                 break
 
     def lost(self, graph: gs.Graph) -> dict[str, float]:
-        """The squared error of each output of a changed graph, summed; infinite where it is no number any more."""
+        """The summed squared error of each output of a changed graph; infinite where the error is not finite."""
         lost = dict.fromkeys(self.names, 0.0)
-        runner = session(graph) if self.kept else None
+        if not self.kept:
+            return lost
+        runner = session(graph)
         for feed, expected in self.kept:
-            assert runner is not None
             found = runner.run(feed, self.names)
             for name, old in expected.items():
                 usable = np.isfinite(old)
@@ -81,7 +82,7 @@ class Outputs:
         return lost
 
     def error(self, graph: gs.Graph) -> float:
-        """The squared error of the outputs of a changed graph, relative to their energies. Raises ModelError."""
+        """The mean squared error of the outputs of a changed graph relative to their energies. Raises ModelError."""
         lost = self.lost(graph)
         found = [lost[name] / energy if energy > 0 else 0.0 for name, energy in self.energies.items()]
         return float(np.mean(found)) if found else 0.0
@@ -89,7 +90,10 @@ class Outputs:
 
 @contextlib.contextmanager
 def replaced(linear: Linear, weight: np.ndarray, bias: np.ndarray | None) -> Iterator[None]:
-    """Gives a linear another effective weight (out, in, *kernel), and bias (out,) where it has one, for a while."""
+    """Gives a linear another effective weight (out, in, *kernel) and bias (out,) inside a ``with`` block.
+
+    The linear keeps its bias where ``bias`` is None or the linear has no bias.
+    """
     node = linear.node
     alpha, beta = (node.attrs.get(k, 1.0) if node.op == "Gemm" else 1.0 for k in ("alpha", "beta"))
     places = [(node, linear.weight_input, linear.unorient(weight / alpha))]

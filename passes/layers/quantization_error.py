@@ -1,14 +1,14 @@
-"""What quantization costs the outputs of linear layers that read one tensor, measured on a sample of its rows.
+"""The quantization error of the outputs of linear layers that read one tensor, on a sample of the rows of the tensor.
 
     x' = (x - z) / s,  W' = W diag(s),  for each row x:
     e(s, z)  =  16 || (Q(W') - W') x' ||^2  +  || W' (Q(x') - x') ||^2
     error    =  half of  sum e / sum ||W x||^2,  half of the mean of  e / ||W x||^2
 
-The first half keeps what is large, such as the few tokens with huge activations that attention leans on; the second
-keeps all the others, which the first would give up for them (in Llama-like networks one token can hold all energy).
-The error of a weight is the same for every token and adds up through the layers; the rounding of activations is not,
-and averages out. So the former counts 16-fold: with 1 for 16, scales chosen by this error cost a decoder of 135 M
-parameters 0.131 nats a token in int8, with 4 0.094, with 16 0.062; the outputs of a BERT and a ViT hardly differ.
+The first half protects rows of large energy, such as the few tokens with huge activations that attention relies on. The
+second half protects all other rows: in Llama-like networks one token can hold almost all energy. The error of a weight
+is the same for every token and adds up through the layers; the rounding errors of activations average out. The error of
+the weight therefore counts 16-fold. With a factor of 1, scales chosen by this error cost a decoder of 135 M parameters
+0.131 nats a token in int8, with 4 0.094, with 16 0.062; the outputs of a BERT and a ViT hardly differ.
 
 Q of the activation is symmetric, per tensor, and holds all values; Q of the weight symmetric per output channel, or
 asymmetric in groups of inputs. Layers of more than 512 output channels are measured on 512 of them.
@@ -23,17 +23,17 @@ from functools import cached_property
 import numpy as np
 
 from channelfold.passes.layers.formats import Format
-from channelfold.passes.layers.linear import Linear
+from channelfold.passes.layers.linear import Linear, blocks
 
-ROWS = 256  # of the sample that errors are measured on
+ROWS = 256  # of the sample
 _OUTPUTS = 512
-_QUIET = 0.1  # of the median row: what quieter rows count as
-SYSTEMATIC = 16.0  # measured: see the docstring
+_QUIET = 0.1  # share of the median energy that is added to the energy of every row, so that quiet rows do not dominate
+SYSTEMATIC = 16.0  # factor of the error of the weight; the docstring has the measurement
 
 
 @dataclass(frozen=True)
 class Bits:
-    """The types of a quantized layer: bits of activations (0: float) and of weights, ``group`` inputs to a scale."""
+    """The types of a quantized layer: bits of activations (0: float) and of weights; ``group`` inputs share a scale."""
 
     activation: int = 8
     weight: int = 8
@@ -41,13 +41,13 @@ class Bits:
 
     @property
     def format(self) -> Format:
-        """Of the weight: symmetric per output channel, asymmetric in groups."""
+        """The format of the weight: symmetric per output channel, asymmetric in groups."""
         return Format(self.weight, self.group, symmetric=not self.group)
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """``rows`` (n, channels) float32, each standing for ``weights``; ``matrix`` (out, channels) float32."""
+    """The error on ``rows`` (n, channels) float32 with ``weights`` (n,), for ``matrix`` (out, channels) float32."""
 
     rows: np.ndarray
     weights: np.ndarray
@@ -56,7 +56,7 @@ class LayerError:
 
     @classmethod
     def of(cls, linears: Sequence[Linear], sample: tuple[np.ndarray, np.ndarray], bits: Bits) -> LayerError:
-        """Of linears without a kernel that read the tensor sampled."""
+        """The error of linears without a kernel that read the sampled tensor; ``sample`` is (rows, weights)."""
         return cls(*sample, np.concatenate([_some(matrix(linear)) for linear in linears]), bits)
 
     @cached_property
@@ -65,7 +65,7 @@ class LayerError:
 
     @cached_property
     def _row_weights(self) -> np.ndarray:
-        """What the squared error of each row counts: half by the energy of all rows, half by its own."""
+        """The weight of the squared error of each row: one part by the energy of all rows, one by that of the row."""
         energy = _energy(self.outputs)
         total = float(self.weights @ energy)
         own = energy + _QUIET * np.median(energy)
@@ -73,7 +73,7 @@ class LayerError:
         return (self.weights / total if total else 0.0) + np.divide(share, own, out=np.zeros_like(own), where=own > 0)
 
     def error(self, scale: np.ndarray | float = 1.0, shift: np.ndarray | float = 0.0) -> float:
-        """The error of the outputs, a share of them, when channels are scaled and shifted by (channels,) vectors."""
+        """The relative error of the outputs after channels are scaled and shifted by vectors (channels,)."""
         scale = np.asarray(scale, np.float32)
         moved = (self.rows - np.asarray(shift, np.float32)) / scale
         weight = self.matrix * scale
@@ -84,22 +84,17 @@ class LayerError:
 
 
 def matrix(linear: Linear) -> np.ndarray:
-    """The weight of a linear whose kernel is a point, (out, in) float32, with zeros between its groups."""
+    """The weight of a linear whose kernel has one position, as (out, in) float32 with zeros between the groups."""
     weight = linear.weight()
     weight = weight.reshape(weight.shape[:2]).astype(np.float32)
-    if linear.groups == 1:
-        return weight
-    outs, ins = linear.channels
-    full = np.zeros((outs, ins), np.float32)
-    step_out, step_in = outs // linear.groups, ins // linear.groups
-    for group in range(linear.groups):
-        rows = slice(group * step_out, (group + 1) * step_out)
-        full[rows, group * step_in : (group + 1) * step_in] = weight[rows]
+    full = np.zeros(linear.channels, np.float32)
+    for outs, ins in blocks(linear):
+        full[outs, ins] = weight[outs]
     return full
 
 
 def quantized_activation(values: np.ndarray, bits: int) -> np.ndarray:
-    """Symmetric, per tensor, with a range that holds all values."""
+    """Values rounded by symmetric quantization per tensor; the range holds all values."""
     levels = 2 ** (bits - 1) - 1
     step = np.float32(max(float(np.abs(values).max(initial=0.0)) / levels, 1e-30))
     return np.rint(values / step) * step

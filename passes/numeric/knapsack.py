@@ -1,17 +1,17 @@
-"""Multiple-choice knapsack: of every group one option, the greatest sum of values, a sum of costs within a budget.
+"""Multiple-choice knapsack: one option of every group, the greatest sum of values at a sum of costs within a budget.
 
     max  sum_g v_g(j_g)    subject to    sum_g c_g(j_g) <= B
 
 Groups are merged one after another into a frontier of the sums that no other sum dominates (at least its value at no
 more cost), which is how SMCP (Humble et al., ECCV 2022) allocates channels.
-Two rules keep the frontier short. The first loses nothing: for any price p >= 0 the optimum is at most
+Two rules keep the frontier short. The first rule loses nothing: for any price p >= 0 the optimum is at most
 
     L(p) = p B + sum_g max_j (v_g(j) - p c_g(j)),
 
-so a partial sum that cannot reach the value of a known solution even by this bound is dropped. The second comes in when
-more than ``levels`` sums are left: the room between the least reachable cost and the budget is cut into that many
-cells, and each cell keeps its most valuable sum, with its true cost. So the budget is never exceeded, and the result is
-at least as good as the best one under ``B - merges * room / levels``, for the merges that were cut like this.
+and a partial sum is dropped where this bound stays below the value of a known solution. The second rule applies where
+more than ``levels`` sums are left: the room between the least reachable cost and the budget is divided into ``levels``
+cells, and each cell keeps its most valuable sum, with the true cost. The budget is therefore never exceeded, and the
+result is at least as good as the best one under ``B - merges * room / levels``, for the merges that were thinned.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import numpy as np
 from channelfold.runtime.errors import UsageError
 
 LEVELS = 4096
-_ROUNDING = 1e-12  # of the sums of values: two orders of adding them up differ by this
+_ROUNDING = 1e-12  # relative difference of two sums of the same values in different order
 
 
 @dataclass(frozen=True, eq=False)
 class _Frontier:
-    """Sums in order of cost, each more valuable than the one before; ``picks`` says what each was made of.
+    """Sums in order of cost, each more valuable than the previous sum; ``picks`` tells the parts of each sum.
 
-    For a group ``picks`` int64[n] holds its options; for a merge, int64[2, n] the places in the two that were merged.
+    ``picks`` of a group, int64[n], holds options; ``picks`` of a merge, int64[2, n], holds places in both frontiers.
     """
 
     values: np.ndarray
@@ -45,11 +45,11 @@ class _Frontier:
 def knapsack(options: Sequence[Sequence[tuple[float, float]]], budget: float, levels: int = LEVELS) -> list[int]:
     """The option of every group, by its place in ``options[group]``, a sequence of (value, cost).
 
-    Exact while no frontier is longer than ``levels``, which the bound makes the rule; else as the module says.
-
-    Raises UsageError when even the cheapest options cost more than ``budget``, with what they cost.
+    The result is exact while no frontier is longer than ``levels``, as is the rule; else the module's bound holds.
+    Raises UsageError, with the least cost, where the cheapest options cost more than ``budget``.
     """
-    groups = [_group(np.asarray(choices, np.float64).reshape(-1, 2)) for choices in options]
+    arrays = [np.asarray(choices, np.float64).reshape(-1, 2) for choices in options]
+    groups = [_undominated(_Frontier(*choices.T, np.arange(len(choices)))) for choices in arrays]
     least = sum(group.costs[0] for group in groups)
     if least > budget:
         raise unreachable(budget, float(least))
@@ -72,13 +72,8 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def _group(choices: np.ndarray) -> _Frontier:
-    values, costs = choices.T
-    return _undominated(_Frontier(values, costs, np.arange(len(choices))))
-
-
 def _undominated(sums: _Frontier) -> _Frontier:
-    """In order of cost, without those that give no more than a cheaper one (or one of the same cost) does."""
+    """The sums in order of cost, without sums whose value another sum reaches at the same or a lower cost."""
     order = np.lexsort((-sums.values, sums.costs))
     values = sums.values[order]
     before = np.maximum.accumulate(values)
@@ -86,7 +81,7 @@ def _undominated(sums: _Frontier) -> _Frontier:
 
 
 def _priced(groups: Sequence[_Frontier], room: float) -> tuple[float, list[int]]:
-    """The price with the lowest bound, and a solution: the choices at that price, made better by what is left."""
+    """(price with the lowest bound, choices at this price, improved as far as the remaining budget allows)."""
     shape = len(groups), max((len(group.values) for group in groups), default=1)
     values, costs = np.full(shape, -np.inf), np.zeros(shape)
     for index, group in enumerate(groups):
@@ -106,7 +101,7 @@ def _priced(groups: Sequence[_Frontier], room: float) -> tuple[float, list[int]]
         low, high = (low, price) if cost(places(price)) <= room else (price, high)
     chosen = places(high)
     left = room - cost(chosen)
-    # one pass in order of what the next step gives for its cost; a second one would find little
+    # one pass over the groups, the highest gain per cost first; a second pass would find little
     for index in sorted(range(len(groups)), key=lambda g: -_next_gain(groups[g], chosen[g])):
         group, place = groups[index], chosen[index]
         fits = int(np.searchsorted(group.costs, group.costs[place] + left, side="right")) - 1
@@ -122,7 +117,7 @@ def _next_gain(group: _Frontier, place: int) -> float:
 
 
 def _merged(groups: Sequence[_Frontier], room: float, levels: int, price: float, least: float) -> list[int]:
-    """The options of the best sum of value ``least`` or more; none when cutting the frontier has lost all of them."""
+    """The options of the best sum of value ``least`` or more; empty where thinning has lost all such sums."""
     worth = [group.values - price * group.costs for group in groups]
     rest = price * room + sum(float(w.max()) for w in worth)
     groups = [g.at(np.flatnonzero(w + (rest - w.max()) >= least)) for g, w in zip(groups, worth, strict=True)]
@@ -147,7 +142,7 @@ def _merged(groups: Sequence[_Frontier], room: float, levels: int, price: float,
 
 
 def _thinned(sums: _Frontier, width: float) -> _Frontier:
-    """Of each cell of costs the last sum, which is its most valuable one, and of the first cell also the cheapest."""
+    """The most valuable (last) sum of each cell of costs, and the cheapest sum of the first cell."""
     cells = np.floor(sums.costs / width)
     kept = np.append(cells[1:] != cells[:-1], True)
     kept[0] = True

@@ -1,25 +1,25 @@
-"""What is left of a layer's output when some of its input channels are removed and the others make up for them.
+"""Reconstruction of the output of a layer from the input channels that are kept, by least squares.
 
-z = [x; a] are the features at one position (a: the channels that a layer reads, x: whatever else may stand in for them,
-such as the input of an FFN), C their covariance, W the weights (outputs, features) that read them. For target = A z
-and features F that are kept, ridge regression gives
+z = [x; a] holds the features at one position: a the channels that a layer reads, x features that can replace them, such
+as the input of an FFN. C is the covariance of z, and W the weights (outputs, features) that read z. For target = A z
+and kept features F, ridge regression gives
 
     B = A C_:F (C_FF + r_F)^-1,   offset = A E[z] - B E[z_F],   r = ridge * diag C
     error = E || A z - B z_F - offset ||^2 = tr(D C D^T),   D = A - B at F
 
-Special cases: plain pruning (B = 0), pruning with compensation (F the kept channels), a linear stand-in (F = x), both
-(F = x and the kept channels). A larger F is never worse when r -> 0. The ridge is relative to the variance of each
-feature: the result is the same in whatever units a channel comes, and one channel of huge variance hides no other.
+Special cases: plain pruning (B = 0), pruning with reconstruction (F the kept channels), a linear replacement (F = x),
+both (F = x and the kept channels). A larger F is never worse when r -> 0. The ridge is relative to the variance of each
+feature, so that the result does not depend on the units of a channel, and a channel of huge variance hides no other.
 
-Which unit (one channel, or several that stay or go together) to remove next is the least added error. With
-P = (C + r)^-1 over all features that are left and W as compensated so far, removing unit u
+A unit is one channel, or several channels that are removed together. The next unit to remove is the unit that adds the
+least error. With P = (C + r)^-1 over all features that are left and W as reconstructed so far, removing unit u
 
     adds   tr(W_u P_uu^-1 W_u^T)
     W  <-  W - W_u P_uu^-1 P_u:        P  <-  P - P_:u P_uu^-1 P_u:
 
-which is exact at every step: afterwards P is the inverse for what is left and W what regression would give (the optimal
-brain surgeon: Hassibi et al., 1993; in blocks as in Kurtic et al., ZipLM, NeurIPS 2023). The updates are collected and
-multiplied in blocks.
+Every step is exact: afterwards P is the inverse for the features left, and W is the result of regression on them (the
+optimal brain surgeon: Hassibi et al., 1993; in blocks as in Kurtic et al., ZipLM, NeurIPS 2023). The updates are
+collected and multiplied in blocks.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from dataclasses import dataclass
 import numpy as np
 
 RIDGE = 1e-4
-_FLOOR = 1e-12  # of the variance: the least ridge
-_DEAD = 1e-15  # of the mean variance: the least penalty
-_BLOCK = 96  # columns of updates collected before they are multiplied
+_FLOOR = 1e-12  # the least ridge, relative to the variance
+_DEAD = 1e-15  # the least penalty, relative to the mean variance
+_BLOCK = 96  # columns of updates that are multiplied together
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Units in the order of removal. ``order``: their numbers, (n,). ``errors``: after removing 0 … n, (n + 1,).
+    """Units in the order of removal: numbers ``order`` (n,), and ``errors`` (n + 1,) after removing 0 … n units.
 
-    An error is E || change of the outputs ||^2 with what is left refitted, plus what ``penalty`` says of the weights.
+    An error is E || change of the outputs ||^2 after reconstruction, plus the ``penalty`` of the weights.
     """
 
     order: np.ndarray
@@ -48,7 +48,7 @@ class Removal:
 def fill(
     covariance: np.ndarray, mean: np.ndarray, kept: np.ndarray, removed: np.ndarray, ridge: float = RIDGE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(R (removed, kept), offset (removed,)): removed features as R z_kept + offset. ``kept`` may be empty."""
+    """(R (removed, kept), offset (removed,)) that predict the removed features as R z_kept + offset."""
     target = np.zeros((len(removed), len(mean)))
     target[np.arange(len(removed)), removed] = 1.0
     matrix = regress(covariance, target, kept, ridge)
@@ -65,7 +65,7 @@ def regress(covariance: np.ndarray, target: np.ndarray, features: np.ndarray, ri
 
 
 def residual(covariance: np.ndarray, target: np.ndarray, features: np.ndarray, matrix: np.ndarray) -> float:
-    """E || target z - matrix z_features - offset ||^2 with the offset that makes the mean right; never negative."""
+    """E || target z - matrix z_features - offset ||^2 with the offset that matches the mean; never negative."""
     left = np.array(target, np.float64)
     left[:, features] -= matrix
     return energy(covariance, left)
@@ -79,16 +79,16 @@ def energy(covariance: np.ndarray, weights: np.ndarray) -> float:
 
 
 def penalty(covariance: np.ndarray, ridge: float) -> np.ndarray:
-    """r, (n,): what the square of a weight on each feature costs beside the error.
+    """r (n,), the penalty on the square of a weight of each feature.
 
-    It is never quite zero, or features that are dead or depend on others would leave nothing to invert.
+    The penalty is always positive, so that the covariance of dead or dependent features can be inverted.
     """
     variance = np.diagonal(covariance)
     return np.maximum(max(ridge, _FLOOR) * variance, _DEAD * float(variance.mean()) or 1.0)
 
 
 def slopes(covariance: np.ndarray, inputs: np.ndarray, rows: np.ndarray, channels: np.ndarray) -> np.ndarray:
-    """P (channels, inputs): each of ``channels`` of z as an affine function of its own pre-activation, rows x.
+    """P (channels, inputs): the linear part of each of ``channels`` of z as a function of its pre-activation rows x.
 
     p = cov(h, a) / var(h) with h = rows x, ``rows`` (channels, inputs); a channel whose h is constant gets 0.
     """
@@ -106,14 +106,14 @@ def order(
     ridge: float = RIDGE,
     number: int | None = None,
 ) -> Removal:
-    """Which units to remove, the one that adds the least error first, until ``number`` (default: all) are gone.
+    """Removes the unit that adds the least error, until ``number`` units (default: all) are removed.
 
-    ``gram``: W^T W (n, n) of all that reads the features, a sum over readers and places of a kernel. ``units``:
-    (units, size), the features of each; those that are in none are never removed, and stand in for the others.
+    ``gram`` is W^T W (n, n), summed over all readers of the features and all positions of a kernel. ``units``
+    (units, size) holds the features of every unit. Features in no unit stay and help to reconstruct the others.
     """
     units = np.asarray(units)
     inverse, candidates = _inverse(covariance, ridge), units.reshape(-1)
-    chosen = np.ix_(candidates, candidates)  # what is never removed has done its part in the inverse
+    chosen = np.ix_(candidates, candidates)  # the inverse already accounts for features that are never removed
     greedy = _Greedy(inverse[chosen], np.array(gram[chosen], np.float64), np.arange(units.size).reshape(units.shape))
     number = len(units) if number is None else min(number, len(units))
     chosen, errors = [], [0.0]
@@ -125,9 +125,9 @@ def order(
 
 
 class _Greedy:
-    """P and G = W^T W of the features left, with up to ``_BLOCK`` columns of updates that are not yet multiplied in.
+    """P and G = W^T W of the features left, with up to ``_BLOCK`` columns of pending updates.
 
-    P = base - v v^T and W = W0 - u v^T, of which only products are kept: gram = W0^T W0, t = W0^T u, uu = u^T u.
+    P = base - v v^T and W = W0 - u v^T. The object keeps products alone: gram = W0^T W0, t = W0^T u, uu = u^T u.
     """
 
     def __init__(self, inverse: np.ndarray, gram: np.ndarray, units: np.ndarray):
@@ -137,7 +137,7 @@ class _Greedy:
         self._refresh()
 
     def remove(self) -> tuple[int, float]:
-        """Removes the unit that adds the least; returns it and what it adds."""
+        """Removes the unit that adds the least error; returns the unit and the added error."""
         added = self._costs()
         added[self.gone] = np.inf
         place = int(np.argmin(added))
@@ -153,7 +153,7 @@ class _Greedy:
         unit = int(self.alive[place])
         self._update(new_v, new_t, old_u, own_u)
         self.gone.append(place)
-        self.blocks[place] = np.eye(len(features))  # zero by now, and not to be divided by
+        self.blocks[place] = np.eye(len(features))  # zero by now; ``_costs`` divides by the blocks
         if self.columns + len(features) > self.v.shape[1]:
             self._multiply()
         return unit, max(0.0, float(np.trace(own_u)))
@@ -164,7 +164,7 @@ class _Greedy:
         return np.trace(np.linalg.solve(self.blocks, self.grams), axis1=1, axis2=2)
 
     def _update(self, v: np.ndarray, t: np.ndarray, old_u: np.ndarray, own_u: np.ndarray) -> None:
-        """Takes up columns of v and t, and their part in the blocks of P and G of every unit."""
+        """Adds columns to v and t, and updates the blocks of P and G of every unit."""
         shared = t - self.v[:, : self.columns] @ old_u  # W^T u
         mine = v[self.units]  # (units, size, size)
         turned = mine.swapaxes(1, 2)
@@ -177,7 +177,7 @@ class _Greedy:
         self.columns += v.shape[1]
 
     def _multiply(self) -> None:
-        """Multiplies the updates in and lets go of the features that are gone."""
+        """Applies the pending updates to P and G, and drops the features that are removed."""
         used = slice(0, self.columns)
         left = np.delete(np.arange(len(self.base)), self.units[self.gone].reshape(-1))
         place = np.zeros(len(self.base), np.int64)
