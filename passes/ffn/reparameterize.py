@@ -67,11 +67,11 @@ class Work(ReparameterizeFfn):
         idle, hidden, macs = int(pair.idle.sum()), pair.idle.size, f"{pair.macs:,} to {pair.folded_macs:,}"
         if pair.folded_macs >= pair.macs and not self.always:
             raise Refused(f"folding {idle} idle of {hidden} channels would take the MACs per position from {macs}")
-        place = _place(pairs, pair, outcome)
+        around = _surroundings(pairs, pair, outcome)
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
-            weights = _folded(pair, place)
-        _Writer(pairs.graph, pair, place, weights).write()
-        merged = ", with the shortcut" if place.add is not None else ""
+            weights = _folded(pair, around)
+        _Writer(pairs.graph, pair, around, weights).write()
+        merged = ", with the shortcut" if around.add is not None else ""
         site = {"node": pair.outer.name, "method": f"dense{merged}", "width": [hidden, int(pair.active.sum())],
                 "macs": [pair.macs, pair.folded_macs]}  # fmt: skip
         outcome.facts.setdefault("sites", []).append(site)
@@ -125,7 +125,7 @@ def _is_needed(graph: gs.Graph, node: gs.Node, besides: gs.Node) -> bool:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Surroundings:
     """What surrounds an FFN and is folded with it.
 
     It reads data = ``scale`` * ``source`` + ``shift``; ``tail`` is the map that its output goes through, a LayerScale;
@@ -139,19 +139,19 @@ class _Place:
     add: gs.Node | None = None
 
 
-def _place(pairs: Pairs, pair: Pair, outcome: Outcome) -> _Place:
+def _surroundings(pairs: Pairs, pair: Pair, outcome: Outcome) -> _Surroundings:
     """What can be folded with an FFN; where there is a shortcut that cannot be, it says so."""
     data, tail = pair.inner[0].data, _tail(pairs.graph, pair)
     out = pair.outer.output if tail is None else tail.output
     add = edit.sole_consumer(pairs.graph, out)
     if add is None or add.op != "Add" or not edit.is_standard(add):
-        return _Place(data, tail=tail)
+        return _Surroundings(data, tail=tail)
     source = next(t for t in add.inputs if t is not out)
     try:
         if isinstance(source, gs.Constant) or pair.outer.channels[0] != pair.inner[0].channels[1]:
             raise Refused("it adds something else than what the FFN reads")
         if source is data:
-            return _Place(data, tail=tail, add=add)
+            return _Surroundings(data, tail=tail, add=add)
         axis = pair.inner[0].in_axis
         found = cone(pairs.graph, data, lambda tensor: tensor is source, roots=1)
         functions = Functions()
@@ -162,9 +162,9 @@ def _place(pairs: Pairs, pair: Pair, outcome: Outcome) -> _Place:
             raise Refused("what is in between is not one scale and shift a channel")
     except Refused as error:
         outcome.refuse(add.name, f"Add: the shortcut stays apart: {error}", "shortcut")
-        return _Place(data, tail=tail)
+        return _Surroundings(data, tail=tail)
     slope, intercept = (np.array([m[i] for m in maps if m is not None]) for i in (1, 2))
-    return _Place(source, what["scale"] * slope, what["scale"] * intercept + what["shift"], tail, add)
+    return _Surroundings(source, what["scale"] * slope, what["scale"] * intercept + what["shift"], tail, add)
 
 
 def _tail(graph: gs.Graph, pair: Pair) -> Affine | None:
@@ -191,21 +191,21 @@ class _Weights:
     outer: _Weight | None = None
 
 
-def _folded(pair: Pair, place: _Place) -> _Weights:
+def _folded(pair: Pair, around: _Surroundings) -> _Weights:
     """The algebra at the top of this file, in float64, cast once. Raises DoesNotFit."""
     what, active, kind = pair.channels, pair.active, pair.outer.dtype
     second, last = _matrix(pair.outer), pair.outer.bias()
     bias = (0.0 if last is None else last) + second @ what["shift"]
-    if place.tail is not None:
-        second *= place.tail.scale.reshape(-1, 1)
-        bias = place.tail.scale * bias + place.tail.shift
+    if around.tail is not None:
+        second *= around.tail.scale.reshape(-1, 1)
+        bias = around.tail.scale * bias + around.tail.shift
     outs, ins = pair.outer.channels[0], pair.inner[0].channels[1]
-    dense = np.zeros((outs, ins)) if place.add is None else np.eye(outs)
+    dense = np.zeros((outs, ins)) if around.add is None else np.eye(outs)
     inner: list[_Weight] = []
     for root, linear in enumerate(pair.inner):
         first, old = _matrix(linear), linear.bias()
-        offset = (0.0 if old is None else old) + first @ np.broadcast_to(place.shift, (ins,))
-        first *= place.scale
+        offset = (0.0 if old is None else old) + first @ np.broadcast_to(around.shift, (ins,))
+        first *= around.scale
         mine = pair.slopes[:, 0] == root
         channels, (slope, intercept) = what["channel"][mine], pair.slopes[mine, 1:].T
         columns = second[:, mine] * what["scale"][mine]
@@ -232,15 +232,15 @@ class _Writer:
 
     graph: gs.Graph
     pair: Pair
-    place: _Place
+    around: _Surroundings
     weights: _Weights
     nodes: list[gs.Node] = field(default_factory=list)
     made: dict[int, gs.Tensor] = field(default_factory=dict)
 
     def write(self) -> None:
-        pair, place, source = self.pair, self.place, self.place.source
-        tail = place.tail.nodes if place.tail is not None else ()
-        old = [node for node in (pair.outer.node, pair.outer.bias_node, *tail, place.add) if node is not None]
+        pair, around, source = self.pair, self.around, self.around.source
+        tail = around.tail.nodes if around.tail is not None else ()
+        old = [node for node in (pair.outer.node, pair.outer.bias_node, *tail, around.add) if node is not None]
         names, result = [node.name for node in old], old[-1].outputs[0]
         position = next(i for i, node in enumerate(self.graph.nodes) if node is old[0])
         for node in old:

@@ -1,4 +1,4 @@
-"""Exact folds: the same function in fewer nodes, or in nodes that the others know.
+"""Exact folds: the same function in fewer nodes, or in operators that other passes understand.
 
 rewrite-einsum      Einsum = Transpose, Mul or MatMul
 inline-functions    y = f(x)  ->  the nodes of f
@@ -19,7 +19,7 @@ from channelfold.passes.options import option
 
 @dataclass(frozen=True)
 class RewriteEinsum(Pass):
-    """Writes Einsum as the Transpose, Mul or MatMul that it is."""
+    """Replaces Einsum by the Transpose, Mul or MatMul that computes the same."""
 
     name, kind, does_it = "rewrite-einsum", "exact", "einsum"
 
@@ -33,14 +33,14 @@ class InlineFunctions(Pass):
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """Computes everything that depends on constants alone, once."""
+    """Replaces nodes that depend on constants alone by their values."""
 
     name, kind, does_it = "fold-constants", "exact", "constants"
 
 
 @dataclass(frozen=True)
 class RemoveIdentities(Pass):
-    """Removes nodes that return what they are given, and nodes nobody reads."""
+    """Removes nodes that return their input unchanged, and nodes whose results are not read."""
 
     name, kind, does_it = "remove-identities", "exact", "identities"
 
@@ -66,4 +66,4 @@ class MergeConvs(Pass):
 
     name, kind, does_it = "merge-convs", "exact", "convs"
 
-    max_macs_growth: float = option(1.0, "MACs of the merged Conv at most, relative to those of both.", above=0)
+    max_macs_growth: float = option(1.0, "Greatest MACs of the merged Conv, relative to the MACs of both.", above=0)

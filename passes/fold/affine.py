@@ -5,15 +5,15 @@
     norm       s * (g * n(x) + e) + t     =  (s * g) n(x) + (s * e + t)
     split      s * x + t                  =  s back, t forward; or s * (x + t / s), shift back, scale forward
 
-BatchNormalization, LayerScale, input normalization and any other constant per-channel Mul, Div, Add or Sub are one and
-the same map (``affine``). It goes into the linear or norm before it, or into *every* linear behind it, through the
-operators that commute with it. What cannot move exactly stays as one Mul and one Add at most, and the refusal says
-which part and why.
+BatchNormalization, LayerScale, input normalization and any other constant per-channel Mul, Div, Add or Sub are affine
+maps (``layers.affine``). A map is folded into the linear or norm before it, or into *every* linear behind it, through
+the operators that commute with the map. The part that cannot move exactly stays as one Mul and one Add at most, and
+the refusal names the part and the reason.
 
 Left as they are: the affine part of a decomposed norm (it is the norm's gamma and beta); a scalar factor right behind a
 product of two activations (it belongs to GELU or HardSwish, which runtimes fuse); weights that someone else reads too,
-where a copy would make the file more than 1 MB larger; whatever would take more nodes than it saves. A scalar that can
-move nowhere is part of a formula (the epsilon of a norm, the 1 in GELU), and no refusal.
+where a copy would make the file more than 1 MB larger; folds that would add more nodes than they remove. A scalar that
+can move nowhere is part of a formula (the epsilon of a norm, the 1 in GELU) and is not refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ _Map = tuple[np.ndarray, np.ndarray]  # scale and shift
 
 @dataclass
 class _Way:
-    """One direction a map can take: where it ends, and what part of it may not go there."""
+    """The path of a map in one direction.
+
+    ``ends``: the linears or norms that take the map up, with its axis there. ``no_scale``, ``no_shift``: why the path
+    takes no scale or no shift; empty where the path does.
+    """
 
     ends: list[tuple[Linear | gs.Node, Vector]] = field(default_factory=list)
     no_scale: str = ""
@@ -52,7 +56,7 @@ class Work(FoldAffine):
         infer_shapes(graph)
         outcome = Outcome()
         try:
-            while _fold_everywhere(graph, outcome):  # what has moved away may have made room for others
+            while _fold_everywhere(graph, outcome):  # a map that has moved may have been in the way of another
                 outcome.refused.clear()
             _fold_gemm_factors(graph, outcome)
         finally:
@@ -85,7 +89,7 @@ def _fold_everywhere(graph: gs.Graph, outcome: Outcome) -> bool:
 
 
 def _site(graph: gs.Graph, node: gs.Node) -> Affine | None:
-    """The longest map that starts at a node, None when it starts none. Raises Refused for what looks like one."""
+    """The longest map that starts at a node, or None. Raises Refused for a node that only looks like a map."""
     run = find_affine(node) if _biased(graph, node) is None else None
     if run is None or _is_factor(node, run):
         return None
@@ -141,7 +145,7 @@ def _is_inverse_root(tensor: gs.Tensor) -> bool:
 
 
 def _origin(tensor: gs.Tensor, op: str) -> gs.Node | None:
-    """The node that computes a tensor, seen through Expand and through ``op`` with a constant."""
+    """The node that computes a tensor; Expand, and ``op`` with a constant, are passed over."""
     node = edit.producer(tensor)
     while node is not None and node.op in (op, "Expand"):
         inner = [t for t in node.inputs if not isinstance(t, gs.Constant)]
@@ -152,7 +156,7 @@ def _origin(tensor: gs.Tensor, op: str) -> gs.Node | None:
 
 
 def _fold(graph: gs.Graph, site: Affine) -> str:
-    """Moves as much of a map as can go. Returns what was done; raises Refused with the reason, nothing changed."""
+    """Moves as much of a map as possible; returns a description. Raises Refused, with nothing changed."""
     if site.axis is not None and _is_normalized(site.input) and site.nodes[0].op != "BatchNormalization":
         return _shorten(graph, site, "it is the gamma or beta of a norm")
     back, forth = _backward(graph, site), _forward(graph, site)
@@ -174,7 +178,7 @@ def _fold(graph: gs.Graph, site: Affine) -> str:
 
 
 def _plans(site: Affine, back: _Way, forth: _Way) -> Iterator[tuple[str, _Map, _Map, _Map]]:
-    """Every way to share a map out: (words, what goes back, what goes forth, what stays), the best first."""
+    """The ways to divide a map, the best first: (description, part moved back, part moved forward, part that stays)."""
     scale, shift = site.scale, site.shift
     one, zero = np.ones_like(scale), np.zeros_like(shift)
     nothing = (one, zero)
@@ -199,7 +203,7 @@ def _plans(site: Affine, back: _Way, forth: _Way) -> Iterator[tuple[str, _Map, _
 
 
 def _backward(graph: gs.Graph, site: Affine) -> _Way:
-    """The way to the linear or norm that the map's input comes from."""
+    """The path back to the linear or norm that computes the map's input."""
     way, tensor, v, reader = _Way(), site.input, Vector(site.axis), site.nodes[0]
     try:
         while True:
@@ -227,7 +231,7 @@ def _backward(graph: gs.Graph, site: Affine) -> _Way:
 
 
 def _forward(graph: gs.Graph, site: Affine) -> _Way:
-    """The way to all the linears that read the map's output."""
+    """The path forward to all linears that read the map's output."""
     way, pending = _Way(), [(site.output, Vector(site.axis))]
     try:
         while pending:
@@ -270,7 +274,7 @@ def _view(graph: gs.Graph, node: gs.Node, verb: str) -> Linear:
 
 
 def _end(graph: gs.Graph, node: gs.Node) -> Linear | gs.Node | None:
-    """The linear or norm that gives its result out at a node. Raises Refused for a linear without a view."""
+    """The linear or norm whose result a node computes, or None. Raises Refused for a linear without a view."""
     known = operator(node)
     if known.weighted:
         linear = _view(graph, node, "precedes")
@@ -282,7 +286,7 @@ def _end(graph: gs.Graph, node: gs.Node) -> Linear | gs.Node | None:
 
 
 def _check_axis(end: Linear | gs.Node, tensor: gs.Tensor, axis: int | None, channels: int | None = None) -> None:
-    """Raises Refused unless a map along ``axis`` of a tensor is along the channels of the end that has the tensor."""
+    """Raises Refused unless ``axis`` of a tensor is the channel axis of the linear or norm that reads or writes it."""
     if axis is None:
         return
     if isinstance(end, Linear):
@@ -298,7 +302,7 @@ def _check_axis(end: Linear | gs.Node, tensor: gs.Tensor, axis: int | None, chan
 
 
 def _move(graph: gs.Graph, site: Affine, back, backward: _Map, forth, forward: _Map, left: _Map) -> None:
-    """Carries out a plan: first everything is computed (and may still raise), then it is written."""
+    """Carries out a plan. All values are computed before the first is written, so that Refused changes nothing."""
     writes = []
     if _matters(backward):
         for end, v in back:
@@ -351,7 +355,7 @@ def _shorten(graph: gs.Graph, site: Affine, reason: str) -> str:
 
 
 def _parts(site: Affine, scale: np.ndarray, shift: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """The Mul and the Add that a map takes, as far as they are needed, with their constants. Raises DoesNotFit."""
+    """The Mul and the Add, with their constants, that compute a map; neutral ones are left out. Raises DoesNotFit."""
     kind = edit.dtype(site.input) or edit.dtype(site.output)
     if kind is None:
         kind = next((np.dtype(t.dtype) for n in site.nodes for t in n.inputs if isinstance(t, gs.Constant)), None)
@@ -371,7 +375,7 @@ def _parts(site: Affine, scale: np.ndarray, shift: np.ndarray) -> list[tuple[str
 
 
 def _leave(graph: gs.Graph, site: Affine, parts: list[tuple[str, np.ndarray]]) -> None:
-    """Puts the parts of a map in the place of its nodes."""
+    """Replaces the nodes of a map by the given Mul and Add."""
     if not parts and edit.bypass(graph, site.input, list(site.nodes), site.output):
         return
     kept = site.nodes[-max(len(parts), 1) :]

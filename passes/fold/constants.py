@@ -1,9 +1,9 @@
-"""Constant folding: whatever depends on constants alone is computed once.
+"""Constant folding: nodes that depend on constants alone are replaced by their values.
 
     f(c1, c2, …)  =  c        for every deterministic f
 
-This is what materializes Weight Standardization chains (W - mean(W)) / std(W), pad and reshape arithmetic, masks, and
-weights behind Cast or Transpose. The values come from ONNX Runtime, node by node as the model would have computed them.
+Constant folding computes Weight Standardization (W - mean(W)) / std(W), the arithmetic of pads and shapes, masks, and
+weights behind Cast or Transpose. ONNX Runtime computes the values with the nodes of the model, without fusing them.
 The shape of a tensor that is known whatever the input counts as a constant.
 
 Left as they are: random operators, QuantizeLinear and DequantizeLinear (folding them would undo a quantization), nodes
@@ -48,7 +48,10 @@ class Work(FoldConstants):
 
 @dataclass(frozen=True)
 class _Group:
-    """Nodes that fold together, their tensors that others read, and the bytes of constants that go with them."""
+    """Connected nodes that are folded together.
+
+    ``results``: their outputs that other nodes read. ``freed``: bytes of the constants that only these nodes read.
+    """
 
     nodes: list[gs.Node]
     results: list[gs.Tensor]
@@ -77,7 +80,7 @@ class _Group:
 
 
 def _groups(graph: gs.Graph) -> list[list[gs.Node]]:
-    """The nodes that depend on constants alone, those that are connected together, each group in order."""
+    """The nodes that depend on constants alone, as connected groups in the order of the graph."""
     foldable: dict[int, gs.Node] = {}
     for node in graph.nodes:
         if _is_foldable(graph, node) and all(id(source) in foldable for source in _sources(node)):
@@ -113,7 +116,7 @@ def _is_foldable(graph: gs.Graph, node: gs.Node) -> bool:
 
 
 def _known_shape(node: gs.Node) -> np.ndarray | None:
-    """What a Shape or Size node returns, where that is known whatever the input."""
+    """The result of a Shape or Size node, where it is the same for every input; else None."""
     if not operator(node).asks_shape or node.inputs[0].shape is None:
         return None
     shape = node.inputs[0].shape
@@ -154,7 +157,7 @@ def _batches(groups: list[_Group]) -> Iterator[list[_Group]]:
 
 
 def _computed(graph: gs.Graph, groups: list[_Group]) -> Iterator[tuple[_Group, list[np.ndarray] | ModelError]]:
-    """Every group with the values of its results, or with what ONNX Runtime says against it."""
+    """Every group with the values of its results, or with the error of ONNX Runtime."""
     try:
         values = iter(_compute(graph, [n for g in groups for n in g.nodes], [t for g in groups for t in g.results]))
     except ModelError as error:
@@ -182,7 +185,7 @@ def _compute(graph: gs.Graph, nodes: list[gs.Node], wanted: list[gs.Tensor]) -> 
 
 
 def _replace(graph: gs.Graph, group: _Group, values: list[np.ndarray] | ModelError, outcome: Outcome) -> None:
-    """Puts constants in the place of a group, or refuses it."""
+    """Replaces a group by constants, or refuses the group."""
     if isinstance(values, ModelError):
         outcome.refuse(group.name, f"{group}: {values}", "ONNX Runtime cannot compute it")
         return

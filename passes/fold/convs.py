@@ -45,7 +45,7 @@ from channelfold.runtime.io import edit
 class Work(MergeConvs):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
-        while self._merge_everywhere(graph, outcome):  # what was too costly with one neighbour may not be with two
+        while self._merge_everywhere(graph, outcome):  # a merge can make a neighbouring merge affordable
             outcome.refused.clear()
         return outcome
 
@@ -66,7 +66,7 @@ class Work(MergeConvs):
         return len(outcome.changed) > before
 
     def _merge(self, graph: gs.Graph, base: gs.Node, node: gs.Node) -> str:
-        """Merges ``base`` into ``node``; returns what that costs. Raises Refused or DoesNotFit, nothing changed."""
+        """Merges ``base`` into ``node``; returns the cost in words. Raises Refused, with nothing changed."""
         if edit.sole_consumer(graph, base.outputs[0]) is not node:
             raise Refused("the Conv in front of it has other readers, or is an output of the graph")
         first, second = _view(graph, base, "the Conv in front of it"), _view(graph, node, "it")
@@ -120,7 +120,7 @@ class _Window:
         )
 
     def after(self, base: _Window) -> _Window:
-        """The window of this Conv and the one in front of it as one. Raises Refused where that is none."""
+        """The window of this Conv merged with the Conv in front. Raises Refused where there is no such window."""
         axes = len(self.kernel)
         for axis in range(axes):
             if base.kernel[axis] == 1 or (self.kernel[axis] == 1 and not any(self.pads[axis::axes])):
@@ -162,7 +162,7 @@ def _view(graph: gs.Graph, node: gs.Node, subject: str) -> Linear:
 
 
 def _remove_identity(graph: gs.Graph, node: gs.Node) -> bool:
-    """Takes a Conv that returns its input out of its graph, unless names at both ends forbid it."""
+    """Removes a Conv that returns its input; returns whether it was removed (names at both ends may forbid it)."""
     try:
         conv = view(graph, node)
         window = _Window.of(conv)
@@ -187,11 +187,13 @@ def _remove_identity(graph: gs.Graph, node: gs.Node) -> bool:
 
 
 def _growth(first: Linear, second: Linear, outer: _Window) -> float:
-    """MACs of the merged conv over those of both, borders aside."""
+    """MACs of the merged Conv divided by the MACs of both, borders not considered."""
     mids, ins = first.channels
     outs = second.channels[0]
     taps = math.prod(first.kernel), math.prod(second.kernel)
-    base = mids * (ins // first.groups) * taps[0] * math.prod(outer.strides)  # outputs of it per output of the second
+    base = (
+        mids * (ins // first.groups) * taps[0] * math.prod(outer.strides)
+    )  # outputs of the first for each output of the second
     both = base + outs * (mids // second.groups) * taps[1]
     return outs * (ins // math.gcd(first.groups, second.groups)) * math.prod(taps) / both
 

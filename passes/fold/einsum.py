@@ -1,4 +1,4 @@
-"""Einsum written as what it is: everything else knows a MatMul, a Mul and a Transpose.
+"""Einsum replaced by MatMul, Mul or Transpose, which all other passes understand.
 
     bhk->bkh                  Transpose
     bi,bj->bij                Mul(Unsqueeze(x), Unsqueeze(y))
@@ -56,7 +56,11 @@ Step = tuple[str, list[int]]  # Transpose, Reshape or Unsqueeze, and its perm, s
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is done to each operand, ``op`` that makes one of them, and what is done to that."""
+    """The nodes that replace an Einsum.
+
+    ``operands``: each operand with the steps that prepare it. ``op``: the operator that combines the operands.
+    ``result``: the steps after ``op``.
+    """
 
     operands: list[tuple[gs.Tensor, list[Step]]]
     op: str
@@ -64,7 +68,7 @@ class _Plan:
 
 
 def _plan(node: gs.Node) -> _Plan:
-    """Raises Refused where an Einsum is none of the three."""
+    """The plan for an Einsum. Raises Refused where it is no Transpose, Mul or MatMul."""
     *terms, result = einsum_terms(node)
     parts = list(zip(terms, node.inputs, strict=True))
     alone = next((i for i in "".join(terms) if i not in result and "".join(terms).count(i) == 1), "")
@@ -101,7 +105,7 @@ def _plan(node: gs.Node) -> _Plan:
 
 
 def _ordered(term: str, order: Iterable[str]) -> list[Step]:
-    """What brings a tensor with these indices into an order that may have more of them."""
+    """The steps that bring a tensor with the indices ``term`` into ``order``, which may hold further indices."""
     perm = [term.index(i) for i in order if i in term]
     missing = [axis for axis, i in enumerate(order) if i not in term]
     moved: list[Step] = [("Transpose", perm)] if perm != sorted(perm) else []
@@ -109,7 +113,7 @@ def _ordered(term: str, order: Iterable[str]) -> list[Step]:
 
 
 def _sizes(parts: list[tuple[str, gs.Tensor]]) -> dict[str, int]:
-    """The sizes of the indices that have the same one for all inputs. Raises Refused where two do not agree."""
+    """The known sizes of the indices. Raises Refused where two operands give one index different sizes."""
     found: dict[str, int] = {}
     for term, tensor in parts:
         for i, size in zip(term, tensor.shape or (), strict=False):
@@ -119,12 +123,12 @@ def _sizes(parts: list[tuple[str, gs.Tensor]]) -> dict[str, int]:
 
 
 def _volume(indices: list[str], sizes: dict[str, int]) -> int:
-    """The length of the axis that some indices become, -1 where it is unknown."""
+    """The size of the axis that some indices are merged into; -1 where it is unknown."""
     return math.prod(sizes[i] for i in indices) if all(i in sizes for i in indices) else -1
 
 
 def _write(graph: gs.Graph, node: gs.Node, plan: _Plan) -> list[str]:
-    """Puts the nodes of a plan in the place of a node, the main one by its name; returns their operators."""
+    """Replaces a node by the nodes of a plan; returns their operators. The main one keeps the node's name."""
     output, made = node.outputs[0], []
     place = next(i for i, other in enumerate(graph.nodes) if other is node)
 

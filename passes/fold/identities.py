@@ -1,9 +1,9 @@
-"""Nodes that return what they are given, and nodes nobody reads.
+"""Removal of nodes that return their input unchanged, and of nodes whose results are not read.
 
     Identity, Dropout at inference, Cast to the same type, Transpose in order, Reshape to the same shape, a whole Slice,
     Pad by nothing, Concat / Sum / Max / Min / Mean of one tensor, x + 0, x - 0, x * 1, x / 1, x ** 1        =  x
 
-Where both ends carry names that callers use (an input that is passed to an output), the node stays.
+A node stays where its input and its output both have names that callers use (an input passed to an output).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from channelfold.passes.operators import EVERY, operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 
-_SIZE_LIMIT = 1 << 16  # elements of a constant that is looked through for anything but zeros or ones
+_SIZE_LIMIT = 1 << 16  # elements: larger constants are not searched for values other than the neutral one
 
 
 class Work(RemoveIdentities):

@@ -2,8 +2,8 @@
 
     Conv(pads=p)(Pad(q)(x))  =  Conv(pads=p + q)(x)        for q >= 0 on the spatial axes, filled with zeros
 
-Every reader of the Pad must be such a Conv; each gets the padding. Like the Pad, a padded Conv lets scales through and
-stops shifts, so it does not matter whether ``fold-affine`` runs before or after. Pads that are computed from constants
+Every reader of the Pad must be such a Conv; each Conv gets the padding. A padded Conv lets scales through and stops
+shifts, as the Pad does, so ``fold-affine`` may run before or after. Pads that are computed from constants
 need ``fold-constants`` first.
 """
 
@@ -25,7 +25,7 @@ class Work(FoldPad):
         found = [node for node in graph.nodes if operator(node).kind == "pad"]
         if found:
             infer_shapes(graph)
-        for node in reversed(found):  # of two Pads in a row, the second makes way for the first
+        for node in reversed(found):  # of two Pads in a row the second has to go first
             try:
                 convs = _convs(graph, node)
                 pads = _spatial_pads(node)
@@ -44,7 +44,7 @@ class Work(FoldPad):
 
 
 def _convs(graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
-    """The Conv nodes that are all that reads a Pad. Raises Refused."""
+    """The Conv nodes that read a Pad. Raises Refused where anything else reads it."""
     padded = node.outputs[0]
     readers = edit.consumers(padded)
     if edit.is_output(graph, padded) or not readers:
@@ -62,7 +62,7 @@ def _convs(graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
 
 
 def _spatial_pads(node: gs.Node) -> list[int]:
-    """The zeros a Pad adds, as a Conv wants them: starts of all spatial axes, then ends. Raises Refused."""
+    """The zeros a Pad adds, in the order of a Conv: starts of all spatial axes, then ends. Raises Refused."""
     if (mode := node.attrs.get("mode", "constant")) != "constant":
         raise Refused(f"it pads by mode {mode}, not with zeros")
     if (edit.scalar(node.inputs[2]) if edit.has_input(node, 2) else node.attrs.get("value", 0.0)) != 0:

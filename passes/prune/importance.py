@@ -1,16 +1,16 @@
-"""How much each unit of a channel group matters, and what the best k of them are worth together.
+"""The importance of each unit of a channel group, and of the best k units together.
 
     l1, l2           sum |w|, sum w^2 over everything that writes a unit and reads it
     bn               sum |gamma| of the BatchNormalizations it passes through (network slimming, Liu et al., 2017)
-    activation       E (x - E[x])^2 * ||column||^2 at every reader: what removing it alone adds to their outputs
-    reconstruction   the least added error of removing one after another, the others refitted (``least_squares.order``)
+    activation       E (x - E[x])^2 * ||column||^2 at every reader: the error of removing the unit alone
+    reconstruction   the least error of removing units one by one, readers refitted (``least_squares.order``)
 
 The first two are divided by the mean of the group, so that layers of any scale can be ranked together. The last two are
-shares of the energy of the readers' outputs, and comparable as they are: E ||W (x - E[x])||^2 = tr(W C W^T).
+comparable without that: both are shares of the energy of the readers' outputs, E ||W (x - E[x])||^2 = tr(W C W^T).
 
-Covariances C come from calibration data. Without data, reconstruction takes those that the writer's weights imply for
-inputs that are white: C = W W^T + bias bias^T, and behind a rectifier what it makes of normal variables with them (the
-arc-cosine kernel: Cho and Saul, Kernel Methods for Deep Learning, NeurIPS 2009).
+Covariances C come from calibration data. Without data, reconstruction uses the covariance that the writer's weights
+imply for white inputs: C = W W^T + bias bias^T, and behind a rectifier the covariance of the rectified normal variables
+(the arc-cosine kernel: Cho and Saul, Kernel Methods for Deep Learning, NeurIPS 2009).
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ from channelfold.runtime.io import edit
 
 @dataclass(frozen=True)
 class Ranking:
-    """``order``: units, what goes first first. ``values`` (units + 1,): what the last k of them are worth."""
+    """The order in which the units of a group are removed.
+
+    ``order``: unit numbers, the first to be removed at the front. ``values`` (units + 1,): the importance that the last
+    k units hold together, for every k.
+    """
 
     order: np.ndarray
     values: np.ndarray
@@ -73,7 +77,7 @@ class ReadAxis:
 
 
 @dataclass(frozen=True)
-class Spread:
+class MeanCovariance:
     """Mean (n,) and covariance (n, n) of the channels of an activation; a covariance (n,) is a diagonal."""
 
     mean: np.ndarray
@@ -145,30 +149,30 @@ def _normalized(scores: np.ndarray) -> np.ndarray:
 
 
 def ranked(group: Group, scores: np.ndarray) -> Ranking:
-    """Units by their score, (units,); those that must stay last."""
+    """Units in the order of their scores, (units,); units that must stay come last."""
     order = np.lexsort((scores, ~group.free))
     kept_last = scores[order][::-1]
     return Ranking(order, np.concatenate([[0.0], np.cumsum(kept_last)]))
 
 
-def energies(group: Group, read: ReadAxis, spread: Spread) -> np.ndarray:
+def energies(group: Group, read: ReadAxis, moments: MeanCovariance) -> np.ndarray:
     """``activation`` of each unit at one reader, (units,)."""
-    added = spread.variance * read.norms()
-    whole = added.sum() if spread.covariance.ndim == 1 else float(np.vdot(spread.covariance, read.gram()))
+    added = moments.variance * read.norms()
+    whole = added.sum() if moments.covariance.ndim == 1 else float(np.vdot(moments.covariance, read.gram()))
     if whole <= 0:
         return np.zeros(group.units)
     return np.bincount(read.labels, added / whole, minlength=group.region.size + 1)[group.labels]
 
 
-def reconstruction(group: Group, read: ReadAxis, spread: Spread, ridge: float) -> Ranking:
-    """The order of least added error at one reader; the share of error that keeping k units leaves, negative."""
+def reconstruction(group: Group, read: ReadAxis, moments: MeanCovariance, ridge: float) -> Ranking:
+    """The order of least reconstruction error at one reader; ``values[k]`` is minus the error with k units kept."""
     gram = read.gram()
-    whole = float(np.vdot(spread.covariance, gram))
+    whole = float(np.vdot(moments.covariance, gram))
     units = group.labels[group.free]
     places = [np.flatnonzero(read.labels == label) for label in units]
     if whole <= 0 or len({p.size for p in places}) != 1 or not places[0].size:
-        return ranked(group, energies(group, read, spread))
-    removal = least_squares.order(spread.covariance, gram / whole, np.array(places), ridge)
+        return ranked(group, energies(group, read, moments))
+    removal = least_squares.order(moments.covariance, gram / whole, np.array(places), ridge)
     numbers = np.flatnonzero(group.free)[removal.order]
     order = np.concatenate([numbers, np.flatnonzero(~group.free)])
     values = np.full(group.units + 1, -removal.errors[-1])
@@ -176,8 +180,8 @@ def reconstruction(group: Group, read: ReadAxis, spread: Spread, ridge: float) -
     return Ranking(order, values)
 
 
-def implied(graph: gs.Graph, read: ReadAxis) -> Spread | None:
-    """The spread that the weights of the writers imply for white inputs; None where a channel has no such writer."""
+def implied(graph: gs.Graph, read: ReadAxis) -> MeanCovariance | None:
+    """Mean and covariance that the writers' weights imply for white inputs; None where a channel has no such writer."""
     size = read.labels.size
     covariance, seen = np.zeros((size, size)), np.zeros(size, bool)
     for part in read.region.parts:
@@ -196,11 +200,11 @@ def implied(graph: gs.Graph, read: ReadAxis) -> Spread | None:
     if not seen.all():
         return None
     through = any(operator(node).rectifies for tensor, _ in read.region.axes.values() for node in tensor.inputs)
-    return rectified(covariance) if through else Spread(np.zeros(size), covariance)
+    return rectified(covariance) if through else MeanCovariance(np.zeros(size), covariance)
 
 
 def _matched(rows: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a writer and places at a reader that are the same channels, from the labels of both."""
+    """The rows of a writer and the positions at a reader that are the same channels, from the labels of both."""
     shared = np.intersect1d(rows, places)
     found = [np.argsort(labels, kind="stable") for labels in (rows, places)]
     found = [order[np.isin(labels[order], shared)] for order, labels in zip(found, (rows, places), strict=True)]
@@ -208,11 +212,11 @@ def _matched(rows: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def shrunk(covariance: np.ndarray, count: int) -> np.ndarray:
-    """A covariance from ``count`` positions, its correlations made smaller by what so few may have made up.
+    """A covariance estimated from ``count`` positions, with its correlations shrunk towards zero.
 
-    Where there are fewer positions than channels any channel is a combination of the others, on these positions. The
-    share that goes is that of the oracle approximating shrinkage (Chen et al., IEEE Trans. Signal Process. 58, 2010)
-    of the correlation matrix towards the identity.
+    With fewer positions than channels every channel is a linear combination of the others on these positions, so the
+    correlations are too large. They are reduced by oracle approximating shrinkage of the correlation matrix towards the
+    identity (Chen et al., IEEE Trans. Signal Process. 58, 2010).
     """
     n, deviation = len(covariance), np.sqrt(np.maximum(np.diagonal(covariance), 0.0))
     if n < 2:
@@ -227,11 +231,11 @@ def shrunk(covariance: np.ndarray, count: int) -> np.ndarray:
     return found
 
 
-def rectified(covariance: np.ndarray) -> Spread:
+def rectified(covariance: np.ndarray) -> MeanCovariance:
     """Mean and covariance of max(z, 0) for z normal with mean 0."""
     deviation = np.sqrt(np.maximum(np.diagonal(covariance), 1e-30))
     scale = np.outer(deviation, deviation)
     angle = np.arccos(np.clip(covariance / scale, -1.0, 1.0))
     second = scale / (2 * np.pi) * (np.sin(angle) + (np.pi - angle) * np.cos(angle))
     mean = deviation / np.sqrt(2 * np.pi)
-    return Spread(mean, second - np.outer(mean, mean))
+    return MeanCovariance(mean, second - np.outer(mean, mean))

@@ -23,7 +23,7 @@ from channelfold.passes.layers.linear import Linear, cast, view
 from channelfold.passes.numeric import least_squares
 from channelfold.passes.prune import importance
 from channelfold.passes.prune.costs import Keeps
-from channelfold.passes.prune.importance import ReadAxis, Spread
+from channelfold.passes.prune.importance import MeanCovariance, ReadAxis
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError
 from channelfold.runtime.stats.channels import ChannelMoments
@@ -43,7 +43,7 @@ class ReadStatistics:
     def __init__(self, graph: gs.Graph, regions: Sequence[Region], ctx: Context):
         self._graph, self._progress = graph, ctx.progress
         self.reads = importance.read_axes(graph, regions)
-        self._implied: list[tuple[ReadAxis, Spread]] = []
+        self._implied: list[tuple[ReadAxis, MeanCovariance]] = []
         self._data: list[Data] = []
         self._held: dict[int, Moments | ChannelMoments] = {}  # by the id of a read, where all of them fit into memory
         self.source = "data"
@@ -51,7 +51,7 @@ class ReadStatistics:
             self.add(ctx.calibration)
             return
         implied = ((read, importance.implied(graph, read)) for read in self.reads if read.size <= MAX_FEATURES)
-        self._implied = [(read, spread) for read, spread in implied if spread is not None]
+        self._implied = [(read, moments) for read, moments in implied if moments is not None]
         self.source = "weights" if self._implied else ""
 
     def add(self, data: Data) -> None:
@@ -60,14 +60,14 @@ class ReadStatistics:
         if sum(bytes_of(read.size) for read in self.reads if read.size <= MAX_FEATURES) <= LIMIT:
             self._held = {id(read): seen for read, seen in self._observed(data)}
 
-    def each(self) -> Iterator[tuple[ReadAxis, Spread]]:
+    def each(self) -> Iterator[tuple[ReadAxis, MeanCovariance]]:
         """In no particular order; activations of which nothing is known are left out."""
         if not self._data:
             yield from self._implied
             return
         held = ((read, self._held[id(read)]) for read in self.reads)
         for read, found in held if self._held else self._observed(_joined(self._data)):
-            yield read, _spread(found)
+            yield read, _mean_covariance(found)
 
     def new_biases(self, keeps: Keeps) -> int:
         """How many parameters, at most, the biases have that linears without one get when just these labels stay."""
@@ -108,12 +108,12 @@ def _joined(parts: Sequence[Data]) -> Data:
     return Data(first.inputs, number, lambda: itertools.chain.from_iterable(parts), first.description)
 
 
-def _spread(seen: Moments | ChannelMoments) -> Spread:
+def _mean_covariance(seen: Moments | ChannelMoments) -> MeanCovariance:
     if isinstance(seen, Moments):
-        return Spread(seen.mean, importance.shrunk(seen.covariance, seen.count))
+        return MeanCovariance(seen.mean, importance.shrunk(seen.covariance, seen.count))
     if not seen.positions:
         raise DataError("No calibration sample reached an activation", "Check the data")
-    return Spread(seen.mean, seen.variance)
+    return MeanCovariance(seen.mean, seen.variance)
 
 
 @dataclass
@@ -130,13 +130,13 @@ class Fit:
         linear: Linear,
         stays: np.ndarray,
         rows: np.ndarray | None,
-        spread: Spread,
+        moments: MeanCovariance,
         mode: Literal["none", "bias", "lstsq"],
         ridge: float,
     ) -> Fit:
         """``stays``: which input channels do, (in,) bool. ``rows``: which outputs do, None for all.
 
-        Of a spread without covariances only the bias can be made up for.
+        Without covariances only the bias is corrected.
         """
         weight, outs = linear.weight(), linear.channels[0]
         gain = np.zeros(outs)
@@ -144,9 +144,9 @@ class Fit:
         for mine, inputs in importance.blocks(linear):
             part, kept = weight[mine], np.flatnonzero(stays[inputs])
             gone = np.flatnonzero(~stays[inputs])
-            matrix, offset = np.zeros((gone.size, kept.size)), spread.mean[inputs][gone]
-            if mode == "lstsq" and spread.covariance.ndim == 2:
-                matrix, offset = _filled(spread, inputs, kept, gone, linear.padded, ridge)
+            matrix, offset = np.zeros((gone.size, kept.size)), moments.mean[inputs][gone]
+            if mode == "lstsq" and moments.covariance.ndim == 2:
+                matrix, offset = _filled(moments, inputs, kept, gone, linear.padded, ridge)
             new = part[:, kept] + np.moveaxis(np.moveaxis(part[:, gone], 1, -1) @ matrix, -1, 1)
             if not linear.padded and mode != "none":
                 gain[mine] = part[:, gone].reshape(len(part), gone.size, -1).sum(axis=-1, dtype=np.float64) @ offset
@@ -186,9 +186,9 @@ class Fit:
 
 
 def _filled(
-    spread: Spread, inputs: slice, kept: np.ndarray, gone: np.ndarray, padded: bool, ridge: float
+    moments: MeanCovariance, inputs: slice, kept: np.ndarray, gone: np.ndarray, padded: bool, ridge: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    mean, covariance = spread.mean[inputs], spread.covariance[inputs, inputs]
+    mean, covariance = moments.mean[inputs], moments.covariance[inputs, inputs]
     if padded:
         covariance, mean = covariance + np.outer(mean, mean), np.zeros_like(mean)
     return least_squares.fill(covariance, mean, kept, gone, ridge)

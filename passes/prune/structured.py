@@ -38,7 +38,7 @@ from channelfold.passes.channels.maps import Shape
 from channelfold.passes.layers.linear import Linear
 from channelfold.passes.prune import Prune, allocation, importance, refit_outputs, sensitivity
 from channelfold.passes.prune.costs import GroupCosts, Keeps, Kind
-from channelfold.passes.prune.importance import Ranking, Spread
+from channelfold.passes.prune.importance import MeanCovariance, Ranking
 from channelfold.passes.prune.latency import a_feed, units_within_latency
 from channelfold.passes.prune.refit import Fit, ReadStatistics, matters
 from channelfold.passes.prune.tolerance import TRIED, units_within_tolerance
@@ -50,13 +50,6 @@ from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.session import Feed
 from channelfold.runtime.io.snapshot import Snapshot
 
-AMOUNTS = {  # how much goes; the allocations that can deal with it, and why no others
-    "keep_macs": (("auto", "uniform", "ranked", "knapsack"), "is a budget to share out"),
-    "keep_params": (("auto", "uniform", "ranked", "knapsack"), "is a budget to share out"),
-    "keep_latency": (("auto", "knapsack"), "takes the knapsack"),
-    "ratio": (("auto", "uniform"), "takes the same share of every group"),
-    "tolerance": (("auto", "greedy"), "is used up group by group"),
-}
 _CORRECTIONS = 8  # of a budget that units of unequal size, and new biases, have made a little more of
 
 
@@ -145,15 +138,15 @@ class Work(Prune):
         readers = [sum(matters(read, group) for read in statistics.reads) for group in groups]
         found: list[Ranking | None] = [None] * len(groups)
         energies = [np.zeros(group.units) for group in groups]
-        for done, (read, spread) in enumerate(statistics.each()):
+        for done, (read, moments) in enumerate(statistics.each()):
             ctx.progress("Ranking channels", done, len(statistics.reads))
             for number, group in enumerate(groups):
                 if not matters(read, group):
                     continue
-                if self.importance != "activation" and readers[number] == 1 and spread.covariance.ndim == 2:
-                    found[number] = importance.reconstruction(group, read, spread, self.ridge)
+                if self.importance != "activation" and readers[number] == 1 and moments.covariance.ndim == 2:
+                    found[number] = importance.reconstruction(group, read, moments, self.ridge)
                 else:
-                    energies[number] += importance.energies(group, read, spread)
+                    energies[number] += importance.energies(group, read, moments)
         return [
             ranking or importance.ranked(g, energy if energy.any() else importance.magnitudes(g, 2) / g.units)
             for g, ranking, energy in zip(groups, found, energies, strict=True)
@@ -252,17 +245,17 @@ class Work(Prune):
             place: keep[labels - 1] for region, keep in keeps.values() for place, (_, labels) in region.axes.items()
         }
         fits = []
-        for read, spread in statistics.each():
+        for read, moments in statistics.each():
             stays = keeps[id(read.region)][1][read.labels - 1]
             for linear in read.linears if not stays.all() else ():
                 result = linear.node.outputs[0]
                 out = rows.get((id(result), linear.out_axis % len(shapes[result.name])))
-                fits.append(self._fit(linear, stays, out, spread))
+                fits.append(self._fit(linear, stays, out, moments))
         return fits
 
-    def _fit(self, linear: Linear, stays: np.ndarray, rows: np.ndarray | None, spread: Spread) -> Fit:
+    def _fit(self, linear: Linear, stays: np.ndarray, rows: np.ndarray | None, moments: MeanCovariance) -> Fit:
         mode = "lstsq" if self.compensate in ("auto", "outputs") else self.compensate
-        return Fit.of(linear, stays, rows, spread, mode, self.ridge)
+        return Fit.of(linear, stays, rows, moments, mode, self.ridge)
 
     def _correct(self, graph: gs.Graph, copies: Copies, fits: Sequence[Fit], keeps: Keeps, ctx: Context) -> list[str]:
         """Takes the errors that are left out of the outputs of what was refitted; the names of what changed."""

@@ -19,7 +19,7 @@ from channelfold.passes.layers.linear import view
 from channelfold.passes.layers.output_error import Outputs
 from channelfold.passes.operators import operator
 from channelfold.passes.prune.costs import Keeps
-from channelfold.passes.prune.importance import ReadAxis, Spread
+from channelfold.passes.prune.importance import MeanCovariance, ReadAxis
 from channelfold.passes.prune.refit import Fit, ReadStatistics
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io import edit
@@ -62,7 +62,7 @@ class Trial:
         infer_shapes(self._copy)
         self._nodes = dict(zip(map(id, graph.nodes), self._copy.nodes, strict=True))
         self._outputs = Outputs(self._copy, data)
-        self._reads: list[tuple[ReadAxis, Spread]] = list(statistics.each())
+        self._reads: list[tuple[ReadAxis, MeanCovariance]] = list(statistics.each())
         self._applied = [np.ones(read.size, bool) for read, _ in self._reads]
         linears = {id(linear.node) for read, _ in self._reads for linear in read.linears}
         sums = [(read, region) for region in regions for read in region.reads if id(read.node) not in linears]
@@ -71,17 +71,17 @@ class Trial:
 
     def errors(self, keeps: Keeps) -> dict[str, float]:
         """The squared error of every output that varies, relative to its variance, when only these labels stay."""
-        for number, (read, spread) in enumerate(self._reads):
+        for number, (read, moments) in enumerate(self._reads):
             stays = keeps[id(read.region)][1][read.labels - 1]
             if not np.array_equal(stays, self._applied[number]):
-                self._refit(read, spread, stays)
+                self._refit(read, moments, stays)
                 self._applied[number] = stays
         for mask in self._masks:
             mask.set(keeps[id(mask.region)][1])
         lost = self._outputs.lost(self._copy)
         return {name: lost[name] / whole for name, whole in self._outputs.variances.items() if whole > 0}
 
-    def _refit(self, read: ReadAxis, spread: Spread, stays: np.ndarray) -> None:
+    def _refit(self, read: ReadAxis, moments: MeanCovariance, stays: np.ndarray) -> None:
         """Gives what reads the channels the weights that make up for those that do not stay."""
         for linear in read.linears:
             own = view(self._copy, self._nodes[id(linear.node)])
@@ -92,9 +92,9 @@ class Trial:
                 own.set_weight(linear.weight())
                 continue
             try:
-                self._fit(linear, stays, None, spread).silence(own, stays)
+                self._fit(linear, stays, None, moments).silence(own, stays)
             except DoesNotFit:  # a cut leaves such a layer as it is, too
-                Fit.of(linear, stays, None, spread, "none", 0.0).silence(own, stays)
+                Fit.of(linear, stays, None, moments, "none", 0.0).silence(own, stays)
 
     def _before(self, read: Read, region: Region) -> _Mask:
         """In front of a node without weights that sums over channels."""

@@ -30,7 +30,7 @@ class Quantize(Pass):
     min_activation_snr: float = option(
         15.0, "Leave a node in float when 8 bits represent its input worse than this, in dB.", metavar="DB"
     )
-    percentile: float = option(99.999, "Of the calibrator percentile.", above=0, high=100, metavar="P")
+    percentile: float = option(99.999, "Percentile of the calibrator percentile.", above=0, high=100, metavar="P")
     correct_bias: bool = option(True, "Make up in the biases for the mean error of rounded weights.")
     float_share: float = option(
         0.0, "Share of the linear nodes that may stay float because int8 changes their outputs most.", low=0, high=1
@@ -49,10 +49,10 @@ class QuantizeWeights(Pass):
 
 @dataclass(frozen=True)
 class ClipWeights(Pass):
-    """Clips the weights of linears without a kernel, where that makes their quantization better."""
+    """Clips the weights of linears without a kernel where clipping lowers their quantization error."""
 
     name, kind, does_it, needs_data = "clip-weights", "calibrated", "clip", "Clipping weights"
 
-    weight_bits: int = option(4, "Bits of the quantizer that is to come.", low=2, high=16)
+    weight_bits: int = option(4, "Bits of the weight quantizer that the weights are clipped for.", low=2, high=16)
     group_size: int = option(128, "Weights that share a scale, 0 for a whole row.", low=0, high=1 << 20)
     exclude: tuple[str, ...] = option((), "Nodes to leave as they are: names, * and ? match.", metavar="PATTERN")

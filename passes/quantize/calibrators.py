@@ -16,14 +16,10 @@ All of them work on the bins of ``histograms``, none looks at the data again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import numpy as np
 
 from channelfold.runtime.stats.histograms import LOWER, WIDTH, TensorStatistics
-
-Calibrator = Literal["minmax", "percentile", "mse", "entropy"]
-CALIBRATORS: tuple[str, ...] = get_args(Calibrator)
 
 _MSE_STEPS = 128
 _MSE_FLOOR = 1 / 64  # of the largest magnitude: below it no range was ever better

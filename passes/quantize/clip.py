@@ -1,11 +1,11 @@
-"""Weights clipped where that makes their quantization better: the largest of a group cost all others their steps.
+"""Weights clipped where clipping lowers the quantization error: the largest weight of a group sets the step of all.
 
     w' = clip(w, -m, m),   m = max|w| (1 - i / 20),  i = 0 .. 9         for each output row and group of inputs
     i  = argmin  sum over x of (w x - Q(w') x)^2                        x the inputs of the group, on a sample of rows
 
-Q is the quantizer that is to come, ``weight_bits`` with one scale for ``group_size`` inputs. i = 0 clips nothing, so no
-group gets worse; a site whose outputs as a whole do not get better stays as it is. The pass stores w' as float and
-changes the function by what it clips.
+Q is the quantizer that the weights are clipped for, ``weight_bits`` with one scale for ``group_size`` inputs. i = 0
+clips nothing, so no group gets worse; a linear whose outputs as a whole do not get better stays as it is. The pass
+stores w' as float, so clipping changes the function of the model.
 
 Projections of queries and keys are left alone, as their errors go through a softmax: linears from which a product of
 two activations is reached, without another linear in between, where that product has no softmax behind it (or input 0
@@ -88,10 +88,10 @@ class Work(ClipWeights):
 def clipped_matrix(
     weight: np.ndarray, rows: np.ndarray, weights: np.ndarray, bits: Bits
 ) -> tuple[np.ndarray, float, float, float]:
-    """(weight clipped, error before, error after, share of the groups clipped) of a matrix (out, in).
+    """(clipped weight, error before, error after, share of the groups clipped) of a matrix (out, in).
 
-    ``rows`` (n, in) float32, each standing for ``weights`` (n,) of them. Errors are those of the quantized outputs, a
-    share of the energy of the outputs.
+    ``rows`` (n, in) float32; row i stands for ``weights[i]`` rows of the data. Errors are the errors of the quantized
+    outputs as a share of the energy of the outputs.
     """
     outs, ins = weight.shape
     size = min(bits.group, ins) or ins

@@ -67,7 +67,7 @@ class Work(Quantize):
         ranges = {name: self._range(seen) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges
         facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
-        reasons = {name: self._why_not_representable(statistics[name], _lower_snr(facts[name])) for name in axes}
+        reasons = {name: self._why_beyond_int8(statistics[name], _lower_snr(facts[name])) for name in axes}
         worst = self._worst(graph, [site for site in sites if not reasons[site.data.name]], rows)
         kept = []
         for site in sites:
@@ -165,7 +165,8 @@ class Work(Quantize):
             "masked": statistics.masked,
         }
 
-    def _why_not_representable(self, seen: TensorStatistics, snr: float | None) -> str:
+    def _why_beyond_int8(self, seen: TensorStatistics, snr: float | None) -> str:
+        """Why 8 bits cannot represent an activation; empty when they can."""
         if seen.total == 0:
             return "no calibration sample reached its activation"
         if seen.amax == 0:

@@ -31,7 +31,7 @@ from channelfold.passes.channels.scale_regions import Region, Shape, reach
 from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
 from channelfold.passes.smooth import Smooth, scales
-from channelfold.passes.smooth.scales import Seen
+from channelfold.passes.smooth.scales import ClassStatistics
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
@@ -139,7 +139,7 @@ class Work(Smooth):
             "inserted": added,
         }
 
-    def _closed_form(self, seen: Seen, shifted: bool) -> Candidate:
+    def _closed_form(self, seen: ClassStatistics, shifted: bool) -> Candidate:
         zero = np.zeros_like(seen.minimum)
         if self.method == "smoothquant":
             return f"smoothquant, alpha {self.alpha:g}", scales.smoothquant(seen, self.alpha), zero
@@ -151,7 +151,7 @@ class Work(Smooth):
         return "fp4-shift", scales.fp4_shift(seen), zero
 
     def _best(
-        self, site: _Site, seen: Seen, observers: Mapping[str, ChannelStatistics], shifted: bool
+        self, site: _Site, seen: ClassStatistics, observers: Mapping[str, ChannelStatistics], shifted: bool
     ) -> tuple[str, np.ndarray, np.ndarray, list[float]]:
         """The candidate of least error, with the error before and after in dB. Raises Refused where none is better."""
         bits = Bits(0 if self.method == "awq" else self.activation_bits, self.weight_bits, self.group_size)
@@ -174,7 +174,7 @@ class Work(Smooth):
             raise Refused("no scale makes its quantized outputs better" + (" by enough" if best is not None else ""))
         return *best, [_decibels(before), _decibels(after)]
 
-    def _candidates(self, seen: Seen, shifted: bool) -> Iterator[Candidate]:
+    def _candidates(self, seen: ClassStatistics, shifted: bool) -> Iterator[Candidate]:
         zero = np.zeros_like(seen.minimum)
         if self.method in ("auto", "smoothquant"):
             for alpha in _ALPHAS:
@@ -244,7 +244,7 @@ class _Site:
         linears = [end.linear for end in self.region.ends if end.shifted and end.linear is not None]
         return all(linear.node.op != "MatMul" or linear.bias_node is not None for linear in linears)
 
-    def seen(self, observers: Mapping[str, ChannelStatistics]) -> Seen:
+    def seen(self, observers: Mapping[str, ChannelStatistics]) -> ClassStatistics:
         """The statistics by class. Raises Refused when no sample reached a tensor."""
         size = self.region.size
         low, high, columns = np.full(size, np.inf), np.full(size, -np.inf), np.zeros(size)
@@ -263,7 +263,7 @@ class _Site:
         low[unread] = high[unread] = 0.0
         count[unread] = 1
         free = self.region.free & ~unread
-        return Seen(low, high, mean / count, middle / count, columns, free, free & self.region.shiftable)
+        return ClassStatistics(low, high, mean / count, middle / count, columns, free, free & self.region.shiftable)
 
     def layers(self) -> Iterator[tuple[str, np.ndarray, list[Linear]]]:
         """(tensor, classes of its channels, linears that read it). Raises Refused where an error cannot be measured."""

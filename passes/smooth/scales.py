@@ -17,17 +17,16 @@ A channel that is always zero, or does not change after the shift, has s = 1 in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-_FAINT = 1e-3  # of the median scale: what scales end at, lest a channel that hardly moved in calibration explodes later
+from channelfold.passes.smooth import Aim
 
-Aim = Literal["mean", "median", "clipped"]
+_FAINT = 1e-3  # of the median scale: what scales end at, lest a channel that hardly moved in calibration explodes later
 
 
 @dataclass(frozen=True)
-class Seen:
+class ClassStatistics:
     """What calibration saw of each class of channels, and the weights that read it; vectors (classes,) float64.
 
     ``middle``: (minimum + maximum) / 2 of each sample, averaged. ``columns``: the largest magnitude of the weights that
@@ -60,23 +59,23 @@ class Seen:
         return np.where(usable, np.exp(logs - logs[usable].mean()), 1.0)
 
 
-def smoothquant(seen: Seen, alpha: float, shift: np.ndarray | float = 0.0) -> np.ndarray:
+def smoothquant(seen: ClassStatistics, alpha: float, shift: np.ndarray | float = 0.0) -> np.ndarray:
     """A^alpha / max|W|^(1 - alpha); 0 leaves everything to the activations, 1 to the weights."""
     amax = seen.amax(shift)
     columns = np.maximum(seen.columns, 1e-5)
     return seen.normalized(np.where(amax > 0, np.maximum(amax**alpha / columns ** (1 - alpha), 1e-5), 0.0))
 
 
-def os_plus(seen: Seen, limit: float, shift: np.ndarray | float = 0.0) -> np.ndarray:
+def os_plus(seen: ClassStatistics, limit: float, shift: np.ndarray | float = 0.0) -> np.ndarray:
     """Shrinks the channels that leave [-limit, limit] to it, and leaves the others alone."""
     return np.where(seen.free, np.maximum(1.0, seen.amax(shift) / limit), 1.0)
 
 
-def awq(seen: Seen, ratio: float) -> np.ndarray:
+def awq(seen: ClassStatistics, ratio: float) -> np.ndarray:
     return seen.normalized(np.maximum(seen.absolute_mean**ratio, 1e-4) * (seen.absolute_mean > 0))
 
 
-def repq(seen: Seen, aim: Aim, shifted: bool) -> tuple[np.ndarray, np.ndarray]:
+def repq(seen: ClassStatistics, aim: Aim, shifted: bool) -> tuple[np.ndarray, np.ndarray]:
     """(scale, shift) that give every channel one range. Symmetric int8 wants the common zero point in the middle, 128.
 
     A channel that is not shifted has a symmetric range as it is, r = max|x| / 127.
@@ -88,7 +87,7 @@ def repq(seen: Seen, aim: Aim, shifted: bool) -> tuple[np.ndarray, np.ndarray]:
     return _to_common(seen, step, aim), np.where(moves, shift, 0.0)
 
 
-def _to_common(seen: Seen, step: np.ndarray, aim: Aim) -> np.ndarray:
+def _to_common(seen: ClassStatistics, step: np.ndarray, aim: Aim) -> np.ndarray:
     """step / step~, 1 where nothing is to be scaled."""
     usable = seen.free & (step > 0)
     if not usable.any():
@@ -100,12 +99,12 @@ def _to_common(seen: Seen, step: np.ndarray, aim: Aim) -> np.ndarray:
     return np.where(usable, np.maximum(np.where(usable, step, 1.0) / common, _FAINT), 1.0)
 
 
-def outliertune(seen: Seen, shift: np.ndarray | float) -> np.ndarray:
+def outliertune(seen: ClassStatistics, shift: np.ndarray | float) -> np.ndarray:
     """Every channel by its own range: per-channel steps that the weights carry, so that one step is left."""
     return seen.normalized(seen.amax(shift))
 
 
-def fp4_shift(seen: Seen, exponent_bits: int = 2, mantissa_bits: int = 1) -> np.ndarray:
+def fp4_shift(seen: ClassStatistics, exponent_bits: int = 2, mantissa_bits: int = 1) -> np.ndarray:
     """Powers of two that move each channel's exponent bias to the common one, at most 2^exponent_bits - 1 apart."""
     amax = seen.amax()
     usable = seen.free & (amax > 0)

@@ -1,11 +1,11 @@
-"""How much each layer keeps, when a share of all weights is to go.
+"""How many weights each layer keeps when a share of all weights is removed.
 
     uniform       the same share of every layer
-    equal slope   what costs least anywhere: D_l(k) = the part of layer l's energy in the k tiles that matter least to
-                  it; as it is convex, taking the cheapest next one of all layers, again and again, gives
-                  dD_l / dk = const, which is the least sum of D_l for the number taken
-    sensitivity   kept weights in proportion to n_l s_l, within [n_l (1 - most), n_l], what a limit holds back going to
-                  the other layers
+    equal slope   the tiles with the least energy of all layers: D_l(k), the share of layer l's energy in its k least
+                  tiles, is convex, so removing the cheapest remaining tile again and again gives dD_l / dk = const,
+                  the least sum of D_l for the number of tiles removed
+    sensitivity   each layer keeps weights in proportion to n_l s_l, within [n_l (1 - most), n_l]; weights that a limit
+                  does not admit are distributed among the other layers
 
 The sensitivity is ECoFLaP's zeroth-order estimate: two forward runs for each layer and sample, no gradients. With
 r_l the root mean square of the weights and z normal,
@@ -13,7 +13,7 @@ r_l the root mean square of the weights and z normal,
     L_l(e) = mean over outputs of  || f(w_l + e r_l z) - f(w_l) ||^2 / || f(w_l) ||^2
     s_l    = sqrt( E[L_l(e) + L_l(-e)] / (2 e^2 n_l) )   =   r_l || df / dw_l || / (|| f || sqrt(n_l))
 
-so s_l is what the outputs change per weight that changes by its own size. The paper differentiates mean(f^2) instead,
+s_l is the change of the outputs for each weight that changes by its own size. The paper differentiates mean(f^2),
 which does not move at all where the outputs come out of a normalization; L is zero and flat at e = 0, so the second
 difference takes the place of the first.
 
@@ -33,8 +33,8 @@ from channelfold.runtime.errors import DataError, ModelError
 from channelfold.runtime.io.files import export, open_model, read
 from channelfold.runtime.io.session import Feed, Session
 
-SAMPLES = 8  # that sensitivities are measured on
-_STEP = 1e-2  # of the weights' root mean square: far above what float16 rounds, far below what they are worth
+SAMPLES = 8  # of the calibration data that sensitivities are measured on
+_STEP = 1e-2  # of the weights' root mean square: far above the rounding of float16, far below the weights themselves
 
 
 def proportional(total: int, sizes: Sequence[int], weights: Sequence[float], least: Sequence[int]) -> list[int]:
@@ -62,9 +62,10 @@ def proportional(total: int, sizes: Sequence[int], weights: Sequence[float], lea
 
 
 def equal_slope(dropped: int, costs: Sequence[np.ndarray], least: Sequence[int]) -> list[int]:
-    """How many items each layer keeps when the ``dropped`` cheapest of all go.
+    """How many items each layer keeps when the ``dropped`` cheapest items of all layers are removed.
 
-    ``costs``: of the items of each layer, (items,), comparable between layers. Each keeps ``least`` of them at least.
+    ``costs``: the costs of the items of each layer, (items,), comparable between layers. ``least``: how many items each
+    layer keeps at least.
     """
     open_costs = [np.sort(cost)[: cost.size - kept] for cost, kept in zip(costs, least, strict=True)]
     owner = np.repeat(np.arange(len(costs)), [cost.size for cost in open_costs])
@@ -105,7 +106,7 @@ def sensitivities(
 
 
 class _Probe:
-    """The outputs on one sample, and how far they move when a weight is another."""
+    """The outputs on one sample, and how much they change when one weight is replaced."""
 
     def __init__(self, session: Session, feed: Feed, sample: int):
         self.session, self.feed, self.sample = session, feed, sample
@@ -113,7 +114,7 @@ class _Probe:
         self.energies = {name: float(np.square(values).mean()) for name, values in self.outputs.items()}
 
     def change(self, name: str, values: np.ndarray) -> float:
-        """The mean over outputs of their squared relative change with other ``values`` for a weight."""
+        """The mean over outputs of the squared relative change when the weight ``name`` is ``values``."""
         moved = self._run({**self.feed, name: values})
         changes = []
         for output, before in self.outputs.items():
@@ -143,7 +144,7 @@ class _Probe:
 
 
 def _open(graph: gs.Graph, weights: Sequence[gs.Constant]) -> Session:
-    """A session that takes the weights as inputs too, with what they are as defaults."""
+    """A session that also takes the weights as inputs, with their present values as defaults."""
     model, large = export(graph)
     known = {value.name for value in model.graph.input}
     for constant in weights:

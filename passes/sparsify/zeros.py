@@ -40,10 +40,6 @@ from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats.observe import observe
 
-_WORDS = ("block", "unstructured")
-_SPARSITY = 0.5  # where none is given
-_LIMIT = 64  # of M
-
 
 class Work(Sparsify):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from channelfold.passes.base import Context
 from channelfold.passes.channels.groups import Group
 from channelfold.passes.prune.importance import (
+    MeanCovariance,
     Ranking,
     ReadAxis,
-    Spread,
     energies,
     gammas,
     implied,
@@ -44,7 +44,7 @@ def mlp(**constants):
     return build(X, MLP, kind="float", **given | constants)
 
 
-def measured(graph, size: int = 400) -> tuple[Group, ReadAxis, Spread]:
+def measured(graph, size: int = 400) -> tuple[Group, ReadAxis, MeanCovariance]:
     group, read = one(graph)
     statistics = ReadStatistics(graph, [group.region], Context(calibration=data_of(graph, size=size)))
     ((_, found),) = statistics.each()
@@ -117,7 +117,7 @@ def test_activation_is_the_error_of_removing_one_alone():
     weight = random((4, 8), "B").astype(np.float32)
     whole = np.square(centred @ weight.T).sum() / len(rows)
     alone = [np.square(np.outer(centred[:, c], weight[:, c])).sum() / len(rows) / whole for c in range(8)]
-    found = energies(group, read, Spread(rows.mean(axis=0), covariance))
+    found = energies(group, read, MeanCovariance(rows.mean(axis=0), covariance))
     assert np.allclose(found, alone, rtol=1e-5)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
-from channelfold.passes.quantize.calibrators import CALIBRATORS, row_snr, snr, threshold
+from channelfold.passes.quantize import Calibrator
+from channelfold.passes.quantize.calibrators import row_snr, snr, threshold
 from channelfold.runtime.stats.histograms import LOWER, TensorStatistics
 
 SIZE = 100_000
@@ -124,7 +127,7 @@ def test_entropy_agrees_with_the_procedure_on_the_data(kind):
     assert divergences[nearest] <= divergences[best] + 0.001
 
 
-@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize("calibrator", get_args(Calibrator))
 @pytest.mark.parametrize("name", ["normal", "relu", "student", "outlier"])
 def test_a_power_of_two_scales_exactly(name, calibrator):
     for factor in (2.0**-20, 8.0, 2.0**30):
@@ -132,12 +135,12 @@ def test_a_power_of_two_scales_exactly(name, calibrator):
         assert scaled == factor * threshold(seen(DATA[name]), calibrator)
 
 
-@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize("calibrator", get_args(Calibrator))
 def test_the_sign_does_not_matter(calibrator):
     assert threshold(seen(-DATA["relu"]), calibrator) == threshold(seen(DATA["relu"]), calibrator)
 
 
-@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize("calibrator", get_args(Calibrator))
 @pytest.mark.parametrize("values", [[5.3], [5.3] * 1000, [-5.3] * 10, [0.0, 5.3], [0.0] * 1000 + [5.3], [5.3, -5.3]])
 def test_one_magnitude_is_the_range(calibrator, values):
     """But for the percentile of many zeros, which may cut the one value to its bin: 1/128."""
@@ -145,14 +148,14 @@ def test_one_magnitude_is_the_range(calibrator, values):
     assert threshold(seen(values), "minmax") == np.float32(5.3)
 
 
-@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize("calibrator", get_args(Calibrator))
 def test_two_magnitudes(calibrator):
     limit = threshold(seen([1.0, 4.0] * 500), calibrator)
     assert 3.9 <= limit <= 4.0
     assert measured(np.array([1.0, 4.0] * 500), limit) > 40
 
 
-@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize("calibrator", get_args(Calibrator))
 @pytest.mark.parametrize("values", [[], [0.0], [0.0, -0.0] * 50, [-3e38, np.inf], [0.0, -3e38]])
 def test_nothing_but_zeros_has_no_range(calibrator, values):
     statistics = seen(values)
@@ -160,13 +163,13 @@ def test_nothing_but_zeros_has_no_range(calibrator, values):
     assert snr(statistics, 0.0) == np.inf
 
 
-@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize("calibrator", get_args(Calibrator))
 @pytest.mark.parametrize("value", [2**-149, 2**-134, 2**-133, 2**-126])
 def test_denormal_numbers_have_a_range(calibrator, value):
     assert 0 < threshold(seen([0.0, value, -value]), calibrator) <= value
 
 
-@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize("calibrator", get_args(Calibrator))
 def test_masks_do_not_count(calibrator):
     masked = np.append(DATA["normal"], np.full(1000, -3e38, np.float32))
     assert threshold(seen(masked), calibrator) == threshold(seen(DATA["normal"]), calibrator)
@@ -179,7 +182,7 @@ def test_a_range_of_zero_loses_all():
 
 def test_the_largest_values_fit():
     """Near the masks: nothing overflows."""
-    for calibrator in CALIBRATORS:
+    for calibrator in get_args(Calibrator):
         assert 0 < threshold(seen(DATA["normal"] * np.float32(2.0**97)), calibrator) < 2.0**100
     assert LOWER[-1] > 3e38
 

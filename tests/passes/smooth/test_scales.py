@@ -9,14 +9,14 @@ import pytest
 
 from channelfold.passes.channels.rescale import clamped
 from channelfold.passes.smooth import scales
-from channelfold.passes.smooth.scales import Seen
+from channelfold.passes.smooth.scales import ClassStatistics
 from channelfold.tests.graphs import random
 
 
-def seen(low, high, *, mean=None, middle=None, columns=None, free=None, shiftable=None) -> Seen:
+def seen(low, high, *, mean=None, middle=None, columns=None, free=None, shiftable=None) -> ClassStatistics:
     low, high = np.asarray(low, float), np.asarray(high, float)
     ones = np.ones(low.shape)
-    return Seen(
+    return ClassStatistics(
         low,
         high,
         np.asarray(mean if mean is not None else np.maximum(-low, high) / 2, float),
@@ -27,7 +27,7 @@ def seen(low, high, *, mean=None, middle=None, columns=None, free=None, shiftabl
     )
 
 
-def measured(values: np.ndarray, **options) -> Seen:
+def measured(values: np.ndarray, **options) -> ClassStatistics:
     """What calibration sees of values (samples, rows, channels)."""
     low, high = values.min(axis=(0, 1)), values.max(axis=(0, 1))
     middle = (values.min(axis=1) + values.max(axis=1)).mean(axis=0) / 2
@@ -38,7 +38,7 @@ def quantized(values: np.ndarray, step: float | np.ndarray) -> np.ndarray:
     return np.clip(np.rint(values / step), -127, 127) * step
 
 
-METHODS: dict[str, Callable[[Seen], tuple[np.ndarray, np.ndarray]]] = {
+METHODS: dict[str, Callable[[ClassStatistics], tuple[np.ndarray, np.ndarray]]] = {
     "smoothquant": lambda s: (scales.smoothquant(s, 0.5), np.zeros(s.minimum.size)),
     "smoothquant 0": lambda s: (scales.smoothquant(s, 0.0), np.zeros(s.minimum.size)),
     "smoothquant 1": lambda s: (scales.smoothquant(s, 1.0), np.zeros(s.minimum.size)),
