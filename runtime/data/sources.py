@@ -5,6 +5,7 @@ Feeds are cut to single samples wherever the model allows it: see feeds.py for t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import itertools
@@ -13,6 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,51 +27,38 @@ from channelfold.runtime.errors import ChannelfoldError, DataError, UsageError, 
 from channelfold.runtime.io.session import Feed, TensorSpec
 
 
+@dataclass(eq=False)
 class Data:
-    """Feeds for a model; can be iterated any number of times, always with the same values.
+    """Feeds for a model. They can be iterated any number of times, always with the same values.
 
-    ``inputs``: the model inputs the feeds fit. ``description``: for reports, such as "64 samples from calib.npz".
-    ``notes``: what was done to the data on the way (casts, ignored keys, dropped samples), one sentence each.
-    ``synthetic``: True for random data, which proves nothing about accuracy.
+    ``inputs``: the model inputs that the feeds fit. ``count``: the number of feeds. ``feeds`` begins an iteration.
+    ``description``: for reports, such as "64 samples from calib.npz". ``notes``: what was done to the data on the way
+    (casts, ignored keys, dropped samples), one sentence each. ``synthetic``: True for random data, which prove nothing
+    about accuracy.
 
     Iterating raises DataError when a file is damaged or a value is not finite or does not fit its input's dtype.
     """
 
-    def __init__(
-        self,
-        inputs: Sequence[TensorSpec],
-        count: int,
-        feeds: Callable[[], Iterator[Feed]],
-        description: str,
-        *,
-        notes: Sequence[str] = (),
-        synthetic: bool = False,
-    ):
-        self.inputs = tuple(inputs)
-        self.description = description
-        self.notes = tuple(notes)
-        self.synthetic = synthetic
-        self._count = count
-        self._feeds = feeds
+    inputs: Sequence[TensorSpec]
+    count: int
+    feeds: Callable[[], Iterator[Feed]]
+    description: str
+    notes: Sequence[str] = ()
+    synthetic: bool = False
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __iter__(self) -> Iterator[Feed]:
-        return self._feeds()
+        return self.feeds()
 
     def first(self, n: int) -> Data:
-        """The first ``n`` feeds; this object itself when it has no more."""
+        """The first ``n`` feeds; this object itself where it has ``n`` feeds or fewer."""
         if n >= len(self):
             return self
         description = f"the first {n} of {self.description}"
-        return Data(
-            self.inputs,
-            n,
-            lambda: itertools.islice(self._feeds(), n),
-            description,
-            notes=self.notes,
-            synthetic=self.synthetic,
+        return dataclasses.replace(
+            self, count=n, feeds=lambda: itertools.islice(self.feeds(), n), description=description
         )
 
     @cached_property
@@ -143,17 +132,13 @@ def random_data(
             yield {spec.name: _random_array(spec, shapes[spec.name], rng) for spec in inputs}
 
     description = f"{describe(n, batch_size(inputs), 'random sample')} (seed {seed})"
-    notes = ["The inputs are random: neither ranges nor accuracy say anything about real data"]
+    notes = ("The inputs are random: neither ranges nor accuracy say anything about real data",)
     return Data(inputs, n, feeds, description, notes=notes, synthetic=True)
 
 
 def _random_shape(spec: TensorSpec, dims: Mapping[str, int], size: int) -> tuple[int, ...]:
-    def resolve(axis: int, dim: int | str | None) -> int:
-        if isinstance(dim, int):
-            return dim
-        return dims.get(dim, size) if dim is not None else (size if axis else 1)
-
-    return tuple(resolve(axis, dim) for axis, dim in enumerate(spec.shape))
+    open_sizes = (1 if axis == 0 and dim is None else dims.get(str(dim), size) for axis, dim in enumerate(spec.shape))
+    return tuple(dim if isinstance(dim, int) else found for dim, found in zip(spec.shape, open_sizes, strict=True))
 
 
 def _random_array(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -166,7 +151,7 @@ def _random_array(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Gener
 def _assemble(inputs: Sequence[TensorSpec], batches: Sequence[Batch], origin: str, notes: Sequence[str]) -> Data:
     feeds = Feeds(batches, inputs, origin)
     description = f"{feeds.description} from {origin}"
-    return Data(inputs, len(feeds), feeds.__iter__, description, notes=[*notes, *feeds.notes])
+    return Data(inputs, len(feeds), feeds.__iter__, description, notes=(*notes, *feeds.notes))
 
 
 def _check_inputs(inputs: Sequence[TensorSpec]) -> None:
@@ -284,7 +269,7 @@ def _run_script(path: Path) -> Iterator[Any]:
     except (
         Exception,
         SystemExit,
-    ) as error:  # a script that calls sys.exit() must not end the command as if all were done
+    ) as error:  # after sys.exit() in a script, the command must not end as if all were done
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         raise DataError(f"{where}: {type(error).__name__}: {error}", "Mend the script") from None

@@ -136,7 +136,7 @@ def default_shapes(inputs: Sequence[TensorSpec], samples: Iterable[Feed] | None)
             seen[name].append(shape)
     if not all(seen.values()):
         raise no_shapes(dynamic)
-    return {name: _range(dynamic[name], shapes) for name, shapes in seen.items()}
+    return {name: _range(shapes, batch=not isinstance(dynamic[name][0], int)) for name, shapes in seen.items()}
 
 
 def default_values(inputs: Sequence[TensorSpec], samples: Iterable[Feed] | None) -> dict[str, ShapeRange]:
@@ -147,21 +147,13 @@ def default_values(inputs: Sequence[TensorSpec], samples: Iterable[Feed] | None)
     for feed in (samples or ()) if few else ():
         for name in few:
             seen.setdefault(name, []).append(tuple(map(int, feed[name].reshape(-1))))
-    found = {}
-    for name, rows in seen.items():
-        columns = [sorted(column) for column in zip(*rows, strict=True)]
-        if all(column[0] >= 0 for column in columns):
-            found[name] = ShapeRange(*(tuple(pick(c) for c in columns) for pick in (min, statistics.median_low, max)))
-    return found
+    return {name: _range(rows) for name, rows in seen.items() if all(value >= 0 for row in rows for value in row)}
 
 
-def _range(dims: Dims, shapes: list[tuple[int, ...]]) -> ShapeRange:
-    sizes = [sorted(column) for column in zip(*shapes, strict=True)]
-    low = [size[0] for size in sizes]
-    if not isinstance(dims[0], int):
-        low[0] = min(low[0], 1)
-    tuned = [statistics.median_low(size) for size in sizes]
-    return ShapeRange(tuple(low), tuple(tuned), tuple(size[-1] for size in sizes))
+def _range(rows: list[tuple[int, ...]], batch: bool = False) -> ShapeRange:
+    """Smallest, median and largest number of each column; with ``batch``, the first column may shrink to 1."""
+    low, tuned, high = (tuple(map(pick, zip(*rows, strict=True))) for pick in (min, statistics.median_low, max))
+    return ShapeRange((min(low[0], 1), *low[1:]) if batch else low, tuned, high)
 
 
 def no_shapes(dynamic: Mapping[str, Dims], sizes: Sequence[str] = ()) -> UsageError:

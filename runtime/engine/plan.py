@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,10 +81,7 @@ class PlanReport:
 
     def counts(self) -> dict[str, int]:
         """How many nodes run in each arithmetic, the most frequent first."""
-        found: dict[str, int] = {}
-        for run in self.nodes.values():
-            found[run.arithmetic] = found.get(run.arithmetic, 0) + 1
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        return dict(Counter(run.arithmetic for run in self.nodes.values()).most_common())
 
     @property
     def attributed(self) -> float:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -436,7 +437,7 @@ def _is_empty(value: Any) -> bool:
 def _value_info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
     """The declared type of a tensor: as the file gave it while that still holds, else from its dtype and shape."""
     if _still_holds(tensor):
-        out = _copy(tensor.carried[0])
+        out = deepcopy(tensor.carried[0])
         out.name = tensor.name
         return out
     kind = "tensor_type" if isinstance(tensor, gs.Constant) else tensor.type
@@ -486,9 +487,3 @@ def _set(proto: Any, **fields: str | None) -> None:
     for name, value in fields.items():
         if value:
             setattr(proto, name, value)
-
-
-def _copy(proto: Any) -> Any:
-    out = type(proto)()
-    out.CopyFrom(proto)
-    return out

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.runtime.io import wire
-from channelfold.runtime.io.files import all_graphs
+from channelfold.runtime.io.files import all_graphs, locations
 from channelfold.runtime.io.session import TensorSpec
-from channelfold.runtime.io.weights import MappedFile
 
 _INTEGER = ("ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QAttention", "QGemm", "DynamicQuantizeMatMul")
 
@@ -52,9 +49,7 @@ def model_facts(path: Path, graph: gs.Graph) -> dict[str, Any]:
 
 def external_files(path: Path) -> list[Path]:
     """The files beside a (readable) model that hold its weights."""
-    graph = onnx.ModelProto.FromString(wire.skeleton(MappedFile(path).data, path.name)).graph
-    names = {e.value for tensor in graph.initializer for e in tensor.external_data if e.key == "location"}
-    return [path.parent / name for name in sorted(names - {path.name})]
+    return [path.parent / name for name in sorted(locations(path))]
 
 
 def spec(tensor: Any) -> TensorSpec:

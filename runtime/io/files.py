@@ -185,12 +185,16 @@ def _old_data(path: Path) -> list[Path]:
     files = {file.name: file for file in path.parent.iterdir() if ours.fullmatch(file.name)}
     if not files:
         return []
-    try:
-        model, _ = _read(path)
-    except ModelError:
-        return []
-    names = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
-    return [files[name] for name in names & set(files)]
+    with contextlib.suppress(ModelError):
+        return [files[name] for name in locations(path) & set(files)]
+    return []
+
+
+def locations(path: Path) -> set[str]:
+    """The names of the files beside a model that hold its weights. Raises ModelError where there is no model."""
+    model, _ = _read(path)
+    named = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+    return named - {_weights.OWN_FILE}
 
 
 @contextlib.contextmanager
@@ -291,11 +295,8 @@ def infer_shapes(graph: gs.Graph) -> None:
     What the graph declares for its outputs stays. Sizes that inference only has an invented name for are None: the next
     inference may give that name to another size.
     """
-    try:
-        inferred = onnx.shape_inference.infer_shapes(weightless(graph), data_prop=True)
-    except Exception:  # an operator that inference chokes on leaves shapes unknown, which every pass copes with
-        return
-    known = {value.name: value.type for value in (*inferred.graph.value_info, *inferred.graph.output)}
+    found = inferred(weightless(graph))
+    known = {value.name: value.type for value in (*found.value_info, *found.output)}
     declared = {id(tensor) for tensor in graph.outputs if tensor.shape is not None}
     for name, tensor in graph.tensors().items():
         if name in known and isinstance(tensor, gs.Variable) and known[name].HasField("tensor_type"):
@@ -303,6 +304,22 @@ def infer_shapes(graph: gs.Graph) -> None:
             tensor.dtype = dtype if tensor.dtype is None else tensor.dtype
             if shape is not None and id(tensor) not in declared:
                 tensor.shape = [None if isinstance(d, str) and d.startswith("unk__") else d for d in shape]
+
+
+def inferred(model: onnx.ModelProto, anew: bool = False) -> onnx.GraphProto:
+    """The graph of a model after ONNX shape inference; an empty graph where inference fails.
+
+    ``anew`` has ``model`` first forget the shapes that the file declares behind its inputs.
+    """
+    if anew:
+        del model.graph.value_info[:]
+        for value in model.graph.output:
+            if value.type.HasField("tensor_type"):
+                value.type.tensor_type.ClearField("shape")
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except Exception:  # an operator that inference chokes on leaves shapes unknown, which every pass copes with
+        return onnx.GraphProto()
 
 
 def drop_stale_shapes(graph: gs.Graph) -> str:
@@ -317,17 +334,9 @@ def drop_stale_shapes(graph: gs.Graph) -> str:
     }
     if not declared:
         return ""
-    model.graph.ClearField("value_info")
-    for value in model.graph.output:
-        if value.type.HasField("tensor_type"):
-            value.type.tensor_type.ClearField("shape")
-    try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except Exception:  # as in infer_shapes
-        return ""
     open_sizes = {dim for tensor in graph.inputs for dim in tensor.shape or () if isinstance(dim, str)}
     found = ""
-    for value in inferred.graph.value_info:
+    for value in inferred(model, anew=True).value_info:
         old, new = declared.get(value.name), tensor_type(value.type.tensor_type)[1]
         if old is None or new is None:
             continue
@@ -347,12 +356,7 @@ def drop_stale_shapes(graph: gs.Graph) -> str:
 
 def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -> Session:
     """An ONNX Runtime session on a graph; ``outputs`` names any tensors of it. Weights in files stay there."""
-    model, weights = export(graph)
-    if outputs is not None:
-        types = {value.name: value for value in model.graph.output}
-        del model.graph.output[:]
-        model.graph.output.extend(types.get(name) or onnx.ValueInfoProto(name=name) for name in outputs)
-    return open_model(model, weights, **options)
+    return open_model(*export(graph), outputs, **options)
 
 
 def alone(
@@ -375,14 +379,24 @@ def alone(
 
 
 def open_model(
-    model: onnx.ModelProto, weights: list[tuple[onnx.TensorProto, np.ndarray]], *, whole: bool = False, **options: Any
+    model: onnx.ModelProto,
+    weights: list[tuple[onnx.TensorProto, np.ndarray]],
+    outputs: Sequence[str] | None = None,
+    *,
+    whole: bool = False,
+    **options: Any,
 ) -> Session:
-    """A session on what ``export`` gave, possibly with nodes and other outputs.
+    """A session on what ``export`` gave, possibly with more nodes. ``outputs`` names any tensors of the main graph.
 
     Operators that ONNX Runtime does not know (TensorRT plugins) are left out where no output depends on them, unless it
     is to be the ``whole`` model. Large weights that are in memory alone, or whose file has been replaced, are written
     to disk for it.
     """
+    if outputs is not None:
+        types = {value.name: value for value in model.graph.output}
+        kept = [types.get(name) or onnx.ValueInfoProto(name=name) for name in outputs]
+        del model.graph.output[:]
+        model.graph.output.extend(kept)
     if not whole:
         _leave_out_unknown(model)
     root = Path(tempfile.gettempdir()).anchor

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ class _Raised:
             self._mend(part, node, types, constants)
             nodes.extend(part.node)
             graph.initializer.extend(part.initializer)
-        nodes = [_copy(node) for node in nodes]
+        nodes = [deepcopy(node) for node in nodes]
         del graph.node[:]
         graph.node.extend(nodes)
 
@@ -138,7 +139,7 @@ class _Raised:
         part = onnx.GraphProto(name="node", node=[bare])
         for name in filter(None, dict.fromkeys(node.input)):
             if name in constants:
-                part.initializer.append(_copy(constants[name]))
+                part.initializer.append(deepcopy(constants[name]))
                 part.initializer[-1].name = neutral[name]
             else:
                 part.input.append(onnx.ValueInfoProto(name=neutral[name], type=_rank(types.get(name), self.old)))
@@ -237,7 +238,7 @@ def _cast_constants(part: onnx.GraphProto, data_type: int) -> None:
 
 def _inferred(model: onnx.ModelProto, weights: list[onnx.TensorProto]) -> onnx.GraphProto:
     """The graph with the types of all tensors, as far as shape inference knows them."""
-    bare = _copy(model)
+    bare = deepcopy(model)
     for proto in weights:
         bare.graph.input.append(onnx.helper.make_tensor_value_info(proto.name, proto.data_type, list(proto.dims)))
     with contextlib.suppress(Exception):  # types that stay unknown only leave the converter less to go by
@@ -251,9 +252,3 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 yield from _graphs(attribute.g)
-
-
-def _copy(proto: Any) -> Any:
-    out = type(proto)()
-    out.CopyFrom(proto)
-    return out

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.runtime.errors import ModelError
-from channelfold.runtime.io.files import export, open_model, weightless
+from channelfold.runtime.io.files import export, inferred, open_model, weightless
 from channelfold.runtime.io.front import behind_of, unknown
 from channelfold.runtime.io.session import Feed
 
@@ -31,19 +32,12 @@ def _known(types: Mapping[str, onnx.TypeProto]) -> dict[str, Shape]:
 
 def _types_on(graph: gs.Graph, inputs: Mapping[str, Shape]) -> dict[str, onnx.TypeProto]:
     model = weightless(graph)
-    del model.graph.value_info[:]
     for value in model.graph.input:
         if value.name in inputs:
             dims = [onnx.TensorShapeProto.Dimension(dim_value=size) for size in inputs[value.name]]
             value.type.tensor_type.shape.CopyFrom(onnx.TensorShapeProto(dim=dims))
-    for value in model.graph.output:
-        if value.type.HasField("tensor_type"):
-            value.type.tensor_type.ClearField("shape")
-    try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except Exception:  # inference that fails only means that shapes stay unknown
-        return {}
-    return {v.name: v.type for v in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)}
+    found = inferred(model, anew=True)
+    return {value.name: value.type for value in (*found.value_info, *found.input, *found.output)}
 
 
 def measured_shapes(graph: gs.Graph, feed: Feed) -> dict[str, Shape]:
@@ -61,13 +55,12 @@ def measured_shapes(graph: gs.Graph, feed: Feed) -> dict[str, Shape]:
     if not names:
         return known
     model, weights = export(graph)
-    del model.graph.output[:]
-    for name in names:
-        model.graph.node.append(onnx.helper.make_node("Shape", [name], [f"{name}__shape"]))
-        model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}__shape", onnx.TensorProto.INT64, None))
-    session = open_model(model, weights, optimize=False)
+    asked = [f"{name}__shape" for name in names]
+    for name, shape in zip(names, asked, strict=True):
+        model.graph.node.append(onnx.helper.make_node("Shape", [name], [shape]))
+    session = open_model(model, weights, asked, optimize=False)
     found = session.run(session.accepted(feed))
-    return known | {name: tuple(map(int, found[f"{name}__shape"])) for name in names}
+    return known | {name: tuple(map(int, found[shape])) for name, shape in zip(names, asked, strict=True)}
 
 
 class LazyShapes:
@@ -75,21 +68,23 @@ class LazyShapes:
 
     def __init__(self, graph: gs.Graph, feed: Feed):
         self.graph, self.feed = graph, feed
-        self._inferred: dict[str, Shape] | None = None
-        self._measured: dict[str, Shape] | None = None
 
     def inferred(self, name: str) -> Shape | None:
         """The shape of a tensor as far as ONNX shape inference knows it."""
-        if self._inferred is None:
-            self._inferred = shapes_on(self.graph, {name: values.shape for name, values in self.feed.items()})
         return self._inferred.get(name)
 
     def measured(self, name: str) -> Shape | None:
-        """The same, from a run of the model where inference does not know it; None when that fails."""
+        """The shape of a tensor by inference, else from a run of the model; None where the model does not run."""
         found = self.inferred(name)
-        if found is None and self._measured is None:
-            try:
-                self._measured = measured_shapes(self.graph, self.feed)
-            except ModelError:
-                self._measured = {}
-        return found or (self._measured or {}).get(name)
+        return self._measured.get(name) if found is None else found
+
+    @cached_property
+    def _inferred(self) -> dict[str, Shape]:
+        return shapes_on(self.graph, {name: values.shape for name, values in self.feed.items()})
+
+    @cached_property
+    def _measured(self) -> dict[str, Shape]:
+        try:
+            return measured_shapes(self.graph, self.feed)
+        except ModelError:
+            return {}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -41,18 +41,12 @@ class Snapshot:
 
     def restore(self, graph: gs.Graph) -> None:
         """Makes ``graph`` (the object itself) what it was, whatever has happened to it since."""
-        become(graph, import_model(_copy(self.model), self.path, weights=self.values))
+        become(graph, import_model(deepcopy(self.model), self.path, weights=self.values))
 
     def session(self, outputs: list[str] | None = None) -> Session:
         """A session that runs every node as it stands; ``outputs`` names any tensors of the main graph."""
-        model = _copy(self.model)
-        if outputs is not None:
-            types = {value.name: value for value in model.graph.output}
-            kept = [types.get(name) or onnx.ValueInfoProto(name=name) for name in outputs]
-            del model.graph.output[:]
-            model.graph.output.extend(kept)
-        weights = [(_copy(w), packed(self.values[w.name])) for w in self.weights]
-        return open_model(model, weights, whole=outputs is None, optimize=False)
+        weights = [(deepcopy(w), packed(self.values[w.name])) for w in self.weights]
+        return open_model(deepcopy(self.model), weights, outputs, whole=outputs is None, optimize=False)
 
     def rounded_otherwise(self, seed: int) -> Session:
         """A session of the same graph in which the float weights are off by up to one unit in their last place.
@@ -70,11 +64,11 @@ class Snapshot:
             found[broken] += np.spacing(found[broken]) * steps.astype(found.dtype)
             return found
 
-        model = _copy(self.model)
+        model = deepcopy(self.model)
         for proto in model.graph.initializer:
             if proto.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE):
                 proto.CopyFrom(onnx.numpy_helper.from_array(moved(onnx.numpy_helper.to_array(proto)), proto.name))
-        large = [(_copy(proto), moved(packed(self.values[proto.name]))) for proto in self.weights]
+        large = [(deepcopy(proto), moved(packed(self.values[proto.name]))) for proto in self.weights]
         return open_model(model, large, optimize=False)
 
     def same(self, other: Snapshot) -> bool:
@@ -127,7 +121,7 @@ def become(graph: gs.Graph, other: gs.Graph) -> None:
 
 
 def _structure(model: onnx.ModelProto) -> bytes:
-    bare = _copy(model)
+    bare = deepcopy(model)
     bare.graph.ClearField("value_info")
     for value in bare.graph.output:
         value.ClearField("type")
@@ -144,9 +138,3 @@ def _same(a: Values, b: Values) -> bool:
     if isinstance(a, MappedValues) and isinstance(b, MappedValues) and a.file is b.file and a.offset == b.offset:
         return True
     return np.array_equal(_bytes(a), _bytes(b))
-
-
-def _copy(message: Any) -> Any:
-    out = type(message)()
-    out.CopyFrom(message)
-    return out

@@ -177,25 +177,15 @@ class _Tracker:
         if self.sums is None:
             equal = self.equal / self.elements if self.elements else float(not self.mismatches)
             return OutputComparison(name, self.feeds, self.elements, equal=equal, **common)
-        sums = self.sums
         worst_snr, worst_sample = self.worst
+        figures = {field.name for field in dataclasses.fields(OutputComparison) if hasattr(self.sums, field.name)}
         return OutputComparison(
             name,
             self.feeds,
-            sums.elements,
-            snr=sums.snr,
-            cosine=sums.cosine,
-            relative_l2=sums.relative_l2,
-            max_error=sums.max_error,
-            mean_error=sums.error1 / sums.elements if sums.elements else 0.0,
-            max_reference=sums.max_reference,
             agreement=self.agreed / self.positions if self.positions else None,
             worst_sample=worst_sample,
             worst_snr=worst_snr if worst_sample is not None else None,
-            reference_nan=sums.reference_nan,
-            reference_inf=sums.reference_inf,
-            candidate_nan=sums.candidate_nan,
-            candidate_inf=sums.candidate_inf,
+            **{figure: getattr(self.sums, figure) for figure in figures},
             **common,
         )
 

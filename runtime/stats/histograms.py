@@ -170,6 +170,6 @@ class TensorStatistics:
         self._channels.add(values.sum(axis=others, dtype=np.float64))
         self._positions += values.size // values.shape[axis]
         if axis == values.ndim - 1:
-            rows = np.sqrt(np.square(values).mean(axis=axis, dtype=np.float32)).reshape(-1)
-            bins = rows.view(np.uint16)[1::2] >> _COARSER
-            self._rows.add(np.bincount(bins, minlength=self._rows.size)[: self._rows.size])
+            energies = np.einsum("...c,...c->...", values, values, dtype=np.float64)  # in float32, 1e19 overflows
+            rows = np.sqrt(energies / values.shape[axis]).astype(np.float32).reshape(-1)
+            self._rows.add(np.bincount(rows.view(np.uint16)[1::2] >> _COARSER, minlength=self._rows.size))

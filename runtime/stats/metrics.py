@@ -78,6 +78,10 @@ class ErrorSums:
             setattr(self, field.name, max(mine, theirs) if field.name.startswith("max") else mine + theirs)
 
     @property
+    def mean_error(self) -> float:
+        return self.error1 / self.elements if self.elements else 0.0
+
+    @property
     def snr(self) -> float:
         if self.error2 == 0:
             return math.inf

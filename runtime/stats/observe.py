@@ -132,11 +132,7 @@ class Observed:
         for output, name in self.names.items():
             node = onnx.helper.make_node("Cast", [name], [output], to=onnx.TensorProto.FLOAT, name=output)
             model.graph.node.append(node)
-        del model.graph.output[:]
-        model.graph.output.extend(
-            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in self.names
-        )
-        self.session = open_model(model, weights)
+        self.session = open_model(model, weights, list(self.names))
 
     def run(self, feed: Feed) -> Iterator[tuple[str, np.ndarray]]:
         values = self.session.run(self.session.accepted(feed))
