@@ -49,7 +49,7 @@ def knapsack(options: Sequence[Sequence[tuple[float, float]]], budget: float, le
     Raises UsageError, with the least cost, where the cheapest options cost more than ``budget``.
     """
     arrays = [np.asarray(choices, np.float64).reshape(-1, 2) for choices in options]
-    groups = [_undominated(_Frontier(*choices.T, np.arange(len(choices)))) for choices in arrays]
+    groups = [_undominated(_Frontier(choices[:, 0], choices[:, 1], np.arange(len(choices)))) for choices in arrays]
     least = sum(group.costs[0] for group in groups)
     if least > budget:
         raise unreachable(budget, float(least))
