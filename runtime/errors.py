@@ -21,7 +21,7 @@ from pathlib import Path
 
 
 class ChannelfoldError(Exception):
-    """An error the user can act on: what happened, then (``hint``) what to do next."""
+    """An error for the user. ``message`` says what happened, ``hint`` what to do next."""
 
     exit_code = 1
 
@@ -69,7 +69,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_path(path: Path) -> str:
-    """``did you mean 'x'?`` for a path that does not exist: the nearest name of the same kind in its folder."""
+    """``did you mean 'x'?`` for a path that does not exist: the nearest name with the same suffix in its folder."""
     if not path.parent.is_dir():
         return f"There is no folder {path.parent} either"
     names = [file.name for file in path.parent.iterdir() if file.suffix == path.suffix or file.is_dir()]

@@ -28,7 +28,7 @@ from channelfold.runtime.io.session import Feed, TensorSpec
 
 @dataclass(frozen=True)
 class Batch:
-    """Arrays stored together, by input name. ``label`` says where; ``spill`` keeps a temporary file alive."""
+    """Arrays stored together, by input name. ``label`` names their place; ``spill`` keeps a temporary file alive."""
 
     label: str
     arrays: Mapping[str, Array]
@@ -39,7 +39,7 @@ class Batch:
 class _Layout:
     """A batch as ``count`` consecutive blocks of the given shapes.
 
-    ``samples`` says that each block is one sample, with a leading axis of 1, and may be joined with others.
+    ``samples``: whether each block is one sample, with a leading axis of 1, which may be joined with other samples.
     """
 
     count: int
@@ -106,7 +106,7 @@ def describe(feeds: int, size: int | None, word: str) -> str:
 
 
 def _count(layouts: Sequence[_Layout], size: int) -> tuple[int, int]:
-    """How many feeds there are, and how many samples fill no batch (a batch spans files as long as shapes agree)."""
+    """The number of feeds, and of samples that fill no batch. A batch spans files as long as their shapes agree."""
     count = waiting = dropped = 0
     shapes = None
     for layout in layouts:
@@ -121,7 +121,7 @@ def _count(layouts: Sequence[_Layout], size: int) -> tuple[int, int]:
 
 
 def batch_size(inputs: Sequence[TensorSpec]) -> int | None:
-    """Samples in a feed: 1 where leading axes are dynamic, else what the model fixes; None when inputs differ."""
+    """The samples in a feed: 1 where leading axes are dynamic, else their fixed size; None where inputs differ."""
     if not all(spec.shape for spec in inputs):
         return None
     fixed = {spec.shape[0] for spec in inputs if isinstance(spec.shape[0], int)}
@@ -176,7 +176,7 @@ def _fits(shape: Sequence[int], spec: TensorSpec) -> bool:
 
 
 def _cast_note(batch: Batch, spec: TensorSpec) -> str | None:
-    """Says how an array's dtype becomes the input's, or raises DataError where that would change its meaning."""
+    """A note on how an array is cast to the input's dtype. Raises DataError for a cast that changes the meaning."""
     found, wanted = batch.arrays[spec.name].dtype, np.dtype(spec.dtype)
     if found.newbyteorder("=") == wanted or (wanted.kind == "O" and found.kind == "U"):
         return None

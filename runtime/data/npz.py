@@ -28,7 +28,7 @@ _PICKLED = "Store plain numbers; samples of different shapes go into a folder, o
 
 @dataclass(frozen=True)
 class Stored:
-    """One array on disk: its file (and member of the archive, if it is one), dtype, shape and memory order."""
+    """One array on disk: its file, its member where the file is an archive, its dtype, shape and memory order."""
 
     path: Path
     member: str | None
@@ -41,9 +41,9 @@ Array = Stored | np.ndarray
 
 
 def read_headers(path: Path) -> dict[str, Stored]:
-    """What a ``.npz`` holds, by key; for a ``.npy`` the one array, under the key ``""``. Values are not read.
+    """The arrays of a ``.npz``, by key, or the array of a ``.npy``, under the key ``""``. Values are not read.
 
-    Raises DataError when the file is neither, is cut short, or holds pickled objects.
+    Raises DataError when the file is no such file, is cut short, or holds pickled objects.
     """
     if path.suffix == ".npy":
         with _failures(path), path.open("rb") as file:
@@ -87,7 +87,7 @@ def _check_length(stored: Stored, available: int) -> Stored:
 
 @contextlib.contextmanager
 def _failures(path: Path) -> Iterator[None]:
-    """Turns what numpy and zipfile raise over a bad file into a DataError that says what the file is."""
+    """Turns the exceptions of numpy and zipfile for a bad file into a DataError that says what the file is."""
     try:
         yield
     except _DAMAGE as error:
@@ -111,7 +111,7 @@ def _diagnosis(path: Path, error: Exception) -> str:
 
 
 class Reader(contextlib.AbstractContextManager):
-    """Reads stored arrays; keeps the last archive open, because opening one costs time in proportion to its members."""
+    """Reads stored arrays. The last archive stays open, because opening takes time in proportion to the members."""
 
     def __init__(self) -> None:
         self._archive: zipfile.ZipFile | None = None
@@ -157,7 +157,7 @@ class Reader(contextlib.AbstractContextManager):
 
 
 class Spill:
-    """A temporary ``.npz`` for feeds from a source that can be read only once. It goes when this object goes."""
+    """A temporary ``.npz`` for feeds from a source that can be read only once. The file is removed with this object."""
 
     def __init__(self) -> None:
         with tempfile.NamedTemporaryFile(prefix="channelfold-", suffix=".npz", delete=False) as file:

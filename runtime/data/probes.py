@@ -14,11 +14,14 @@ from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.session import Feed, TensorSpec
 from channelfold.runtime.io.shapes import Shape, measured_shapes, shapes_on
 
+SAMPLES = 2  # random feeds for a model whose inputs have fixed shapes
+SIZES = ((32, 1), (16, 2), (64, 1), (224, 1), (128, 1), (8, 1), (1, 1), (640, 1), (1024, 1))  # open axes, leading ones
+
 
 def shapes_of(graph: gs.Graph, data: Data | None = None, seed: int = 0) -> dict[str, Shape]:
     """The shapes of all tensors, on the first sample of ``data`` or else on the first random feed that runs.
 
-    Where none does, what shape inference knows.
+    Where no random feed runs, the shapes that ONNX shape inference knows.
     """
     if data is not None and (feed := next(iter(data), None)) is not None:
         return measured_shapes(graph, feed)
@@ -47,9 +50,3 @@ def random_feeds(inputs: Sequence[TensorSpec], seed: int, like: Feed | None = No
     for number, (size, leading) in enumerate(SIZES[:SAMPLES] if fixed else SIZES):
         dims = {spec.shape[0]: leading for spec in inputs if spec.shape and isinstance(spec.shape[0], str)}
         yield from random_data(inputs, 1, seed=seed + number, dims=dims, size=size)
-
-
-SAMPLES = 2
-
-
-SIZES = ((32, 1), (16, 2), (64, 1), (224, 1), (128, 1), (8, 1), (1, 1), (640, 1), (1024, 1))  # open axes, leading ones

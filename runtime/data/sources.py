@@ -77,10 +77,10 @@ def open_data(source: Any, inputs: Sequence[TensorSpec]) -> Data:
 
     ``source`` is the path of a ``.npz`` (keys are input names, axis 0 counts samples), of a ``.npy`` (models with one
     input), or of a folder of either, one batch a file, in natural order; or a Python object: a mapping of names to
-    arrays, an iterable of such mappings, or a reader with ONNX Runtime's ``get_next()``. What may be readable only once
-    is read into a temporary file. Arrays may all carry one axis more than the model's inputs: a stack of feeds.
+    arrays, an iterable of such mappings, or a reader with ONNX Runtime's ``get_next()``. A source that may be readable
+    only once is read into a temporary file. All arrays may have one axis more than the inputs: a stack of feeds.
 
-    Raises DataError, naming file, key, what was expected and what was found.
+    Raises DataError, which names the file, the key, the expected and the found arrays.
     """
     _check_inputs(inputs)
     if isinstance(source, str | os.PathLike):
@@ -94,7 +94,7 @@ def open_data(source: Any, inputs: Sequence[TensorSpec]) -> Data:
 def load_script(path: str | Path, inputs: Sequence[TensorSpec]) -> Data:
     """Data from a script in Polygraphy's form, whose ``load_data()`` returns or yields feeds. Runs the script's code.
 
-    Raises DataError when there is no such function or when it fails, with the line of the script.
+    Raises DataError when there is no such function, and, with the line of the script, when the script fails.
     """
     _check_inputs(inputs)
     path = Path(path)

@@ -6,10 +6,10 @@ SM that it knows without a GPU (https://docs.nvidia.com/deeplearning/tensorrt-rt
 
 The build runs in a process of its own (``tensorrt_child``), because
 
-- Polygraphy reads that variable once, when it is imported; a fresh process needs no import order;
-- the builder is native code: an abort or the out-of-memory killer takes the child, and the user reads what happened;
-- the memory it takes (several times the weights) is all given back;
-- what native code prints is caught there and does not mix with the data on the user's stdout.
+- Polygraphy reads this variable once, when it is imported, and a fresh process needs no import order;
+- the builder is native code: an abort or the out-of-memory killer ends the child, and the user reads what happened;
+- the memory of the builder (several times the weights) is all given back;
+- the output of native code is caught there and does not mix with the data on the user's stdout.
 
 Precision lies in the graph (QDQ nodes and Casts); for the rest TensorRT's defaults hold, TF32 in float products among
 them.
@@ -72,9 +72,9 @@ INSTALL = "pip install 'channelfold[rtx]' (builds without a GPU) or 'channelfold
 
 @dataclass(frozen=True)
 class ShapeRange:
-    """The shapes a dynamic input may take, one int per axis; kernels are tuned for ``opt``.
+    """The shapes that a dynamic input may take, one int per axis. Kernels are tuned for ``opt``.
 
-    For an input that *is* a shape (it feeds a Reshape, an Expand …) the ints are its values. Raises UsageError unless
+    For an input that *is* a shape (of a Reshape, an Expand …) the ints are its values. Raises UsageError unless
     0 <= min <= opt <= max on every axis.
     """
 
@@ -157,7 +157,10 @@ def _range(rows: list[tuple[int, ...]], batch: bool = False) -> ShapeRange:
 
 
 def no_shapes(dynamic: Mapping[str, Dims], sizes: Sequence[str] = ()) -> UsageError:
-    """The error for inputs whose shapes nobody gave, with an option to copy; of ``sizes`` it takes the values."""
+    """The error for inputs without a range of shapes, with an option to copy.
+
+    ``sizes``: the inputs that are shapes, whose option takes values.
+    """
     listed = ", ".join(f"{name!r} {dims_text(dims)}" for name, dims in dynamic.items())
     name, dims = next(iter(dynamic.items()))
     low, tuned, high = (
@@ -187,9 +190,9 @@ def dims_text(dims: Dims) -> str:
 
 @dataclass(frozen=True)
 class Backend:
-    """The package that builds, why it is this one (for messages), and what it is told to build for.
+    """The package that builds an engine. ``reason`` says, for messages, why this package was chosen.
 
-    ``target`` is an SM, "gpu" (the one of this machine) or None (tensorrt_rtx's portable engine for SM 80 and later).
+    ``target``: an SM, "gpu" (that of this machine) or None (tensorrt_rtx's portable engine for SM 80 and later).
     """
 
     name: Literal["tensorrt", "tensorrt_rtx"]
@@ -200,7 +203,7 @@ class Backend:
 def backend(sm: int | None = None) -> Backend:
     """The TensorRT that builds an engine for ``sm`` on this machine; by default for its GPU, if it has one.
 
-    Raises DependencyError when there is none, UsageError when it cannot build for ``sm``; both say what to do.
+    Raises DependencyError when there is no TensorRT, UsageError when TensorRT cannot build for ``sm`` here.
     """
     gpu, no_gpu = local_gpu()
     forced = os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX")
@@ -246,7 +249,7 @@ def _installed(package: str) -> bool:
 
 
 def local_gpu() -> tuple[int | None, str]:
-    """The SM of the first GPU the NVIDIA driver offers, or None and what is missing."""
+    """The SM of the first GPU that the NVIDIA driver offers, or None and the reason."""
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
@@ -268,8 +271,11 @@ def local_gpu() -> tuple[int | None, str]:
 
 @dataclass(frozen=True)
 class Engine:
-    """A built engine: its file, the SM it is for (None: any from SM 80 on), what built it, its ``size`` in bytes, the
-    ``seconds`` it took, in which arithmetic its nodes run (``plan``), and what TensorRT warned of.
+    """A built engine.
+
+    ``sm``: the GPU architecture, None for any from SM 80 on. ``backend`` and ``version``: the package that built the
+    engine. ``size``: in bytes. ``seconds``: the time of the build. ``plan``: the arithmetic of the nodes. ``warnings``:
+    those of TensorRT.
     """
 
     path: str
@@ -295,10 +301,9 @@ def build(
     """Builds the ONNX file ``model`` (external data beside it) into the file ``engine``, which appears when complete.
 
     ``sm``: the GPU architecture, 10 x compute capability (89 for 8.9); by default the GPU of this machine, without one
-    the portable engine of tensorrt_rtx. ``shapes``: a range for every dynamic input. ``values``: what small integer
-    inputs hold, for those that turn out to be sizes. ``sparse_weights`` lets TensorRT take kernels for 2:4 sparse
-    weights where they are faster. ``progress`` gets TensorRT's phases, each with steps done
-    and in all.
+    the portable engine of tensorrt_rtx. ``shapes``: a range for every dynamic input. ``values``: a range of values of
+    small integer inputs, used for inputs that are shapes. ``sparse_weights`` lets TensorRT take kernels for 2:4 sparse
+    weights where they are faster. ``progress`` gets TensorRT's phases, with the steps done and in all.
 
     Raises ModelError (unreadable model), UsageError (``sm``, ``shapes``), DependencyError (no TensorRT here),
     BuildError (TensorRT refuses the network, or crashes), OutputError.
@@ -341,9 +346,9 @@ def build(
 
 
 def inspect(engine: str | Path, nodes: Mapping[str, str], package: str) -> PlanReport:
-    """What EngineInspector of ``package`` (tensorrt, tensorrt_rtx) says about the nodes, given as for ``read_plan``.
+    """How nodes run, by EngineInspector of ``package`` (tensorrt, tensorrt_rtx). ``nodes``: as for ``read_plan``.
 
-    Needs the GPU the engine is for. Never raises: an engine that cannot be loaded gives a report that is not readable.
+    Needs a GPU of the engine's SM. Never raises: the report on an engine that cannot be loaded is not readable.
     """
     try:
         request = {"task": "inspect", "backend": package, "engine": str(engine)}
@@ -356,7 +361,7 @@ _COMMAND = (sys.executable, "-P", "-m", "channelfold.runtime.engine.child")
 
 
 def _run(request: dict[str, Any], what: str, progress: Progress, command: Sequence[str] = _COMMAND) -> dict[str, Any]:
-    """Has the child do ``request``; its result, or the error it met raised here."""
+    """Sends ``request`` to the child. Returns the child's result, or raises the child's error."""
     rtx = "1" if request["backend"] == "tensorrt_rtx" else "0"
     reply: dict[str, Any] = {}
     stage = "start"

@@ -140,7 +140,7 @@ def _monitor(trt: Any, say: Say, every: float = 0.1) -> Any:
 
 
 def _decompose_attention(trt: Any, network: Any) -> None:
-    """Lets an Attention node without a fused kernel (in float, for one) become MatMuls instead of failing the build."""
+    """Allows TensorRT to build an Attention node without a fused kernel (for example in float) from MatMuls."""
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for layer in network:
         if kind is not None and layer.type == kind:
@@ -156,7 +156,7 @@ def _profile(
 ) -> Any:
     """TensorRT's optimization profile for the network's inputs; None when nothing is dynamic. Raises UsageError.
 
-    ``values`` are those of integer inputs, for the ones that are shapes.
+    ``values``: ranges of the values of integer inputs, used for inputs that are shapes.
     """
     inputs = {tensor.name: tensor for tensor in (network.get_input(index) for index in range(network.num_inputs))}
     dims: dict[str, Dims] = {}
@@ -243,7 +243,7 @@ _HINTS = (
 
 
 def _refuse_model(errors: list[Any], log: _Log, model: str) -> NoReturn:
-    """Raises BuildError for what the ONNX parser refuses: the node, its op, the reason, what to change."""
+    """Raises BuildError for a model that the ONNX parser refuses: the node, its op, the reason, what to change."""
     if not errors:
         raise BuildError(f"TensorRT cannot read {model}: {_clean(' '.join(log.errors) or 'no reason given')}")
     first, *others = errors
@@ -273,7 +273,7 @@ def _hint(op: str, reason: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """The sentence in one of TensorRT's messages, without code locations and dumps."""
+    """The sentence of a TensorRT message, without code locations and dumps."""
     kinds = (r"Error Code \d+: [\w ]+ \((.+?)\)?$", r"Assertion failed: .*?(?<![:\s]): (.+)", r'&& "([^"]+)"')
     sentence = next((match[1] for kind in kinds if (match := re.search(kind, text, re.MULTILINE))), text)
     for noise, instead in (
@@ -288,7 +288,7 @@ def _clean(text: str) -> str:
 
 
 def _worth_telling(warnings: list[str]) -> list[str]:
-    """TensorRT's warnings, without the routine ones, the worst of them in plain words."""
+    """TensorRT's warnings, without the routine warnings. The worst warnings are in plain words."""
     told = []
     for text in warnings:
         if "UINT8 zero_point" in text:

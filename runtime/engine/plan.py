@@ -59,10 +59,10 @@ _LAYER = "[ONNX Layer: "
 
 @dataclass(frozen=True)
 class NodeRun:
-    """How one ONNX node runs: its arithmetic, the op of the plan that computes it, the types of what it multiplies.
+    """How one ONNX node runs: its arithmetic, the op of the plan that computes it, the types of its operands.
 
     ``arithmetic`` is int8, fp8, fp4, fp16, bf16, float (float32 or TF32), unknown. ``op`` is empty for a node that the
-    plan does not name: TensorRT removed it, or folded it into a constant.
+    plan does not name, because TensorRT has removed the node or folded it into a constant.
     """
 
     arithmetic: str
@@ -72,7 +72,7 @@ class NodeRun:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """``nodes`` maps every ONNX node asked for to how it runs. ``reason`` says why a plan is not ``readable``."""
+    """``nodes``: how each of the requested ONNX nodes runs. ``reason`` says why a plan is not ``readable``."""
 
     readable: bool
     reason: str = ""
@@ -100,7 +100,7 @@ class _Op:
 
 
 def contractions(graph: gs.Graph) -> dict[str, str]:
-    """Every node that multiplies and sums (Conv, ConvTranspose, Gemm, MatMul), subgraphs too: its name, its output."""
+    """By name, the first output of every Conv, ConvTranspose, Gemm and MatMul, in subgraphs too."""
     found = {}
     for node in graph.nodes:
         if node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
@@ -112,10 +112,10 @@ def contractions(graph: gs.Graph) -> dict[str, str]:
 
 
 def read_plan(plan: Path | bytes, nodes: Mapping[str, str]) -> PlanReport:
-    """How ONNX nodes run in a tensorrt_rtx plan. Never raises: a plan it cannot read gives a reason instead.
+    """How ONNX nodes run in a tensorrt_rtx plan. Never raises: the report on an unreadable plan has a reason.
 
     ``nodes`` maps node names to the nodes' first outputs (see ``contractions``): TensorRT calls a node that has no name
-    in the file ``node_of_OUTPUT``. Nodes of one name are not told apart: they are 'unknown' unless they run alike.
+    in the file ``node_of_OUTPUT``. Nodes that share a name are 'unknown' unless all of them run alike.
     """
     try:
         if isinstance(plan, bytes):
@@ -127,7 +127,7 @@ def read_plan(plan: Path | bytes, nodes: Mapping[str, str]) -> PlanReport:
 
 
 def read_inspector(layers: str, nodes: Mapping[str, str]) -> PlanReport:
-    """The same as ``read_plan``, from EngineInspector's JSON of an engine built with detailed profiling verbosity."""
+    """As ``read_plan``, from EngineInspector's JSON of an engine built with detailed profiling verbosity."""
     try:
         return _report(list(_inspector_ops(json.loads(layers))), nodes, "inspector")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -146,7 +146,7 @@ def _report(ops: list[_Op], nodes: Mapping[str, str], source: Literal["plan", "i
 
 
 def _run(ops: list[_Op]) -> NodeRun:
-    """One answer from all ops that name a node: those that multiply decide, the kernels around them do not count."""
+    """How a node runs, from all ops that name the node. Where some of the ops multiply, only these count."""
     ops = [op for op in ops if op.contraction] or ops
     if not ops:
         return NodeRun("unknown")
@@ -200,9 +200,9 @@ def _same(types: list[str]) -> str:
 
 
 def _generated(types: list[str]) -> str:
-    """The arithmetic of a fused kernel (attention, a matrix-vector product …): certain only if all its data agree.
+    """The arithmetic of a fused kernel (attention, a matrix-vector product …): the type of its data, if all agree.
 
-    int8 data never are: a fused kernel may as well dequantize them first. Other integers are shapes.
+    With int8 data the arithmetic is unknown: the kernel may dequantize the data first. Other integers are shapes.
     """
     data = [kind for kind in types if kind != "unknown"]
     return _same(data) if "int8" not in data else "unknown"

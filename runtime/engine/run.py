@@ -25,9 +25,9 @@ _COMMAND = (sys.executable, "-P", "-m", "channelfold.runtime.engine.run")
 
 
 class EngineSession:
-    """An engine ready to run; a context manager. ``package``: tensorrt or tensorrt_rtx, the one that built it.
+    """An engine ready to run, as a context manager. ``package`` (tensorrt or tensorrt_rtx) has built the engine.
 
-    Needs a GPU of the architecture the engine is for. Raises ModelError when it cannot be loaded or run.
+    Needs a GPU of the engine's architecture. Raises ModelError when the engine cannot be loaded or run.
     """
 
     def __init__(self, engine: str | Path, package: str, command: tuple[str, ...] = _COMMAND):

@@ -1,4 +1,4 @@
-"""What TensorRT refuses where shapes vary: Squeeze nodes without axes, and unequal sizes of one name."""
+"""Repairs for TensorRT where shapes vary: Squeeze nodes without axes, and unequal sizes of one name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from channelfold.runtime.io.shapes import Shape, shapes_on
 
 
 def squeezes_without_axes(graph: gs.Graph) -> list[gs.Node]:
-    """The Squeeze nodes that leave it to run time which axes they remove, which TensorRT refuses where it can vary."""
+    """The Squeeze nodes without axes, which remove axes of size 1. TensorRT refuses such a node where sizes vary."""
     return [
         node
         for node in graph.nodes
@@ -25,7 +25,7 @@ def squeezes_without_axes(graph: gs.Graph) -> list[gs.Node]:
 def name_squeezed_axes(graph: gs.Graph, low: Mapping[str, Shape], high: Mapping[str, Shape]) -> list[str]:
     """Gives every Squeeze its axes where they are the same for all input shapes from ``low`` to ``high``.
 
-    Returns a sentence for each node that was given axes; one whose axes vary stays as it is.
+    Returns a sentence for each node that was given axes. A node whose axes vary stays as it is.
     """
     nodes = squeezes_without_axes(graph)
     smallest, largest = shapes_on(graph, low), shapes_on(graph, high)
@@ -46,7 +46,7 @@ def name_squeezed_axes(graph: gs.Graph, low: Mapping[str, Shape], high: Mapping[
 
 
 def name_unequal_sizes(graph: gs.Graph, ranges: Mapping[str, ShapeRange]) -> bool:
-    """Gives open sizes of inputs that share a name, but not their range, names of their own; whether there were any."""
+    """Renames open sizes of inputs that share a name but not a range. Returns whether there were such sizes."""
     places: dict[str, list[tuple[gs.Tensor, int]]] = {}
     for tensor in graph.inputs:
         for axis, dim in enumerate(tensor.shape or () if tensor.name in ranges else ()):

@@ -47,8 +47,8 @@ class Carried:
     """What an ONNX file says beyond GraphSurgeon's graph.
 
     ``header`` has no graph and no opsets. ``graph`` has metadata, quantization annotations and, as initializers, the
-    defaults of inputs and the tensors that only annotations name. ``path`` is the file it came from. A subgraph has
-    ``graph`` alone.
+    defaults of inputs and the tensors that only annotations name. ``path`` is the model's file. ``scratch`` takes new
+    large weights. A subgraph has ``graph`` alone.
     """
 
     path: Path | None = None
@@ -81,8 +81,8 @@ def import_model(
 ) -> gs.Graph:
     """The graph of a ModelProto.
 
-    ``path`` is where it lies, for its external data; ``file`` that file, if open already. ``weights`` are initializers
-    of the main graph that the model leaves out, by name: the values of the constants ``export_skeleton`` sets apart.
+    ``path``: the model's file, beside which external data lie. ``file``: the same file, if open already. ``weights``:
+    by name, the values of the initializers that ``export_skeleton`` has left out of the main graph.
 
     Raises ModelError for a model that makes no sense.
     """
@@ -224,14 +224,14 @@ def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
 
 
 def _check_text(*texts: str | bytes | None) -> None:
-    """Protobuf hands out a text that is not UTF-8 as bytes, and takes it back from nobody."""
+    """Raises ValueError for a text that is not UTF-8: protobuf returns such a text as bytes, and accepts no bytes."""
     for text in texts:
         if isinstance(text, bytes):
             raise ValueError(f"the name {text!r} is not UTF-8")
 
 
 def _lookup(name: str, scope: Any, local: Any, info: dict[str, onnx.ValueInfoProto]) -> gs.Tensor:
-    """The tensor a name means in ``scope``, made in ``local`` when it is new."""
+    """The tensor of a name in ``scope``. A tensor for a new name is made in ``local``."""
     if not name:
         return gs.Variable.empty()
     tensor = scope.get(name)
@@ -263,7 +263,7 @@ def tensor_type(proto: onnx.TypeProto.Tensor) -> tuple[np.dtype | None, list[int
 
 
 def _lift(proto: onnx.NodeProto, attrs: dict[str, Any], local: Any) -> bool:
-    """Turns the output of a Constant node into a constant of the graph; False where it must stay a node."""
+    """Turns the output of a Constant node into a constant of the graph; False where the node must stay."""
     if len(proto.attribute) != 1 or len(proto.output) != 1 or not proto.output[0] or not attrs:
         return False
     ((kind, value),) = attrs.items()
@@ -279,7 +279,7 @@ def _lift(proto: onnx.NodeProto, attrs: dict[str, Any], local: Any) -> bool:
 
 
 def _without(proto: Any, *fields: str) -> Any:
-    """A copy of a message that leaves some fields out, without copying them first."""
+    """A copy of a message without some fields, which are never copied."""
     out = type(proto)()
     for descriptor, value in proto.ListFields():
         if descriptor.name in fields:
@@ -297,7 +297,7 @@ def _without(proto: Any, *fields: str) -> Any:
 
 
 def export(graph: gs.Graph) -> tuple[onnx.ModelProto, list[tuple[onnx.TensorProto, np.ndarray]]]:
-    """The model without its large weights, and those: (TensorProto with name, type and dims; values) pairs.
+    """The model without its large weights, and the large weights: pairs of a TensorProto without data, and values.
 
     The values are as a file holds them: types below 8 bits packed to uint8[n], all others in their shape.
     """
@@ -306,7 +306,7 @@ def export(graph: gs.Graph) -> tuple[onnx.ModelProto, list[tuple[onnx.TensorProt
 
 
 def export_skeleton(graph: gs.Graph) -> tuple[onnx.ModelProto, list[tuple[onnx.TensorProto, gs.Constant]]]:
-    """The model without its large weights, and those: (TensorProto with name, type and dims; constant) pairs."""
+    """The model without its large weights, and the large weights: pairs of a TensorProto without data, and constant."""
     model = onnx.ModelProto()
     if own := carried(graph):
         model.CopyFrom(own.header)
@@ -322,8 +322,8 @@ def export_skeleton(graph: gs.Graph) -> tuple[onnx.ModelProto, list[tuple[onnx.T
 class _Places:
     """Which graph writes a constant, and under which name.
 
-    A constant of the outermost graph stays there. So goes one that several graphs read, and every large one
-    (``large``), unless a subgraph returns it: then it has to be there. Any other goes where its reader is.
+    The outermost graph writes its own constants, the constants that several graphs read, and the large constants
+    (``large``). A subgraph writes the constants that it returns, and the small constants that it alone reads.
     """
 
     def __init__(self, graph: gs.Graph):
@@ -435,7 +435,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _value_info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
-    """The declared type of a tensor: as the file gave it while that still holds, else from its dtype and shape."""
+    """The declared type of a tensor: the file's while dtype and shape are the file's, else made from both."""
     if _still_holds(tensor):
         out = deepcopy(tensor.carried[0])
         out.name = tensor.name
@@ -483,7 +483,7 @@ def _opset_imports(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
 
 
 def _set(proto: Any, **fields: str | None) -> None:
-    """Sets the fields that are not empty; ONNX tells an empty string from none, but means the same."""
+    """Sets the fields that are not empty. In ONNX an empty string and a missing one have the same meaning."""
     for name, value in fields.items():
         if value:
             setattr(proto, name, value)

@@ -45,7 +45,7 @@ def consumers(tensor: gs.Tensor) -> list[gs.Node]:
 
 
 def sole_consumer(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
-    """The one node of this graph that reads a tensor once and is all that reads it; None when there are others."""
+    """The node that reads a tensor, where one node of ``graph`` itself reads the tensor once; None otherwise."""
     if len(tensor.outputs) != 1 or is_output(graph, tensor) or not in_graph(graph, tensor.outputs[0]):
         return None
     return tensor.outputs[0]
@@ -63,7 +63,7 @@ def dtype(tensor: gs.Tensor) -> np.dtype | None:
 
 
 def is_float(tensor: gs.Tensor) -> bool:
-    """Whether a tensor is of a type that weights are folded in; an unknown type counts as one."""
+    """Whether weights of a tensor's type are folded (``is_float_type``). An unknown type counts as float."""
     kind = dtype(tensor)
     return kind is None or is_float_type(kind)
 
@@ -88,7 +88,7 @@ def scalar(tensor: gs.Tensor) -> float | None:
 def argument(node: gs.Node, index: int, attribute: str) -> np.ndarray | None:
     """A parameter that is an input or, in older opsets, an attribute, as a 1-d array.
 
-    None where it is missing or not constant.
+    None where the parameter is missing or not constant.
     """
     found = value(node.inputs[index]) if len(node.inputs) > index else node.attrs.get(attribute)
     return None if found is None else np.asarray(found).reshape(-1)
@@ -110,8 +110,8 @@ def set_input(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
 def set_constant(graph: gs.Graph, node: gs.Node, index: int, values: np.ndarray, name: str) -> gs.Constant:
     """Makes ``values`` the constant input of a node at ``index``.
 
-    They take the place of the old ones where this node alone reads them. Otherwise the node gets a constant of its own,
-    called ``name``, and the other readers keep what they had. Raises OutputError when the disk is full.
+    The values replace those of the old constant where this node alone reads the constant. Otherwise the node gets a new
+    constant, called ``name``, and the other readers keep the old constant. Raises OutputError when the disk is full.
     """
     old = node.inputs[index] if len(node.inputs) > index else None
     if old is not None and isinstance(old, gs.Constant) and len(old.outputs) == 1 and not is_output(graph, old):
@@ -173,7 +173,7 @@ def set_output(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
 
 
 def rewrite(node: gs.Node, op: str, inputs: list[gs.Tensor]) -> None:
-    """Turns a node into another one without attributes that writes the same first output, and that alone."""
+    """Gives a node another operator and inputs, no attributes, and of its outputs the first alone."""
     output = node.outputs[0]
     detach(node)
     node.op, node.domain, node.attrs = op, None, {}
@@ -182,7 +182,7 @@ def rewrite(node: gs.Node, op: str, inputs: list[gs.Tensor]) -> None:
 
 
 def detach(node: gs.Node) -> None:
-    """Takes away the edges of a node and of its subgraphs, so that it is dead; ``sweep`` takes it out of the graph."""
+    """Removes the edges of a node and of its subgraphs. The node is then dead; ``sweep`` removes dead nodes."""
     for attribute in node.attrs.values():
         if isinstance(attribute, gs.Graph):
             for inner in attribute.nodes:
@@ -201,9 +201,9 @@ def sweep(graph: gs.Graph) -> None:
 def bypass(graph: gs.Graph, first: gs.Tensor, nodes: list[gs.Node], last: gs.Tensor) -> bool:
     """Detaches a chain of nodes that leads from ``first`` to ``last``: readers of ``last`` read ``first``.
 
-    Names of graph outputs stay: when ``last`` is one, the producer of ``first`` gets to write it, if it can.
-    Returns False, with nothing changed, where the names forbid it (an input, a constant or another output would have to
-    be renamed). ``sweep`` afterwards.
+    Names of graph outputs stay: where ``last`` is an output of the graph, the producer of ``first`` writes ``last``.
+    Returns False, with nothing changed, where this would rename an input, a constant or another output of the graph.
+    ``sweep`` afterwards.
     """
     source = producer(first)
     renamed = is_output(graph, last)
@@ -221,7 +221,7 @@ def bypass(graph: gs.Graph, first: gs.Tensor, nodes: list[gs.Node], last: gs.Ten
 
 
 def remove_dead(graph: gs.Graph) -> list[gs.Node]:
-    """Removes the nodes whose results nobody reads; returns them, without their edges."""
+    """Removes the nodes whose results nobody reads. Returns the removed nodes, which have no edges any more."""
     outputs = {id(tensor) for tensor in graph.outputs}
     dead = []
     for node in reversed(graph.nodes):

@@ -16,14 +16,14 @@ _INTEGER = ("ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QAttention
 
 
 def required_inputs(graph: gs.Graph) -> tuple[TensorSpec, ...]:
-    """The inputs that a feed must have, as ONNX Runtime would describe them, without opening a session."""
+    """The inputs without a default value, which a feed must have, described as ONNX Runtime would describe them."""
     carried = vars(graph).get("carried")
     defaults = {tensor.name for tensor in carried.graph.initializer} if carried else set()
     return tuple(one for one in map(spec, graph.inputs) if one.name not in defaults)
 
 
 def computes_as_written(graph: gs.Graph) -> bool:
-    """Whether a file leaves to TensorRT what it asks to be computed in int8: no activation in it is stored as uint8.
+    """Whether a file is quantized for TensorRT: no activation in the file is uint8, no operator computes in integers.
 
     TensorRT quantizes activations to int8 with the zero point 0; files for ONNX Runtime on CPUs hold uint8 activations,
     or operators that compute in integers themselves.

@@ -101,7 +101,10 @@ _FOREIGN = (b"PK", b"\x93NUMPY", b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", 
 
 
 def is_of_kind(path: Path, kind: str) -> bool:
-    """Whether a file may be replaced by ``an ONNX file``, ``an engine`` or ``a report``: it is one, or empty."""
+    """Whether an output of a kind (``an ONNX file``, ``an engine``, ``a report``) may replace a file.
+
+    The file must be of that kind, or empty.
+    """
     if not path.stat().st_size:
         return True
     with path.open("rb") as file:
@@ -116,9 +119,10 @@ def is_of_kind(path: Path, kind: str) -> bool:
 
 
 def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
-    """Writes ``graph`` to ``path``; its weights go beside it (``NAME.data``) when they pass 1.8 GB or are asked to.
+    """Writes ``graph`` to ``path``.
 
-    Raises OutputError when the file cannot be written; what was there before is then still there, and nothing else.
+    ``external``: whether the weights go into a file beside the model (``NAME.data``); by default from 1.8 GB on.
+    Raises OutputError when a file cannot be written; the folder is then as it was before.
     """
     path = _target(path)
     model, large = export_skeleton(graph)
@@ -143,7 +147,7 @@ def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
-    """The file that is written: a link stays, and what it leads to is replaced."""
+    """The file that a path leads to. A link stays, and the file behind the link is replaced."""
     with contextlib.suppress(OSError):  # a name too long, of which writing will tell
         if Path(path).is_symlink():
             return Path(path).resolve()
@@ -156,7 +160,7 @@ def _write_data(
     path: Path,
     undo: contextlib.ExitStack,
 ) -> None:
-    """Writes the weights to a new file beside ``path`` and lets the model refer to it; ``undo`` removes it again."""
+    """Writes the weights to a new file beside ``path``, to which the model then refers. ``undo`` removes the file."""
     numbers = (f".{n}" if n else "" for n in itertools.count())
     name = next(n for n in (f"{path.name}{number}.data" for number in numbers) if not path.with_name(n).exists())
     if not _is_text(name):
@@ -180,7 +184,7 @@ def _refer(proto: onnx.TensorProto, location: str, offset: int, length: int) -> 
 
 
 def _old_data(path: Path) -> list[Path]:
-    """The data files that the model now at ``path`` refers to and that carry a name ``save`` gives."""
+    """The data files of the model at ``path``, as far as their names are those that ``save`` gives."""
     ours = re.compile(re.escape(path.name) + r"(\.\d+)?\.data")
     files = {file.name: file for file in path.parent.iterdir() if ours.fullmatch(file.name)}
     if not files:
@@ -199,7 +203,7 @@ def locations(path: Path) -> set[str]:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write beside ``path`` that takes its place at the end, or vanishes on an error.
+    """Opens a temporary file beside ``path``. The file replaces ``path`` at the end, and is removed on an error.
 
     Raises OutputError for anything the file system refuses.
     """
@@ -246,7 +250,7 @@ def constant(graph: gs.Graph, name: str, values: np.ndarray) -> gs.Constant:
 
 
 def stored(graph: gs.Graph, values: np.ndarray, name: str = "") -> np.ndarray | MappedValues:
-    """``values`` in the form a constant should hold them: on disk when they are large.
+    """The values as a constant should hold them: large values lie in a scratch file.
 
     Raises OutputError when the disk is full.
     """
@@ -259,7 +263,7 @@ def stored(graph: gs.Graph, values: np.ndarray, name: str = "") -> np.ndarray | 
 
 
 def free_name(graph: gs.Graph, name: str) -> str:
-    """``name``, or ``name_1``, ``name_2`` … when a tensor or node of the graph or its subgraphs has it already."""
+    """A name that no tensor or node of the graph and its subgraphs has: ``name``, or ``name_1``, ``name_2`` …"""
     taken: set[str] | None = vars(graph).get("_names")
     if taken is None:
         taken = {t for g in all_graphs(graph) for t in (*g.tensors(), *(node.name for node in g.nodes))}
@@ -292,8 +296,8 @@ def check(graph: gs.Graph) -> None:
 def infer_shapes(graph: gs.Graph) -> None:
     """Fills in the shapes and dtypes of variables as far as ONNX shape inference knows them.
 
-    What the graph declares for its outputs stays. Sizes that inference only has an invented name for are None: the next
-    inference may give that name to another size.
+    The declared shapes of the graph's outputs stay. A size for which inference invents a name is None, because the next
+    inference may give the same name to another size.
     """
     found = inferred(weightless(graph))
     known = {value.name: value.type for value in (*found.value_info, *found.output)}
@@ -323,10 +327,10 @@ def inferred(model: onnx.ModelProto, anew: bool = False) -> onnx.GraphProto:
 
 
 def drop_stale_shapes(graph: gs.Graph) -> str:
-    """Forgets what the file says of shapes inside the graph when that contradicts what follows from its inputs.
+    """Forgets the shapes inside the graph where the file's value_info contradicts the shapes of the inputs.
 
-    Who edits a model's inputs, most often to open the batch, leaves the old sizes behind (value_info). Returns one such
-    tensor, in words; empty when nothing contradicts.
+    Tools that edit the inputs of a model, most often to open the batch, leave the old sizes in value_info. Returns one
+    contradiction in words, or an empty text.
     """
     model = weightless(graph)
     declared = {
@@ -355,17 +359,17 @@ def drop_stale_shapes(graph: gs.Graph) -> str:
 
 
 def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -> Session:
-    """An ONNX Runtime session on a graph; ``outputs`` names any tensors of it. Weights in files stay there."""
+    """An ONNX Runtime session on a graph. ``outputs`` names any tensors of the graph. Weights in files stay there."""
     return open_model(*export(graph), outputs, **options)
 
 
 def alone(
     graph: gs.Graph, node: gs.Node, feed: Mapping[int, np.ndarray], kinds: Sequence[np.dtype]
 ) -> tuple[gs.Graph, Feed]:
-    """A graph of one node, with other inputs, and the feed for it.
+    """A graph that holds a copy of one node, and the feed for this graph.
 
-    ``feed``: the values of the inputs by position; the others are left out. ``kinds``: the types of the first outputs,
-    ``o0``, ``o1`` …
+    ``feed``: the values of the node's inputs by position; the node runs without its other inputs. ``kinds``: the types
+    of the first outputs, which are named ``o0``, ``o1`` …
     """
     named = {f"i{place}": np.ascontiguousarray(values) for place, values in feed.items()}
     inputs = [
@@ -388,9 +392,9 @@ def open_model(
 ) -> Session:
     """A session on what ``export`` gave, possibly with more nodes. ``outputs`` names any tensors of the main graph.
 
-    Operators that ONNX Runtime does not know (TensorRT plugins) are left out where no output depends on them, unless it
-    is to be the ``whole`` model. Large weights that are in memory alone, or whose file has been replaced, are written
-    to disk for it.
+    Operators that ONNX Runtime does not know (TensorRT plugins) are left out where no output depends on them, unless
+    ``whole`` keeps every node. Large weights that lie in memory alone, or whose file has been replaced, are written to
+    disk for the session.
     """
     if outputs is not None:
         types = {value.name: value for value in model.graph.output}
@@ -416,7 +420,7 @@ def open_model(
 
 
 def is_known(domain: str | None, op: str) -> bool:
-    """Whether an operator is one of ONNX or of ONNX Runtime, not of a vendor or of the model itself."""
+    """Whether ONNX or ONNX Runtime defines an operator, and not a vendor or a function of the model."""
     domain = "" if domain in (None, "ai.onnx") else domain
     if domain in ("", "ai.onnx.ml"):
         return onnx.defs.has(op, domain)

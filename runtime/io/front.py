@@ -1,4 +1,4 @@
-"""Models that ONNX Runtime cannot run whole: what stands in front of the operators that it does not know.
+"""Models with operators that ONNX Runtime does not know: the nodes in front of these operators can still be run.
 
 TensorRT plugins are such operators, often in ONNX's own domain (EfficientNMS_TRT).
 """
@@ -16,7 +16,7 @@ from channelfold.runtime.io import files
 
 
 def unknown(graph: gs.Graph) -> list[gs.Node]:
-    """The nodes, or those whose bodies hold such nodes, of operators in neither ONNX, ONNX Runtime nor the file."""
+    """The nodes whose operator neither ONNX, ONNX Runtime nor the file defines, here or in a body of the node."""
     carried = files.carried(graph)
     functions = (*graph.functions, *(carried.header.functions if carried else ()))
     own = {(function.domain or "", function.name) for function in functions}
@@ -36,10 +36,10 @@ def _with_bodies(node: gs.Node) -> Iterator[gs.Node]:
 
 
 class Front:
-    """A session on the part of a model in front of unknown operators. Their inputs take the place of their outputs.
+    """A session on the part of a model in front of unknown operators. The inputs of these operators become outputs.
 
-    These are named by operator and position, because passes may rename tensors inside a graph. Raises ModelError when
-    every operator is known, or when nothing stands in front of the others.
+    The new outputs are named by operator and position, because passes may rename tensors inside a graph. Raises
+    ModelError when every operator is known, or when no node stands in front of the unknown operators.
     """
 
     def __init__(self, path: Path, **options: Any):

@@ -13,10 +13,10 @@ import onnx
 
 
 class NodeNames:
-    """The names of a graph's nodes: those of the file, and made up where a node has none or that of one before it."""
+    """The names of a graph's nodes. A node without a name, or with the name of an earlier node, gets a new name."""
 
     def __init__(self, graph: onnx.GraphProto):
-        self._known = {node.name for node in graph.node}  # in the file, and by now
+        self._known = {node.name for node in graph.node}  # names in the file and names given since
         self._used: set[str] = set()
 
     def of(self, node: onnx.NodeProto, index: int) -> str:

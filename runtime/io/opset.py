@@ -35,9 +35,9 @@ _TRAINING = ("Dropout", "BatchNormalization")  # their first output alone keeps 
 
 
 def raise_opset(graph: gs.Graph, opset: int) -> gs.Graph:
-    """The same function at a higher opset of the standard domain (the graph itself when it is there already).
+    """The same function at a higher opset of the standard domain; ``graph`` itself where its opset is high enough.
 
-    The result is a new graph; weights are shared. Raises ModelError when an operator cannot be converted.
+    The result is a new graph that shares the weights. Raises ModelError when an operator cannot be converted.
     """
     if graph.opset >= opset:
         return graph
@@ -58,7 +58,7 @@ def raise_opset(graph: gs.Graph, opset: int) -> gs.Graph:
 
 
 def _raise_function(function: onnx.FunctionProto, opset: int) -> None:
-    """A function imports an opset of its own, which has to agree with the model's; it has no initializers."""
+    """Raises a function's own opset to the model's. New constants become nodes: a function has no initializers."""
     imported = next((entry for entry in function.opset_import if entry.domain in _STANDARD), None)
     if imported is None or imported.version >= opset:
         return
@@ -113,7 +113,7 @@ class _Raised:
             raise self._error(node, f"{node.op_type} {what} from opset {first} on")
 
     def _mend(self, part: onnx.GraphProto, node: onnx.NodeProto, types: Mapping, constants: Mapping) -> None:
-        """Puts right what the converter gets wrong."""
+        """Corrects the types and the rounding that the converter gets wrong."""
         if node.op_type in ("Clip", "Pad") and node.input[0] in types:
             _cast_constants(part, types[node.input[0]].tensor_type.elem_type or onnx.TensorProto.FLOAT)
         resized = node.op_type in ("Upsample", "Resize") and self.old < 11 <= self.new
@@ -183,7 +183,7 @@ def _convert_version(graph: bytes, old: int, new: int) -> bytes:
 
 
 def _rank(declared: onnx.TypeProto | None, old: int) -> onnx.TypeProto | None:
-    """A type with its sizes left out, which conversion needs up to opset 6 alone (broadcasting was an attribute)."""
+    """A type without sizes. Up to opset 6 the sizes stay: broadcasting was an attribute, and conversion needs them."""
     if declared is None or not declared.tensor_type.HasField("shape") or old < 7:
         return declared
     rank = len(declared.tensor_type.shape.dim)
@@ -206,16 +206,17 @@ def _signature(schema: Any) -> tuple:
 
 
 def _scales(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> np.ndarray:
-    """Of an Upsample or Resize node before opset 11; NaN when they are not known."""
+    """The scales of an Upsample or Resize node before opset 11; NaN where the scales are not constant."""
     if node.op_type == "Upsample":
         return np.ones(1)  # it never shrinks, which is all that matters here
     return onnx.numpy_helper.to_array(constants[node.input[1]]) if node.input[1] in constants else np.array(np.nan)
 
 
 def _set_coordinates(resize: onnx.NodeProto, scales: np.ndarray) -> bool:
-    """Before opset 11 an index was divided by the scale, then rounded down when growing and up when shrinking.
+    """Sets the options that round indices of a Resize as before opset 11; False where no options do.
 
-    Opset 11 took another default and made that an option; the converter does not set it. False: no option fits.
+    Before opset 11 an index was divided by the scale, then rounded down when growing and up when shrinking. Opset 11
+    has another default, and the converter does not set the options that opset 11 offers for the old rounding.
     """
     rounding = "floor" if (scales >= 1).all() else "ceil"
     modes = {"coordinate_transformation_mode": "asymmetric"}
@@ -228,7 +229,7 @@ def _set_coordinates(resize: onnx.NodeProto, scales: np.ndarray) -> bool:
 
 
 def _cast_constants(part: onnx.GraphProto, data_type: int) -> None:
-    """The converter makes float32 inputs of float attributes; they have to be of the type of the data."""
+    """Casts the float32 constants that the converter made of attributes to the type of the node's data."""
     tensors = [a.t for node in part.node if node.op_type == "Constant" for a in node.attribute]
     for tensor in tensors + list(part.initializer):
         if tensor.data_type == onnx.TensorProto.FLOAT:

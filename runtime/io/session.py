@@ -28,9 +28,9 @@ _NUMPY_TYPES = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, numpy dtype and shape of a model input or output; a symbolic dimension is a string, an unknown one None.
+    """Name, numpy dtype and shape of a model input or output. A symbolic dimension is a string, an unknown one None.
 
-    ``dtype`` is None for what numpy has no type for (sequences, optionals, bfloat16 …).
+    ``dtype`` is None where numpy has no such type (sequences, optionals, bfloat16 …).
     """
 
     name: str
@@ -45,8 +45,8 @@ class TensorSpec:
 def onnxruntime() -> Any:
     """The onnxruntime module, with its telemetry off unless ORT_DISABLE_TELEMETRY says otherwise.
 
-    Raises DependencyError when it is missing, or when ``onnxruntime`` and ``onnxruntime-gpu`` are both installed: they
-    write the same folder, so whichever came last has overwritten the other.
+    Raises DependencyError when the module is missing, or when ``onnxruntime`` and ``onnxruntime-gpu`` are both
+    installed: both packages write the same folder, so the later package has overwritten the earlier one.
     """
     installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
     if len(installed) == 2:
@@ -79,8 +79,8 @@ class Session:
 
     ``model`` is the path of its file; or, for a graph that is in no file, the serialized model without its large
     weights, whose external data lie in files below ``folder``. ONNX Runtime maps external data, it does not copy them.
-    ``optimize=False`` switches graph optimization off. ``exact`` keeps int8 products from saturating, as they do on x86
-    processors without VNNI: what is measured then is the file, and not this machine. ``providers`` defaults to the CPU.
+    ``optimize=False`` switches graph optimization off. ``exact`` keeps int8 products from saturating on x86 processors
+    without VNNI, so that a measurement is of the file and not of this machine. ``providers`` defaults to the CPU.
 
     Raises ModelError when ONNX Runtime refuses the model.
     """
@@ -122,12 +122,12 @@ class Session:
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
 
     def accepted(self, feed: Feed) -> Feed:
-        """The part of a feed that the model has inputs for; what nothing reads may have gone from it."""
+        """The part of a feed for which the model has inputs. A pass may have removed inputs that nothing reads."""
         known = {spec.name for spec in self.inputs}
         return {name: values for name, values in feed.items() if name in known}
 
     def run(self, feed: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
-        """Runs one feed; returns the named outputs (all of them by default) by name. Raises ModelError."""
+        """Runs one feed and returns outputs by name: the named outputs, by default all outputs. Raises ModelError."""
         names = list(outputs) if outputs is not None else [spec.name for spec in self.outputs]
         try:
             return dict(zip(names, self._session.run(names, dict(feed)), strict=True))

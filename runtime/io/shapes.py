@@ -1,4 +1,4 @@
-"""The shapes of all tensors when the inputs have given shapes, and the repair that needs them for TensorRT."""
+"""The shapes of all tensors when the inputs have given shapes: inferred, or measured in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _types_on(graph: gs.Graph, inputs: Mapping[str, Shape]) -> dict[str, onnx.Ty
 def measured_shapes(graph: gs.Graph, feed: Feed) -> dict[str, Shape]:
     """The shape of every tensor of the graph (bodies of subgraphs left out) when the model runs on ``feed``.
 
-    What ONNX shape inference cannot tell is measured in ONNX Runtime, as far as that knows the operators. Sequences,
-    maps and optionals have no shape. Raises ModelError when the model does not run.
+    Shapes that ONNX shape inference cannot tell are measured in ONNX Runtime, in front of operators that ONNX Runtime
+    does not know. Sequences, maps and optionals have no shape. Raises ModelError when the model does not run.
     """
     types = _types_on(graph, {name: values.shape for name, values in feed.items()})
     known = _known(types)
@@ -64,7 +64,7 @@ def measured_shapes(graph: gs.Graph, feed: Feed) -> dict[str, Shape]:
 
 
 class LazyShapes:
-    """The shapes of all tensors when the model runs on ``feed``, found out when they are asked for."""
+    """The shapes of all tensors when the model runs on ``feed``, inferred or measured on the first question."""
 
     def __init__(self, graph: gs.Graph, feed: Feed):
         self.graph, self.feed = graph, feed

@@ -1,4 +1,4 @@
-"""A graph as it was at one moment: to go back to, to compare with, to run.
+"""A graph as it was at one moment: passes are undone with a snapshot, compared with it, and run on it.
 
 A snapshot costs the graph without its weights. The large ones are shared with the graph, which is safe because passes
 replace weights and never write into them; ``frozen`` holds them to it.
@@ -25,7 +25,7 @@ from channelfold.runtime.io.weights import MappedFile, MappedValues, Values, pac
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """``model`` holds no large weights; ``weights`` are these without their values, ``values`` the values by name."""
+    """``model`` holds no large weights. ``weights`` has their types and dims, ``values`` their values by name."""
 
     model: onnx.ModelProto
     weights: tuple[onnx.TensorProto, ...]
@@ -40,18 +40,19 @@ class Snapshot:
         return cls(model, tuple(proto for proto, _ in large), values, own.path if own else None)
 
     def restore(self, graph: gs.Graph) -> None:
-        """Makes ``graph`` (the object itself) what it was, whatever has happened to it since."""
+        """Gives the object ``graph`` the contents that it had when the snapshot was taken."""
         become(graph, import_model(deepcopy(self.model), self.path, weights=self.values))
 
     def session(self, outputs: list[str] | None = None) -> Session:
-        """A session that runs every node as it stands; ``outputs`` names any tensors of the main graph."""
+        """A session that runs every node without optimization. ``outputs`` names any tensors of the main graph."""
         weights = [(deepcopy(w), packed(self.values[w.name])) for w in self.weights]
         return open_model(deepcopy(self.model), weights, outputs, whole=outputs is None, optimize=False)
 
     def rounded_otherwise(self, seed: int) -> Session:
         """A session of the same graph in which the float weights are off by up to one unit in their last place.
 
-        At random, as weights are that have been computed anew. Whole numbers stay, for some are no weights.
+        The steps are random, like the rounding of weights that are computed anew. Whole numbers stay: some, such as
+        masks and sizes, are no weights.
         """
         generator = np.random.default_rng(seed)
 
@@ -72,7 +73,7 @@ class Snapshot:
         return open_model(model, large, optimize=False)
 
     def same(self, other: Snapshot) -> bool:
-        """Whether both are the same graph with the same weights. What is known about shapes inside does not count."""
+        """Whether both are the same graph with the same weights. Declared shapes inside the graph do not count."""
         if self.weights != other.weights or _structure(self.model) != _structure(other.model):
             return False
         return all(_same(values, other.values[name]) for name, values in self.values.items())

@@ -1,11 +1,11 @@
-"""The faults of a model that no runtime forgives, found before any work: one sentence each, with the node.
+"""The faults for which every runtime refuses a model, found before any work: a sentence for each, with the node.
 
-    opsets        every domain that nodes are of has one, from 1 on
+    opsets        the opset of ONNX is 1 or higher
     names         each tensor is written once; initializers, inputs and outputs are listed once
     order         no node depends on itself
     operators     the numbers of inputs and outputs, and the attributes, are those of the operator
 
-What the ONNX checker says beyond that, ONNX Runtime and TensorRT often let pass, and so does this.
+The ONNX checker has more rules. ONNX Runtime and TensorRT accept many models against these, so they are not checked.
 """
 
 from __future__ import annotations

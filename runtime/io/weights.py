@@ -35,7 +35,7 @@ Values = np.ndarray | LazyValues  # what a gs.Constant holds
 
 
 class MappedFile:
-    """A file, open for reading as long as anything refers to it. Raises OSError."""
+    """A file that stays open for reading as long as an object refers to this one. Raises OSError."""
 
     def __init__(self, path: Path):
         self.path = path.absolute()
@@ -55,7 +55,7 @@ class MappedFile:
 
 
 class Scratch:
-    """A temporary file that new weights are appended to. It goes with the last weight in it."""
+    """A temporary file to which new weights are appended. The file is removed when its last weight is."""
 
     def __init__(self):
         handle, name = tempfile.mkstemp(prefix="channelfold-")
@@ -84,7 +84,7 @@ class Scratch:
 
 
 class PlacedArray(np.ndarray):
-    """An array on a file. ``place`` is (file, offset); None for whatever is computed or cut from such an array."""
+    """An array on a file. ``place`` is (file, offset); None for an array that is computed or cut from a PlacedArray."""
 
     place: tuple[MappedFile | Scratch, int] | None = None
 
@@ -95,7 +95,7 @@ def _discard(file: IO[bytes], path: Path) -> None:
 
 
 class MappedValues(LazyValues):
-    """The values of a constant that lie in a file, ``nbytes`` bytes from ``offset``. ``tensor`` has no data itself."""
+    """The values of a constant in a file: ``nbytes`` bytes from ``offset`` on. ``tensor`` has the type and dims."""
 
     def __init__(self, proto: onnx.TensorProto, file: MappedFile | Scratch, offset: int):
         self.tensor = onnx.TensorProto(name=proto.name, data_type=proto.data_type, dims=proto.dims)
@@ -106,7 +106,7 @@ class MappedValues(LazyValues):
         self.nbytes = packed_nbytes(proto)
 
     def load(self) -> np.ndarray:
-        """A read-only array on the file (a copy for types below 8 bits, which numpy holds one to a byte)."""
+        """A read-only array on the file; for types below 8 bits, of which numpy holds one to a byte, a copy."""
         if bits(self.tensor.data_type) < 8:
             inline = onnx.TensorProto(data_type=self.tensor.data_type, dims=self.shape, raw_data=self.raw().tobytes())
             return onnx.numpy_helper.to_array(inline)
@@ -209,7 +209,7 @@ def is_text(value: bytes) -> bool:
 
 
 def read(constant: gs.Constant) -> np.ndarray:
-    """The values of a constant without keeping them: a lazily loaded weight stays lazy."""
+    """The values of a constant. The constant itself keeps no array: a weight in a file stays in the file."""
     values = constant._values
     if isinstance(values, SparseValues):
         return _dense(values.tensor)
@@ -291,7 +291,7 @@ def spill(scratch: Scratch, values: np.ndarray) -> int:
 def packed(values: Values) -> np.ndarray:
     """Values as ONNX stores them: little endian, types below 8 bits two or more to a byte (uint8[n]).
 
-    Those that lie in a file are a PlacedArray.
+    Values in a file come as a PlacedArray.
     """
     if isinstance(values, MappedValues):
         array = values.raw() if bits(values.tensor.data_type) < 8 else values.load()

@@ -1,13 +1,13 @@
-"""The FFNs of a graph: channels that bypass the activation, or might as well, and what folding them would save.
+"""The FFNs of a graph: channels that bypass the activation, or hardly need it, and the weights that folding saves.
 
 *Idle* channels are affine in the channel before the activation whatever the data (``passes.idle_channels``): the pass
-``reparameterize-ffn`` folds them exactly. *Dead* ones are constant, or nobody uses them. *Linear* ones behave affinely
-on the data: of the variance of act(h_j), less than 1 % is left by the best fit p h_j + r,
+``reparameterize-ffn`` folds them exactly. *Dead* channels are constant, or no linear reads them. *Linear* channels are
+nearly affine on the data: the best fit p h_j + r leaves less than 1 % of the variance of act(h_j),
 
     p = cov(h, act(h)) / var(h)        left_j = var(act(h_j)) - p cov(h_j, act(h_j))
 
-and were they idle, the output would be off by about sum_j left_j |w2_j|^2 in all, as if what is left of them were
-uncorrelated. (RePaViT for networks that were not trained for it; `reparam --approximate` does better than these fits.)
+and making them idle changes the output by about sum_j left_j |w2_j|^2 in all, if the residuals are uncorrelated.
+(RePaViT for networks that were not trained for it; `reparam --approximate` does better than these fits.)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LINEAR = 0.01  # of the variance that may be left
 
 
 class _Fits(Joint):
-    """The fit of every channel that ``outer`` reads by the channels of the inner linears it is of, and their outputs.
+    """The fit of every channel that ``outer`` reads by the channels of the inner linears that it is computed from.
 
     ``products``: for each channel the sums of [1, h, …, act] [1, h, …, act]^T, (2 + inner, 2 + inner, hidden).
     """
@@ -58,7 +58,7 @@ class _Fits(Joint):
         self.outputs.merge(other.outputs)
 
     def left(self) -> tuple[np.ndarray, np.ndarray]:
-        """(the share of each channel's variance that its fit leaves, that times the square of its outgoing weights)."""
+        """(share of each channel's variance that its fit leaves, error at the output if the fit replaces the channel)."""
         products = np.moveaxis(self.products.value, -1, 0)
         moments = products / products[:, :1, :1]
         covariance = moments[:, 1:, 1:] - moments[:, 1:, :1] * moments[:, :1, 1:]
@@ -130,7 +130,7 @@ def _entry(fit: _Fits, measured: bool) -> dict[str, Any]:
 
 
 def _dead(pair: Pair) -> np.ndarray:
-    """Which channels are constant, or read by nobody."""
+    """A mask of the channels that are constant or that no linear reads."""
     dead = pair.dead | (np.abs(_matrix(pair.outer)).max(axis=0, initial=0) == 0)
     for linear in pair.inner:
         unfed = np.abs(_matrix(linear)).max(axis=1, initial=0) == 0

@@ -1,4 +1,4 @@
-"""Channel groups for people: what could be cut from a graph and why the rest stays, and what ``prune`` has cut."""
+"""Channel groups as a record: the channels that ``prune`` could cut from a graph, and why the others stay."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from channelfold.runtime.io.files import infer_shapes
 
 
 def describe(graph: gs.Graph, seed: int = 0) -> list[dict[str, Any]]:
-    """One entry a channel group, in order, of the graph after the exact folds, which is what ``prune`` cuts.
+    """One entry a channel group, in order. The exact folds run first, because ``prune`` cuts the folded graph.
 
-    ``channels`` of the first weight, ``units`` that go one by one, ``prunable`` channels; ``writers`` and ``readers``:
-    nodes; ``macs`` and ``parameters`` that go when all of it does; ``reduced``: the norm that works on the channels;
-    ``stay``: for each reason how many channels.
+    ``channels``: those of the first weight. ``units``: the number of parts that are removed as a whole. ``prunable``:
+    the channels that can be removed. ``writers`` and ``readers``: nodes. ``macs`` and ``parameters``: the costs that
+    the whole group saves. ``reduced``: the norm that works on the channels. ``stay``: for each reason, the number of
+    channels that stay.
     """
     for step in load_recipe("fold").passes:
         step.apply(graph, Context())
@@ -55,6 +56,6 @@ def _nodes(nodes: Iterable[gs.Node]) -> list[str]:
 
 
 def _alone(costs: GroupCosts, kind: Any, groups: int) -> list[int]:
-    """What goes when one group goes and the others stay."""
+    """For each group, the costs that removing this group alone saves."""
     terms = costs.terms(kind)
     return [round(sum(term.amount for term in terms if number in term.groups)) for number in range(groups)]

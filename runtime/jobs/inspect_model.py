@@ -1,4 +1,4 @@
-"""What is in a graph: its linear nodes with their shapes and costs, its norms, its parameters, what cannot be int8."""
+"""The contents of a graph: linear nodes with shapes, costs and whether they can be int8, norms, parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from channelfold.runtime.stats.observe import by_name, observe
 
 
 def int8_nodes(graph: gs.Graph) -> list[str]:
-    """The linear nodes that a file asks to be run as int8: both operands come through an int8 DequantizeLinear."""
+    """The linear nodes that are quantized to int8: both operands come from an int8 DequantizeLinear."""
     return [
         node.name
         for part in all_graphs(graph)
@@ -88,7 +88,7 @@ def costs(graph: gs.Graph) -> dict[str, int | None]:
 
 
 def _outlier_ratios(graph: gs.Graph, data: Data, progress: Callable[[str, int, int], None]) -> dict[str, float | None]:
-    """``outlier_ratio`` of what each linear node reads, by the node's name."""
+    """``outlier_ratio`` of the input of each linear node, by the node's name."""
     found = [linear for linear in linears(graph) if isinstance(linear.data, gs.Variable)]
     seen = {(linear.data.name, linear.in_axis): ChannelStatistics(linear.in_axis) for linear in found}
     observe(graph, by_name((name, statistics) for (name, _), statistics in seen.items()), data, progress)
@@ -138,7 +138,7 @@ def _product_macs(node: gs.Node) -> int | None:
 
 
 def _elements(shape: Any) -> int | None:
-    """How many elements a shape has, a symbolic first dimension counted as 1; None when it is not known."""
+    """The number of elements of a shape; a symbolic first dimension counts as 1. None when a size is unknown."""
     if shape is None:
         return None
     dims = [1 if axis == 0 and not isinstance(dim, int | np.integer) else dim for axis, dim in enumerate(shape)]

@@ -11,7 +11,7 @@ from channelfold.runtime.report.tables import UNKNOWN, Page, count, ratio
 
 
 def show(record: Mapping[str, Any], page: Page) -> None:
-    """Prints what ``jobs.inspect`` has found: the model, then every linear node, FFN and group of channels."""
+    """Prints the record of ``jobs.inspect``: the model, then every linear node, FFN and group of channels."""
     found = record["inspection"]
     linears = found["linears"]
     facts = (

@@ -11,7 +11,7 @@ def safe(text: object) -> str:
 
 
 def one_line(text: object, width: int) -> str:
-    """A message as one safe line of at most ``width`` characters; both ends of a longer one are kept."""
+    """A message as one safe line of at most ``width`` characters. Of a longer message both ends are kept."""
     return _both_ends(safe(" ".join(str(text).split())), width)
 
 
@@ -38,8 +38,8 @@ def shorten(name: str, width: int) -> str:
 def shorten_all(names: Sequence[str], width: int) -> list[str]:
     """The names of one list in at most ``width`` characters each.
 
-    Where one is longer, the parts that all of them begin with are left out, and if need be the last part where it is
-    the same: ``/encoder/layer.0/query/MatMul`` becomes ``…/layer.0/query``.
+    Where a name is longer, the first parts that all names share are left out, and if need be the last part where all
+    names share the last part: ``/encoder/layer.0/query/MatMul`` becomes ``…/layer.0/query``.
     """
     if max(map(len, names), default=0) <= width:
         return list(names)

@@ -1,4 +1,4 @@
-"""What a command is at, on stderr, for whoever watches it in a terminal. Only the standard library until it shows."""
+"""The progress of a command, on stderr in a terminal. Only the standard library is imported until progress shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ AFTER = 1.0  # seconds that a command may take before it shows progress
 
 
 class Progress:
-    """Shows on stderr what a command is at, once it has taken a second; only in a terminal."""
+    """Shows the progress of a command on stderr, in a terminal alone, once the command has taken a second."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,7 +36,7 @@ class Progress:
                 self._display.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """``total`` 0: nobody knows how long it takes."""
+        """Takes the stage and its steps. ``total`` 0: the number of steps is unknown."""
         with self._lock:
             new = stage != self._state[0]
             self._state = (stage, done, total)

@@ -48,7 +48,7 @@ def _quantized(step: Mapping[str, Any], page: Page) -> None:
 
 
 def _sites(step: Mapping[str, Any], page: Page) -> None:
-    """What a pass has done to the channels of each site, those first that are worst now."""
+    """Prints the changes that a pass has made to the channels of each site, the worst sites first."""
     facts = step.get("facts", {})
     sites = sorted(facts.get("sites") or map(_ffn_site, facts.get("ffns", ())), key=_badness, reverse=True)
     if not sites:
@@ -72,14 +72,14 @@ def _sites(step: Mapping[str, Any], page: Page) -> None:
 
 
 def _ffn_site(ffn: Mapping[str, Any]) -> dict[str, Any]:
-    """What approximate-ffn says of an FFN, as a site."""
+    """An FFN in the facts of approximate-ffn, as a site."""
     method = "with a dense branch" if ffn["branch"] else ""
     return {"node": ffn["node"], "method": method, "width": ffn["hidden"], "macs": ffn["macs"],
             "relative_change": ffn["error"]}  # fmt: skip
 
 
 def _badness(site: Mapping[str, Any]) -> float:
-    """What is left to be desired of a site: the noise of its quantized outputs, or else how its channels differ."""
+    """How bad a site is: the noise of its quantized outputs, or else the differences of its channels."""
     if "energy_kept" in site:
         return 1 - float(site["energy_kept"])
     for key, sign in (("output_snr_db", -1), ("outlier_ratio", 1), ("bfp_error", 1)):
@@ -114,7 +114,7 @@ _LEGEND = {
 
 
 def _cut(step: Mapping[str, Any], page: Page) -> None:
-    """What ``prune`` has cut."""
+    """Prints the channels that ``prune`` has cut."""
     facts = step.get("facts", {})
     if not facts.get("groups"):
         return

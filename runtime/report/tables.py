@@ -26,9 +26,9 @@ _WHOLE = "whole names: --json, or pipe the output"
 
 
 class Page:
-    """Draws on a console, and lets no text through that could steer the terminal.
+    """Draws on a console. No text can steer the terminal, because every text passes ``safe``.
 
-    In a terminal all fits its width, and names are shortened between their parts. In a file or a pipe nothing is
+    In a terminal, lines fit its width, and names are shortened between their parts. In a file or a pipe nothing is
     shortened or wrapped.
     """
 
@@ -41,7 +41,7 @@ class Page:
         self._console.print()
 
     def say(self, *cells: Cell, indent: int = 2, wrap: bool = True) -> None:
-        """Prints a line. ``wrap`` False leaves a line that is too long to the terminal, so that it can be copied."""
+        """Prints a line. With ``wrap`` False a long line is not broken, so that users can copy the line whole."""
         line = _text(*cells)
         content = Padding(line, (0, 0, 0, indent), expand=False) if indent else line
         self._console.print(content, highlight=False, soft_wrap=not wrap)
@@ -51,9 +51,9 @@ class Page:
         self.say((words, "dim"), indent=indent)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], indent: int = 2) -> None:
-        """Prints a table without borders. The title heads the first column, that of labels, which are not shortened.
+        """Prints a table without borders. The title heads the first column, whose labels are not shortened.
 
-        Each of the other ``columns`` is its alignment (``<`` or ``>``) and its heading; empty ones are left out.
+        Each of the other ``columns`` is its alignment (``<`` or ``>``) and its heading. Empty columns are left out.
         """
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column(_text((title, "bold not dim")), no_wrap=True)
@@ -87,7 +87,7 @@ class Page:
         self._console.print(Padding(grid, (0, 0, 0, indent), expand=False), highlight=False)
 
     def nodes(self, rows: Sequence[tuple[str, str]], limit: int) -> None:
-        """Prints names of nodes with a remark each, the first ``limit`` of them."""
+        """Prints the names of the first ``limit`` nodes, each with a remark."""
         shown = [(self.name(node), (remark, "dim")) for node, remark in rows[:limit]]
         self.grid(shown, indent=4)
         more = [f"… and {len(rows) - limit} more"] if len(rows) > limit else []
@@ -102,7 +102,7 @@ class Page:
 
 
 def _filled(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[tuple[str, Sequence[Cell]]]:
-    """The columns in which a row has something, with their cells."""
+    """The columns that are not empty, with their cells."""
     cells = list(zip_longest(*(row[1:] for row in rows), fillvalue=""))
     return [
         (column, column_cells)

@@ -1,8 +1,8 @@
-"""Latency of models side by side, so that a change of the machine's speed meets all of them alike.
+"""Latency of models side by side, so that a change of the machine's speed affects all models alike.
 
-One round runs every model once; every other round goes in the opposite order, so nobody always runs on a cache that its
-neighbour has warmed. The figure is the median over the rounds: a median is not moved by the few rounds in which the
-operating system did something else.
+One round runs every model once. Every other round goes in the opposite order, so that no model always runs on a cache
+that its neighbour has warmed. The figure is the median over the rounds: the few rounds in which the operating system
+interferes do not move a median.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Statistics of the channels of a tensor along one axis; all vectors are (channels,) float64.
 
-``ChannelMoments``: mean, variance and root mean square. ``ChannelStatistics``: what scaling by channel asks for, means
-of magnitudes and of ranges, and a bounded sample of rows, on which the error of a layer can be measured. Which rows are
-kept depends on what the samples hold, not on their order.
+``ChannelMoments``: mean, variance and root mean square. ``ChannelStatistics``, for scaling by channel: means of
+magnitudes and of ranges, and a bounded sample of rows, on which the error of a layer can be measured. The sampled rows
+depend on the values of the samples, not on the order of the samples.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Channels:
     def _widen(self, low: np.ndarray, high: np.ndarray, positions: int, samples: int) -> None:
         if self.positions:
             check_width(low.size, self.axis, np.size(self.minimum))
-        # of -0.0 and 0.0 either would do, and which one came would depend on the order: the sum is 0.0
+        # -0.0 and 0.0 are equal, and the order would decide between them: adding 0.0 makes both 0.0
         self.minimum, self.maximum = np.minimum(self.minimum, low) + 0.0, np.maximum(self.maximum, high) + 0.0
         self.positions += positions
         self.samples += samples
@@ -87,7 +87,7 @@ class ChannelMoments(_Channels):
 class ChannelStatistics(_Channels):
     """Mean magnitude and middle of each channel, beside its range.
 
-    With ``rows``, 8 or more, that many positions are kept as they are (``sample``).
+    ``rows``: the number of positions that ``sample`` keeps, 0 or at least 8.
     """
 
     rows: int = 0
@@ -108,10 +108,10 @@ class ChannelStatistics(_Channels):
         return self._sums.value[1] / self.samples
 
     def sample(self) -> tuple[np.ndarray, np.ndarray]:
-        """(rows (n, channels) float32, weights (n,)): a sample of all positions, each standing for ``weight`` of them.
+        """(rows (n, channels) float32, weights (n,)): a sample of all positions. A row stands for ``weight`` positions.
 
-        An eighth of the rows are those with the largest magnitudes, standing for themselves: a few tokens with huge
-        values decide what a range costs, and a random sample would miss them. The others are drawn at random.
+        An eighth of the rows are the positions with the largest magnitudes, each with weight 1: a few tokens with huge
+        values decide what a range costs, and a random sample would miss these tokens. The other rows are random.
         """
         taken = len(self._largest.keys)
         others = ~np.isin(self._random.keys, self._largest.keys)
@@ -141,7 +141,7 @@ def outlier_ratio(amax: np.ndarray) -> float | None:
 
 @dataclass
 class _Kept:
-    """The ``limit`` rows of lowest rank so far, with the keys that tell them apart."""
+    """The ``limit`` rows of lowest rank so far. ``keys`` order the rows of equal rank."""
 
     limit: int
     rows: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
@@ -170,7 +170,7 @@ class _Kept:
 
 
 def _keys(rows: np.ndarray) -> np.ndarray:
-    """A number for each row, as good as random, (n,) uint64: made of some of its values, its place and its sample."""
+    """A pseudo-random number for each row, (n,) uint64, hashed from some of its values, its place and its sample."""
     some = np.ascontiguousarray(rows[:, :: -(-rows.shape[1] // _HASHED)], np.float32)
     bits = some.view(np.uint32).astype(np.uint64)
     factors = np.random.default_rng(0).integers(1 << 63, size=bits.shape[1], dtype=np.uint64) | np.uint64(1)

@@ -27,7 +27,7 @@ COLLAPSED_AGREEMENT, DEGRADED_AGREEMENT = 0.5, 0.95
 
 
 class Runner(Protocol):
-    """Anything that maps a feed to outputs by name: a Session, an engine."""
+    """A model that maps a feed to outputs by name: a Session, an engine."""
 
     def run(self, feed: Feed, /) -> Mapping[str, Any]: ...
 
@@ -36,11 +36,11 @@ class Runner(Protocol):
 class OutputComparison:
     """Figures of one output, or of one element of an output that is a sequence or a map.
 
-    ``snr`` (dB) to ``agreement`` are for floating outputs, ``equal`` (the share of equal elements) for all others; None
-    where they do not apply.
-    ``mismatches`` counts feeds that could not be compared because shape or type differ (``mismatch`` describes the
-    first). ``worst_sample`` is the index of the feed with the lowest SNR, and ``worst_snr`` that SNR in dB; None
-    when all feeds are equal.
+    Floating outputs have the figures ``snr`` (dB) to ``agreement``, other outputs have ``equal``, the share of equal
+    elements. A figure that does not apply is None.
+    ``mismatches`` counts feeds that could not be compared because shape or type differ, and ``mismatch`` describes the
+    first of these feeds. ``worst_sample`` is the index of the feed with the lowest SNR, and ``worst_snr`` this SNR in
+    dB; both are None when all feeds are equal.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Comparison:
 
 
 def json_number(value: Any) -> Any:
-    """Maps floats that JSON has no form for: infinities to "inf" and "-inf", NaN to None."""
+    """Replaces the floats that JSON cannot write: infinities by "inf" and "-inf", NaN by None."""
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return None if math.isnan(value) else str(value)
@@ -108,7 +108,7 @@ def compare_all(
     data: Data,
     progress: Callable[[str, int, int], None] = no_progress,
 ) -> list[Comparison]:
-    """The same for several candidates, with one run of the reference."""
+    """Compares several candidates with one reference, which runs once on every feed."""
     found = [_Comparing() for _ in candidates]
     for index, feed in enumerate(data):
         progress("compare", index, len(data))
@@ -220,9 +220,10 @@ class Verdict(NamedTuple):
 def verdict(comparison: Comparison) -> Verdict:
     """Whether the candidate can still stand for the reference.
 
-    ``collapsed``: an output is missing, has NaN or Inf that the reference has not, or another shape in every feed; its
-    SNR is below 10 dB; or fewer than half of its argmaxes (below 20 dB), or of its integers, agree. ``degraded``:
-    below 20 dB, or 95 % of argmaxes or integers; another shape in some feeds. Else ``ok``.
+    ``collapsed``: an output is missing, has NaN or Inf that the reference has not, has another shape in every feed, has
+    an SNR below 10 dB, or less than half of its argmaxes (where the SNR is below 20 dB) or integers agree.
+    ``degraded``: an output has an SNR below 20 dB, less than 95 % of its argmaxes or integers agree, or its shape
+    differs in some feeds. Else ``ok``.
 
     The argmax of a flat output flips while hardly anything changed, so above 20 dB it degrades and does not collapse.
     """
@@ -293,7 +294,7 @@ class Gates:
 
 
 def check_gates(comparison: Comparison, gates: Gates) -> None:
-    """Raises GateError with every missed gate. A gate that no output can be measured against is missed as well."""
+    """Raises GateError with every missed gate. A gate is missed as well when no output has its figure."""
     if gates == Gates():
         return
     missed = [
@@ -336,17 +337,16 @@ def _missed(
 
 
 class Difference(NamedTuple):
-    """The largest relative error over all outputs (inf where they cannot be compared), and where it is in words."""
+    """The largest relative error over all outputs, and its place in words. Outputs that do not match have inf."""
 
     error: float
     where: str
 
 
 def difference(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> Difference:
-    """How far the outputs of one run are from another's: max |r - c| / max |r| of the worst output.
+    """The error of one run's outputs against another's: max |r - c| / max |r| of the worst output.
 
-    Dtypes, shapes, and the positions of NaN and Inf must be the same, and integers, bools and all else equal; the error
-    is infinite otherwise.
+    The error is infinite where dtypes, shapes, the positions of NaN and Inf, or values that are not floats differ.
     """
     expected, found = _leaves(reference), _leaves(candidate)
     if expected.keys() != found.keys():

@@ -9,8 +9,8 @@ H. D. Nguyen, Parallel Reproducible Summation, IEEE Transactions on Computers 64
 floating-point numbers). Python's integers would be as exact, at a hundred times the time; partial sums kept by a hash
 of their sample would take memory with every sample.
 
-What is added is one partial sum a sample and channel, not every value: the sum within a sample is the ordinary one of
-NumPy, which depends on the sample only. So exactness costs microseconds a sample.
+A term is the partial sum of one channel in one sample, not a single value: NumPy's ordinary sum within a sample depends
+on the sample alone. So exactness costs microseconds a sample.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ExactSum:
 
 
 def _lowered(digits: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Digits, (digits, …), moved down by the number of places that ``steps`` (…) says; the lowest fall off."""
+    """Digits, (digits, …), moved down by ``steps`` (…) places. The lowest digits are dropped."""
     if not steps.any():
         return digits
     source = np.arange(_DIGITS).reshape(-1, *[1] * steps.ndim) - steps

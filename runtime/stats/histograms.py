@@ -1,9 +1,8 @@
-"""A histogram per tensor whose bins need no range beforehand, and what calibrators ask for beside it.
+"""A histogram per tensor whose bins need no range beforehand, and the other statistics that calibrators use.
 
 The bin of a float32 value is its upper 16 bits: sign, exponent and 7 bits of mantissa, so every octave has 128 bins
-whatever the range turns out to be. Only octaves that were seen take memory, in the narrowest integers that hold their
-counts. Minimum and maximum are kept exactly. Every calibrator works on these bins (``calibrators``), so all of them
-cost one run.
+whatever the range. Only octaves with values take memory, in the narrowest integers that hold their counts. Minimum and
+maximum are exact. Every calibrator works on these bins (``calibrators``), so that all of them together take one run.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _FIRST_MASKED = int(np.flatnonzero(LOWER == MASK)[0])
 
 @dataclass
 class Octaves:
-    """Counts in ``size`` bins, ``width`` of them an octave; octaves in which nothing was counted are not stored."""
+    """Counts in ``size`` bins, ``width`` bins an octave. Octaves without counts are not stored."""
 
     size: int
     width: int
@@ -60,10 +59,10 @@ class Octaves:
 
 @dataclass
 class TensorStatistics:
-    """What was seen of one tensor.
+    """Histogram, range and peaks of one tensor; masked values (``MASK``) are left out.
 
-    With a ``channel_axis``, sums over all other axes are kept too, with 0 in the place of what is masked; where it is
-    the last one, the energy of every row (a token, an embedding) is counted as well.
+    With a ``channel_axis`` there is the mean of each channel as well, in which masked values count as 0. Where the
+    channel axis is the last axis, the root mean square of every row (a token, an embedding) is counted in ``_rows``.
 
     The histogram of normally distributed values takes less than 40,000 bytes, the sums 32 more for each channel, and
     the peaks 4 for each sample.
@@ -160,7 +159,7 @@ class TensorStatistics:
         self._widen(other.minimum, other.maximum)
 
     def _widen(self, low: float, high: float) -> None:
-        # of -0.0 and 0.0 either would do, and which one came would depend on the order: the sum is 0.0
+        # -0.0 and 0.0 are equal, and the order would decide between them: adding 0.0 makes both 0.0
         self.minimum, self.maximum = min(self.minimum, low) + 0.0, max(self.maximum, high) + 0.0
 
     def _add_channels(self, values: np.ndarray, axis: int) -> None:

@@ -25,13 +25,16 @@ _CHUNK = 1 << 13  # elements: the float64 copies stay in the cache, and BLAS doe
 
 
 def is_float(value: Any) -> bool:
-    """Also for the float types of ml_dtypes, which numpy files under its kind V."""
+    """Whether a value is an array of floats; the float types of ml_dtypes, of numpy's kind V, count as well."""
     return isinstance(value, np.ndarray) and (value.dtype.kind == "f" or "float" in value.dtype.name)
 
 
 @dataclass
 class ErrorSums:
-    """Sums over pairs of float arrays, from which every figure follows. ``differing``: not finite, and not the same."""
+    """Sums over pairs of float arrays, from which every figure follows.
+
+    ``differing`` counts the positions where a side is not finite and the sides differ.
+    """
 
     elements: int = 0
     reference2: float = 0.0

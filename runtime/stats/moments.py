@@ -3,12 +3,12 @@
     z = [x; h; …]          the channels of one or several tensors at one position (a token, a pixel)
     mean = E[z]            covariance = E[(z - mean) (z - mean)^T]
 
-That is all that least squares between channels need: what a removed channel is as an affine function of the kept ones,
-or of the input of the layer. For a convolution the channels at its input suffice: what holds at every position holds
-at every place of the kernel.
+Least squares between channels need no more: they express a removed channel as an affine function of the kept channels,
+or of the input of the layer. For a convolution the channels at its input suffice, because a relation that holds at
+every position holds at every place of the kernel.
 
-Rows are shifted by the mean of the first chunk and multiplied in float64, a chunk of ``CHUNK`` rows at a time whatever
-the samples were. So how samples were batched changes nothing, but their order, and a merge, change the last digits.
+Rows are shifted by the mean of the first chunk and multiplied in float64, ``CHUNK`` rows at a time, across the borders
+of samples. So the batching of samples changes nothing; their order, and a merge, change the last digits.
 Sums that are exact would have each row split into two integers of 21 bits: the products then take 4.2 times as long
 and three times the memory, which is more than the last digits are worth. A feature map may have more positions than an
 estimate needs: of every entry along the first axis (an image, a sentence) at most ``limit`` are taken.
@@ -87,7 +87,7 @@ class Moments(Joint):
                 self._multiply()
 
     def merge(self, other: Moments) -> None:
-        """Takes up what another has seen of other samples; ``other`` keeps what it has."""
+        """Adds the moments of ``other``, which has seen other samples. ``other`` stays as it is."""
         if not other.count:
             return
         other._flush()
@@ -118,7 +118,7 @@ class Moments(Joint):
         self._filled = 0
 
     def _flush(self) -> None:
-        """Takes in what is left in the chunk. The chunk may fill up again afterwards: sums do not mind."""
+        """Adds the rows in the unfinished chunk to the sums, and empties the chunk."""
         if self._filled:
             self._multiply()
         if not self._counted:
@@ -126,7 +126,7 @@ class Moments(Joint):
 
 
 def bytes_of(channels: int) -> int:
-    """What the moments of that many channels take at most, products of the next chunk included."""
+    """The bytes that moments of so many channels take at most, including the products of the next chunk."""
     return 8 * (2 * channels**2 + 2 * CHUNK * channels)
 
 
@@ -139,9 +139,9 @@ def collect(
 ) -> Iterator[list[Moments]]:
     """Fills Moments, given with their numbers of channels, from all feeds of ``data``.
 
-    Yields them in order, in groups that together take ``limit`` bytes (one alone may take more); each group is a run of
-    its own. To keep to the limit, let ``wanted`` be made as it is read, and take Moments out of the lists. Raises
-    DataError as ``observe`` does.
+    Yields the Moments in order, in groups that take up to ``limit`` bytes (a single Moments may take more); each group
+    is a run of its own. Memory keeps to the limit if ``wanted`` is a generator and the caller takes the Moments out of
+    the lists. Raises DataError as ``observe`` does.
     """
     for group in within(limit, ((moments, bytes_of(channels)) for moments, channels in wanted)):
         named = ((name, moments) for moments in group for name in moments.axes)

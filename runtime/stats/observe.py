@@ -1,10 +1,10 @@
 """Observers of activations, all shown the same samples in one streaming run.
 
 An observer takes up the values of a tensor, one sample (a feed) at a time, and merges with another that has seen other
-samples of the same tensor. What an observer has found does not depend on how the samples were split or ordered: counts
-and minima by nature, sums because they are exact (``exact``); of covariances only up to rounding (``moments``).
+samples of the same tensor. The result does not depend on how the samples were split or ordered: for counts and minima
+by nature, for sums because they are exact (``exact``), for covariances up to rounding (``moments``).
 
-One sample's activations are in memory at a time. When even those are too many, the tensors are observed in groups, each
+One sample's activations are in memory at a time. When these are too large, the tensors are observed in groups, each
 with a run of its own.
 """
 
@@ -31,14 +31,14 @@ GROUP_BYTES = 1 << 29  # activations of one sample that may be observed in one r
 
 
 class Observer(Protocol):
-    """What takes up the values of a tensor, float32, one sample at a time."""
+    """An object that takes up the values of a tensor, float32, one sample at a time."""
 
     def add(self, values: np.ndarray) -> None:
         """Takes up one sample. Raises DataError for values that cannot be used."""
         ...
 
     def merge(self, other: Self) -> None:
-        """Takes up what another observer of the same tensor has seen of other samples."""
+        """Adds the state of another observer, which has seen other samples of the same tensor."""
         ...
 
 
@@ -46,8 +46,8 @@ class Observer(Protocol):
 class Joint:
     """An observer of several tensors side by side, named in ``axes`` with the axis of their channels.
 
-    All of them have the same positions: the same lengths along their other axes, in order. Of every entry along the
-    first axis at most ``limit`` positions are taken. A subclass says in ``add`` what becomes of them.
+    The tensors have the same positions: the same lengths along their other axes, in order. Of every entry along the
+    first axis at most ``limit`` positions are taken. A subclass defines in ``add`` what the positions are used for.
     """
 
     axes: Mapping[str, int]
@@ -60,7 +60,7 @@ class Joint:
         raise NotImplementedError
 
     def take(self, name: str, values: np.ndarray) -> None:
-        """Takes up one tensor of a sample, float32; when it is the last one, the sample counts.
+        """Takes up one tensor of a sample, float32. ``add`` gets the sample when its last tensor has come.
 
         Raises DataError for NaN and infinities, where the number of channels changes, and where the tensors do not have
         the same positions.
@@ -116,7 +116,7 @@ def observe(
 
 
 def by_name(observers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
-    """Observers, given with the names of their tensors, as ``observe`` takes them."""
+    """The observers of every tensor, by the tensor's name, made of pairs (name, observer)."""
     found: dict[str, list[T]] = {}
     for name, observer in observers:
         found.setdefault(name, []).append(observer)
@@ -141,7 +141,10 @@ class Observed:
 
 
 def within(limit: int, sized: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
-    """Things, given with their sizes, in order and in groups that stay below a limit; one alone may pass it."""
+    """Groups of things, in order, from pairs (thing, size).
+
+    The sizes of a group add up to at most ``limit``; a single thing above the limit is a group of its own.
+    """
     group, used = [], 0
     for thing, size in sized:
         if group and used + size > limit:
@@ -156,7 +159,7 @@ def within(limit: int, sized: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
 def rows(values: np.ndarray, axis: int, limit: int | None) -> np.ndarray:
     """The positions of a tensor as rows (n, channels), at most ``limit`` of each entry along the first axis.
 
-    They are drawn at random, always the same ones for the same shape.
+    The positions are drawn at random, and are the same for every tensor of the same shape.
     """
     moved = np.moveaxis(values, axis, -1)
     entries = moved.reshape(1 if axis == 0 else len(moved), -1, moved.shape[-1])
@@ -179,7 +182,7 @@ def check_finite(values: np.ndarray) -> None:
 
 
 def _together(observers: Mapping[str, Sequence[Observer | Joint]]) -> list[list[str]]:
-    """The names, in lists of those that have to be observed in one run because some Joint is at both."""
+    """The names in lists. The names of a list must be observed in one run, because Joints connect the tensors."""
     bundles: list[tuple[set[int], list[str]]] = []
     for name, seen in observers.items():
         joints = {id(observer) for observer in seen if isinstance(observer, Joint)}
