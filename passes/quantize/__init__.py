@@ -30,7 +30,7 @@ class Quantize(Pass):
     min_activation_snr: float = option(
         15.0, "Leave a node in float when 8 bits represent its input worse than this, in dB.", metavar="DB"
     )
-    percentile: float = option(99.999, "Percentile of the calibrator percentile.", above=0, high=100, metavar="P")
+    percentile: float = option(99.999, "Of the calibrator percentile.", above=0, high=100, metavar="P")
     correct_bias: bool = option(True, "Make up in the biases for the mean error of rounded weights.")
     float_share: float = option(
         0.0, "Share of the linear nodes that may stay float because int8 changes their outputs most.", low=0, high=1
