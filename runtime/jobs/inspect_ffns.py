@@ -58,7 +58,7 @@ class _Fits(Joint):
         self.outputs.merge(other.outputs)
 
     def left(self) -> tuple[np.ndarray, np.ndarray]:
-        """(share of each channel's variance that its fit leaves, error at the output if the fit replaces the channel)."""
+        """(share of each channel's variance that its fit leaves, error at the output if the fit takes its place)."""
         products = np.moveaxis(self.products.value, -1, 0)
         moments = products / products[:, :1, :1]
         covariance = moments[:, 1:, 1:] - moments[:, 1:, :1] * moments[:, :1, 1:]
