@@ -74,8 +74,8 @@ INSTALL = "pip install 'channelfold[rtx]' (builds without a GPU) or 'channelfold
 class ShapeRange:
     """The shapes that a dynamic input may take, one int per axis. Kernels are tuned for ``opt``.
 
-    For an input that *is* a shape (of a Reshape, an Expand …) the ints are its values. Raises UsageError unless
-    0 <= min <= opt <= max on every axis.
+    For an input that *is* a shape (of a Reshape, an Expand …) the ints are its values. Raises UsageError
+    unless 0 <= min <= opt <= max on every axis.
     """
 
     min: tuple[int, ...]

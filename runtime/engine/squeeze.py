@@ -14,7 +14,7 @@ from channelfold.runtime.io.shapes import Shape, shapes_on
 
 
 def squeezes_without_axes(graph: gs.Graph) -> list[gs.Node]:
-    """The Squeeze nodes without axes, which remove axes of size 1. TensorRT refuses such a node where sizes vary."""
+    """The Squeeze nodes without axes, which remove axes of size 1. TensorRT refuses them where sizes vary."""
     return [
         node
         for node in graph.nodes
