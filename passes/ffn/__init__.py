@@ -46,6 +46,6 @@ class ApproximateFfn(Pass):
         goals = ("keep_hidden", "keep_macs", "max_error")
         given = [name for name in goals if getattr(self, name) is not None]
         if len(given) != 1:
-            found = " and ".join(map(repr, given)) + " are given" if given else "it is not said how much to remove"
+            found = " and ".join(map(repr, given)) + " are given" if given else "the amount to remove is missing"
             raise UsageError(found, "Give one of 'keep_hidden', 'keep_macs' and 'max_error'")
         super().__post_init__()

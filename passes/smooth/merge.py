@@ -9,9 +9,10 @@ where w_i is the column that reads channel i, and the change of the outputs is m
 rows of a weight is the mean of the channels only if nothing but sums stands between the linears; behind an activation,
 a gate or a Gather one of the two channels stays for both, with the factor c that comes closest.
 
-Every even channel can be paired with every odd one, each with one at most, the least change first. Copies that
-``split-channels`` made, known by equal rows and equal columns, are never merged: that would undo the split. They also
-tell how wide the tensor was, so that the pass is for once behind a split: a second run would take as many again.
+An even channel can be paired with any odd channel, and each channel is in one pair at most; the pair with the least
+change is merged first. Copies that ``split-channels`` made are known by equal rows and equal columns. The pass never
+merges two copies, as that would undo the split, and counts the copies to know how wide the tensor was before. Run the
+pass once after a split: a second run would remove as many channels again.
 
 Source: Liu et al., QLLM, ICLR 2024, section 4.1 (channel assembly), which merges activations by their mean at run time.
 """

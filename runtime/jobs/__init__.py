@@ -140,7 +140,7 @@ def prune(
         raise UsageError(f"Dead channels go whatever {budgets[0]!r} is", "Give one of the two, or run prune twice")
     if not dead and not budgets:
         raise UsageError(
-            "How much to prune is not said",
+            "The amount to prune is missing",
             "Give --keep-macs 0.5, --keep-params 0.5, --keep-latency 0.5, --ratio 0.3, --tolerance 0.05 or --dead",
         )
     last = recipes.make("remove-dead-channels" if dead else "prune", options)

@@ -349,7 +349,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({}, "it is not said how much to remove"),
+            ({}, "the amount to remove is missing"),
             ({"keep_macs": 0.5, "max_error": 0.1}, "'keep_macs' and 'max_error' are given"),
             ({"keep_macs": 0.0}, "'keep_macs' is 0"),
             ({"keep_hidden": 1.5}, "'keep_hidden' is 1.5"),
