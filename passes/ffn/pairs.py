@@ -2,7 +2,7 @@
 
     h = W1 x + b1        y = W2 [scale_j * f_j(h[channel_j]) + shift_j]_j + b2
 
-``Pairs.at`` finds the pair that ends at a node, whatever stands between the linears (see ``channel_functions``). With a
+``Pairs.at`` finds the pair that ends at a node, whatever stands between the linears (see ``functions``). With a
 gate there are two inner linears, and f_j is a function of both: silu(gate_j) * up_j. A channel is *idle* when f_j is
 affine, *dead* when it is constant, else *active*. An FFN is a pair with active channels.
 """

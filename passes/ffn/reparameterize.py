@@ -12,7 +12,7 @@ it is exactly what feeds that norm. Behind a LayerNormalization neither is possi
 tensor and x is added apart. s and t are what lies between the activation and W2: a second BatchNormalization, factors.
 Without active channels one dense layer is left, as of any two linears in a row.
 
-Which channels are idle is not looked up in a pattern but computed (``channel_functions``): whatever the nodes between
+Which channels are idle is not looked up in a pattern but computed (``functions``): whatever the nodes between
 two linears are, their result is a function of one channel for each channel, and the idle ones are those where it is
 affine. A mask must be the same for all tokens and samples, and for two sizes of the input where that is open.
 

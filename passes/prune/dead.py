@@ -4,7 +4,7 @@
     constant    x_c = k whatever the input is     y = W_K x_K + b + k sum_places W[:, c]
 
 Training with a sparsity penalty leaves such channels behind: a BatchNormalization with gamma = 0 emits beta, a Relu
-makes max(beta, 0) of it, and a convolution with a row of zeros emits its bias. ``constant_channels`` finds them from
+makes max(beta, 0) of it, and a convolution with a row of zeros emits its bias. ``channels.constants`` finds them from
 the weights alone; what they still add goes into the bias of whatever sums over them, and they are cut as channels that
 ``prune`` chooses are. At the border a zero-padded convolution reads zeros in place of k, so there k must be 0.
 
@@ -72,7 +72,7 @@ class Work(RemoveDeadChannels):
         return outcome
 
     def _cuts(self, groups: Sequence[Group], judged: dict[int, _Judged]) -> dict[int, Cut]:
-        """What goes, by the id of its region; no bias overflows from what it gains."""
+        """The labels to cut, by the id of their region, such that no bias overflows."""
         while True:
             cuts = {key: (one.region, np.ones(one.region.size, bool)) for key, one in judged.items()}
             for group in groups:

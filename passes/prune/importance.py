@@ -89,7 +89,7 @@ class MeanCovariance:
 
 
 def _weight(linear: Linear) -> np.ndarray:
-    """The weight in a type that holds sums of its squares."""
+    """The weight in a type that can hold the sums of its squares."""
     weight = linear.weight()
     return weight if weight.dtype == np.float64 else weight.astype(np.float32, copy=False)
 

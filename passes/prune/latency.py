@@ -1,7 +1,7 @@
 """How many units each channel group keeps so that the model runs in a share of its time, measured in ONNX Runtime.
 
 Of every group the model is cut to a few sizes, all other groups whole, and timed beside the uncut one. What a size
-saves goes into a knapsack (``latency_table.within_latency``), whose result is cut and timed in turn: several cuts save
+saves goes into a knapsack (``within_latency``), whose result is cut and timed in turn: several cuts save
 less or more than the sum of what each saves. All times are shares of the uncut model's time in the same alternating
 run, so that a machine that slows down meanwhile makes no difference.
 """

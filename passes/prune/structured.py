@@ -2,12 +2,12 @@
 
     y = W [x_K; x_S]   becomes   y = (W_K + W_S R) x_K + (b + W_S o),     R, o = argmin E ||x_S - R x_K - o||^2
 
-K are the channels that stay, S those that go, x what a layer reads. In between stand the groups of ``channel_groups``:
+K are the channels that stay, S those that go, x what a layer reads. In between stand the groups of ``channels.groups``:
 cutting S takes its rows out of every weight, bias and norm that makes x, so that the graph is smaller, not masked.
 
 Four steps, each of which can be chosen. How much each unit of a group matters (``importance``). How many units each
-group keeps: under a budget of multiply-accumulates, parameters (``allocation``) or measured time (``latency_budget``),
-or while the outputs stay within a tolerance (``greedy_allocation``); with data, what a group loses is weighted by what
+group keeps: under a budget of multiply-accumulates, parameters (``allocation``) or measured time (``latency``),
+or while the outputs stay within a tolerance (``tolerance``); with data, what a group loses is weighted by what
 that does to the outputs (``sensitivity``). The cut itself, which is proven: the cut graph computes what the uncut one
 does with the same channels silenced (``cut.mask``), to the tolerance of the verification. And R and o (``refit``), in
 closed form: from calibration data, or from what the writers' weights imply (``importance.implied``; a data-free

@@ -68,7 +68,7 @@ def cut_within_tolerance(
     """The units that each group keeps. ``loss(kept)`` gives the loss of every task, all positive, smaller is better.
 
     At most ``share`` of the groups stay cut. With all of them no task's loss is above ``theta`` times what it was.
-    Calls ``loss`` up to 19 times a group. Raises UsageError where ``tolerances`` does.
+    Calls ``loss`` up to 19 times a group. Raises UsageError where ``tolerance`` does.
     """
     whole = [group.units for group in groups]
     kept, references = list(whole), dict(loss(whole))

@@ -5,7 +5,7 @@
 The left-hand factor goes into the linears that read x, the right-hand one into the norm or the linears that write it
 (``channels``, ``rescale``): the function stays what it was, and no node is added. How s and z are chosen is the method
 (``scales``): in closed form from the ranges of the channels, or by searching the scale whose quantized layers come
-closest to the float ones on a sample of rows (``layer_error``). ``auto`` tries those of smoothquant and os-plus
+closest to the float ones on a sample of rows (``quantization_error``). ``auto`` tries those of smoothquant and os-plus
 at every site and takes the best, which may be none.
 
 A shift is used only where it adds no node: where every linear has a bias to take it up, or a place for one. With

@@ -74,7 +74,7 @@ class Work(Equalize):
     def _sites(
         self, graph: gs.Graph, shapes: Mapping[str, Shape], weights: dict[int, _Weight], outcome: Outcome
     ) -> Iterator[_Site]:
-        """The regions behind all linears, each once; refuses those without anything to equalize."""
+        """The regions behind all linears, each region once. A region without anything to equalize is refused."""
         seen: set[int] = set()
         for linear in linears(graph):
             if id(linear.output) in seen:

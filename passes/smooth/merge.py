@@ -58,7 +58,7 @@ class Work(MergeChannels):
         return outcome
 
     def _sites(self, graph: gs.Graph, shapes: dict[str, Shape], outcome: Outcome) -> list[Linear]:
-        """The first reader of each tensor that is too wide; refuses those that cannot change."""
+        """The first reader of each tensor that is too wide. A tensor whose width cannot change is refused."""
         found, tried = [], set()
         for node in live_linears(graph):
             try:
