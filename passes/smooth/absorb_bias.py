@@ -53,7 +53,7 @@ class Work(AbsorbBias):
         return outcome
 
     def _sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[_Site]:
-        """Every linear in front of a Relu. A linear is refused where another node than an unpadded linear reads the Relu."""
+        """Every linear in front of a Relu. Refused where more than unpadded linears reads the Relu."""
         for linear in linears(graph):
             relu = edit.sole_consumer(graph, linear.output)
             if relu is None or relu.op != "Relu" or not edit.is_standard(relu):
