@@ -172,3 +172,11 @@ def test_the_median_row():
     expected = np.median(np.sqrt(np.square(values).mean(axis=-1)))
     assert statistics.typical_row == pytest.approx(expected, rel=0.13)
     assert seen(1.0, 2.0).typical_row is None
+
+
+@pytest.mark.parametrize("size", [1e19, 1e25, 1e29])
+def test_rows_whose_squares_do_not_fit_float32(size):
+    statistics = TensorStatistics(-1)
+    statistics.add(np.full((4, 8), size, np.float32))
+    assert statistics.typical_row == pytest.approx(size, rel=0.12)
+    assert statistics.amax == np.float32(size)
