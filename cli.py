@@ -108,6 +108,8 @@ def _print(record: dict[str, Any], as_json: bool) -> None:
     except BrokenPipeError:  # the reader (head, less) has had enough, which click takes quietly
         raise
     except OSError as error:
+        with contextlib.suppress(OSError):  # or else Python fails once more at exit, on what is left in the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputError(f"The report cannot be written to stdout ({error.strerror})") from None
     collapsed = (record.get("accuracy") or {}).get("verdict", {}).get("level") == "collapsed"
     for warning in record["warnings"]:
