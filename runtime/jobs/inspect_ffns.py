@@ -1,6 +1,6 @@
 """The FFNs of a graph: channels that bypass the activation, or hardly need it, and the weights that folding saves.
 
-*Idle* channels are affine in the channel before the activation whatever the data (``passes.idle_channels``): the pass
+*Idle* channels are affine in the channel before the activation whatever the data (``passes.ffn.pairs``): the pass
 ``reparameterize-ffn`` folds them exactly. *Dead* channels are constant, or no linear reads them. *Linear* channels are
 nearly affine on the data: the best fit p h_j + r leaves less than 1 % of the variance of act(h_j),
 
