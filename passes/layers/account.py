@@ -156,7 +156,7 @@ def _count(
             reason = "" if place == MAIN else f"inside {place.split(' ')[2]}"
         _add(rows, place, reader.op, tensor.name, dtype, shape, reason)
     elif _is_code(node, tensor):
-        width = scale.itemsize if scale is not None else 4
+        width = (scale.itemsize if scale is not None else 4) * 8 // int(node.attrs.get("bits", 8))  # several to a byte
         _add(rows, place, reader.op, tensor.name, dtype, shape, "", width)
 
 

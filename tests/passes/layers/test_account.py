@@ -38,6 +38,16 @@ def test_codes_count_as_the_floats_they_stand_for():
     assert share([row]) == 1
 
 
+def test_codes_of_four_bits_stand_two_to_a_byte():
+    graph = build(
+        "(float[N,32] x) => (float[N,8] y)",
+        "y = com.microsoft.MatMulNBits<K=32, N=8, bits=4, block_size=32>(x, Q, s)",
+        kind="float", domains='"com.microsoft" : 1', Q=np.zeros((8, 1, 16), np.uint8), s=np.ones(8, np.float32),
+    )  # fmt: skip
+    (codes,) = (row for row in account(graph) if row.state == "uint8")
+    assert (codes.op, codes.bytes) == ("MatMulNBits", 4 * 32 * 8)
+
+
 def test_a_constant_of_several_readers_is_counted_once_for_the_linear_one():
     text = "s = Shape(E) e = Gather(E, ids) t = Transpose(E) y = MatMul(e, t)"
     graph = build("(int64[N] ids) => (float[N,6] y, int64[2] s)", text, kind="float", E=np.ones((6, 8), np.float32))
