@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -53,6 +54,14 @@ class Outcome:
 
     def refuse(self, node: str, reason: str, code: str = "") -> None:
         self.refused.append(Refusal(node, reason, code))
+
+    @contextlib.contextmanager
+    def refusing(self, node: str, site: str) -> Iterator[None]:
+        """Records the refusal of a site, in words ``site``, where the block raises Refused."""
+        try:
+            yield
+        except Refused as error:
+            self.refuse(node, f"{site}: {error}", error.code)
 
 
 class Refused(Exception):

@@ -80,7 +80,7 @@ def _planned(graph: gs.Graph, end: End, scale: np.ndarray, shift: np.ndarray) ->
     if end.role == "norm":
         values = norm_parameters(node, 1 / s, -z / s)
         return [lambda i=i, v=v, name=name: edit.set_constant(graph, node, i, v, name) for i, v, name in values]
-    place = next(i for i, t in enumerate(node.inputs) if isinstance(t, gs.Constant))
+    place = edit.constant_input(node)
     old = np.asarray(edit.value(node.inputs[place]))
     wide = old.astype(np.float64)
     if end.role == "factor":

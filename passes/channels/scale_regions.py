@@ -45,8 +45,8 @@ from channelfold.passes.channels.maps import (
 from channelfold.passes.channels.ports import Ports, known_shape
 from channelfold.passes.channels.region import Cut, End, Region
 from channelfold.passes.channels.scale_attention import attended, turned
-from channelfold.passes.layers.affine import Vector, passes
-from channelfold.passes.layers.linear import Linear, view
+from channelfold.passes.layers.affine import Layout, passes
+from channelfold.passes.layers.linear import Linear, view, view_beside
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
@@ -262,11 +262,9 @@ class _Tracer(Classes):
         if not operator(node).weighted:
             return False
         try:
-            linear = view(self.graph, node)
+            linear = view_beside(self.graph, node, "reads")
         except TwoActivations:
             return False
-        except Refused as error:
-            raise Refused(f"{node.op} reads it, but {error}") from None
         if linear.data is not place.tensor:
             raise Refused(f"{node.op} reads it as its weight")
         if place.shifted and linear.padded:
@@ -321,7 +319,7 @@ class _Tracer(Classes):
         if known.kind in ("pad", "pool") or known.random:  # it depends on their attributes and inputs
             wide = [axis for axis, size in enumerate(index.shape) if size > 1]
             for axis in wide or [None]:
-                reason = reason or passes(node, Vector(axis)).no_shift
+                reason = reason or passes(node, Layout(axis)).no_shift
         if shifted and reason:
             self.forbid_shift(index, reason)
         return shifted and not reason

@@ -25,7 +25,7 @@ from channelfold.passes.channels.cut_regions import Region, best_trace
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.renumber import Numbering, renumber
-from channelfold.passes.layers.linear import Linear, cast, check_growth, view
+from channelfold.passes.layers.linear import Linear, cast, check_growth, view, view_beside
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
@@ -178,10 +178,7 @@ def _linears(graph: gs.Graph, region: Region) -> tuple[list[Linear], list[Linear
 def _view(graph: gs.Graph, node: gs.Node, verb: str) -> Linear:
     if not operator(node).weighted:
         raise InBetween(node.op)
-    try:
-        linear = view(graph, node)
-    except Refused as error:
-        raise Refused(f"{node.op} {verb} it, but {error}") from None
+    linear = view_beside(graph, node, verb)
     if linear.groups > 1:
         raise Refused(f"{node.op} {verb} it in groups")
     return linear

@@ -18,16 +18,16 @@ can move nowhere is part of a formula (the epsilon of a norm, the 1 in GELU) and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.fold import FoldAffine
-from channelfold.passes.layers.affine import Affine, Vector, after, as_affine, before, find_affine
-from channelfold.passes.layers.linear import Linear, cast, check_growth, norm_parameters, view
+from channelfold.passes.layers.affine import Affine, Layout, as_affine, before, check_axis, find_affine, readers
+from channelfold.passes.layers.linear import Linear, cast, check_growth, norm_parameters, view, view_beside
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, infer_shapes
@@ -36,16 +36,22 @@ _Map = tuple[np.ndarray, np.ndarray]  # scale and shift
 
 
 @dataclass
-class _Way:
+class _Path:
     """The path of a map in one direction.
 
-    ``ends``: the linears or norms that take the map up, with its axis there. ``no_scale``, ``no_shift``: why the path
-    takes no scale or no shift; empty where the path does.
+    ``ends`` holds the linears and norms that take the map up, each with the layout of the map there. ``no_scale`` and
+    ``no_shift`` give the reason why the path takes no scale or no shift; empty where the path takes one.
     """
 
-    ends: list[tuple[Linear | gs.Node, Vector]] = field(default_factory=list)
+    ends: list[tuple[Linear | gs.Node, Layout]]
     no_scale: str = ""
     no_shift: str = ""
+
+    @classmethod
+    def to(cls, site: Affine, ends: Sequence[tuple[Linear | gs.Node, Layout]]) -> _Path:
+        negative, stops = int(np.sum(site.scale < 0)), next((v.no_negative for _, v in ends if v.no_negative), "")
+        no_scale = f"{negative} scale(s) are negative, which does not pass {stops}" if negative and stops else ""
+        return cls([*ends], no_scale, next((v.no_shift for _, v in ends if v.no_shift), ""))
 
     def takes(self, part: _Map) -> bool:
         return not (self.no_scale and np.any(part[0] != 1)) and not (self.no_shift and np.any(part[1] != 0))
@@ -70,11 +76,9 @@ def _fold_everywhere(graph: gs.Graph, outcome: Outcome) -> bool:
     for node in list(graph.nodes):
         if id(node) in seen or not node.outputs:
             continue
-        try:
+        site = None
+        with outcome.refusing(node.name, node.op):
             site = _site(graph, node)
-        except Refused as error:
-            outcome.refuse(node.name, f"{node.op}: {error}", error.code)
-            continue
         if site is None:
             continue
         seen.update(map(id, site.nodes))
@@ -177,7 +181,7 @@ def _fold(graph: gs.Graph, site: Affine) -> str:
     return _shorten(graph, site, "; ".join(dict.fromkeys(r for r in reasons if r)))
 
 
-def _plans(site: Affine, back: _Way, forth: _Way) -> Iterator[tuple[str, _Map, _Map, _Map]]:
+def _plans(site: Affine, back: _Path, forth: _Path) -> Iterator[tuple[str, _Map, _Map, _Map]]:
     """The ways to divide a map, the best first: (description, part moved back, part moved forward, part that stays)."""
     scale, shift = site.scale, site.shift
     one, zero = np.ones_like(scale), np.zeros_like(shift)
@@ -202,9 +206,9 @@ def _plans(site: Affine, back: _Way, forth: _Way) -> Iterator[tuple[str, _Map, _
         yield f"scale into what follows it; the shift stays: {stays}", nothing, (scale, zero), (one, ratio)
 
 
-def _backward(graph: gs.Graph, site: Affine) -> _Way:
-    """The path back to the linear or norm that computes the map's input."""
-    way, tensor, v, reader = _Way(), site.input, Vector(site.axis), site.nodes[0]
+def _backward(graph: gs.Graph, site: Affine) -> _Path:
+    """The path back to the linear or norm that computes the input of a map."""
+    tensor, layout, reader = site.input, Layout(site.axis), site.nodes[0]
     try:
         while True:
             node = edit.producer(tensor)
@@ -218,66 +222,29 @@ def _backward(graph: gs.Graph, site: Affine) -> _Way:
             if end is not None:
                 break
             reader = node
-            tensor, v = before(node, v)
-        _check_axis(end, tensor, v.axis)
+            tensor, layout = before(node, layout)
+        _check_axis(end, tensor, layout.axis)
     except Refused as error:
-        way.no_scale = way.no_shift = str(error)
-        return way
-    way.ends.append((end, v))
-    _limit(way, site, v)
+        return _Path([], str(error), str(error))
+    path = _Path.to(site, [(end, layout)])
     if not isinstance(end, Linear) and not (operator(end).beta and edit.has_input(end, operator(end).gamma + 1)):
-        way.no_shift = way.no_shift or f"{end.op} has no bias"
-    return way
+        path.no_shift = path.no_shift or f"{end.op} has no bias"
+    return path
 
 
-def _forward(graph: gs.Graph, site: Affine) -> _Way:
-    """The path forward to all linears that read the map's output."""
-    way, pending = _Way(), [(site.output, Vector(site.axis))]
+def _forward(graph: gs.Graph, site: Affine) -> _Path:
+    """The path forward to all linears that read the output of a map."""
     try:
-        while pending:
-            tensor, v = pending.pop()
-            if edit.is_output(graph, tensor):
-                raise Refused("its result is an output of the graph")
-            for node in edit.consumers(tensor):
-                if operator(node).asks_shape:
-                    continue
-                if not edit.in_graph(graph, node):
-                    raise Refused("a subgraph reads its result")
-                places = [i for i, t in enumerate(node.inputs) if t is tensor]
-                if places != [0] and (node.op, places) != ("MatMul", [1]):
-                    raise Refused(f"{node.op} follows it")
-                if not operator(node).weighted:
-                    pending.append(after(node, v))
-                    continue
-                linear = _view(graph, node, "follows")
-                _check_axis(linear, tensor, v.axis, linear.in_axis)
-                way.ends.append((linear, v))
-                _limit(way, site, v)
-                if linear.padded:
-                    way.no_shift = way.no_shift or f"a shift does not pass the zero padding of {node.op}"
+        return _Path.to(site, readers(graph, site.output, Layout(site.axis)))
     except Refused as error:
-        way.no_scale = way.no_shift = error.behind
-    return way
-
-
-def _limit(way: _Way, site: Affine, v: Vector) -> None:
-    if v.no_negative and (count := int(np.sum(site.scale < 0))):
-        way.no_scale = way.no_scale or f"{count} scale(s) are negative, which does not pass {v.no_negative}"
-    way.no_shift = way.no_shift or v.no_shift
-
-
-def _view(graph: gs.Graph, node: gs.Node, verb: str) -> Linear:
-    try:
-        return view(graph, node)
-    except Refused as error:
-        raise Refused(f"{node.op} {verb} it, but {error}") from None
+        return _Path([], str(error), str(error))
 
 
 def _end(graph: gs.Graph, node: gs.Node) -> Linear | gs.Node | None:
     """The linear or norm whose result a node computes, or None. Raises Refused for a linear without a view."""
     known = operator(node)
     if known.weighted:
-        linear = _view(graph, node, "precedes")
+        linear = view_beside(graph, node, "precedes")
         return linear if linear.bias_node is None else None
     if known.kind in ("instance_norm", "norm") and all(t.is_empty() for t in node.outputs[1:]):
         parameters = [t for t in node.inputs[known.gamma : known.gamma + 1 + known.beta] if not t.is_empty()]
@@ -285,20 +252,14 @@ def _end(graph: gs.Graph, node: gs.Node) -> Linear | gs.Node | None:
     return _biased(graph, node)
 
 
-def _check_axis(end: Linear | gs.Node, tensor: gs.Tensor, axis: int | None, channels: int | None = None) -> None:
-    """Raises Refused unless ``axis`` of a tensor is the channel axis of the linear or norm that reads or writes it."""
-    if axis is None:
-        return
+def _check_axis(end: Linear | gs.Node, tensor: gs.Tensor, axis: int | None) -> None:
+    """Raises Refused unless ``axis`` of a tensor is the channel axis of the linear or norm that writes the tensor."""
     if isinstance(end, Linear):
-        op, expected = end.node.op, end.out_axis if channels is None else channels
-    else:
-        op, expected = end.op, end.attrs.get("axis", operator(end).norm_axis)
-    size = edit.rank(tensor)
-    if expected < 0 and size is not None:
-        expected += size
-    last = isinstance(end, gs.Node) and operator(end).norm_axis == -1
-    if expected != axis or (last and axis + 1 != size):
-        raise Refused(f"it scales axis {axis}, which is not the channels of {op}")
+        check_axis(tensor, axis, end.out_axis, end.node.op)
+        return
+    check_axis(tensor, axis, end.attrs.get("axis", operator(end).norm_axis), end.op)
+    if operator(end).norm_axis == -1:  # not a norm over several axes
+        check_axis(tensor, axis, -1, end.op)
 
 
 def _move(graph: gs.Graph, site: Affine, back, backward: _Map, forth, forward: _Map, left: _Map) -> None:
@@ -331,8 +292,8 @@ def _move(graph: gs.Graph, site: Affine, back, backward: _Map, forth, forward: _
     _leave(graph, site, parts)
 
 
-def _expand(v: Vector, part: _Map, end: Linear, channels: int) -> _Map:
-    scale, shift = v.expand(part[0]), v.expand(part[1])
+def _expand(layout: Layout, part: _Map, end: Linear, channels: int) -> _Map:
+    scale, shift = layout.expand(part[0]), layout.expand(part[1])
     if scale.ndim and scale.size != channels:
         raise Refused(f"it has {scale.size} channels, but {end.name} has {channels}: the shapes in the file are wrong")
     return scale, shift
@@ -395,11 +356,8 @@ def _fold_gemm_factors(graph: gs.Graph, outcome: Outcome) -> None:
         factors = {name: node.attrs[name] for name in ("alpha", "beta") if node.attrs.get(name, 1.0) != 1.0}
         if node.op != "Gemm" or not factors:
             continue
-        try:
+        with outcome.refusing(node.name, "Gemm: alpha and beta stay"):
             linear = view(graph, node)
             check_growth(linear)
             linear.install(*linear.rescaled())
-        except Refused as error:
-            outcome.refuse(node.name, f"Gemm: alpha and beta stay: {error}", error.code)
-        else:
             outcome.change(node.name, f"Gemm: {' and '.join(factors)} into its weight and bias")

@@ -24,6 +24,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
+from channelfold.passes.layers.linear import Linear, view_beside
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
@@ -55,7 +56,7 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Vector:
+class Layout:
     """The layout of a map at another tensor: along ``axis``, every channel ``repeat`` times, the whole ``tile`` times.
 
     ``no_negative`` names the operator that stops negative scales, ``no_shift`` the reason why a shift does not pass.
@@ -159,35 +160,73 @@ def _vector(constant: gs.Constant, x: gs.Tensor) -> tuple[int | None, np.ndarray
     return axis, np.asarray(edit.value(constant), np.float64).reshape(-1)
 
 
-def before(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
+def before(node: gs.Node, layout: Layout) -> tuple[gs.Tensor, Layout]:
     """The map on the output of a node, moved to its first input. Raises Refused."""
-    axis = v.axis
+    axis = layout.axis
     if axis is not None and _changes_axes(node):
         axis = _axis_before(node, axis)
-    return node.inputs[0], passes(node, replace(v, axis=axis))
+    return node.inputs[0], passes(node, replace(layout, axis=axis))
 
 
-def after(node: gs.Node, v: Vector) -> tuple[gs.Tensor, Vector]:
+def after(node: gs.Node, layout: Layout) -> tuple[gs.Tensor, Layout]:
     """The map on the first input of a node, moved to its output. Raises Refused."""
-    passed = passes(node, v)
-    if v.axis is not None and _changes_axes(node):
-        axis, repeat, tile = _axis_after(node, v.axis)
-        passed = replace(passed, axis=axis, repeat=v.repeat * repeat, tile=v.tile * tile)
+    passed = passes(node, layout)
+    if layout.axis is not None and _changes_axes(node):
+        axis, repeat, tile = _axis_after(node, layout.axis)
+        passed = replace(passed, axis=axis, repeat=layout.repeat * repeat, tile=layout.tile * tile)
     return node.outputs[0], passed
 
 
-def passes(node: gs.Node, v: Vector) -> Vector:
+def readers(graph: gs.Graph, tensor: gs.Tensor, layout: Layout) -> list[tuple[Linear, Layout]]:
+    """All linears that read a map on a tensor, each with the layout of the map there.
+
+    Raises Refused where an output of the graph, or an operator that the map does not commute with, follows the tensor.
+    """
+    found, pending = [], [(tensor, layout)]
+    while pending:
+        tensor, layout = pending.pop()
+        if edit.is_output(graph, tensor):
+            raise Refused("its result is an output of the graph")
+        for node in edit.consumers(tensor):
+            if operator(node).asks_shape:
+                continue
+            if not edit.in_graph(graph, node):
+                raise Refused("a subgraph reads its result")
+            inputs = [i for i, read in enumerate(node.inputs) if read is tensor]
+            if inputs != [0] and (node.op, inputs) != ("MatMul", [1]):
+                raise Refused(f"{node.op} follows it")
+            if not operator(node).weighted:
+                try:
+                    pending.append(after(node, layout))
+                except InBetween as error:
+                    raise Refused(error.behind) from None
+                continue
+            linear = view_beside(graph, node, "follows")
+            check_axis(tensor, layout.axis, linear.in_axis, node.op)
+            padded = f"a shift does not pass the zero padding of {node.op}" if linear.padded else ""
+            found.append((linear, replace(layout, no_shift=layout.no_shift or padded)))
+    return found
+
+
+def check_axis(tensor: gs.Tensor, axis: int | None, channels: int, op: str) -> None:
+    """Raises Refused unless ``axis`` of a tensor is ``channels``, the axis of the channels of an operator."""
+    size = edit.rank(tensor)
+    if axis is not None and axis != (channels + size if channels < 0 and size is not None else channels):
+        raise Refused(f"its channels lie along axis {axis}, not along the channel axis of {op}")
+
+
+def passes(node: gs.Node, layout: Layout) -> Layout:
     """The conditions under which a map on the first input of a node can move to its output. Raises Refused."""
     op, known = node.op, operator(node)
     kept = known.scale and known.kind in _PASSED and known.source == 0 and op != "Cast"
     if not kept or any(not t.is_empty() for t in node.outputs[1:]):  # a Cast rounds a scaled value differently
         raise InBetween(op)
-    if known.kind == "pool" and v.axis is not None and v.axis > 1:
+    if known.kind == "pool" and layout.axis is not None and layout.axis > 1:
         raise Refused(f"{op} pools the axis it scales")
     if known.random and edit.has_input(node, 2):
         raise InBetween(f"{op} with a training switch")
-    if (known.kind == "slice" and _touches(node, v.axis, edit.argument(node, 3, "axes"))) or (
-        known.kind == "pad" and _pads(node, v.axis)
+    if (known.kind == "slice" and _touches(node, layout.axis, edit.argument(node, 3, "axes"))) or (
+        known.kind == "pad" and _pads(node, layout.axis)
     ):
         raise InBetween(op, " and may cut or pad the channels")
     no_shift = "" if known.shift else f"a shift does not pass {op}"
@@ -199,7 +238,7 @@ def passes(node: gs.Node, v: Vector) -> Vector:
             raise InBetween("Pad with a value other than zero")
         no_shift = "a shift does not pass zero padding (Pad)" if constant else ""
     no_negative = op if known.scale == "positive" else ""
-    return replace(v, no_negative=v.no_negative or no_negative, no_shift=v.no_shift or no_shift)
+    return replace(layout, no_negative=layout.no_negative or no_negative, no_shift=layout.no_shift or no_shift)
 
 
 def _touches(node: gs.Node, axis: int | None, axes: np.ndarray | None) -> bool:

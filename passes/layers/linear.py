@@ -107,7 +107,7 @@ class Linear:
 
     def weight(self) -> np.ndarray:
         """The effective weight (alpha included), (out, in / groups, *kernel), in the type of the node. Read-only."""
-        weight, alpha = self.unorient(self.stored_weight()), self._factor("alpha")
+        weight, alpha = self.unorient(self.stored_weight()), self.factor("alpha")
         return weight if alpha == 1 else (weight.astype(np.float64) * alpha).astype(weight.dtype)
 
     def stored_weight(self) -> np.ndarray:
@@ -134,25 +134,19 @@ class Linear:
 
     def bias(self) -> np.ndarray | None:
         """The effective bias (beta included), (out,) in float64; None where the linear has no bias."""
-        tensor = self._bias_tensor()
-        if tensor is None:
+        if self.bias_place is None:
             return None
-        values = np.asarray(read(tensor), np.float64) * self._factor("beta")
+        node, port = self.bias_place
+        values = np.asarray(edit.value(node.inputs[port]), np.float64) * self.factor("beta")
         return np.broadcast_to(values.reshape(-1), (self.channels[0],)).copy()
 
     def set_bias(self, bias: np.ndarray) -> None:
         """Replaces the effective bias by a vector (out,), or adds a bias. Raises DoesNotFit."""
-        values = cast(np.asarray(bias), self.dtype)
-        name = f"{self.name}_bias"
-        if self.node.op != "MatMul":
-            edit.set_constant(self.graph, self.node, 2, values, name)
+        values, name = self.shaped_bias(cast(np.asarray(bias), self.dtype)), f"{self.name}_bias"
+        if self.bias_node is not None or self.node.op != "MatMul":
+            edit.set_constant(self.graph, *(self.bias_place or (self.node, 2)), values, name)
             if "beta" in self.node.attrs:
                 self.node.attrs["beta"] = 1.0
-            return
-        if self.out_axis == -2:
-            values = values[:, None]
-        if self.bias_node is not None:
-            edit.set_constant(self.graph, self.bias_node, _constant_index(self.bias_node), values, name)
             return
         old = self.node.outputs[0]
         fresh = gs.Variable(free_name(self.graph, f"{old.name}_unbiased"), old.dtype, old.shape)
@@ -169,11 +163,11 @@ class Linear:
         if self.chain:
             self.set_weight(self.weight())
         found = [(self.node, self.weight_input, int(self._stored_as_out_in() != (role == "out")))]
-        bias = self._bias_tensor() if role == "out" else None
-        if bias is not None and math.prod(bias.shape) > 1:
-            node = self.bias_node or self.node
-            port = 2 if self.bias_node is None else _constant_index(node)
-            found.append((node, port, len(bias.shape) + (self.out_axis if self.bias_node is not None else -1)))
+        if role == "out" and self.bias_place is not None:
+            node, port = self.bias_place
+            shape = node.inputs[port].shape
+            if math.prod(shape) > 1:
+                found.append((node, port, len(shape) + (self.out_axis if node is self.bias_node else -1)))
         return found
 
     def rescaled(
@@ -192,7 +186,7 @@ class Linear:
         value is not finite in the type of the node or the whole weight is subnormal in this type.
         """
         outs, ins = self.channels
-        alpha, weight = self._factor("alpha"), self.unorient(self.stored_weight())
+        alpha, weight = self.factor("alpha"), self.unorient(self.stored_weight())
         a = np.broadcast_to(np.asarray(out_scale, np.float64), (outs,))
         d = np.broadcast_to(np.asarray(in_shift, np.float64), (ins,))
         old = self.bias()
@@ -205,10 +199,7 @@ class Linear:
             bias = cast(a * bias + out_shift, self.dtype)
             weight = weight * self._spread_inputs(np.broadcast_to(np.asarray(in_scale, np.float64), (ins,)))
             weight *= (alpha * a).reshape(-1, *[1] * (weight.ndim - 1))
-        peak = max(weight.max(initial=0), -weight.min(initial=0))
-        if 0 < peak < float(ml_dtypes.finfo(self.dtype).smallest_normal):
-            raise DoesNotFit(f"the folded weight, {peak:.3g} at most, is too small for {self.dtype}")
-        return cast(weight, self.dtype), bias if old is not None or np.any(bias) else None
+        return cast_weight(weight, self.dtype), bias if old is not None or np.any(bias) else None
 
     def respond(self, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
         """The response (out,) of ``weight`` (out, in / groups, *kernel) to an input that is x (in,) everywhere."""
@@ -229,13 +220,20 @@ class Linear:
         per_out = np.repeat(vector.reshape(self.groups, ins // self.groups), outs // self.groups, axis=0)
         return per_out.reshape(outs, ins // self.groups, *[1] * len(self.kernel))
 
-    def _factor(self, name: str) -> float:
+    def factor(self, name: str) -> float:
+        """The factor "alpha" of the weight or "beta" of the bias."""
         return self.node.attrs.get(name, 1.0) if self.node.op == "Gemm" else 1.0
 
-    def _bias_tensor(self) -> gs.Tensor | None:
+    def shaped_bias(self, bias: np.ndarray) -> np.ndarray:
+        """A vector over the output channels in the shape that the node or the Add behind the node reads."""
+        return bias[:, None] if self.out_axis == -2 else bias
+
+    @property
+    def bias_place(self) -> tuple[gs.Node, int] | None:
+        """The node that reads the bias, and the input; None where the linear has no bias."""
         if self.bias_node is not None:
-            return self.bias_node.inputs[_constant_index(self.bias_node)]
-        return self.node.inputs[2] if self.node.op != "MatMul" and edit.has_input(self.node, 2) else None
+            return self.bias_node, edit.constant_input(self.bias_node)
+        return (self.node, 2) if self.node.op != "MatMul" and edit.has_input(self.node, 2) else None
 
     def _stored_shape(self) -> tuple[int, ...]:
         shape = tuple(self.source.shape)
@@ -296,6 +294,14 @@ def view(graph: gs.Graph, node: gs.Node) -> Linear:
     return linear
 
 
+def view_beside(graph: gs.Graph, node: gs.Node, verb: str) -> Linear:
+    """``view`` for a site beside the node: the reason says that the node "reads", "follows" … the site."""
+    try:
+        return view(graph, node)
+    except Refused as error:
+        raise type(error)(f"{node.op} {verb} it, but {error}") from None
+
+
 def linears(graph: gs.Graph) -> list[Linear]:
     """Every linear node of the graph that has a view, in order."""
     found = []
@@ -319,6 +325,14 @@ def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return out
 
 
+def cast_weight(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """``cast`` for a weight. Raises DoesNotFit also where the whole weight is subnormal in ``dtype``."""
+    peak = max(values.max(initial=0), -values.min(initial=0))
+    if 0 < peak < float(ml_dtypes.finfo(dtype).smallest_normal):
+        raise DoesNotFit(f"the folded weight, {peak:.3g} at most, is too small for {dtype}")
+    return cast(values, dtype)
+
+
 def _complete_matmul(linear: Linear) -> None:
     size = edit.rank(linear.data)
     if linear.weight_input == 0 and size is None:
@@ -333,7 +347,7 @@ def _is_bias(linear: Linear, add: gs.Node) -> bool:
     """Whether an Add adds a constant vector over the output channels that does not broadcast the result."""
     if add.attrs or not any(isinstance(t, gs.Constant) for t in add.inputs):
         return False
-    shape = tuple(add.inputs[_constant_index(add)].shape)
+    shape = tuple(add.inputs[edit.constant_input(add)].shape)
     size, channels = edit.rank(linear.data), linear.channels[0]
     if len(shape) > (1 if size is None else size):
         return False
@@ -345,10 +359,6 @@ def _is_bias(linear: Linear, add: gs.Node) -> bool:
 def _is_row(shape, channels: int) -> bool:
     """Whether an array of this shape holds one value, or one value for each channel along its last axis."""
     return all(d == 1 for d in shape[:-1]) and (not shape or shape[-1] in (1, channels))
-
-
-def _constant_index(node: gs.Node) -> int:
-    return next(i for i, t in enumerate(node.inputs) if isinstance(t, gs.Constant))
 
 
 def _resolve(tensor: gs.Tensor) -> tuple[gs.Constant, list[gs.Node]] | None:
@@ -421,18 +431,20 @@ def _holds_weight(node: gs.Node) -> bool:
     return known.kind != "embedding" and any(isinstance(tensor, gs.Constant) for tensor in held)
 
 
-def usable(graph: gs.Graph, outcome: Outcome, why_not: Callable[[Linear], str], says: str) -> Iterator[Linear]:
-    """The live linears for which ``why_not`` gives no reason; refuses all others with ``says`` and the reason."""
+def usable(
+    graph: gs.Graph, outcome: Outcome, why_not: Callable[[Linear], str | None], says: str = ""
+) -> Iterator[Linear]:
+    """The live linears for which ``why_not`` gives no reason; refuses all others with ``says`` and the reason.
+
+    ``why_not`` may also raise Refused, or return None for a linear that is left out without a refusal.
+    """
     for node in live_linears(graph):
-        try:
+        with outcome.refusing(node.name, f"{node.op} {says}".strip()):
             linear = view(graph, node)
-            reason = why_not(linear)
-        except Refused as error:
-            reason = str(error)
-        if reason:
-            outcome.refuse(node.name, f"{node.op} {says}: {reason}", reason)
-        else:
-            yield linear
+            if reason := why_not(linear):
+                raise Refused(reason)
+            if reason is not None:
+                yield linear
 
 
 def blocks(linear: Linear) -> list[tuple[slice, slice]]:

@@ -94,15 +94,9 @@ def replaced(linear: Linear, weight: np.ndarray, bias: np.ndarray | None) -> Ite
 
     The linear keeps its bias where ``bias`` is None or the linear has no bias.
     """
-    node = linear.node
-    alpha, beta = (node.attrs.get(k, 1.0) if node.op == "Gemm" else 1.0 for k in ("alpha", "beta"))
-    places = [(node, linear.weight_input, linear.unorient(weight / alpha))]
-    if bias is not None and linear.bias_node is not None:
-        add = linear.bias_node
-        place = next(i for i, t in enumerate(add.inputs) if isinstance(t, gs.Constant))
-        places.append((add, place, bias[:, None] if linear.out_axis == -2 else bias))
-    elif bias is not None and linear.bias() is not None:
-        places.append((node, 2, bias / beta))
+    places = [(linear.node, linear.weight_input, linear.unorient(weight / linear.factor("alpha")))]
+    if bias is not None and linear.bias_place is not None:
+        places.append((*linear.bias_place, linear.shaped_bias(bias) / linear.factor("beta")))
     before = [(holder, place, holder.inputs[place]) for holder, place, _ in places]
     for holder, place, values in places:
         values = np.ascontiguousarray(cast(values, linear.dtype))

@@ -24,9 +24,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Refused
-from channelfold.passes.layers.affine import Vector, after
+from channelfold.passes.layers.affine import Layout, readers
 from channelfold.passes.layers.linear import Linear, cast, linears, view
-from channelfold.passes.operators import operator
 from channelfold.passes.smooth import AbsorbBias
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
@@ -44,11 +43,8 @@ class Work(AbsorbBias):
             observe(graph, by_name(seen.items()), ctx.data, ctx.progress)
         for site in sites:
             node = site.writer.node
-            try:
+            with outcome.refusing(node.name, f"{node.op} keeps its bias"):
                 what = _absorb(graph, site, seen[site.activation.name], self.sigmas)
-            except Refused as error:
-                outcome.refuse(node.name, f"{node.op} keeps its bias: {error}", error.code)
-            else:
                 outcome.change(node.name, f"{node.op}: {what}")
         return outcome
 
@@ -58,14 +54,15 @@ class Work(AbsorbBias):
             relu = edit.sole_consumer(graph, linear.output)
             if relu is None or relu.op != "Relu" or not edit.is_standard(relu):
                 continue
-            try:
+            with outcome.refusing(linear.name, f"{linear.node.op} keeps its bias"):
                 if reason := self.patterns.why_not(linear.name):
                     raise Refused(reason)
-                activation = relu.outputs[0]
-                axis = _axis(activation, linear.out_axis)
+                activation, axis = relu.outputs[0], linear.out_axis
+                size = edit.rank(activation)
+                if axis < 0 and size is None:
+                    raise Refused(f"the rank of {activation.name!r} is unknown")
+                axis += size or 0 if axis < 0 else 0
                 yield _Site(linear, activation, axis, _readers(graph, activation, axis))
-            except Refused as error:
-                outcome.refuse(linear.name, f"{linear.node.op} keeps its bias: {error.behind}", error.behind)
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class _Site:
     writer: Linear
     activation: gs.Tensor
     axis: int
-    readers: list[tuple[Linear, Vector]]
+    readers: list[tuple[Linear, Layout]]
 
 
 def _lower_bound(seen: ChannelMoments, sigmas: float) -> np.ndarray:
@@ -84,49 +81,15 @@ def _lower_bound(seen: ChannelMoments, sigmas: float) -> np.ndarray:
     return np.nextafter(bound.astype(np.float32), np.float32(0)).astype(np.float64)
 
 
-def _readers(graph: gs.Graph, tensor: gs.Tensor, axis: int) -> list[tuple[Linear, Vector]]:
-    """All linears that read the channels of a tensor, if a shift reaches every one of them. Raises Refused."""
-    found, pending = [], [(tensor, Vector(axis))]
-    while pending:
-        tensor, v = pending.pop()
-        if edit.is_output(graph, tensor):
-            raise Refused("an output of the graph follows it")
-        for node in edit.consumers(tensor):
-            if operator(node).asks_shape:
-                continue
-            if not edit.in_graph(graph, node):
-                raise Refused("a subgraph reads it")
-            if operator(node).weighted:
-                found.append((_reader(graph, node, tensor, v), v))
-                continue
-            if [i for i, read in enumerate(node.inputs) if read is tensor] != [0]:
-                raise Refused(f"{node.op} reads it")
-            follower, moved = after(node, v)
-            if moved.no_shift:
-                raise Refused(moved.no_shift)
-            pending.append((follower, moved))
+def _readers(graph: gs.Graph, tensor: gs.Tensor, axis: int) -> list[tuple[Linear, Layout]]:
+    """All linears that read the channels of a tensor, where a shift reaches all of them. Raises Refused."""
+    found = readers(graph, tensor, Layout(axis))
     if not found:
         raise Refused("nothing reads it")
+    for _, layout in found:
+        if layout.no_shift:
+            raise Refused(layout.no_shift)
     return found
-
-
-def _reader(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor, v: Vector) -> Linear:
-    try:
-        linear = view(graph, node)
-    except Refused as error:
-        raise Refused(f"{node.op} reads it, but {error}") from None
-    if linear.data is not tensor or _axis(tensor, linear.in_axis) != v.axis:
-        raise Refused(f"{node.op} reads it, and not as its input channels")
-    if linear.padded:
-        raise Refused(f"a shift does not pass the zero padding of {node.op}")
-    return linear
-
-
-def _axis(tensor: gs.Tensor, axis: int) -> int:
-    size = edit.rank(tensor)
-    if axis < 0 and size is None:
-        raise Refused(f"the rank of {tensor.name!r} is unknown")
-    return axis if axis >= 0 else axis + (size or 0)
 
 
 def _absorb(graph: gs.Graph, site: _Site, seen: ChannelMoments, sigmas: float) -> str:
@@ -137,8 +100,8 @@ def _absorb(graph: gs.Graph, site: _Site, seen: ChannelMoments, sigmas: float) -
     if not bound.any():
         raise Refused(f"no channel stays above zero by {sigmas:g} standard deviations and in every sample")
     shifts = [(site.writer, -bound)]
-    for reader, v in site.readers:
-        shifts.append((reader, reader.respond(reader.weight().astype(np.float64), v.expand(bound))))
+    for reader, layout in site.readers:
+        shifts.append((reader, reader.respond(reader.weight().astype(np.float64), layout.expand(bound))))
     biases = []
     for linear, shift in shifts:
         linear = view(graph, linear.node)  # as it is now: a linear can be reader and writer

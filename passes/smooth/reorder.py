@@ -233,7 +233,7 @@ def _weights(graph: gs.Graph, region: Region, heads: _Heads, signed: np.ndarray)
 def _check_constant(end: End) -> None:
     """Raises Refused where the constants at an end cannot be written."""
     if end.linear is None:
-        if math.prod(end.node.inputs[_constant_port(end)].shape) not in (1, end.index.size):
+        if math.prod(end.node.inputs[edit.constant_input(end.node)].shape) not in (1, end.index.size):
             raise Refused(f"{end.node.op} adds a constant that is not one value for each of its channels")
     elif end.linear.groups > 1:
         raise Refused(f"{end.node.op} works in groups")
@@ -246,15 +246,11 @@ def _sort_end(graph: gs.Graph, end: End, positions: np.ndarray) -> None:
     if end.linear is not None:
         index_constants(graph, [(*place, positions) for place in view(graph, end.node).places(end.role)])
         return
-    port = _constant_port(end)
+    port = edit.constant_input(end.node)
     old = np.asarray(edit.value(end.node.inputs[port]))
     if old.size > 1:
         new = old.reshape(-1)[positions].reshape(old.shape)
         edit.set_constant(graph, end.node, port, new, f"{end.node.inputs[port].name}_sorted")
-
-
-def _constant_port(end: End) -> int:
-    return next(i for i, t in enumerate(end.node.inputs) if isinstance(t, gs.Constant))
 
 
 def _relative_error(weights: np.ndarray) -> float:

@@ -94,6 +94,11 @@ def argument(node: gs.Node, index: int, attribute: str) -> np.ndarray | None:
     return None if found is None else np.asarray(found).reshape(-1)
 
 
+def constant_input(node: gs.Node) -> int:
+    """The position of the first constant among the inputs of a node that has one."""
+    return next(i for i, tensor in enumerate(node.inputs) if isinstance(tensor, gs.Constant))
+
+
 def has_input(node: gs.Node, index: int) -> bool:
     return len(node.inputs) > index and not node.inputs[index].is_empty()
 

@@ -200,7 +200,7 @@ def test_a_map_of_the_batch_stays():
     graph = build("(float[4,4,3,3] x) => (float[] y)", "c = Conv(x, W)\n y = Mul(c, a)", W=(4, 4, 1, 1), a=(4, 1, 1, 1))
     outcome = affine(graph)
     assert reasons(outcome) == [
-        "Mul: it scales axis 0, which is not the channels of Conv; its result is an output of the graph"
+        "Mul: its channels lie along axis 0, not along the channel axis of Conv; its result is an output of the graph"
     ]
 
 

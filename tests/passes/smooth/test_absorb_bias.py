@@ -145,11 +145,11 @@ def test_a_chain_passes_it_on():
         ("s = Add(r, a)\n y = Conv(s, B)", ""),
         ("s = Sigmoid(r)\n y = Conv(s, B)", "Sigmoid follows it"),
         ("s = Relu(r)\n y = Conv(s, B)", "a shift does not pass Relu"),
-        ("y = Identity(r)\n z = Conv(y, B)", "an output of the graph follows it"),
-        ("s = Mul(r, r)\n y = Conv(s, B)", "Mul reads it"),
+        ("y = Identity(r)\n z = Conv(y, B)", "its result is an output of the graph"),
+        ("s = Mul(r, r)\n y = Conv(s, B)", "Mul follows it"),
         ("y = ConvTranspose(r, T)", "a shift does not pass the zero padding of ConvTranspose"),
-        ("y = MatMul(r, M)", "MatMul reads it, and not as its input channels"),
-        ("t = Transpose(r)\n y = MatMul(r, t)", "MatMul reads it, but it multiplies two activations"),
+        ("y = MatMul(r, M)", "its channels lie along axis 1, not along the channel axis of MatMul"),
+        ("t = Transpose(r)\n y = MatMul(r, t)", "MatMul follows it, but it multiplies two activations"),
     ],
 )  # fmt: skip
 def test_where_a_shift_does_not_pass_it_stays(body, reason):
