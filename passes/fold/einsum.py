@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome, Refused
+from channelfold.passes.base import Context, InBetween, Outcome, Refused
 from channelfold.passes.channels.links import einsum_terms
 from channelfold.passes.fold import RewriteEinsum
 from channelfold.passes.operators import operator
@@ -33,22 +33,14 @@ _HELD = {"Reshape": "shape", "Unsqueeze": "axes"}
 class Work(RewriteEinsum):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
-        found = _einsums(graph)
+        found = [node for node in graph.nodes if operator(node).kind == "einsum"]
         if found:
             infer_shapes(graph)
         for node in found:
             said = f"Einsum {node.attrs['equation']!r}"
-            try:
-                plan = _plan(node)
-            except Refused as error:
-                outcome.refuse(node.name, f"{said}: {error.what}", error.code)
-            else:
-                outcome.change(node.name, f"{said}: {', '.join(_write(graph, node, plan))}")
+            with outcome.refusing(node.name, said):
+                outcome.change(node.name, f"{said}: {', '.join(_write(graph, node, _plan(node)))}")
         return outcome
-
-
-def _einsums(graph: gs.Graph) -> list[gs.Node]:
-    return [node for node in graph.nodes if operator(node).kind == "einsum"]
 
 
 Step = tuple[str, list[int]]  # Transpose, Reshape or Unsqueeze, and its perm, shape or axes
@@ -69,7 +61,10 @@ class _Plan:
 
 def _plan(node: gs.Node) -> _Plan:
     """The plan for an Einsum. Raises Refused where it is no Transpose, Mul or MatMul."""
-    *terms, result = einsum_terms(node)
+    try:
+        *terms, result = einsum_terms(node)
+    except InBetween as error:
+        raise Refused(error.what) from None
     parts = list(zip(terms, node.inputs, strict=True))
     alone = next((i for i in "".join(terms) if i not in result and "".join(terms).count(i) == 1), "")
     if alone or len(parts) > 2:

@@ -26,19 +26,15 @@ class Work(FoldPad):
         if found:
             infer_shapes(graph)
         for node in reversed(found):  # of two Pads in a row the second has to go first
-            try:
-                convs = _convs(graph, node)
-                pads = _spatial_pads(node)
-            except Refused as error:
-                outcome.refuse(node.name, f"Pad: {error}", error.code)
-                continue
-            for conv in convs:
-                own = conv.attrs.get("pads") or [0] * len(pads)
-                if conv.attrs.pop("auto_pad", "NOTSET") == "VALID":
-                    own = [0] * len(pads)
-                conv.attrs["pads"] = [a + b for a, b in zip(own, pads, strict=True)]
-            edit.bypass(graph, node.inputs[0], [node], node.outputs[0])
-            outcome.change(node.name, f"Pad: {pads} into {', '.join(conv.name for conv in convs)}")
+            with outcome.refusing(node.name, "Pad"):
+                convs, pads = _convs(graph, node), _spatial_pads(node)
+                for conv in convs:
+                    own = conv.attrs.get("pads") or [0] * len(pads)
+                    if conv.attrs.pop("auto_pad", "NOTSET") == "VALID":
+                        own = [0] * len(pads)
+                    conv.attrs["pads"] = [a + b for a, b in zip(own, pads, strict=True)]
+                edit.bypass(graph, node.inputs[0], [node], node.outputs[0])
+                outcome.change(node.name, f"Pad: {pads} into {', '.join(conv.name for conv in convs)}")
         edit.sweep(graph)
         return outcome
 

@@ -110,6 +110,11 @@ class Linear:
         weight, alpha = self.unorient(self.stored_weight()), self.factor("alpha")
         return weight if alpha == 1 else (weight.astype(np.float64) * alpha).astype(weight.dtype)
 
+    def magnitudes(self) -> np.ndarray:
+        """The largest |W| over the kernel, (groups, out / groups, in / groups)."""
+        weight = np.abs(self.weight())
+        return weight.reshape(*weight.shape[:2], -1).max(axis=-1).reshape(self.groups, -1, weight.shape[1])
+
     def stored_weight(self) -> np.ndarray:
         """The weight at the input of the node: after the chain, before alpha."""
         values = read(self.source)

@@ -18,6 +18,7 @@ sees the ranges that the ones before it have left.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,19 +55,14 @@ class Work(Smooth):
         outcome = Outcome()
         infer_shapes(graph)
         sites = list(self._sites(graph, measured_shapes(graph, self.feed(ctx)), outcome))
-        observers = {
-            reader.tensor.name: ChannelStatistics(reader.axis, ROWS if self.searches else 0)
-            for site in sites
-            for reader in site.readers
-        }
+        rows = ROWS if self.searches else 0
+        observers = {r.data.name: ChannelStatistics(r.in_axis, rows) for site in sites for r in site.linears}
         observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
         facts = []
         for number, site in enumerate(sites):
             ctx.progress("Smoothing", number, len(sites))
-            try:
+            with outcome.refusing(site.name, f"{site.tensor.name} stays as it is"):
                 facts.append(self._smooth(graph, site, observers, outcome))
-            except Refused as error:
-                outcome.refuse(site.name, f"{site.readers[0].tensor.name} stays as it is: {error}", error.code)
         outcome.facts = {"sites": facts}
         return outcome
 
@@ -75,29 +71,21 @@ class Work(Smooth):
         seen: set[int] = set()
         scaled: set[int] = set()
         for node in live_linears(graph):
-            try:
+            with outcome.refusing(node.name, node.op), contextlib.suppress(TwoActivations):
                 linear = view(graph, node)
-            except Refused as error:
-                if not isinstance(error, TwoActivations):
-                    outcome.refuse(node.name, f"{node.op}: {error}", error.code)
-                continue
-            if id(linear.data) in seen:
-                continue
-            try:
+                if id(linear.data) in seen:
+                    continue
                 if reason := self.patterns.why_not(linear.name):
                     raise Refused(reason)
                 seen.add(id(linear.data))
                 site = _Site.of(self._region(graph, linear, shapes))
-                if reason := Patterns(exclude=self.exclude).why_not(*(reader.linear.name for reader in site.readers)):
+                if reason := Patterns(exclude=self.exclude).why_not(*(linear.name for linear in site.linears)):
                     raise Refused(f"a linear that shares its scale is {reason}")
-                if any(id(reader.tensor) in scaled for reader in site.readers):  # with nodes inserted there, perhaps
+                if any(id(linear.data) in scaled for linear in site.linears):  # with nodes inserted there, perhaps
                     raise Refused("it is tied to what another site scales")
-            except Refused as error:
-                outcome.refuse(node.name, f"{node.op}: {error}", error.code)
-                continue
-            scaled.update(id(reader.tensor) for reader in site.readers)
-            seen |= scaled
-            yield site
+                scaled.update(id(linear.data) for linear in site.linears)
+                seen |= scaled
+                yield site
 
     def _region(self, graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape]) -> Region:
         try:
@@ -118,7 +106,7 @@ class Work(Smooth):
             label, scale, shift = self._closed_form(seen, shifted)
             decibels = None
         scale = clamped(scale, site.region.free)
-        nodes, tensor = {id(node) for node in graph.nodes}, site.readers[0].tensor.name
+        nodes, tensor = {id(node) for node in graph.nodes}, site.tensor.name
         ratio = [outlier_ratio(seen.amax()), outlier_ratio(seen.amax(shift) / scale)]
         if np.ptp(scale) == 0 and not np.any(shift):
             raise Refused("its channels are alike already")
@@ -131,7 +119,7 @@ class Work(Smooth):
         return {
             "node": site.name,
             "tensor": tensor,
-            "readers": [reader.linear.name for reader in site.readers],
+            "readers": [linear.name for linear in site.linears],
             "method": label,
             "outlier_ratio": ratio,
             "output_snr_db": decibels,
@@ -192,51 +180,38 @@ class Work(Smooth):
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """A linear of a region: ``classes`` are the rows of a scale that its input channels belong to."""
-
-    linear: Linear
-    classes: np.ndarray
-
-    @property
-    def tensor(self) -> gs.Variable:
-        return self.linear.data
-
-    @property
-    def axis(self) -> int:
-        return self.linear.in_axis
-
-
-@dataclass(frozen=True)
 class _Site:
-    """A region with its readers."""
+    """A region with the linears that read it; ``classes`` gives the class of each input channel of each linear."""
 
     region: Region
-    readers: tuple[_Reader, ...]
+    linears: tuple[Linear, ...]
+    classes: tuple[np.ndarray, ...]
 
     @classmethod
     def of(cls, region: Region) -> _Site:
-        free = (
-            region.free
-        )  # a reader all of whose channels are pinned may belong to another site, with nodes of its own
+        free = region.free  # a reader with pinned channels alone may belong to another site, with nodes of its own
         ends = [end for end in region.readers() if free[np.abs(end.index) - 1].any()]
-        found = [(end, end.linear) for end in ends if end.linear is not None]
-        if any(np.any(end.index < 0) for end, _ in found):
+        found = [(end.linear, end.index) for end in ends if end.linear is not None]
+        if any(np.any(index < 0) for _, index in found):
             raise Refused("it is scaled against another tensor that linears read")
-        axes = {(id(linear.data), linear.in_axis % region.places[id(linear.data)][1].ndim) for _, linear in found}
+        axes = {(id(linear.data), linear.in_axis % region.places[id(linear.data)][1].ndim) for linear, _ in found}
         if len(axes) > len({tensor for tensor, _ in axes}):
             raise Refused("linears read it along two axes")
-        return cls(region, tuple(_Reader(linear, end.index - 1) for end, linear in found))
+        return cls(region, tuple(linear for linear, _ in found), tuple(index - 1 for _, index in found))
 
     @property
     def name(self) -> str:
-        return self.readers[0].linear.name
+        return self.linears[0].name
+
+    @property
+    def tensor(self) -> gs.Variable:
+        return self.linears[0].data
 
     def __str__(self) -> str:
         writers = [end.node for end in self.region.ends if end.role in ("out", "norm", "factor")]
         into = f"{writers[0].op} {writers[0].name}" if writers else "an explicit Mul"
         more = f" and {len(writers) - 1} more" if len(writers) > 1 else ""
-        return f"{into}{more} -> {len(self.readers)} linear{'s' if len(self.readers) > 1 else ''}"
+        return f"{into}{more} -> {len(self.linears)} linear{'s' if len(self.linears) > 1 else ''}"
 
     @property
     def takes_a_shift(self) -> bool:
@@ -249,13 +224,13 @@ class _Site:
         size = self.region.size
         low, high, columns = np.full(size, np.inf), np.full(size, -np.inf), np.zeros(size)
         mean, middle, count = np.zeros(size), np.zeros(size), np.zeros(size)
-        for reader in self.readers:
-            found, index = observers[reader.tensor.name], reader.classes
+        for linear, index in zip(self.linears, self.classes, strict=True):
+            found = observers[linear.data.name]
             if not found.positions:
                 raise Refused("no calibration sample reached it")
             np.minimum.at(low, index, found.minimum)
             np.maximum.at(high, index, found.maximum)
-            np.maximum.at(columns, index, _column_maxima(reader.linear))
+            np.maximum.at(columns, index, linear.magnitudes().max(axis=1).reshape(-1).astype(np.float64))
             np.add.at(mean, index, found.absolute_mean)
             np.add.at(middle, index, found.middle)
             np.add.at(count, index, 1)
@@ -267,21 +242,13 @@ class _Site:
 
     def layers(self) -> Iterator[tuple[str, np.ndarray, list[Linear]]]:
         """(tensor, classes of its channels, linears that read it). Raises Refused where an error cannot be measured."""
-        by_tensor: dict[tuple[str, int], list[_Reader]] = {}
-        for reader in self.readers:
-            if any(size > 1 for size in reader.linear.kernel):
+        by_tensor: dict[str, tuple[np.ndarray, list[Linear]]] = {}
+        for linear, classes in zip(self.linears, self.classes, strict=True):
+            if any(size > 1 for size in linear.kernel):
                 raise Refused("a search needs layers without a kernel; smoothquant, repq or equalize do not search")
-            by_tensor.setdefault((reader.tensor.name, reader.axis), []).append(reader)
-        for (name, _), readers in by_tensor.items():
-            yield name, readers[0].classes, [reader.linear for reader in readers]
-
-
-def _column_maxima(linear: Linear) -> np.ndarray:
-    """max |W| over everything that reads an input channel, (in,) float64."""
-    weight = np.abs(linear.weight())
-    flat = weight.reshape(*weight.shape[:2], -1).max(axis=2)
-    grouped = flat.reshape(linear.groups, -1, flat.shape[1]).max(axis=1)
-    return grouped.reshape(-1).astype(np.float64)
+            by_tensor.setdefault(linear.data.name, (classes, []))[1].append(linear)
+        for name, (classes, linears) in by_tensor.items():
+            yield name, classes, linears
 
 
 def _decibels(error: float) -> float:

@@ -79,17 +79,14 @@ class Work(Equalize):
         for linear in linears(graph):
             if id(linear.output) in seen:
                 continue
-            try:
+            with outcome.refusing(linear.name, f"{linear.node.op} is not equalized with what follows"):
                 region = trace(graph, linear.output, linear.out_axis, shapes)
                 seen.update(region.places)
                 site = _Site(linear, region, self._usable(linear, region))
-            except Refused as error:
-                outcome.refuse(linear.name, f"{linear.node.op} is not equalized with what follows: {error}", error.code)
-                continue
-            for end, found in site.linears():
-                if id(end.node) not in weights:
-                    weights[id(end.node)] = _Weight.of(found)
-            yield site
+                for end, found in site.linears():
+                    if id(end.node) not in weights:
+                        weights[id(end.node)] = _Weight.of(found)
+                yield site
 
     def _usable(self, linear: Linear, region: Region) -> np.ndarray:
         """Which classes have weights on both sides and nothing else, (classes,) bool. Raises Refused for none."""
@@ -129,12 +126,10 @@ class _Weight:
 
     @classmethod
     def of(cls, linear: Linear) -> _Weight:
+        magnitudes = linear.magnitudes()
+        wide = np.float64 if magnitudes.dtype == np.float64 else np.float32
         outs, ins = linear.channels
-        weight = linear.weight()
-        weight = np.abs(weight.reshape(*weight.shape[:2], -1)).max(axis=-1)
-        wide = np.float64 if weight.dtype == np.float64 else np.float32
-        magnitudes = weight.astype(wide, copy=False).reshape(linear.groups, -1, weight.shape[1])
-        return cls(magnitudes, np.ones(outs), np.ones(ins))
+        return cls(magnitudes.astype(wide, copy=False), np.ones(outs), np.ones(ins))
 
     def row_ranges(self) -> np.ndarray:
         groups, _, ins = self.magnitudes.shape
@@ -217,14 +212,12 @@ def _write(graph: gs.Graph, site: _Site, outcome: Outcome) -> bool:
     if np.abs(np.log(site.scale)).max() < WORTHWHILE:
         return False
     node, nodes = site.first.node, {id(end.node) for end, _ in site.linears()}
-    try:
+    with outcome.refusing(node.name, f"{node.op} is not equalized with what follows"):
         rescale(graph, site.region, site.scale)
-    except Refused as error:
-        outcome.refuse(node.name, f"{node.op} is not equalized with what follows: {error}", error.code)
-        return False
-    scales = f"scales {site.scale.min():.3g} to {site.scale.max():.3g}"
-    outcome.change(node.name, f"{node.op}: {int(site.live.sum())} channels of {len(nodes)} weights, {scales}")
-    return True
+        scales = f"scales {site.scale.min():.3g} to {site.scale.max():.3g}"
+        outcome.change(node.name, f"{node.op}: {int(site.live.sum())} channels of {len(nodes)} weights, {scales}")
+        return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.channels.widths import Width, read_by
-from channelfold.passes.layers.linear import Linear, live_linears, view
+from channelfold.passes.layers.linear import Linear, usable
 from channelfold.passes.layers.quantization_error import ROWS
 from channelfold.passes.smooth import MergeChannels
 from channelfold.runtime.io.files import infer_shapes
@@ -44,36 +44,28 @@ class Work(MergeChannels):
         outcome = Outcome()
         infer_shapes(graph)
         shapes = measured_shapes(graph, self.feed(ctx))
-        sites = list(self._sites(graph, shapes, outcome))
+        sites = self._sites(graph, shapes, outcome)
         observers = {linear.data.name: ChannelStatistics(linear.in_axis, ROWS) for linear in sites}
         observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
         facts = []
         for number, linear in enumerate(sites):
             ctx.progress("Merging channels", number, len(sites))
-            try:
+            with outcome.refusing(linear.name, f"{linear.data.name} stays as it is"):
                 facts.append(self._merge(graph, linear, shapes, observers[linear.data.name], outcome))
-            except Refused as error:
-                outcome.refuse(linear.name, f"{linear.data.name} stays as it is: {error}", error.code)
         outcome.facts = {"sites": facts}
         return outcome
 
     def _sites(self, graph: gs.Graph, shapes: dict[str, Shape], outcome: Outcome) -> list[Linear]:
         """The first reader of each tensor that is too wide. A tensor whose width cannot change is refused."""
-        found, tried = [], set()
-        for node in live_linears(graph):
-            try:
-                linear = view(graph, node)
-                if id(linear.data) in tried or (self.align and linear.channels[1] % self.align == 0):
-                    continue
-                tried.add(id(linear.data))
-                width = read_by(graph, linear, shapes)
-            except Refused as error:
-                if self.align:
-                    outcome.refuse(node.name, f"{node.op}: {error}", error.code)
-                continue
-            if self._surplus(width):
-                found.append(linear)
-        return found
+        tried: set[int] = set()
+
+        def why_not(linear: Linear) -> str | None:
+            if id(linear.data) in tried or (self.align and linear.channels[1] % self.align == 0):
+                return None
+            tried.add(id(linear.data))
+            return "" if self._surplus(read_by(graph, linear, shapes)) else None
+
+        return list(usable(graph, outcome if self.align else Outcome(), why_not))
 
     def _surplus(self, width: Width) -> int:
         """How many channels a group has too many."""

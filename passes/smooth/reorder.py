@@ -69,10 +69,8 @@ class Work(ReorderChannels):
             done.update(id(end.node) for end in region.ends if end.role == "out")
             for product in [node for node in products.values() if id(node.inputs[1]) in region.places]:
                 del products[id(product)]
-                try:
+                with outcome.refusing(product.name, "MatMul"):
                     facts.append(_sort(graph, region, product, shapes, outcome))
-                except Refused as error:
-                    outcome.refuse(product.name, f"MatMul: {error}", error.code)
         for product in products.values():
             reason = _why_unreached(graph, product, shapes)
             outcome.refuse(product.name, f"MatMul: {reason}", reason)

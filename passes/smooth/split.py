@@ -21,7 +21,6 @@ Source: Liu et al., QLLM, ICLR 2024, section 4.1 (channel disassembly); the numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.rescale import rescale
 from channelfold.passes.channels.scale_regions import End, Region, Shape, reach
 from channelfold.passes.channels.widths import columns_of, gathered, read_by
-from channelfold.passes.layers.linear import Linear, live_linears, view
+from channelfold.passes.layers.linear import Linear, usable, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits, quantized_activation
 from channelfold.passes.smooth import SplitChannels
 from channelfold.runtime.io.files import infer_shapes
@@ -50,34 +49,30 @@ class Work(SplitChannels):
         outcome = Outcome()
         infer_shapes(graph)
         shapes = measured_shapes(graph, self.feed(ctx))
-        sites = list(self._sites(graph, shapes, outcome))
+        sites = self._sites(graph, shapes, outcome)
         observers = {linear.data.name: ChannelStatistics(linear.in_axis, ROWS) for linear in sites}
         observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
         facts = []
         for number, linear in enumerate(sites):
             ctx.progress("Splitting channels", number, len(sites))
-            try:
+            with outcome.refusing(linear.name, f"{linear.data.name} stays as it is"):
                 seen = observers[linear.data.name]
                 facts.append(self._split(graph, view(graph, linear.node), shapes, seen, outcome))
-            except Refused as error:
-                outcome.refuse(linear.name, f"{linear.data.name} stays as it is: {error}", error.code)
         outcome.facts = {"sites": facts}
         return outcome
 
-    def _sites(self, graph: gs.Graph, shapes: dict[str, Shape], outcome: Outcome) -> Iterator[Linear]:
+    def _sites(self, graph: gs.Graph, shapes: dict[str, Shape], outcome: Outcome) -> list[Linear]:
         """The first reader of each tensor whose channels can be split; refuses the others."""
         tried: set[int] = set()
-        for node in live_linears(graph):
-            try:
-                linear = view(graph, node)
-                if id(linear.data) in tried:
-                    continue
-                tried.add(id(linear.data))
-                self._region(graph, linear, shapes)
-            except Refused as error:
-                outcome.refuse(node.name, f"{node.op}: {error}", error.code)
-            else:
-                yield linear
+
+        def why_not(linear: Linear) -> str | None:
+            if id(linear.data) in tried:
+                return None
+            tried.add(id(linear.data))
+            self._region(graph, linear, shapes)
+            return ""
+
+        return list(usable(graph, outcome, why_not))
 
     def _region(self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape]) -> tuple[Region, list[End], bool]:
         """(region of what a linear reads, its readers there, whether nodes are needed). Raises Refused."""
