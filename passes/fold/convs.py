@@ -32,13 +32,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, DoesNotFit, Outcome, Refused
+from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.fold import MergeConvs
-from channelfold.passes.layers.linear import Linear, cast, view
+from channelfold.passes.layers.linear import Linear, cast, cast_weight, view, view_beside
 from channelfold.runtime.io import edit
 
 
@@ -55,33 +54,33 @@ class Work(MergeConvs):
         for node in list(graph.nodes):  # a merge may take the nodes that made a weight out of it
             if not _is_conv(node):
                 continue
-            try:
+            with outcome.refusing(node.name, "Conv"):
                 if _remove_identity(graph, node):
                     outcome.change(node.name, "Conv returns its input")
                 elif (base := edit.producer(node.inputs[0])) is not None and _is_conv(base):
                     outcome.change(node.name, f"{base.name} merged into it, {self._merge(graph, base, node)}")
-            except Refused as error:
-                outcome.refuse(node.name, f"Conv: {error}", error.code)
-        edit.sweep(graph)
-        return len(outcome.changed) > before
+        merged = len(outcome.changed) > before
+        if merged:
+            edit.remove_dead(graph)  # among others what made the weight of a Conv that is gone
+        return merged
 
     def _merge(self, graph: gs.Graph, base: gs.Node, node: gs.Node) -> str:
         """Merges ``base`` into ``node``; returns the cost in words. Raises Refused, with nothing changed."""
         if edit.sole_consumer(graph, base.outputs[0]) is not node:
             raise Refused("the Conv in front of it has other readers, or is an output of the graph")
-        first, second = _view(graph, base, "the Conv in front of it"), _view(graph, node, "it")
+        first, second = view_beside(graph, base, "precedes"), view(graph, node)
         inner, outer = _Window.of(first), _Window.of(second)
         window, bias = outer.after(inner), first.bias()
         if bias is not None and not np.any(bias):
             bias = None
-        if bias is not None and any(outer.pads):
+        if bias is not None and outer.pads.any():
             raise Refused("the Conv in front of it has a bias, which does not pass its zero padding")
         growth = _growth(first, second, outer)
         if growth > self.max_macs_growth:
             limit = f"max_macs_growth is {self.max_macs_growth:g}"
             reason = f"merged with the Conv in front of it, it would take {growth:.3g} times the MACs of both ({limit})"
             raise Refused(reason, f"too many MACs ({limit})")
-        weight = _checked(_product(first, second), second.dtype)
+        weight = cast_weight(_product(first, second), second.dtype)
         if bias is not None:
             own = second.bias()
             bias = cast(second.respond(second.weight(), bias) + (0 if own is None else own), second.dtype)
@@ -90,75 +89,54 @@ class Work(MergeConvs):
         node.attrs |= window.attributes(math.gcd(first.groups, second.groups))
         edit.set_input(node, 0, base.inputs[0])
         edit.detach(base)
-        for maker in reversed(first.chain):
-            if not maker.outputs[0].outputs and not edit.is_output(graph, maker.outputs[0]):
-                edit.detach(maker)
         return f"{growth:.3g} times the MACs"
 
 
 @dataclass(frozen=True)
 class _Window:
-    """The geometry of a Conv, one entry an axis; ``pads`` has all starts, then all ends."""
+    """The geometry of a Conv, int64 arrays with one entry an axis; ``pads`` has a row of starts and a row of ends."""
 
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[int, ...]
+    kernel: np.ndarray
+    strides: np.ndarray
+    dilations: np.ndarray
+    pads: np.ndarray
 
     @classmethod
     def of(cls, conv: Linear) -> _Window:
         attrs, axes = conv.node.attrs, len(conv.kernel)
         if (mode := attrs.get("auto_pad", "NOTSET")) not in ("NOTSET", "VALID"):
             raise Refused(f"{conv.name} pads by itself ({mode})")
-        pads = attrs.get("pads") if mode != "VALID" else None
-        ones = [1] * axes
-        return cls(
-            conv.kernel,
-            tuple(attrs.get("strides") or ones),
-            tuple(attrs.get("dilations") or ones),
-            tuple(pads or [0] * 2 * axes),
-        )
+        pads = (attrs.get("pads") if mode != "VALID" else None) or [0] * 2 * axes
+        strides, dilations = (attrs.get(name) or [1] * axes for name in ("strides", "dilations"))
+        return cls(np.array(conv.kernel), np.array(strides), np.array(dilations), np.array(pads).reshape(2, axes))
 
     def after(self, base: _Window) -> _Window:
         """The window of this Conv merged with the Conv in front. Raises Refused where there is no such window."""
-        axes = len(self.kernel)
-        for axis in range(axes):
-            if base.kernel[axis] == 1 or (self.kernel[axis] == 1 and not any(self.pads[axis::axes])):
-                continue
-            if self.kernel[axis] > 1:
-                raise Refused("it and the Conv in front of it both look at several places along one axis")
+        wide = base.kernel > 1
+        if np.any(wide & (self.kernel > 1)):
+            raise Refused("it and the Conv in front of it both look at several places along one axis")
+        if np.any(wide & self.pads.any(axis=0)):
             raise Refused("it pads what a Conv with more than one place to look at made")
+        behind = np.where(self.kernel > 1, base.strides * self.dilations, 1)
         return _Window(
-            tuple(a * b for a, b in zip(base.kernel, self.kernel, strict=True)),
-            tuple(s * t for s, t in zip(base.strides, self.strides, strict=True)),
-            tuple(
-                d if k > 1 else s * e if j > 1 else 1
-                for d, k, s, e, j in zip(
-                    base.dilations, base.kernel, base.strides, self.dilations, self.kernel, strict=True
-                )
-            ),
-            tuple(p + s * q for p, s, q in zip(base.pads, base.strides * 2, self.pads, strict=True)),
+            base.kernel * self.kernel,
+            base.strides * self.strides,
+            np.where(wide, base.dilations, behind),
+            base.pads + base.strides * self.pads,
         )
 
     def attributes(self, group: int) -> dict[str, int | list[int]]:
         return {
-            "dilations": list(self.dilations),
+            "dilations": self.dilations.tolist(),
             "group": group,
-            "kernel_shape": list(self.kernel),
-            "pads": list(self.pads),
-            "strides": list(self.strides),
+            "kernel_shape": self.kernel.tolist(),
+            "pads": self.pads.reshape(-1).tolist(),
+            "strides": self.strides.tolist(),
         }
 
 
 def _is_conv(node: gs.Node) -> bool:
     return node.op == "Conv" and edit.is_standard(node) and bool(node.outputs)
-
-
-def _view(graph: gs.Graph, node: gs.Node, subject: str) -> Linear:
-    try:
-        return view(graph, node)
-    except Refused as error:
-        raise Refused(f"{subject} cannot be merged: {error}") from None
 
 
 def _remove_identity(graph: gs.Graph, node: gs.Node) -> bool:
@@ -169,14 +147,12 @@ def _remove_identity(graph: gs.Graph, node: gs.Node) -> bool:
     except Refused:
         return False
     outs, ins = conv.channels
-    if outs != ins or any(s != 1 for s in window.strides):
+    starts, ends = window.pads
+    taps = starts // window.dilations  # where x[n] meets y[n]
+    centred = (taps * window.dilations == starts) & (taps >= 0) & (taps < window.kernel)
+    centred &= ends == window.dilations * (window.kernel - 1 - taps)
+    if outs != ins or np.any(window.strides != 1) or not centred.all():
         return False
-    axes = len(window.kernel)
-    starts, ends = window.pads[:axes], window.pads[axes:]
-    taps = tuple(p // d for p, d in zip(starts, window.dilations, strict=True))  # where x[n] meets y[n]
-    for tap, k, d, p, q in zip(taps, window.kernel, window.dilations, starts, ends, strict=True):
-        if tap * d != p or not 0 <= tap < k or q != d * (k - 1 - tap):
-            return False
     channels, weight = np.arange(outs), conv.weight()
     if np.any(weight[channels, channels % weight.shape[1], *taps] != 1) or np.count_nonzero(weight) != outs:
         return False
@@ -191,9 +167,8 @@ def _growth(first: Linear, second: Linear, outer: _Window) -> float:
     mids, ins = first.channels
     outs = second.channels[0]
     taps = math.prod(first.kernel), math.prod(second.kernel)
-    base = (
-        mids * (ins // first.groups) * taps[0] * math.prod(outer.strides)
-    )  # outputs of the first for each output of the second
+    outputs = int(outer.strides.prod())  # of the first Conv, for each output of the second Conv
+    base = mids * (ins // first.groups) * taps[0] * outputs
     both = base + outs * (mids // second.groups) * taps[1]
     return outs * (ins // math.gcd(first.groups, second.groups)) * math.prod(taps) / both
 
@@ -217,11 +192,3 @@ def _product(first: Linear, second: Linear) -> np.ndarray:
     order = [0, 1 + axes, *(a for axis in range(axes) for a in (1 + axis, 2 + axes + axis))]
     kernel = [a * b for a, b in zip(second.kernel, first.kernel, strict=True)]
     return k.transpose(order).reshape(outs, per_group, *kernel)
-
-
-def _checked(weight: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A weight in ``dtype``. Raises DoesNotFit where it is too large or, as a whole, too small for it."""
-    peak = np.abs(weight).max(initial=0)
-    if 0 < peak < float(ml_dtypes.finfo(dtype).smallest_normal):
-        raise DoesNotFit(f"the merged weight, {peak:.3g} at most, is too small for {dtype}")
-    return cast(weight, dtype)

@@ -311,11 +311,11 @@ REFUSED = {
     ),
     "a computed weight": (
         "w = Exp(W)\n c = Conv(x, w)\n y = Conv<group=6>(c, D)", {},
-        "the Conv in front of it cannot be merged: its weight is made at run time by Exp, from constants",
+        "Conv precedes it, but its weight is made at run time by Exp, from constants",
     ),
     "too small a product": (
         "c = Conv(x, W)\n y = Conv<group=6>(c, D)", {"W": np.full((6, 4, 1, 1), 1e-25), "D": np.full((6, 1, 3, 3),
-        1e-25)}, "the merged weight, 1e-50 at most, is too small for float32",
+        1e-25)}, "the folded weight, 1e-50 at most, is too small for float32",
     ),
     "too large a product": (
         "c = Conv(x, W)\n y = Conv<group=6>(c, D)", {"W": np.full((6, 4, 1, 1), 1e25), "D": np.full((6, 1, 3, 3),
