@@ -40,7 +40,7 @@ from channelfold.runtime.io.names import reads
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.io.weights import packed_nbytes
-from channelfold.runtime.stats.compare import difference
+from channelfold.runtime.stats.compare import Difference, difference
 
 LARGE = 1_000_000_000  # bytes of weights; running such a model takes minutes and many times its size in memory
 
@@ -83,21 +83,6 @@ class Verdict:
     warning: str = ""
 
 
-@dataclass(frozen=True)
-class _Culprit:
-    """The first tensor in which two graphs differ, with the node that writes the tensor."""
-
-    tensor: str
-    node: str
-    op: str
-    error: float
-
-    def __str__(self) -> str:
-        size = f"by {self.error:.2g}" if math.isfinite(self.error) else "beyond comparison"
-        writer = f", which {self.op} {self.node!r} writes" if self.op else ""
-        return f"the first tensor that differs is {self.tensor!r} ({size}){writer}"
-
-
 class _NoProbe(Exception):
     """Why a model cannot be verified."""
 
@@ -118,49 +103,45 @@ class Verifier:
         started = time.perf_counter()
         try:
             self._refer_to(before)
+            try:
+                found = _run(after.session(), self._feeds)
+            except ModelError as error:
+                raise Violation(f"ONNX Runtime cannot run the graph any more: {error}", "", "", math.inf) from None
+            tolerance = tolerance_of(before.model, before.weights)
+            compared = [self._compare(index, before, after, outputs, tolerance) for index, outputs in enumerate(found)]
         except _NoProbe as reason:
             return Verdict({"unverified": str(reason)}, f"not verified: {reason}")
-        try:
-            found = _run(after.session(), self._feeds)
-        except ModelError as error:
-            raise Violation(f"ONNX Runtime cannot run the graph any more: {error}", "", "", math.inf) from None
-        tolerance = tolerance_of(before.model, before.weights)
-        worst, warning = 0.0, ""
-        for index, (expected, outputs) in enumerate(zip(self._reference, found, strict=True)):
-            errors = {name: difference({name: expected[name]}, {name: outputs[name]}) for name in expected}
-            off = [name for name, (error, _) in errors.items() if error > tolerance]
-            worst = max([worst, *(error for name, (error, _) in errors.items() if name not in off)])
-            if not off:
-                continue
-            said = f"output {errors[off[0]].where} (allowed: {tolerance:.0e}) on probe {index + 1} of {len(found)}"
-            noise = self._noise(before, index)
-            if all(math.isfinite(n := noise.get(name, 0.0)) and errors[name][0] <= AMPLIFIED * n for name in off):
-                worst = max(worst, *(errors[name][0] for name in off))
-                changes = f"it changes by {noise[off[0]]:.2g} when the original weights are rounded otherwise"
-                warning = f"{said}; there {changes}"
-                continue
-            try:
-                culprit, edge = _trace(before, after, self._feeds[index], off, tolerance)
-            except _NoProbe as reason:
-                return Verdict({"unverified": str(reason)}, f"not verified: {reason}")
-            if culprit is not None:
-                raise Violation(f"{said}; {culprit}", culprit.tensor, culprit.node, culprit.error)
-            warning = f"{said}, because rounding moved {edge} over an edge; whether anything else changed is not known"
         self._reference, self._of = found, after
-        seconds = time.perf_counter() - started
+        seconds, worst = time.perf_counter() - started, max(error for error, _ in compared)
         record = {"max_rel_error": worst, "tolerance": tolerance, "probes": len(found), "seconds": seconds}
-        return Verdict(record, warning)
+        return Verdict(record, next((warning for _, warning in reversed(compared) if warning), ""))
+
+    def _compare(
+        self, index: int, before: Snapshot, after: Snapshot, outputs: Outputs, tolerance: float
+    ) -> tuple[float, str]:
+        """(the largest error of an output on a probe that counts as rounding, a warning or ""). Raises Violation."""
+        errors = _errors(self._reference[index], outputs)
+        off = [name for name, (error, _) in errors.items() if error > tolerance]
+        worst = max((error for name, (error, _) in errors.items() if name not in off), default=0.0)
+        if not off:
+            return worst, ""
+        said = f"output {errors[off[0]].where} (allowed: {tolerance:.0e}) on probe {index + 1} of {len(self._feeds)}"
+        noise = self._noise(before, index)
+        if all(math.isfinite(n := noise.get(name, 0.0)) and errors[name][0] <= AMPLIFIED * n for name in off):
+            changes = f"it changes by {noise[off[0]]:.2g} when the original weights are rounded otherwise"
+            return max(worst, *(errors[name][0] for name in off)), f"{said}; there {changes}"
+        edge = _trace(before, after, self._feeds[index], off, tolerance, said)
+        return worst, f"{said}, because rounding moved {edge} over an edge; whether anything else changed is not known"
 
     def _noise(self, graph: Snapshot, index: int) -> dict[str, float]:
         """The error of each output on a probe where every weight of ``graph`` is off by a unit in the last place."""
-        if sum(packed_nbytes(proto) for proto in graph.weights) > LARGE:
+        if _size(graph) > LARGE:
             return {}
         try:
             (found,) = _run(graph.rounded_otherwise(self._seed), [self._feeds[index]])
         except ModelError:
             return {}
-        expected = self._reference[index]
-        return {name: difference({name: expected[name]}, {name: found[name]})[0] for name in expected}
+        return {name: error for name, (error, _) in _errors(self._reference[index], found).items()}
 
     def _refer_to(self, graph: Snapshot) -> None:
         """Runs ``graph`` on the probes, unless its outputs are known. Raises _NoProbe."""
@@ -168,7 +149,7 @@ class Verifier:
             raise _NoProbe(self._hopeless)
         if self._of is graph:
             return
-        size = sum(packed_nbytes(proto) for proto in graph.weights)
+        size = _size(graph)
         if self._probes is None and size > LARGE:
             self._hopeless = f"a model of {size / 1e9:.1f} GB is not run on random inputs; {_WANTED}"
             raise _NoProbe(self._hopeless)
@@ -227,6 +208,16 @@ def _run(session: Session, feeds: list[Feed]) -> list[Outputs]:
     return [session.run(feed) for feed in feeds]
 
 
+def _size(graph: Snapshot) -> int:
+    """Bytes of the weights."""
+    return sum(packed_nbytes(proto) for proto in graph.weights)
+
+
+def _errors(reference: Outputs, outputs: Outputs) -> dict[str, Difference]:
+    """The error of each output."""
+    return {name: difference({name: values}, {name: outputs[name]}) for name, values in reference.items()}
+
+
 def _has_numbers(outputs: Outputs) -> bool:
     """Whether a comparison of the outputs means anything: they hold finite numbers, or no floats at all."""
     floats = [v for v in outputs.values() if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
@@ -236,15 +227,14 @@ def _has_numbers(outputs: Outputs) -> bool:
 # ---- where two graphs part ---------------------------------------------------------------------------------------
 
 
-def _trace(
-    before: Snapshot, after: Snapshot, feed: Feed, off: list[str], tolerance: float
-) -> tuple[_Culprit | None, str]:
-    """(first wrong tensor on the path to the outputs ``off``, ""), or (None, node at whose edge rounding matters).
+def _trace(before: Snapshot, after: Snapshot, feed: Feed, off: list[str], tolerance: float, said: str) -> str:
+    """The node at whose edge rounding matters for the outputs ``off``.
 
-    Raises _NoProbe where ``before`` gives other outputs every time.
+    Raises Violation, ``said`` first, where the pass has changed the first wrong tensor on the path to the outputs, and
+    _NoProbe where ``before`` gives other outputs every time.
     """
     first, second = _run(before.session(), [feed, feed])
-    if any(difference({name: first[name]}, {name: second[name]}).error > tolerance for name in off):
+    if any(error > tolerance for name, (error, _) in _errors(first, second).items() if name in off):
         raise _NoProbe(f"the model itself gives other values of {off[0]!r} every time it runs")
     try:
         errors = _tensor_errors(before, after, feed)
@@ -253,14 +243,19 @@ def _trace(
     errors |= dict.fromkeys(off, math.inf) | {name: errors[name] for name in off if name in errors}
     writers = {name: node for node in after.model.graph.node for name in node.output if name}
     old = {name: node for node in before.model.graph.node for name in node.output}
+    culprit, by = off[0], onnx.NodeProto()
     for threshold in (tolerance, tolerance / 10, tolerance / 100, tolerance / 1000, 0.0):
         roots = _roots(after.model.graph, writers, _differing(writers, off, errors, threshold), errors)
-        for node, name in roots:
-            if not _unchanged(node, old.get(name), before, after):
-                return _Culprit(name, node.name, node.op_type, errors[name]), ""
+        changed = [(name, node) for node, name in roots if not _unchanged(node, old.get(name), before, after)]
+        if changed:
+            culprit, by = changed[0]
+            break
         if threshold == tolerance and roots and all(node.op_type in _EDGES for node, _ in roots):
-            return None, f"{roots[0][0].op_type} {roots[0][0].name!r}"
-    return _Culprit(off[0], "", "", errors[off[0]]), ""
+            return f"{roots[0][0].op_type} {roots[0][0].name!r}"
+    size = f"by {errors[culprit]:.2g}" if math.isfinite(errors[culprit]) else "beyond comparison"
+    writer = f", which {by.op_type} {by.name!r} writes" if by.op_type else ""
+    message = f"{said}; the first tensor that differs is {culprit!r} ({size}){writer}"
+    raise Violation(message, culprit, by.name, errors[culprit])
 
 
 def _roots(
