@@ -103,7 +103,5 @@ def _before(graph: gs.Graph, node: gs.Node, op: str, inputs: list[gs.Tensor], at
     """Puts a new node in front of another; returns what it writes."""
     result = gs.Variable(free_name(graph, f"{inputs[0].name}_{op.lower()}"), inputs[0].dtype)
     new = gs.Node(op, free_name(graph, f"{node.name}_{op.lower()}"), attrs, inputs, [result])
-    position = next(i for i, other in enumerate(graph.nodes) if other is node)
-    graph.nodes.insert(position, new)
-    new._graph = graph
+    edit.insert_before(graph, node, new)
     return result

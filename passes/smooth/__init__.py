@@ -28,11 +28,11 @@ class Smooth(Pass):
     method: Literal["auto", "smoothquant", "os-plus", "awq", "repq", "outliertune", "fp4-shift"] = option(
         "auto", "How scales and shifts are chosen; auto: the best of smoothquant and os-plus at each site."
     )
-    alpha: float = option(0.5, "How much the weights take.", low=0, high=1)
+    alpha: float = option(0.5, "Share of the difficulty that moves from activations to weights.", low=0, high=1)
     search_alpha: bool = option(False, "Find the best alpha for each site.")
-    aim: Aim = option("mean", "The range that all channels get.")
+    aim: Aim = option("mean", "How the range that all channels get is computed.")
     shift: bool = option(True, "Shift channels too, where biases can take the shift up.")
-    allow_insert: bool = option(False, "Not only weights and norms may take scales up: a few nodes may be inserted.")
+    allow_insert: bool = option(False, "Insert Mul and Add nodes where no weight or norm can take a scale up.")
     include: tuple[str, ...] = option((), "Only these linear nodes: names, * and ? match.", metavar="PATTERN")
     exclude: tuple[str, ...] = option((), "Not these linear nodes.", metavar="PATTERN")
     activation_bits: int = option(8, "Bits of the quantizer of activations that a search expects.", low=2, high=16)
@@ -47,13 +47,13 @@ class Equalize(Pass):
     name, kind, does_it = "equalize", "exact", "equalize"
 
     iterations: int = option(100, "Rounds over the whole model, at most.", low=1)
-    allow_insert: bool = option(False, "A Clip from 0 may become a Relu and a Min with a bound by channel.")
+    allow_insert: bool = option(False, "Replace a Clip from 0 by a Relu and a Min with one bound for each channel.")
     exclude: tuple[str, ...] = option((), "Nodes whose weights stay as they are.", metavar="PATTERN")
 
 
 @dataclass(frozen=True)
 class AbsorbBias(Pass):
-    """Moves what a channel in front of a Relu never falls below into the biases of the layers behind it."""
+    """Moves the lower bound of each channel in front of a Relu into the biases of the layers behind the Relu."""
 
     name, kind, does_it, needs_data = "absorb-bias", "calibrated", "absorb_bias", "Absorbing biases"
 
@@ -67,25 +67,22 @@ class SplitChannels(Pass):
 
     name, kind, does_it, needs_data = "split-channels", "exact", "split", "Splitting channels"
 
-    max_extra: float = option(0.2, "Channels that may be added, as a share of those there are.", above=0)
+    max_extra: float = option(0.2, "Greatest share of channels to add.", above=0)
     min_gain: float = option(
-        1.0,
-        "What a split must gain for the quantized outputs, in dB; 3 at least where nodes go in.",
-        low=0,
-        metavar="DB",
+        1.0, "Least gain of the quantized outputs in dB; at least 3 where nodes are inserted.", low=0, metavar="DB"
     )
-    align: int = option(16, "Widths become multiples of it.", low=1)
-    allow_insert: bool = option(False, "Where the writer cannot get wider, a Gather may repeat the channels.")
+    align: int = option(16, "Widths become multiples of this number.", low=1)
+    allow_insert: bool = option(False, "Insert a Gather of the channels where the layer in front cannot get wider.")
 
 
 @dataclass(frozen=True)
 class MergeChannels(Pass):
-    """Merges pairs of similar channels, where channels were split or a width is no multiple of what is asked for."""
+    """Merges pairs of similar channels where channels were split, or where a width is not aligned."""
 
     name, kind, does_it, needs_data = "merge-channels", "calibrated", "merge", "Merging channels"
 
-    align: int = option(0, "Widths go down to a multiple of it; 0: what was split, to the width before.", low=0)
-    max_change: float = option(0.01, "Squared relative change of the outputs of the linears behind, at most.", low=0)
+    align: int = option(0, "Merge down to a multiple of this number; 0: down to the width before a split.", low=0)
+    max_change: float = option(0.01, "Greatest squared relative change of the outputs of the linears behind.", low=0)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,17 @@
-"""High biases absorbed by the next layer: what a channel never falls below is taken out of its activation.
+"""High biases absorbed by the next layer: the lower bound of a channel is subtracted from its activation.
 
     y = W2 relu(W1 x + b1) + b2    becomes    y = W2 relu(W1 x + b1 - c) + b2 + W2 c
 
-which is the same wherever W1 x + b1 >= c, because relu(u) = relu(u - c) + c for u >= c >= 0. c is what calibration
-supports from both sides: the lowest value seen, and the mean less some standard deviations,
+The two are equal wherever W1 x + b1 >= c, because relu(u) = relu(u - c) + c for u >= c >= 0. Calibration gives c:
 
     c = max(0, min(minimum, mean - sigmas * deviation))
 
-so that a channel of which few values were seen is not cut off where new ones fall. The activation then starts at zero
-and takes fewer of the steps of a range that it shares with other channels. ``equalize`` makes such channels: it scales
-a bias up with the row it belongs to.
+The second bound protects a channel of which calibration saw few values. The activation then starts at zero and takes
+fewer steps of a range that all channels share. ``equalize`` makes channels with high biases, because equalization
+scales a bias together with its row.
 
-Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.1.3,
-where mean and deviation are beta and gamma of a BatchNormalization; here they are measured, because it has been folded.
+Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.1.3.
+There mean and deviation are beta and gamma of a BatchNormalization; here calibration measures both.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Work(AbsorbBias):
         return outcome
 
     def _sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[_Site]:
-        """Every linear in front of a Relu. Refused where more than unpadded linears reads the Relu."""
+        """The linears in front of a Relu; refuses a linear where a shift does not reach all readers of the Relu."""
         for linear in linears(graph):
             relu = edit.sole_consumer(graph, linear.output)
             if relu is None or relu.op != "Relu" or not edit.is_standard(relu):
@@ -67,7 +66,7 @@ class Work(AbsorbBias):
 
 @dataclass(frozen=True)
 class _Site:
-    """A linear, the activation behind its Relu with the axis of the channels, and the linears that read it."""
+    """A linear ``writer``, the ``activation`` behind its Relu with the channels along ``axis``, and the readers."""
 
     writer: Linear
     activation: gs.Tensor
@@ -76,13 +75,13 @@ class _Site:
 
 
 def _lower_bound(seen: ChannelMoments, sigmas: float) -> np.ndarray:
-    """c of each channel, rounded towards zero where float32 has no such number."""
+    """c of each channel, rounded towards zero to float32."""
     bound = np.maximum(0, np.minimum(seen.minimum, seen.mean - sigmas * np.sqrt(seen.variance)))
     return np.nextafter(bound.astype(np.float32), np.float32(0)).astype(np.float64)
 
 
 def _readers(graph: gs.Graph, tensor: gs.Tensor, axis: int) -> list[tuple[Linear, Layout]]:
-    """All linears that read the channels of a tensor, where a shift reaches all of them. Raises Refused."""
+    """The linears that read the channels of a tensor. Raises Refused where a shift does not reach all readers."""
     found = readers(graph, tensor, Layout(axis))
     if not found:
         raise Refused("nothing reads it")
@@ -93,7 +92,7 @@ def _readers(graph: gs.Graph, tensor: gs.Tensor, axis: int) -> list[tuple[Linear
 
 
 def _absorb(graph: gs.Graph, site: _Site, seen: ChannelMoments, sigmas: float) -> str:
-    """Moves c from the bias of the writer to those of the readers. Raises Refused, nothing changed."""
+    """Moves c from the bias of the writer to the biases of the readers. Raises Refused, with nothing changed."""
     if not seen.positions:
         raise Refused("no calibration sample reached it")
     bound = _lower_bound(seen, sigmas)
@@ -104,7 +103,7 @@ def _absorb(graph: gs.Graph, site: _Site, seen: ChannelMoments, sigmas: float) -
         shifts.append((reader, reader.respond(reader.weight().astype(np.float64), layout.expand(bound))))
     biases = []
     for linear, shift in shifts:
-        linear = view(graph, linear.node)  # as it is now: a linear can be reader and writer
+        linear = view(graph, linear.node)  # viewed anew, because a linear can be reader and writer
         old = linear.bias()
         biases.append((linear, cast(shift if old is None else old + shift, linear.dtype)))
     for linear, bias in biases:

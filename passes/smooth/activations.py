@@ -1,19 +1,15 @@
-"""Channel-wise scaling of activations, folded into the weights around them, so that quantization loses less.
+"""Channel-wise scales and shifts of activations, folded into the weights around them, so that quantization loses less.
 
     y = W x + b  =  (W diag(s)) ((x - z) / s)  +  (b + W z)
 
-The left-hand factor goes into the linears that read x, the right-hand one into the norm or the linears that write it
-(``channels``, ``rescale``): the function stays what it was, and no node is added. How s and z are chosen is the method
-(``scales``): in closed form from the ranges of the channels, or by searching the scale whose quantized layers come
-closest to the float ones on a sample of rows (``quantization_error``). ``auto`` tries those of smoothquant and os-plus
-at every site and takes the best, which may be none.
+W diag(s) goes into the linears that read x, and (x - z) / s into the norm or the linears that write x (``rescale``).
+The pass adds no node. The method (``scales``, with sources) chooses s and z, either in closed form from the ranges of
+the channels, or by a search for the least quantization error on a sample of rows (``quantization_error``). The method
+``auto`` tries the scales of smoothquant and os-plus at each site and takes the best, or none.
 
-A shift is used only where it adds no node: where every linear has a bias to take it up, or a place for one. With
-``allow_insert``, sites that have no weight to take the scale up (what follows GELU), or readers that cannot (the
-shortcut of a post-LN transformer), get an explicit Mul, and Add for the shift, on that edge.
-
-Sources: see ``scales``. The order of shift, scale, split and reorder passes does not matter to the function, but each
-sees the ranges that the ones before it have left.
+A site gets a shift only where every linear has a bias to take up the shift, or room for a bias. With ``allow_insert`` a
+site gets an explicit Mul, and an Add for the shift, where no weight in front can take up the scale (behind GELU) or a
+reader cannot (the shortcut of a post-LN transformer).
 """
 
 from __future__ import annotations
@@ -30,7 +26,7 @@ from channelfold.passes.base import Context, Outcome, Patterns, Refused, TwoActi
 from channelfold.passes.channels.rescale import clamped, rescale
 from channelfold.passes.channels.scale_regions import Region, Shape, reach
 from channelfold.passes.layers.linear import Linear, live_linears, view
-from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
+from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError, decibels
 from channelfold.passes.smooth import Smooth, scales
 from channelfold.passes.smooth.scales import ClassStatistics
 from channelfold.runtime.io.files import infer_shapes
@@ -38,12 +34,12 @@ from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
 from channelfold.runtime.stats.observe import by_name, observe
 
-Candidate = tuple[str, np.ndarray, np.ndarray]  # what it is, scale and shift by class
+Candidate = tuple[str, np.ndarray, np.ndarray]  # description, scale and shift by class
 
 _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _RATIOS = tuple(np.arange(0.05, 1.0, 0.1))
 _LIMITS = 16  # steps of os-plus from the largest channel down to the first decile
-_WORTH_NODES = 0.5  # of the error: what explicit nodes must save for ``auto`` to insert them
+_WORTH_NODES = 0.5  # ``auto`` inserts nodes where less than this share of the error is left
 
 
 class Work(Smooth):
@@ -67,7 +63,7 @@ class Work(Smooth):
         return outcome
 
     def _sites(self, graph: gs.Graph, shapes: Mapping[str, Shape], outcome: Outcome) -> Iterator[_Site]:
-        """One site for each region that has something to scale; refuses the others."""
+        """One site for each region that can be scaled; refuses the other regions."""
         seen: set[int] = set()
         scaled: set[int] = set()
         for node in live_linears(graph):
@@ -81,8 +77,8 @@ class Work(Smooth):
                 site = _Site.of(self._region(graph, linear, shapes))
                 if reason := Patterns(exclude=self.exclude).why_not(*(linear.name for linear in site.linears)):
                     raise Refused(f"a linear that shares its scale is {reason}")
-                if any(id(linear.data) in scaled for linear in site.linears):  # with nodes inserted there, perhaps
-                    raise Refused("it is tied to what another site scales")
+                if any(id(linear.data) in scaled for linear in site.linears):  # perhaps by inserted nodes
+                    raise Refused("it reads a tensor that another site scales")
                 scaled.update(id(linear.data) for linear in site.linears)
                 seen |= scaled
                 yield site
@@ -141,7 +137,10 @@ class Work(Smooth):
     def _best(
         self, site: _Site, seen: ClassStatistics, observers: Mapping[str, ChannelStatistics], shifted: bool
     ) -> tuple[str, np.ndarray, np.ndarray, list[float]]:
-        """The candidate of least error, with the error before and after in dB. Raises Refused where none is better."""
+        """The candidate of least error, and the signal-to-noise ratio before and after in dB.
+
+        Raises Refused where no candidate reduces the error.
+        """
         bits = Bits(0 if self.method == "awq" else self.activation_bits, self.weight_bits, self.group_size)
         errors = [
             (classes, LayerError.of(linears, observers[name].sample(), bits))
@@ -160,7 +159,7 @@ class Work(Smooth):
                 best, after = candidate, error
         if best is None or (site.region.cuts and self.method == "auto" and after > _WORTH_NODES * before):
             raise Refused("no scale makes its quantized outputs better" + (" by enough" if best is not None else ""))
-        return *best, [_decibels(before), _decibels(after)]
+        return *best, [decibels(before), decibels(after)]
 
     def _candidates(self, seen: ClassStatistics, shifted: bool) -> Iterator[Candidate]:
         zero = np.zeros_like(seen.minimum)
@@ -215,12 +214,12 @@ class _Site:
 
     @property
     def takes_a_shift(self) -> bool:
-        """Whether a shift adds no node: every linear it reaches has a bias, or room for one."""
+        """Whether a shift adds no node: every linear that the shift reaches has a bias, or room for a bias."""
         linears = [end.linear for end in self.region.ends if end.shifted and end.linear is not None]
         return all(linear.node.op != "MatMul" or linear.bias_node is not None for linear in linears)
 
     def seen(self, observers: Mapping[str, ChannelStatistics]) -> ClassStatistics:
-        """The statistics by class. Raises Refused when no sample reached a tensor."""
+        """The statistics by class. Raises Refused where no sample reached a tensor."""
         size = self.region.size
         low, high, columns = np.full(size, np.inf), np.full(size, -np.inf), np.zeros(size)
         mean, middle, count = np.zeros(size), np.zeros(size), np.zeros(size)
@@ -234,14 +233,14 @@ class _Site:
             np.add.at(mean, index, found.absolute_mean)
             np.add.at(middle, index, found.middle)
             np.add.at(count, index, 1)
-        unread = count == 0  # channels that only other operators of the region see
+        unread = count == 0  # channels that no linear reads
         low[unread] = high[unread] = 0.0
         count[unread] = 1
         free = self.region.free & ~unread
         return ClassStatistics(low, high, mean / count, middle / count, columns, free, free & self.region.shiftable)
 
     def layers(self) -> Iterator[tuple[str, np.ndarray, list[Linear]]]:
-        """(tensor, classes of its channels, linears that read it). Raises Refused where an error cannot be measured."""
+        """(tensor, classes of its channels, its linears). Raises Refused where the error cannot be measured."""
         by_tensor: dict[str, tuple[np.ndarray, list[Linear]]] = {}
         for linear, classes in zip(self.linears, self.classes, strict=True):
             if any(size > 1 for size in linear.kernel):
@@ -249,8 +248,3 @@ class _Site:
             by_tensor.setdefault(linear.data.name, (classes, []))[1].append(linear)
         for name, (classes, linears) in by_tensor.items():
             yield name, classes, linears
-
-
-def _decibels(error: float) -> float:
-    """A share that is lost as a signal-to-noise ratio."""
-    return float(-10 * np.log10(error)) if error > 0 else float("inf")

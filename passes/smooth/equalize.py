@@ -3,18 +3,19 @@
     y = W2 relu(W1 x + b)   becomes   y = (W2 diag(s)) relu(diag(1/s) (W1 x + b))
     r1[c] = max |W1[c, :]|,   r2[c] = max |W2[:, c]|,   s = sqrt(r1 / r2),   so that   r1 / s = s r2 = sqrt(r1 r2)
 
-and so over all layers again and again, until nothing changes: a weight takes part on either side. What is between two
-layers is a region of ``channels``: any number of writers and readers (r1 and r2 are then the largest of them), residual
-Adds, reshapes, attention. In q k^T the weights of k stand in the place of the reader's.
+The pass repeats the step over all layers until nothing changes, because a weight has a layer on either side. A region
+of ``scale_regions`` lies between two layers: any number of writers and readers (r1 and r2 are then the largest of
+them), residual Adds, reshapes, attention. In q k^T the weights of k stand in for the weights of a reader.
 
-It evens out the ranges of channels within one weight, which is what quantization with one scale per tensor suffers
-from. A scale per output channel makes up for the writer's half by itself; with such scales equalizing gains little and
-may cost accuracy, because activations take the ranges of the weights, not their own. Biases are scaled along with the
-rows, and a small row with a large bias makes an activation with a wide range: ``absorb-bias`` is for that.
+Equalization evens out the ranges of the channels of one weight, which helps quantization with one scale per tensor.
+Scales per output channel already make up for the half of the writer. Equalization then gains little and may cost
+accuracy, because activations take over the ranges of the weights. Biases are scaled with their rows, and a small row
+with a large bias makes an activation with a wide range; ``absorb-bias`` reduces this range.
 
-Exact through Relu, LeakyRelu and PRelu, pooling and whatever else a positive scale commutes with, and not through GELU
-or SiLU: those regions are refused. So are those that a norm writes or a constant factor ends, whose range is that of
-their data: ``smooth`` is for them. ReLU6 passes where its bound may differ by channel, which takes a node more:
+Equalization is exact through Relu, LeakyRelu, PRelu, pooling and all other operators that commute with a positive
+scale. Regions with GELU or SiLU are refused. Regions with a norm as writer, or with a constant factor, are refused,
+because the range of such a tensor is the range of its data (see ``smooth``). ReLU6 passes where its bound may differ by
+channel, which takes one more node:
 
     Clip(x, 0, 6)   becomes   Min(Relu(x / s), 6 / s)
 
@@ -40,9 +41,9 @@ from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, infer_shapes
 from channelfold.runtime.io.shapes import Shape
 
-SETTLED = 1e-4  # of log s: where one more round changes less, the ranges are equal
-WORTHWHILE = 1e-2  # of log s: a region in which no channel is off by more stays as it is
-DEAD = 1e-6  # of the largest range on its side: a channel below it does nothing, and scaled up its bias would
+SETTLED = 1e-4  # of log s: a round that changes less is the last
+WORTHWHILE = 1e-2  # of log s: a region with smaller scales stays as it is
+DEAD = 1e-6  # relative to the largest range: a smaller channel does nothing, but a scaled bias would
 
 
 class Work(Equalize):
@@ -74,7 +75,7 @@ class Work(Equalize):
     def _sites(
         self, graph: gs.Graph, shapes: Mapping[str, Shape], weights: dict[int, _Weight], outcome: Outcome
     ) -> Iterator[_Site]:
-        """The regions behind all linears, each region once. A region without anything to equalize is refused."""
+        """The regions behind all linears, each region once; refuses a region that cannot be equalized."""
         seen: set[int] = set()
         for linear in linears(graph):
             if id(linear.output) in seen:
@@ -89,7 +90,7 @@ class Work(Equalize):
                 yield site
 
     def _usable(self, linear: Linear, region: Region) -> np.ndarray:
-        """Which classes have weights on both sides and nothing else, (classes,) bool. Raises Refused for none."""
+        """Which classes have weights on both sides and nothing else, (classes,) bool. Raises Refused where none has."""
         for end in region.ends:
             if reason := self.patterns.why_not(end.node.name):
                 raise Refused(f"{end.node.name} is {reason}")
@@ -115,10 +116,7 @@ class Work(Equalize):
 
 @dataclass
 class _Weight:
-    """The magnitudes of a weight, largest over the kernel, (groups, out / groups, in / groups), and its scales so far.
-
-    ``rows`` (out,) and ``columns`` (in,) float64.
-    """
+    """The ``Linear.magnitudes`` of a weight, and the scales of its rows (out,) and columns (in,) so far."""
 
     magnitudes: np.ndarray
     rows: np.ndarray
@@ -144,9 +142,10 @@ class _Weight:
 
 @dataclass
 class _Site:
-    """A region, the first linear that writes it, its classes that can be equalized, those that are, and their scale.
+    """A region, its first writer, the classes that can be equalized, the live classes, and the scale of each class.
 
-    A dead class is left out. What is dead is judged beside the largest range: as that shrinks, classes may come in.
+    Dead classes are not equalized. A class is dead relative to the largest range, so that dead classes may become live
+    as the largest range shrinks.
     """
 
     first: Linear
@@ -175,13 +174,13 @@ class _Site:
         return ranges
 
     def take_in_live(self, weights: Mapping[int, _Weight]) -> bool:
-        """Returns whether there are more than before."""
+        """Adds the classes that have become live; returns whether there are any."""
         ranges, before = self.ranges(weights), self.live.sum()
         self.live |= self.usable & (ranges > DEAD * ranges.max(axis=1, keepdims=True)).all(axis=0)
         return bool(self.live.sum() > before)
 
     def equalize(self, weights: Mapping[int, _Weight]) -> float:
-        """One step for all channels at once; returns the largest change of log s."""
+        """One step for all channels; returns the largest change of log s."""
         above, below = self.ranges(weights)
         ratio = np.divide(above, below, out=np.ones_like(above), where=self.live)
         new = clamped(self.scale * ratio**self._power, self.live)
@@ -197,18 +196,18 @@ class _Site:
 
     @property
     def _power(self) -> float:
-        """1/2, or 1/4 where a linear is on both sides: there the whole step can overshoot, back and forth for ever."""
+        """1/2, or 1/4 where a linear is on both sides, because a whole step can overshoot there for ever."""
         nodes = {role: {id(end.node) for end, _ in self.linears() if end.role == role} for role in ("out", "in")}
         return 0.25 if nodes["out"] & nodes["in"] else 0.5
 
 
 def _writes(end: End) -> np.ndarray:
-    """Whether each channel of a linear is divided by its scale: what writes it is, and what reads its inverse."""
+    """Whether each channel of a linear is divided by its scale: as a writer, or as a reader of the inverse."""
     return (end.index > 0) == (end.role == "out")
 
 
 def _write(graph: gs.Graph, site: _Site, outcome: Outcome) -> bool:
-    """Writes the scale of a region; returns whether it did."""
+    """Applies the scale of a region; returns whether the region was scaled."""
     if np.abs(np.log(site.scale)).max() < WORTHWHILE:
         return False
     node, nodes = site.first.node, {id(end.node) for end, _ in site.linears()}
@@ -222,13 +221,12 @@ def _write(graph: gs.Graph, site: _Site, outcome: Outcome) -> bool:
 
 @dataclass(frozen=True)
 class _Clip:
-    """A Clip that has been taken out of the graph, with its inputs, and what stands in its place."""
+    """A Clip that is a Min behind a ``relu`` for a while, with its former ``inputs`` and its upper bound."""
 
     node: gs.Node
     inputs: list[gs.Tensor]
     highest: np.ndarray
     relu: gs.Node
-    bound: gs.Node
 
 
 def _is_relu_n(node: gs.Node) -> bool:
@@ -239,48 +237,35 @@ def _is_relu_n(node: gs.Node) -> bool:
 
 
 def _bounds(node: gs.Node) -> tuple[float, float]:
-    """The constant bounds of a Clip; NaN where there is none."""
+    """The constant bounds of a Clip; NaN for a bound that is missing or computed."""
     found = [edit.argument(node, i, name) for i, name in ((1, "min"), (2, "max"))]
     low, high = (float(b[0]) if b is not None and b.size == 1 else np.nan for b in found)
     return low, high
 
 
 def _opened(graph: gs.Graph, shapes: dict[str, Shape]) -> list[_Clip]:
-    """Puts a Relu and a Min in the place of every Clip from 0, for a while, and their shapes into ``shapes``."""
-    clips, nodes = [], []
-    for node in graph.nodes:
-        if not _is_relu_n(node):
-            nodes.append(node)
-            continue
+    """Turns every Clip from 0 into a Relu and a Min for a while, and adds their shapes to ``shapes``."""
+    clips = []
+    for node in [node for node in graph.nodes if _is_relu_n(node)]:
         inputs, result = list(node.inputs), node.outputs[0]
         between = gs.Variable(free_name(graph, f"{node.name}_relu"), result.dtype, result.shape)
-        kind = edit.dtype(inputs[0]) or np.dtype(np.float32)
-        highest = np.array(_bounds(node)[1], kind)
-        edit.detach(node)
-        relu = gs.Node("Relu", node.name, inputs=[inputs[0]], outputs=[between])
-        operands = [between, constant(graph, f"{node.name}_max", highest)]
-        bound = gs.Node("Min", f"{node.name}_bound", inputs=operands, outputs=[result])
+        highest = np.array(_bounds(node)[1], edit.dtype(inputs[0]) or np.dtype(np.float32))
+        relu = gs.Node("Relu", between.name, inputs=[inputs[0]], outputs=[between])
+        edit.rewrite(node, "Min", [between, constant(graph, f"{node.name}_max", highest)])
+        edit.insert_before(graph, node, relu)
         if result.name in shapes:
             shapes[between.name] = shapes[result.name]
-        clips.append(_Clip(node, inputs, highest, relu, bound))
-        nodes += [relu, bound]
-    graph.nodes[:] = nodes
+        clips.append(_Clip(node, inputs, highest, relu))
     return clips
 
 
 def _close(graph: gs.Graph, clips: list[_Clip], outcome: Outcome) -> None:
-    """Puts back every Clip whose bound is as it was."""
-    closed = {}
+    """Restores every Clip whose bound has not changed."""
     for clip in clips:
-        bound = edit.value(clip.bound.inputs[1])
+        bound = edit.value(clip.node.inputs[1])
         if bound is None or not np.array_equal(bound, clip.highest):
             outcome.change(clip.node.name, "Clip: a Relu and a Min by channel in its place")
             continue
-        result = clip.bound.outputs[0]
         edit.detach(clip.relu)
-        edit.detach(clip.bound)
-        clip.node.inputs.extend(clip.inputs)
-        clip.node.outputs.append(result)
-        closed[id(clip.relu)] = clip.node
-    graph.nodes[:] = [closed.get(id(node), node) for node in graph.nodes]
+        edit.rewrite(clip.node, "Clip", clip.inputs)
     edit.sweep(graph)

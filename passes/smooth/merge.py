@@ -1,18 +1,18 @@
-"""Similar channels merged in pairs, so that a tensor gets back to a width that hardware likes.
+"""Similar channels merged in pairs, so that a width is aligned again.
 
     linear -> linear       x_new = (x_i + x_j) / 2,  w_new = w_i + w_j
                            change = |x_i - x_j|^2 |w_i - w_j|^2 / 4
     with f in between      x_new = x_i,  w_new = w_i + c w_j,  c = <x_i, x_j> / <x_i, x_i>
                            change = |x_j - c x_i|^2 |w_j|^2
 
-where w_i is the column that reads channel i, and the change of the outputs is measured on a sample of rows. A mean of
-rows of a weight is the mean of the channels only if nothing but sums stands between the linears; behind an activation,
-a gate or a Gather one of the two channels stays for both, with the factor c that comes closest.
+where w_i is the column that reads channel i. The change of the outputs is measured on a sample of rows. The mean of two
+rows of a weight makes the mean of two channels only if nothing but sums stands between the linears. Behind an
+activation, a gate or a Gather one of the two channels stays for both, with the factor c of least squares.
 
-An even channel can be paired with any odd channel, and each channel is in one pair at most; the pair with the least
-change is merged first. Copies that ``split-channels`` made are known by equal rows and equal columns. The pass never
-merges two copies, as that would undo the split, and counts the copies to know how wide the tensor was before. Run the
-pass once after a split: a second run would remove as many channels again.
+An even channel can be paired with any odd channel, and each channel is in one pair at most. The pair with the least
+change is merged first. Copies that ``split-channels`` made have equal rows and equal columns. The pass never merges two
+copies, because the merge would undo the split; the number of copies tells the width before the split. Run the pass once
+after a split, because a second run would remove as many channels again.
 
 Source: Liu et al., QLLM, ICLR 2024, section 4.1 (channel assembly), which merges activations by their mean at run time.
 """
@@ -56,7 +56,7 @@ class Work(MergeChannels):
         return outcome
 
     def _sites(self, graph: gs.Graph, shapes: dict[str, Shape], outcome: Outcome) -> list[Linear]:
-        """The first reader of each tensor that is too wide. A tensor whose width cannot change is refused."""
+        """The first reader of each tensor that is too wide; with ``align`` refuses a width that cannot change."""
         tried: set[int] = set()
 
         def why_not(linear: Linear) -> str | None:
@@ -68,7 +68,7 @@ class Work(MergeChannels):
         return list(usable(graph, outcome if self.align else Outcome(), why_not))
 
     def _surplus(self, width: Width) -> int:
-        """How many channels a group has too many."""
+        """The number of channels to remove."""
         if self.align:
             return width.channels % self.align if width.channels > self.align else 0
         return round(float((1 - 1 / _copies(width)).sum()))
@@ -76,7 +76,7 @@ class Work(MergeChannels):
     def _merge(
         self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape], seen: ChannelStatistics, outcome: Outcome
     ) -> dict[str, Any]:
-        """Merges channels of what a linear reads. Raises Refused, with nothing changed."""
+        """Merges input channels of a linear. Raises Refused, with nothing changed."""
         if not seen.positions:
             raise Refused("no calibration sample reached it")
         width = read_by(graph, linear, shapes)
@@ -103,32 +103,32 @@ class Work(MergeChannels):
 
 @dataclass(frozen=True)
 class _Merger:
-    """Pairs of channels: ``kept`` stay, ``gone`` go, (pairs,). ``factors`` are c, or None for the mean."""
+    """Pairs of channels (pairs,): ``kept`` stays, ``gone`` goes. ``factors`` holds c, or is None for the mean."""
 
     kept: np.ndarray
     gone: np.ndarray
     factors: np.ndarray | None
 
     def rows(self, old: np.ndarray) -> np.ndarray:
-        """What writes the channels, (channels, …), before some go."""
+        """The new constants that make the channels, (channels, …), before channels go."""
         new = old.astype(np.float64)
         if self.factors is None:
             new[self.kept] = (new[self.kept] + new[self.gone]) / 2
         return new
 
     def columns(self, old: np.ndarray) -> np.ndarray:
-        """What reads the channels, (channels, …), before some go."""
+        """The new weights that read the channels, (channels, …), before channels go."""
         new = old.astype(np.float64)
         factors = np.ones(len(self.kept)) if self.factors is None else self.factors
         new[self.kept] += new[self.gone] * factors.reshape(-1, *[1] * (new.ndim - 1))
         return new
 
     def stays(self, channels: int) -> np.ndarray:
-        """Which channels are left, (channels,) bool."""
+        """Which channels stay, (channels,) bool."""
         return ~np.isin(np.arange(channels), self.gone)
 
     def change(self, rows: np.ndarray, weights: np.ndarray, matrix: np.ndarray) -> float:
-        """The squared change of the outputs, ``matrix`` (out, channels) times ``rows``, relative to their squares."""
+        """The squared change of the outputs, ``matrix`` (out, channels) times ``rows``, relative to the outputs."""
         old = rows @ matrix.T
         stays = self.stays(matrix.shape[1])
         new = self.rows(rows.T)[stays].T @ self.columns(matrix.T)[stays]
@@ -137,9 +137,9 @@ class _Merger:
 
 
 def _paired(rows: np.ndarray, matrix: np.ndarray, single: np.ndarray, wanted: int, linear: bool) -> _Merger:
-    """The pairs of least change among the ``single`` channels. Raises Refused where there are not enough.
+    """The ``wanted`` pairs of least change among the ``single`` channels. Raises Refused where there are too few pairs.
 
-    ``rows``, (n, channels), are already multiplied by the square roots of their weights.
+    ``rows`` (n, channels) are multiplied by the square roots of their weights.
     """
     even, odd = (np.flatnonzero(single & (np.arange(len(single)) % 2 == side)) for side in (0, 1))
     if min(len(even), len(odd)) < wanted:
@@ -169,7 +169,7 @@ def _paired(rows: np.ndarray, matrix: np.ndarray, single: np.ndarray, wanted: in
 
 
 def _copies(width: Width) -> np.ndarray:
-    """How many channels equal each one, itself included, (channels,); 1 for those that nothing reads."""
+    """The number of channels that equal each channel, itself included, (channels,); 1 for an unread channel."""
     columns = width.columns().T
     channels = [hashlib.blake2b() for _ in range(width.channels)]
     for labels, values in (*width.rows(), (np.arange(width.channels) + 1, columns)):

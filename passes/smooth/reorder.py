@@ -1,16 +1,15 @@
-"""Channels of keys and values put in the order of their magnitude, so that blocks of neighbours are of one size.
+"""Channels of keys and values sorted by magnitude, so that neighbouring channels are of similar size.
 
     q' = P q,  k' = P k       q . k = q' . k'           rows of W_q, b_q and of W_k, b_k, within each head
     v' = P v,  o reads P v    W_o P^T P v = W_o v       rows of W_v, b_v and columns of W_o, within each head
 
-P sorts the channels of a head by the norm of their rows in W_k (or W_v), largest first. With grouped queries there is
-one order for each head of keys, shared by the queries that use it. Exact, needs no data; number formats whose blocks
-share an exponent then waste fewer bits, because small channels do not share theirs with large ones.
+P sorts the channels of a head by the norm of their rows in W_k (or W_v), largest first. With grouped queries each head
+of keys has one order, which all its queries share. The pass is exact and needs no data. Number formats whose blocks
+share an exponent then waste fewer bits, because small channels do not share the exponent of large channels.
 
-Which channels of which tensors are one is followed with ``channels.trace``. An order within heads can be given to a
-region of tensors where each of its index maps consists of whole heads, channel by channel in one sequence: then all
-that moves data, moves whole heads. Rotary embeddings multiply by tables that all heads share and are refused, as is a
-norm within heads, and a cache of keys that is an output of the graph.
+``scale_regions.trace`` finds the tensors that share channels. Their channels can be sorted where each index map
+consists of whole heads in one sequence of channels, so that every operator moves whole heads. The pass refuses rotary
+embeddings, whose tables all heads share, norms within heads, and a cache of keys that is an output of the graph.
 
 Source: K-sort, for block floating point caches of keys; the order of values is an extension.
 """
@@ -36,14 +35,14 @@ from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
 
-BLOCK, MANTISSA = 16, 4  # of the block floating point that the error is reported for
+BLOCK, MANTISSA = 16, 4  # of the block floating point whose error is reported
 
 
 def block_floating_point(values: np.ndarray, block: int = BLOCK, mantissa: int = MANTISSA) -> np.ndarray:
-    """``values`` (…, n) float64 with one exponent for each ``block`` neighbours along the last axis.
+    """``values`` (…, n) float64 rounded with one exponent for each ``block`` neighbours along the last axis.
 
     e = floor(log2 max|v|) over a block;  v^ = clip(round(v 2^(m-1-e)), -(2^m - 1), 2^m - 1) 2^(e-m+1), with m bits of
-    mantissa beside the sign. A block at the end may be shorter.
+    mantissa beside the sign. The last block may be shorter.
     """
     count = values.shape[-1]
     padded = np.concatenate([values, np.zeros((*values.shape[:-1], -count % block))], axis=-1)
@@ -99,9 +98,9 @@ def _why_unreached(graph: gs.Graph, product: gs.Node, shapes: dict[str, Shape]) 
 
 @dataclass(frozen=True)
 class _Heads:
-    """Classes of a region that form heads. ``rows``: (heads, channels), in the order that they have in every tensor.
+    """Classes of a region that form heads: ``rows`` (heads, channels), in the order of every tensor.
 
-    ``place``: by class, the position in ``rows`` flattened; -1 where a class is in no head.
+    ``place`` holds the position of each class in ``rows`` flattened; -1 where a class is in no head.
     """
 
     rows: np.ndarray
@@ -122,7 +121,7 @@ class _Heads:
         return bool((self.place[np.abs(index)] >= 0).any())
 
     def check(self, index: np.ndarray, name: str) -> None:
-        """Raises Refused unless an index map consists of whole heads, and perhaps other channels beside them."""
+        """Raises Refused unless an index map consists of whole heads and of channels that are in no head."""
         found = self.place[np.abs(index)].reshape(-1)
         size = self.rows.shape[1]
         if found.size % size:
@@ -133,7 +132,7 @@ class _Heads:
             raise Refused(f"{name!r} does not keep its heads together")
 
     def positions(self, index: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """Which position of a vector of whole heads comes to each position. ``order``: (heads, channels)."""
+        """The old position of each position of a sorted vector of whole heads. ``order``: (heads, channels)."""
         size = self.rows.shape[1]
         positions = np.arange(index.size).reshape(-1, size)
         first = self.place[np.abs(index)].reshape(-1, size)[:, 0]
@@ -145,7 +144,7 @@ class _Heads:
 def _sort(
     graph: gs.Graph, region: Region, product: gs.Node, shapes: dict[str, Shape], outcome: Outcome
 ) -> dict[str, Any]:
-    """Sorts the heads of one product. Raises Refused, with nothing changed."""
+    """Sorts the channels of the heads of one product. Raises Refused, with nothing changed."""
     index = region.places[id(product.inputs[1])][1]
     heads = _Heads.of(region, index)
     for reason in filter(None, (region.fixed[c - 1] for c in heads.rows.reshape(-1))):
@@ -182,7 +181,7 @@ def _sort(
 
 
 def _check_operands(graph: gs.Graph, region: Region, heads: _Heads, shapes: dict[str, Shape]) -> None:
-    """Raises Refused where a node mixes the channels of heads with something that has an order of its own."""
+    """Raises Refused where a node combines the channels of heads with a tensor that has its own order."""
     for end in region.ends:
         if end.role in ("norm", "factor") and heads.touch(end.index):
             raise Refused(f"{end.node.op} scales the channels of its heads")
@@ -203,7 +202,7 @@ def _check_operands(graph: gs.Graph, region: Region, heads: _Heads, shapes: dict
 
 
 def _picks_channels(node: gs.Node, region: Region) -> bool:
-    """Whether a Gather takes several channels along the axis that has those of one head."""
+    """Whether a Gather picks several channels along the axis of the channels of one head."""
     indices, source = edit.argument(node, 1, "indices"), region.places.get(id(node.inputs[0]))
     if indices is None or indices.size == 1 or source is None:
         return False
@@ -213,7 +212,7 @@ def _picks_channels(node: gs.Node, region: Region) -> bool:
 
 
 def _weights(graph: gs.Graph, region: Region, heads: _Heads, signed: np.ndarray) -> np.ndarray:
-    """The rows that write the second operand, (heads, channels, in) float64. ``signed``: by class, its sign there."""
+    """The rows that write the second operand, (heads, channels, in) float64. ``signed``: the sign of each class."""
     for end in region.ends:
         if end.role != "out" or not heads.touch(end.index):
             continue
@@ -240,7 +239,7 @@ def _check_constant(end: End) -> None:
 
 
 def _sort_end(graph: gs.Graph, end: End, positions: np.ndarray) -> None:
-    """Sorts the constants at an end: of a linear along its channels, of a sum all values, however they lie."""
+    """Sorts the constants at an end: along the channels of a linear, or all values of a term."""
     if end.linear is not None:
         index_constants(graph, [(*place, positions) for place in view(graph, end.node).places(end.role)])
         return
@@ -252,7 +251,7 @@ def _sort_end(graph: gs.Graph, end: End, positions: np.ndarray) -> None:
 
 
 def _relative_error(weights: np.ndarray) -> float:
-    """Squared error of (heads, channels, in) in block floating point along the channels, relative."""
+    """The relative squared error of (heads, channels, in) in block floating point along the channels."""
     values = weights.swapaxes(1, 2)
     total = float((values**2).sum())
     return float(((block_floating_point(values) - values) ** 2).sum()) / total if total > 0 else 0.0

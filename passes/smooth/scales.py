@@ -1,6 +1,6 @@
-"""How much each channel is scaled and shifted: the formulas of the methods, over statistics by class of channel.
+"""The formulas by which the methods of ``smooth`` scale and shift each class of channels.
 
-    x' = (x - z) / s;   A = max |x - z|, W = the columns that read x; normalized so that the geometric mean of s is 1
+    x' = (x - z) / s;   A = max |x - z|, W: the columns that read x; the geometric mean of s is 1
 
     smoothquant   s = A^alpha / max|W|^(1 - alpha)            Xiao et al., SmoothQuant, ICML 2023
     os-plus       s = max(1, A / t),  z = (max + min) / 2     Wei et al., Outlier Suppression+, EMNLP 2023
@@ -11,7 +11,7 @@
     outliertune   s = A,  z = mean of (max + min) / 2         Wang et al., OutlierTune, 2024; MergeQuant without z
     fp4-shift     s = 2^-k,  k = rint(b) - rint(min b)        Liu et al., LLM-FP4, EMNLP 2023
 
-A channel that is always zero, or does not change after the shift, has s = 1 in all of them.
+A channel that is always zero, or constant and shifted to zero, has s = 1 in all methods.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import numpy as np
 
 from channelfold.passes.smooth import Aim
 
-_FAINT = 1e-3  # of the median scale: what scales end at, lest a channel that hardly moved in calibration explodes later
+_FAINT = 1e-3  # the least scale relative to the median, because channels that calibration hardly saw may grow later
 
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """What calibration saw of each class of channels, and the weights that read it; vectors (classes,) float64.
+    """The calibration statistics of each class of channels; vectors (classes,) float64.
 
-    ``middle``: (minimum + maximum) / 2 of each sample, averaged. ``columns``: the largest magnitude of the weights that
-    read the class. ``free``: what may be scaled; ``shiftable``: what may be shifted.
+    ``middle`` is the mean of (minimum + maximum) / 2 of each sample. ``columns`` holds the largest magnitude of the
+    weights that read the class. ``free`` classes may be scaled, and ``shiftable`` classes may be shifted.
     """
 
     minimum: np.ndarray
@@ -50,7 +50,7 @@ class ClassStatistics:
         return (self.minimum + self.maximum) / 2
 
     def normalized(self, scale: np.ndarray) -> np.ndarray:
-        """A scale with a geometric mean of 1 over the classes that may be scaled and are not dead (those get 1)."""
+        """A scale with a geometric mean of 1 over the free classes that are not dead; all other classes get 1."""
         usable = self.free & np.isfinite(scale) & (scale > 0)
         if not usable.any():
             return np.ones_like(scale)
@@ -59,15 +59,15 @@ class ClassStatistics:
         return np.where(usable, np.exp(logs - logs[usable].mean()), 1.0)
 
 
-def smoothquant(seen: ClassStatistics, alpha: float, shift: np.ndarray | float = 0.0) -> np.ndarray:
-    """A^alpha / max|W|^(1 - alpha); 0 leaves everything to the activations, 1 to the weights."""
-    amax = seen.amax(shift)
+def smoothquant(seen: ClassStatistics, alpha: float) -> np.ndarray:
+    """A^alpha / max|W|^(1 - alpha). With alpha 0 the activations keep their ranges, with 1 the weights take them."""
+    amax = seen.amax()
     columns = np.maximum(seen.columns, 1e-5)
     return seen.normalized(np.where(amax > 0, np.maximum(amax**alpha / columns ** (1 - alpha), 1e-5), 0.0))
 
 
 def os_plus(seen: ClassStatistics, limit: float, shift: np.ndarray | float = 0.0) -> np.ndarray:
-    """Shrinks the channels that leave [-limit, limit] to it, and leaves the others alone."""
+    """Shrinks the channels that exceed [-limit, limit] to this range; all other channels get 1."""
     return np.where(seen.free, np.maximum(1.0, seen.amax(shift) / limit), 1.0)
 
 
@@ -76,9 +76,9 @@ def awq(seen: ClassStatistics, ratio: float) -> np.ndarray:
 
 
 def repq(seen: ClassStatistics, aim: Aim, shifted: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift) that give every channel one range. Symmetric int8 wants the common zero point in the middle, 128.
+    """(scale, shift) that give all channels one range. For symmetric int8 the common zero point is the middle, 128.
 
-    A channel that is not shifted has a symmetric range as it is, r = max|x| / 127.
+    A channel without a shift has a symmetric range, r = max|x| / 127.
     """
     moves = seen.shiftable & shifted
     step = np.where(moves, (seen.maximum - seen.minimum) / 255, seen.amax() / 127)
@@ -88,7 +88,7 @@ def repq(seen: ClassStatistics, aim: Aim, shifted: bool) -> tuple[np.ndarray, np
 
 
 def _to_common(seen: ClassStatistics, step: np.ndarray, aim: Aim) -> np.ndarray:
-    """step / step~, 1 where nothing is to be scaled."""
+    """step / step~, 1 for classes that are not free."""
     usable = seen.free & (step > 0)
     if not usable.any():
         return np.ones_like(step)
@@ -100,12 +100,12 @@ def _to_common(seen: ClassStatistics, step: np.ndarray, aim: Aim) -> np.ndarray:
 
 
 def outliertune(seen: ClassStatistics, shift: np.ndarray | float) -> np.ndarray:
-    """Every channel by its own range: per-channel steps that the weights carry, so that one step is left."""
+    """Every channel is scaled by its own range: the weights carry one step for each channel."""
     return seen.normalized(seen.amax(shift))
 
 
 def fp4_shift(seen: ClassStatistics, exponent_bits: int = 2, mantissa_bits: int = 1) -> np.ndarray:
-    """Powers of two that move each channel's exponent bias to the common one, at most 2^exponent_bits - 1 apart."""
+    """Powers of two that give all channels a common exponent bias, at most 2^exponent_bits - 1 apart."""
     amax = seen.amax()
     usable = seen.free & (amax > 0)
     if not usable.any():

@@ -1,20 +1,19 @@
-"""Outlier channels split into several smaller ones, so that a per-tensor activation range fits all channels better.
+"""Outlier channels split into several smaller channels, so that one activation range fits all channels better.
 
     T_j = max(1, ceil(max|x_j| / theta))     channel j becomes T_j channels x_j / T_j, each read by the same weights w_j
     y   = sum over j of w_j x_j  =  sum over j of T_j (w_j (x_j / T_j))
 
-Exact, and the function of every other channel is untouched; what it costs is width. With 1 / T_j moved into what writes
-the channels (``rescale``), the copies are made where they cost nothing:
+A split is exact and costs width. ``rescale`` moves 1 / T_j into the writers of the channels. Two ways make the copies:
 
-    linear -> linear    the writer's rows are repeated; with a gate in between (SwiGLU) only the scaled branch is
-                        divided, and the rows of both are repeated. No node is added, the hidden width grows
-    anything else       a norm, attention: what writes the channels cannot get wider. With ``allow_insert`` one Gather
-                        in front of the readers repeats them, and where 1 / T_j has nowhere to go, one Mul divides them
+    linear -> linear    the rows of the writer are repeated; with a gate in between (SwiGLU) only the scaled branch is
+                        divided, and the rows of both branches are repeated. No node is added, the hidden width grows
+    anything else       the writer (a norm, attention) cannot get wider. With ``allow_insert`` a Gather in front of the
+                        readers repeats the channels, and a Mul divides the channels where no writer takes 1 / T_j up
 
 theta goes in 100 steps from the largest channel down, until more than ``max_extra`` of the channels would be added; the
-one whose quantized outputs (int8, activation per tensor, weights per output channel) are closest to the float ones on a
-sample of rows is taken, and none where no split helps. Afterwards many channels reach the edge of the range, where one
-did: what calibration has not seen is clipped in all of them, so that it should see enough.
+split with the least error of the quantized outputs on a sample of rows is taken (int8, activation per tensor, weights
+per output channel), and none where no split helps. After a split many channels reach the edge of the range. Values
+beyond the calibration data are then clipped in all of these channels, so calibration needs enough data.
 
 Source: Liu et al., QLLM, ICLR 2024, section 4.1 (channel disassembly); the number of steps there depends on the unit.
 """
@@ -32,7 +31,7 @@ from channelfold.passes.channels.rescale import rescale
 from channelfold.passes.channels.scale_regions import End, Region, Shape, reach
 from channelfold.passes.channels.widths import columns_of, gathered, read_by
 from channelfold.passes.layers.linear import Linear, usable, view
-from channelfold.passes.layers.quantization_error import ROWS, Bits, quantized_activation
+from channelfold.passes.layers.quantization_error import ROWS, Bits, decibels, quantized_activation
 from channelfold.passes.smooth import SplitChannels
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
@@ -40,7 +39,7 @@ from channelfold.runtime.stats.channels import ChannelStatistics
 from channelfold.runtime.stats.observe import by_name, observe
 
 _STEPS = 100  # of the threshold
-_OUTPUTS = 1024  # at most, that the error is measured on
+_OUTPUTS = 1024  # the error is measured on at most so many outputs
 _WORTH_NODES = 3.0  # dB
 
 
@@ -75,7 +74,7 @@ class Work(SplitChannels):
         return list(usable(graph, outcome, why_not))
 
     def _region(self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape]) -> tuple[Region, list[End], bool]:
-        """(region of what a linear reads, its readers there, whether nodes are needed). Raises Refused."""
+        """(region of the input of a linear, its readers, whether a split inserts nodes). Raises Refused."""
         region = reach(graph, linear, shapes, self.allow_insert)
         ends = region.readers()
         readers = [end for end in ends if end.linear is not None and end.linear.data is linear.data]
@@ -87,14 +86,14 @@ class Work(SplitChannels):
             read_by(graph, linear, shapes)
         except Refused as error:
             if not self.allow_insert:
-                raise Refused(f"its width cannot grow: {error} (a Gather could repeat it: allow_insert)") from None
+                raise Refused(f"its width cannot grow: {error} (allow_insert: a Gather repeats its channels)") from None
             return region, readers, True
         return region, readers, bool(region.cuts)
 
     def _split(
         self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape], seen: ChannelStatistics, outcome: Outcome
     ) -> dict[str, Any]:
-        """Splits what a linear reads. Raises Refused, with nothing changed."""
+        """Splits the input channels of a linear. Raises Refused, with nothing changed."""
         if not seen.positions:
             raise Refused("no calibration sample reached it")
         region, ends, inserts = self._region(graph, linear, shapes)
@@ -136,10 +135,10 @@ class Work(SplitChannels):
 
 @dataclass(frozen=True)
 class _Search:
-    """The choice of theta for one tensor, on ``rows`` (n, channels) of it that stand for ``weights``.
+    """The search of theta for one tensor.
 
-    ``amax``, (channels,), is equal for channels of one of the ``classes``; only ``free`` ones can be split. ``matrix``,
-    (out, channels), is what reads them.
+    ``amax`` (channels,) is equal for channels of one of the ``classes``; only ``free`` channels can be split. ``rows``
+    (n, channels) is a sample with ``weights`` (n,), and ``matrix`` (out, channels) the weight that reads the channels.
     """
 
     amax: np.ndarray
@@ -150,7 +149,7 @@ class _Search:
     matrix: np.ndarray
 
     def best(self, max_extra: float, align: int) -> tuple[np.ndarray, tuple[float, float]]:
-        """(T by channel, signal-to-noise ratio of the outputs before and after, in dB); T = 1 where no split helps."""
+        """(T by channel, signal-to-noise ratio of the outputs before and after in dB); T = 1 where no split helps."""
         outputs, rounded = self.rows @ self.matrix.T, Bits().format.rounded(self.matrix)
         tried = parts = np.ones(len(self.amax))
         best = before = self.error(parts, outputs, rounded)
@@ -165,10 +164,10 @@ class _Search:
             if (error := self.error(candidate, outputs, rounded)) < best:
                 best, parts = error, candidate
         signal = float(self.weights @ (outputs**2).sum(axis=1, dtype=np.float64))
-        return parts, (_decibels(signal, before), _decibels(signal, best))
+        return parts, (decibels(before / signal), decibels(best / signal)) if signal else (0.0, 0.0)
 
     def aligned(self, parts: np.ndarray, align: int) -> np.ndarray:
-        """``parts`` with the channels that are largest by now split once more, until their sum is a multiple."""
+        """``parts`` with the largest channels split once more, until their sum is a multiple of ``align``."""
         parts, counts = parts.copy(), np.bincount(self.classes)[self.classes]
         while missing := -int(parts.sum()) % align:
             load = np.where(self.free & (counts <= missing), self.amax / parts, 0.0)
@@ -178,21 +177,21 @@ class _Search:
         return parts
 
     def error(self, parts: np.ndarray, outputs: np.ndarray, rounded: np.ndarray) -> float:
-        """Squared error of the quantized outputs. Copies are rounded alike, so that one stands for all of them."""
+        """The squared error of the quantized outputs; one copy stands for all, because copies are rounded alike."""
         scale = parts.astype(np.float32)
         values = quantized_activation(self.rows / scale, Bits().activation) * scale
         return float(self.weights @ ((values @ rounded.T - outputs) ** 2).sum(axis=1, dtype=np.float64))
 
 
 def _complete(graph: gs.Graph, shapes: dict[str, Shape]) -> None:
-    """Adds the results of the Mul nodes that ``rescale`` has inserted."""
+    """Adds the shapes of the Mul nodes that ``rescale`` has inserted."""
     for node in graph.nodes:
         if node.op == "Mul" and node.outputs[0].name not in shapes:
             shapes[node.outputs[0].name] = shapes[node.inputs[0].name]
 
 
 def _repeat(graph: gs.Graph, readers: list[Linear], parts: np.ndarray, shapes: dict[str, Shape]) -> None:
-    """Lets each channel of what ``readers`` read stand ``parts`` times."""
+    """Repeats each input channel of ``readers`` ``parts`` times."""
     readers = [view(graph, linear.node) for linear in readers]
     try:
         width = read_by(graph, readers[0], shapes)
@@ -200,7 +199,3 @@ def _repeat(graph: gs.Graph, readers: list[Linear], parts: np.ndarray, shapes: d
         width = gathered(graph, readers, shapes)
     width = width.blended(None, lambda columns: columns / parts.reshape(-1, *[1] * (columns.ndim - 1)), shapes)
     width.repeat(parts, shapes)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    return float(10 * np.log10(signal / noise)) if noise > 0 and signal > 0 else 300.0

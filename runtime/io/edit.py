@@ -239,8 +239,17 @@ def remove_dead(graph: gs.Graph) -> list[gs.Node]:
 
 def insert_after(graph: gs.Graph, node: gs.Node, new: gs.Node) -> None:
     """Puts ``new`` into the node list right behind ``node``."""
+    _insert(graph, node, new, 1)
+
+
+def insert_before(graph: gs.Graph, node: gs.Node, new: gs.Node) -> None:
+    """Puts ``new`` into the node list right in front of ``node``."""
+    _insert(graph, node, new, 0)
+
+
+def _insert(graph: gs.Graph, node: gs.Node, new: gs.Node, offset: int) -> None:
     position = next(i for i, other in enumerate(graph.nodes) if other is node)
-    graph.nodes.insert(position + 1, new)
+    graph.nodes.insert(position + offset, new)
     new._graph = graph
 
 

@@ -211,7 +211,7 @@ def test_not_without_leave():
     text = listing(graph)
     outcome = split(graph)
     assert reasons(outcome) == [
-        "MatMul: its width cannot grow: LayerNormalization is in between (a Gather could repeat it: allow_insert)"
+        "MatMul: its width cannot grow: LayerNormalization is in between (allow_insert: a Gather repeats its channels)"
     ]
     assert listing(graph) == text
 
