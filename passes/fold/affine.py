@@ -5,15 +5,15 @@
     norm       s * (g * n(x) + e) + t     =  (s * g) n(x) + (s * e + t)
     split      s * x + t                  =  s back, t forward; or s * (x + t / s), shift back, scale forward
 
-BatchNormalization, LayerScale, input normalization and any other constant per-channel Mul, Div, Add or Sub are affine
-maps (``layers.affine``). A map is folded into the linear or norm before it, or into *every* linear behind it, through
-the operators that commute with the map. The part that cannot move exactly stays as one Mul and one Add at most, and
-the refusal names the part and the reason.
+BatchNormalization, LayerScale, input normalization and all other constant per-channel Mul, Div, Add and Sub nodes are
+affine maps (``layers.affine``). A map is folded into the linear or norm in front, or into *all* linears behind, through
+the operators that commute with the map. A part that cannot move stays as at most one Mul and one Add, and the report
+names the reason.
 
-Left as they are: the affine part of a decomposed norm (it is the norm's gamma and beta); a scalar factor right behind a
-product of two activations (it belongs to GELU or HardSwish, which runtimes fuse); weights that someone else reads too,
-where a copy would make the file more than 1 MB larger; folds that would add more nodes than they remove. A scalar that
-can move nowhere is part of a formula (the epsilon of a norm, the 1 in GELU) and is not refused.
+The pass leaves alone: gamma and beta of a decomposed norm; a scalar factor right behind a product of two activations,
+which belongs to a GELU or HardSwish that runtimes fuse; weights with other readers, where a copy would make the file
+more than 1 MB larger; folds that would add more nodes than they remove. A scalar that cannot move is part of a formula
+(the epsilon of a norm, the 1 in GELU) and is not refused.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Work(FoldAffine):
         infer_shapes(graph)
         outcome = Outcome()
         try:
-            while _fold_everywhere(graph, outcome):  # a map that has moved may have been in the way of another
+            while _fold_everywhere(graph, outcome):  # a map that moves may clear the way for another map
                 outcome.refused.clear()
             _fold_gemm_factors(graph, outcome)
         finally:
@@ -71,7 +71,7 @@ class Work(FoldAffine):
 
 
 def _fold_everywhere(graph: gs.Graph, outcome: Outcome) -> bool:
-    """Tries every site once; returns whether any was folded."""
+    """Tries every site once; returns whether a site was folded."""
     moved, seen = False, set()
     for node in list(graph.nodes):
         if id(node) in seen or not node.outputs:
@@ -93,7 +93,7 @@ def _fold_everywhere(graph: gs.Graph, outcome: Outcome) -> bool:
 
 
 def _site(graph: gs.Graph, node: gs.Node) -> Affine | None:
-    """The longest map that starts at a node, or None. Raises Refused for a node that only looks like a map."""
+    """The longest map that starts at a node, or None. Raises Refused as ``find_affine`` does."""
     run = find_affine(node) if _biased(graph, node) is None else None
     if run is None or _is_factor(node, run):
         return None
@@ -107,7 +107,7 @@ def _site(graph: gs.Graph, node: gs.Node) -> Affine | None:
 
 
 def _biased(graph: gs.Graph, node: gs.Node) -> Linear | None:
-    """The MatMul whose bias an Add is."""
+    """The MatMul whose bias an Add node adds, or None."""
     for tensor in node.inputs if node.op == "Add" else ():
         source = edit.producer(tensor)
         if source is not None and source.op == "MatMul":
@@ -131,7 +131,7 @@ def _is_product(node: gs.Node) -> bool:
 
 
 def _is_normalized(tensor: gs.Tensor) -> bool:
-    """Whether a tensor is x / root or x * (1 / root), with root the square root of a variance, perhaps plus epsilon."""
+    """Whether a tensor is x / root or x * (1 / root), where root is the square root of a variance or of a sum."""
     node = edit.producer(tensor)
     if node is None or not _is_product(node):
         return False
@@ -149,7 +149,7 @@ def _is_inverse_root(tensor: gs.Tensor) -> bool:
 
 
 def _origin(tensor: gs.Tensor, op: str) -> gs.Node | None:
-    """The node that computes a tensor; Expand, and ``op`` with a constant, are passed over."""
+    """The node that computes a tensor, before Expand nodes and before ``op`` nodes with a constant operand."""
     node = edit.producer(tensor)
     while node is not None and node.op in (op, "Expand"):
         inner = [t for t in node.inputs if not isinstance(t, gs.Constant)]
@@ -182,7 +182,7 @@ def _fold(graph: gs.Graph, site: Affine) -> str:
 
 
 def _plans(site: Affine, back: _Path, forth: _Path) -> Iterator[tuple[str, _Map, _Map, _Map]]:
-    """The ways to divide a map, the best first: (description, part moved back, part moved forward, part that stays)."""
+    """The ways to divide a map, best first: (description, part moved back, part moved forward, part that stays)."""
     scale, shift = site.scale, site.shift
     one, zero = np.ones_like(scale), np.zeros_like(shift)
     nothing = (one, zero)
@@ -194,7 +194,7 @@ def _plans(site: Affine, back: _Path, forth: _Path) -> Iterator[tuple[str, _Map,
         ratio = np.divide(shift, scale, out=zero.copy(), where=scale != 0)
     whole = np.isfinite(ratio).all() and not np.any(shift[scale == 0])
     if edit.dtype(site.input) == np.float16:
-        whole = False  # x + t / s can be out of its range where s * x + t is not
+        whole = False  # x + t / s can overflow where s * x + t does not
     yield "scale into what precedes it, shift into what follows it", (scale, zero), (one, shift), nothing
     if whole:
         yield "shift into what precedes it, scale into what follows it", (one, ratio), (scale, zero), nothing
@@ -263,19 +263,17 @@ def _check_axis(end: Linear | gs.Node, tensor: gs.Tensor, axis: int | None) -> N
 
 
 def _move(graph: gs.Graph, site: Affine, back, backward: _Map, forth, forward: _Map, left: _Map) -> None:
-    """Carries out a plan. All values are computed before the first is written, so that Refused changes nothing."""
+    """Carries out a plan. Raises Refused, with nothing changed."""
     writes = []
-    if _matters(backward):
-        for end, v in back:
-            if isinstance(end, Linear):
-                scale, shift = _expand(v, backward, end, end.channels[0])
-                writes.append((end, end.rescaled(out_scale=scale, out_shift=shift)))
-            else:
-                writes.append((end, norm_parameters(end, *backward)))
-    if _matters(forward):
-        for end, v in forth:
-            scale, shift = _expand(v, forward, end, end.channels[1])
-            writes.append((end, end.rescaled(in_scale=scale, in_shift=shift)))
+    for end, layout in back if _matters(backward) else ():
+        if isinstance(end, Linear):
+            scale, shift = _expand(layout, backward, end, end.channels[0])
+            writes.append((end, end.rescaled(out_scale=scale, out_shift=shift)))
+        else:
+            writes.append((end, norm_parameters(end, *backward)))
+    for end, layout in forth if _matters(forward) else ():
+        scale, shift = _expand(layout, forward, end, end.channels[1])
+        writes.append((end, end.rescaled(in_scale=scale, in_shift=shift)))
     linears = [(end, values) for end, values in writes if isinstance(end, Linear)]
     for linear, _ in linears:
         check_growth(linear)
@@ -304,7 +302,7 @@ def _matters(part: _Map) -> bool:
 
 
 def _shorten(graph: gs.Graph, site: Affine, reason: str) -> str:
-    """Writes a run of nodes as one Mul and one Add. Raises Refused when it is short already."""
+    """Writes a run of nodes as at most one Mul and one Add. Raises Refused where the run is no longer than that."""
     try:
         parts = _parts(site, site.scale, site.shift)
     except Refused:
@@ -316,27 +314,22 @@ def _shorten(graph: gs.Graph, site: Affine, reason: str) -> str:
 
 
 def _parts(site: Affine, scale: np.ndarray, shift: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """The Mul and the Add, with their constants, that compute a map; neutral ones are left out. Raises DoesNotFit."""
+    """The Mul and the Add that compute a map, as (operator, constant), without neutral ones. Raises DoesNotFit."""
     kind = edit.dtype(site.input) or edit.dtype(site.output)
     if kind is None:
         kind = next((np.dtype(t.dtype) for n in site.nodes for t in n.inputs if isinstance(t, gs.Constant)), None)
+    parts = [(op, cast(values, kind or np.dtype(np.float32))) for op, values in (("Mul", scale), ("Add", shift))]
+    parts = [(op, values) for op, values in parts if np.any(values != (op == "Mul"))]
+    if site.axis is None or not parts:
+        return parts
     size = edit.rank(site.input)
-    parts = []
-    for op, values, idle in (("Mul", scale, 1), ("Add", shift, 0)):
-        values = cast(values, kind or np.dtype(np.float32))
-        if not np.any(values != idle):
-            continue
-        if site.axis is None:
-            parts.append((op, values))
-        elif size is None:
-            raise Refused("the rank of its input is unknown")
-        else:
-            parts.append((op, values.reshape(-1, *[1] * (size - 1 - site.axis))))
-    return parts
+    if size is None:
+        raise Refused("the rank of its input is unknown")
+    return [(op, values.reshape(-1, *[1] * (size - 1 - site.axis))) for op, values in parts]
 
 
 def _leave(graph: gs.Graph, site: Affine, parts: list[tuple[str, np.ndarray]]) -> None:
-    """Replaces the nodes of a map by the given Mul and Add."""
+    """Replaces the nodes of a map by ``parts``."""
     if not parts and edit.bypass(graph, site.input, list(site.nodes), site.output):
         return
     kept = site.nodes[-max(len(parts), 1) :]

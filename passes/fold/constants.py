@@ -1,18 +1,19 @@
-"""Constant folding: nodes that depend on constants alone are replaced by their values.
+"""Nodes that depend on constants alone replaced by their values.
 
     f(c1, c2, …)  =  c        for every deterministic f
 
-Constant folding computes Weight Standardization (W - mean(W)) / std(W), the arithmetic of pads and shapes, masks, and
-weights behind Cast or Transpose. ONNX Runtime computes the values with the nodes of the model, without fusing them.
-The shape of a tensor that is known whatever the input counts as a constant.
+The pass computes Weight Standardization (W - mean(W)) / std(W), the arithmetic of pads and shapes, masks, and weights
+behind Cast or Transpose. ONNX Runtime runs the nodes of the model without fusing them. The shape of a tensor counts as
+a constant where the shape is the same for every input.
 
-Left as they are: random operators, QuantizeLinear and DequantizeLinear (folding them would undo a quantization), nodes
-with subgraphs, nodes that write a graph output, and connected nodes whose result would make the file more than 1 MB
-larger (a tied embedding behind a Transpose, a weight that ConstantOfShape makes).
+The pass leaves alone: random operators, QuantizeLinear and DequantizeLinear (folding them would undo a quantization),
+nodes with subgraphs, nodes that write a graph output, and connected nodes whose result would make the file more than 1
+MB larger (a tied embedding behind a Transpose, a weight that ConstantOfShape makes).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Work(FoldConstants):
 class _Group:
     """Connected nodes that are folded together.
 
-    ``results``: their outputs that other nodes read. ``freed``: bytes of the constants that only these nodes read.
+    ``results`` are their outputs that other nodes read, and ``freed`` the bytes of the constants that only they read.
     """
 
     nodes: list[gs.Node]
@@ -71,7 +72,7 @@ class _Group:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its results, as far as their shapes are known."""
+        """Bytes of the results with known shapes."""
         return sum(map(_nbytes, self.results))
 
     def __str__(self) -> str:
@@ -100,7 +101,7 @@ def _groups(graph: gs.Graph) -> list[list[gs.Node]]:
 
 
 def _sources(node: gs.Node) -> list[gs.Node | None]:
-    """The nodes (None for an input of the graph) that a node's result depends on."""
+    """The nodes that the result of a node depends on; None for an input of the graph."""
     if _known_shape(node) is not None:
         return []
     return [edit.producer(t) for t in node.inputs if not isinstance(t, gs.Constant) and not t.is_empty()]
@@ -116,7 +117,7 @@ def _is_foldable(graph: gs.Graph, node: gs.Node) -> bool:
 
 
 def _known_shape(node: gs.Node) -> np.ndarray | None:
-    """The result of a Shape or Size node, where it is the same for every input; else None."""
+    """The result of a Shape or Size node; None where the result depends on the input, and for other nodes."""
     if not operator(node).asks_shape or node.inputs[0].shape is None:
         return None
     shape = node.inputs[0].shape
@@ -128,7 +129,7 @@ def _known_shape(node: gs.Node) -> np.ndarray | None:
 
 
 def _nbytes(tensor: gs.Tensor) -> int:
-    """Bytes of a tensor's values, 0 where its shape is not known."""
+    """Bytes of the values of a tensor; 0 where its shape is unknown."""
     if tensor.shape is None or not all(isinstance(d, int) for d in tensor.shape):
         return 0
     kind = edit.dtype(tensor)
@@ -136,7 +137,7 @@ def _nbytes(tensor: gs.Tensor) -> int:
 
 
 def _is_too_large(group: _Group, nbytes: int, outcome: Outcome) -> bool:
-    """Refuses a group whose results, ``nbytes`` in all, would make the file much larger."""
+    """Refuses a group whose results, ``nbytes`` in sum, would make the file much larger; returns whether it did."""
     grown = nbytes - group.freed
     if grown > GROWTH_LIMIT:
         outcome.refuse(group.name, f"{group}: its value would make the file {grown / 1e6:.1f} MB larger", "size")
@@ -144,27 +145,23 @@ def _is_too_large(group: _Group, nbytes: int, outcome: Outcome) -> bool:
 
 
 def _batches(groups: list[_Group]) -> Iterator[list[_Group]]:
-    """Groups that may be computed at once."""
-    batch, size = [], 0
-    for group in groups:
-        batch.append(group)
-        size += group.nbytes
-        if size > _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    """Lists of groups, each computed in one session."""
+    while groups:
+        total = itertools.accumulate(group.nbytes for group in groups)
+        count = next((n for n, size in enumerate(total, 1) if size > _BATCH), len(groups))
+        yield groups[:count]
+        groups = groups[count:]
 
 
 def _computed(graph: gs.Graph, groups: list[_Group]) -> Iterator[tuple[_Group, list[np.ndarray] | ModelError]]:
-    """Every group with the values of its results, or with the error of ONNX Runtime."""
+    """Every group with the values of its results, or with an error of ONNX Runtime."""
     try:
         values = iter(_compute(graph, [n for g in groups for n in g.nodes], [t for g in groups for t in g.results]))
     except ModelError as error:
         if len(groups) == 1:
             yield groups[0], error
             return
-        middle = len(groups) // 2  # a session costs more than most nodes: the one that fails is searched for by halves
+        middle = len(groups) // 2  # finds the group that fails by halves, because a session costs more than most nodes
         yield from _computed(graph, groups[:middle])
         yield from _computed(graph, groups[middle:])
     else:
@@ -173,7 +170,7 @@ def _computed(graph: gs.Graph, groups: list[_Group]) -> Iterator[tuple[_Group, l
 
 
 def _compute(graph: gs.Graph, nodes: list[gs.Node], wanted: list[gs.Tensor]) -> list[np.ndarray]:
-    """The values of tensors that nodes make out of constants. Raises ModelError."""
+    """The values of ``wanted``, which ``nodes`` compute from constants. Raises ModelError."""
     known = {node.outputs[0].name: shape for node in nodes if (shape := _known_shape(node)) is not None}
     nodes = [node for node in nodes if node.outputs[0].name not in known]
     outputs = [t for t in wanted if t.name not in known]
@@ -194,14 +191,10 @@ def _replace(graph: gs.Graph, group: _Group, values: list[np.ndarray] | ModelErr
         return
     if _is_too_large(group, sum(value.nbytes for value in values), outcome):
         return
-    constants = [_owned(stored(graph, value, t.name)) for value, t in zip(values, group.results, strict=True)]
+    constants: list[Any] = [stored(graph, value, t.name) for value, t in zip(values, group.results, strict=True)]
     for node in group.nodes:
         edit.detach(node)
     for tensor, value in zip(group.results, constants, strict=True):
-        tensor.to_constant(value)
+        borrowed = isinstance(value, np.ndarray) and not value.flags.owndata  # and could never be made writeable again
+        tensor.to_constant(value.copy() if borrowed else value)
     outcome.change(group.name, f"{group} computed")
-
-
-def _owned(values: Any) -> Any:
-    """Values in memory of their own: arrays in ONNX Runtime's cannot be made writeable again once they were frozen."""
-    return values.copy() if isinstance(values, np.ndarray) and not values.flags.owndata else values

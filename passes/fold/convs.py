@@ -9,22 +9,22 @@ Axis by axis, with stride s, dilation d and padding p of W, and t, e, q of the c
     z[j] = sum over v of W[v] * x[s j - p + d v]        y[n] = sum over u of V[u] * z[t n - q + e u]
     y[n] = sum over u, v of K[u, v] * x[s t n - (p + s q) + s e u + d v]
 
-so the merged conv has stride s t, padding p + s q at either end and, where one kernel has a single tap, the dilation of
-the other: d, or s e. It is exact where every z[j] that V reads as padding is what W makes of the zeros around x:
+The merged conv has stride s t and padding p + s q at either end. Where one kernel has a single tap, the merged conv has
+the dilation of the other kernel, d or s e. The merge is exact where W makes zeros of the zeros that V pads with:
 
     one tap in W             for j < 0 and j >= size(z), x[s j - p] is outside x: W makes 0
     one tap in V, q = 0      V reads no padding
-    anything else            refused: two taps each are no regular kernel, and a padded V sees 0, not W x
+    anything else            refused: two taps each make no regular kernel, and a padded V reads 0, not W x
 
-A bias b in front of padding is refused: V sees 0 there, and the merged conv V b. The sizes agree, since
-floor((floor(a / s) + q) / t) = floor((a + s q) / (s t)). The result has gcd(groups of W, groups of V) groups.
+A bias b in front of padding is refused, because V reads 0 there and the merged conv would read V b. The sizes agree:
+floor((floor(a / s) + q) / t) = floor((a + s q) / (s t)). The merged conv has gcd(groups of W, groups of V) groups.
 
-This is how a re-parameterizable layer such as CLR (1x1 -> depthwise 3x3 -> BatchNormalization) becomes one conv. But a
-pointwise conv merged with a depthwise k x k one takes about k^2 times its multiply-accumulates (MACs), so that
-``max_macs_growth`` has to allow it. They are counted per output, as if there were no border. A conv that returns its
-input is removed.
+A re-parameterizable layer such as CLR (1x1 -> depthwise 3x3 -> BatchNormalization) becomes one conv. But a pointwise
+conv merged with a depthwise k x k conv takes about k^2 times the multiply-accumulates (MACs), so that
+``max_macs_growth`` has to allow the merge. MACs are counted per output, without borders. A conv that returns its input
+is removed.
 
-Run ``fold-affine`` before: a BatchNormalization in between is in the way.
+Run ``fold-affine`` before, because a BatchNormalization between two convs prevents the merge.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from channelfold.runtime.io import edit
 class Work(MergeConvs):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
-        while self._merge_everywhere(graph, outcome):  # a merge can make a neighbouring merge affordable
+        while self._merge_everywhere(graph, outcome):  # a merge can make a neighbouring merge cheap enough
             outcome.refused.clear()
         return outcome
 
     def _merge_everywhere(self, graph: gs.Graph, outcome: Outcome) -> bool:
-        """Tries every site once; returns whether anything was merged or removed."""
+        """Tries every site once; returns whether a Conv was merged or removed."""
         before = len(outcome.changed)
-        for node in list(graph.nodes):  # a merge may take the nodes that made a weight out of it
+        for node in list(graph.nodes):
             if not _is_conv(node):
                 continue
             with outcome.refusing(node.name, "Conv"):
@@ -61,7 +61,7 @@ class Work(MergeConvs):
                     outcome.change(node.name, f"{base.name} merged into it, {self._merge(graph, base, node)}")
         merged = len(outcome.changed) > before
         if merged:
-            edit.remove_dead(graph)  # among others what made the weight of a Conv that is gone
+            edit.remove_dead(graph)  # such as the nodes that made the weight of a merged Conv
         return merged
 
     def _merge(self, graph: gs.Graph, base: gs.Node, node: gs.Node) -> str:
@@ -114,9 +114,9 @@ class _Window:
         """The window of this Conv merged with the Conv in front. Raises Refused where there is no such window."""
         wide = base.kernel > 1
         if np.any(wide & (self.kernel > 1)):
-            raise Refused("it and the Conv in front of it both look at several places along one axis")
+            raise Refused("it and the Conv in front of it both have a kernel along one axis")
         if np.any(wide & self.pads.any(axis=0)):
-            raise Refused("it pads what a Conv with more than one place to look at made")
+            raise Refused("it pads the result of a Conv with a kernel")
         behind = np.where(self.kernel > 1, base.strides * self.dilations, 1)
         return _Window(
             base.kernel * self.kernel,
@@ -140,7 +140,7 @@ def _is_conv(node: gs.Node) -> bool:
 
 
 def _remove_identity(graph: gs.Graph, node: gs.Node) -> bool:
-    """Removes a Conv that returns its input; returns whether it was removed (names at both ends may forbid it)."""
+    """Removes a Conv that returns its input; returns False also where names at both ends must stay."""
     try:
         conv = view(graph, node)
         window = _Window.of(conv)

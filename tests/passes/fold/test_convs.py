@@ -296,11 +296,11 @@ REFUSED = {
     ),
     "kernels of both": (
         "c = Conv<pads=[1,1,1,1]>(x, V)\n y = Conv<pads=[1,1,1,1], group=6>(c, D)", {"V": (6, 4, 3, 3), "W": None},
-        "it and the Conv in front of it both look at several places along one axis",
+        "it and the Conv in front of it both have a kernel along one axis",
     ),
     "padding around a kernel's result": (
         "c = Conv(x, V)\n y = Conv<pads=[0,1,0,0], group=6>(c, E)", {"V": (6, 4, 3, 3), "E": (6, 1, 1, 1), "W": None,
-        "D": None}, "it pads what a Conv with more than one place to look at made",
+        "D": None}, "it pads the result of a Conv with a kernel",
     ),
     "another reader": ("c = Conv(x, W)\n d = Conv<pads=[1,1,1,1], group=6>(c, D)\n y = Add(c, d)", {}, SHARED),
     "automatic padding": (
