@@ -40,7 +40,7 @@ class FoldConstants(Pass):
 
 @dataclass(frozen=True)
 class RemoveIdentities(Pass):
-    """Removes nodes that return their input unchanged, and nodes whose results are not read."""
+    """Removes nodes that return their input unchanged, and nodes whose results have no readers."""
 
     name, kind, does_it = "remove-identities", "exact", "identities"
 
@@ -57,12 +57,12 @@ class FoldAffine(Pass):
     """Folds BatchNormalization and other constant channel-wise scales and shifts into neighbouring weights."""
 
     name, kind, does_it = "fold-affine", "exact", "affine"
-    needs_opset = 7  # before it, constants broadcast by attributes, and BatchNormalization is in training by default
+    needs_opset = 7  # earlier opsets broadcast by attributes, and BatchNormalization is in training by default
 
 
 @dataclass(frozen=True)
 class MergeConvs(Pass):
-    """Merges a Conv into the Conv behind it, where that is exact and not slower."""
+    """Merges a Conv into the Conv behind it where the merge is exact and not slower."""
 
     name, kind, does_it = "merge-convs", "exact", "convs"
 

@@ -6,9 +6,10 @@
     bqhk,bthk->bhqt           MatMul(Transpose(x), Transpose(y))                the scores of attention
     bthk,hkd->btd             MatMul(Reshape(x, [b, t, h k]), Reshape(W, [h k, d]))
 
-The indices of two operands are batch (in both and the result), summed (in both alone), left and right (in one and the
-result); x is brought to batch, left, summed and y to batch, summed, right. Several summed or right ones become one axis
-where their sizes are known. What ``fold-constants`` finds of it on weights alone is computed once.
+An index of two operands is batch (in both operands and the result), summed (in both operands alone), left or right (in
+one operand and the result). The first operand gets the order batch, left, summed, the second batch, summed, right.
+Several summed or right indices become one axis where their sizes are known. ``fold-constants`` computes the new nodes
+on weights once.
 """
 
 from __future__ import annotations
@@ -48,11 +49,7 @@ Step = tuple[str, list[int]]  # Transpose, Reshape or Unsqueeze, and its perm, s
 
 @dataclass(frozen=True)
 class _Plan:
-    """The nodes that replace an Einsum.
-
-    ``operands``: each operand with the steps that prepare it. ``op``: the operator that combines the operands.
-    ``result``: the steps after ``op``.
-    """
+    """The nodes that replace an Einsum: the steps of each operand, ``op`` on all of them, the steps of ``result``."""
 
     operands: list[tuple[gs.Tensor, list[Step]]]
     op: str
@@ -60,7 +57,7 @@ class _Plan:
 
 
 def _plan(node: gs.Node) -> _Plan:
-    """The plan for an Einsum. Raises Refused where it is no Transpose, Mul or MatMul."""
+    """The plan for an Einsum. Raises Refused where the Einsum is no Transpose, Mul or MatMul."""
     try:
         *terms, result = einsum_terms(node)
     except InBetween as error:
@@ -82,7 +79,7 @@ def _plan(node: gs.Node) -> _Plan:
     if not left or not right or (batch and len(left) > 1):
         raise Refused("it is no product of matrices")
     rows, outer = [0] * len(batch + left), _volume(right, sizes)
-    inner = _volume(summed, sizes) if len(summed) > 1 else 0  # 0: as long as it was
+    inner = _volume(summed, sizes) if len(summed) > 1 else 0  # 0: the size stays
     before, behind = _ordered(x, batch + left + summed), _ordered(y, batch + summed + right)
     after = _ordered("".join(batch + left + right), result)
     if len(summed) > 1:
@@ -118,14 +115,13 @@ def _sizes(parts: list[tuple[str, gs.Tensor]]) -> dict[str, int]:
 
 
 def _volume(indices: list[str], sizes: dict[str, int]) -> int:
-    """The size of the axis that some indices are merged into; -1 where it is unknown."""
+    """The size of one axis for several indices; -1 where the size is unknown."""
     return math.prod(sizes[i] for i in indices) if all(i in sizes for i in indices) else -1
 
 
 def _write(graph: gs.Graph, node: gs.Node, plan: _Plan) -> list[str]:
-    """Replaces a node by the nodes of a plan; returns their operators. The main one keeps the node's name."""
+    """Replaces a node by the nodes of a plan; returns their operators. The node of ``plan.op`` keeps the name."""
     output, made = node.outputs[0], []
-    place = next(i for i, other in enumerate(graph.nodes) if other is node)
 
     def add(op: str, inputs: list[gs.Tensor], values: list[int] | None = None) -> gs.Variable:
         name = f"{node.name}_{op.lower()}"
@@ -136,8 +132,7 @@ def _write(graph: gs.Graph, node: gs.Node, plan: _Plan) -> list[str]:
             inputs = [*inputs, constant(graph, f"{name}_{_HELD[op]}", np.array(values, np.int64))]
         result = gs.Variable(free_name(graph, name), output.dtype)
         made.append(gs.Node(op, result.name, attrs, inputs, [result]))
-        graph.nodes.insert(place + len(made), made[-1])
-        made[-1]._graph = graph
+        edit.insert_before(graph, node, made[-1])
         return result
 
     operands = []

@@ -3,7 +3,7 @@
     Identity, Dropout at inference, Cast to the same type, Transpose in order, Reshape to the same shape, a whole Slice,
     Pad by nothing, Concat / Sum / Max / Min / Mean of one tensor, x + 0, x - 0, x * 1, x / 1, x ** 1        =  x
 
-A node stays where its input and its output both have names that callers use (an input passed to an output).
+A node stays where callers use the names of both its input and its output (an input passed to an output).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from channelfold.passes.operators import EVERY, operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 
-_SIZE_LIMIT = 1 << 16  # elements: larger constants are not searched for values other than the neutral one
+_SIZE_LIMIT = 1 << 16  # elements; larger constants are not compared with the neutral value
 
 
 class Work(RemoveIdentities):
@@ -41,7 +41,7 @@ class Work(RemoveIdentities):
 
 
 def _passed_on(node: gs.Node, graph: gs.Graph) -> gs.Tensor | None:
-    """The input that a node returns unchanged, if it does."""
+    """The input that a node returns unchanged, or None."""
     if not edit.is_standard(node) or not node.inputs or not node.outputs:
         return None
     x, op, known = node.inputs[0], node.op, operator(node)
@@ -70,9 +70,8 @@ def _passed_on(node: gs.Node, graph: gs.Graph) -> gs.Tensor | None:
 
 
 def _static(tensor: gs.Tensor) -> tuple[int, ...] | None:
-    if tensor.shape is None or any(not isinstance(d, int) for d in tensor.shape):
-        return None
-    return tuple(tensor.shape)
+    shape = tensor.shape
+    return tuple(shape) if shape is not None and all(isinstance(d, int) for d in shape) else None
 
 
 def _is_inference(node: gs.Node, graph: gs.Graph) -> bool:
@@ -82,7 +81,7 @@ def _is_inference(node: gs.Node, graph: gs.Graph) -> bool:
 
 
 def _is_whole(node: gs.Node) -> bool:
-    """Whether a Slice starts at 0, ends past every possible end and takes every element."""
+    """Whether a Slice starts at 0, ends behind every possible end and has steps of 1."""
     starts, ends = edit.argument(node, 1, "starts"), edit.argument(node, 2, "ends")
     if starts is None or ends is None or np.any(starts) or np.any(ends < np.iinfo(np.int32).max):
         return False

@@ -1,15 +1,13 @@
-"""Calls of a model's own functions, replaced by the nodes of their bodies.
+"""Calls of the functions of a model replaced by the nodes of the functions.
 
     y = Block(x, W)    with    Block(a, w) = Relu(MatMul(a, w))        becomes        y = Relu(MatMul(x, W))
 
-Exporters put modules into local functions; passes look at the nodes of graphs alone, so that the weights of a function
-would stay as they are. The inliner of the package ``onnx`` does it, names made unique, on the graph without its large
-weights. A function of another opset than the model's is converted; one that cannot be is refused and stays.
+Exporters put modules into local functions. Passes see the nodes of graphs alone, so that they would never change the
+weights of a function. The inliner of the package ``onnx`` works on the graph without its large weights and makes names
+unique. A function of another opset than the model is converted where that is possible; other functions are refused.
 """
 
 from __future__ import annotations
-
-from collections import Counter
 
 import onnx
 import onnx.inliner
@@ -46,11 +44,14 @@ class Work(InlineFunctions):
 
 
 def _calls(graph: gs.Graph, header: onnx.ModelProto) -> dict[tuple[str, str], tuple[str, int]]:
-    """(the first node that calls it, how many do) of each function that the graph or its regions call."""
+    """(the first node that calls a function, the number of calls) for each called function."""
     known = {(function.domain, function.name) for function in header.functions}
-    nodes = [node for part in all_graphs(graph) for node in part.nodes if (node.domain or "", node.op) in known]
-    counts = Counter((node.domain or "", node.op) for node in nodes)
-    return {key: (next(n.name for n in nodes if (n.domain or "", n.op) == key), count) for key, count in counts.items()}
+    calls: dict[tuple[str, str], tuple[str, int]] = {}
+    for node in (node for part in all_graphs(graph) for node in part.nodes):
+        if (key := (node.domain or "", node.op)) in known:
+            first, count = calls.get(key, (node.name, 0))
+            calls[key] = first, count + 1
+    return calls
 
 
 def _relabel(function: onnx.FunctionProto, opset: int) -> None:

@@ -2,9 +2,8 @@
 
     Conv(pads=p)(Pad(q)(x))  =  Conv(pads=p + q)(x)        for q >= 0 on the spatial axes, filled with zeros
 
-Every reader of the Pad must be such a Conv; each Conv gets the padding. A padded Conv lets scales through and stops
-shifts, as the Pad does, so ``fold-affine`` may run before or after. Pads that are computed from constants
-need ``fold-constants`` first.
+All readers of the Pad must be Conv nodes, and each Conv gets the padding. Scales pass a padded Conv and shifts do not,
+as with the Pad, so ``fold-affine`` may run before or after. Pads computed from constants need ``fold-constants`` first.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class Work(FoldPad):
         found = [node for node in graph.nodes if operator(node).kind == "pad"]
         if found:
             infer_shapes(graph)
-        for node in reversed(found):  # of two Pads in a row the second has to go first
+        for node in reversed(found):  # of two Pads in a row the second must go first
             with outcome.refusing(node.name, "Pad"):
                 convs, pads = _convs(graph, node), _spatial_pads(node)
                 for conv in convs:
@@ -49,7 +48,7 @@ def _convs(graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
         if not edit.in_graph(graph, reader):
             raise Refused("a subgraph reads it")
         if reader.op != "Conv" or not edit.is_standard(reader) or reader.inputs[0] is not padded:
-            raise Refused(f"{reader.op} reads it, and only Conv can take the zeros over")
+            raise Refused(f"{reader.op} reads it, and only a Conv can add the zeros itself")
         if sum(t is padded for t in reader.inputs) != 1:
             raise Refused("Conv reads it as a weight")
         if (mode := reader.attrs.get("auto_pad", "NOTSET")) not in ("NOTSET", "VALID"):
@@ -58,11 +57,11 @@ def _convs(graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
 
 
 def _spatial_pads(node: gs.Node) -> list[int]:
-    """The zeros a Pad adds, in the order of a Conv: starts of all spatial axes, then ends. Raises Refused."""
+    """The zeros that a Pad adds, in the order of a Conv: all starts, then all ends. Raises Refused."""
     if (mode := node.attrs.get("mode", "constant")) != "constant":
         raise Refused(f"it pads by mode {mode}, not with zeros")
     if (edit.scalar(node.inputs[2]) if edit.has_input(node, 2) else node.attrs.get("value", 0.0)) != 0:
-        raise Refused("it pads with a value other than zero, or one that is computed at run time")
+        raise Refused("it pads with a value that is not zero, or that is computed at run time")
     pads = edit.argument(node, 1, "pads")
     if pads is None:
         raise Refused("its pads are computed at run time")
@@ -74,7 +73,7 @@ def _spatial_pads(node: gs.Node) -> list[int]:
         pads[:, axes] = given
     pads = pads.reshape(2, -1)
     if np.any(pads < 0):
-        raise Refused("it cuts off (negative pads)")
+        raise Refused("its pads are negative")
     if np.any(pads[:, :2]):
         raise Refused("it pads the batch or the channels")
     return [int(p) for p in pads[:, 2:].reshape(-1)]

@@ -69,8 +69,8 @@ REFUSED = {
     "it pads the batch or the channels": (
         "p = Pad(x, q)\n y = Conv(p, W)", {"q": np.array([0, 0, 0, 0, 0, 1, 0, 0]), "W": (3, 5, 2, 2)}
     ),
-    "it cuts off (negative pads)": ("p = Pad(x, q)\n y = Conv(p, W)", {"q": np.array([0, 0, 1, 0, 0, 0, 0, -1]), **W}),
-    "it pads with a value other than zero, or one that is computed at run time": (
+    "its pads are negative": ("p = Pad(x, q)\n y = Conv(p, W)", {"q": np.array([0, 0, 1, 0, 0, 0, 0, -1]), **W}),
+    "it pads with a value that is not zero, or that is computed at run time": (
         "p = Pad(x, q, one)\n y = Conv(p, W)", {"q": SPACE, "one": 1.0, **W}
     ),
     "it pads by mode edge, not with zeros": ('p = Pad<mode="edge">(x, q)\n y = Conv(p, W)', {"q": SPACE, **W}),
@@ -79,17 +79,17 @@ REFUSED = {
         "b = Identity(a)\n p = Pad(x, q, , b)\n y = Conv(p, W)",
         {"q": np.array([1, 1, 1, 1]), "a": np.array([2, 3]), **W},
     ),
-    "Relu reads it, and only Conv can take the zeros over": (
+    "Relu reads it, and only a Conv can add the zeros itself": (
         "p = Pad(x, q)\n c = Conv(p, W)\n r = Relu(p)\n s = ReduceMean(r)\n y = Add(c, s)", {"q": SPACE, **W}
     ),
-    "MaxPool reads it, and only Conv can take the zeros over": (
+    "MaxPool reads it, and only a Conv can add the zeros itself": (
         "p = Pad(x, q)\n y = MaxPool<kernel_shape=[2,2]>(p)", {"q": SPACE}
     ),
     "its result is an output of the graph": ("y = Pad(x, q)", {"q": SPACE}),
     "the Conv behind it pads by itself (SAME_UPPER)": (
         'p = Pad(x, q)\n y = Conv<auto_pad="SAME_UPPER">(p, W)', {"q": SPACE, **W}
     ),
-    "Conv reads it, and only Conv can take the zeros over": (
+    "Conv reads it, and only a Conv can add the zeros itself": (
         "p = Pad(k, q)\n y = Conv(x, p)", {"q": SPACE, "k": (4, 4, 1, 1)}
     ),
 }  # fmt: skip
