@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit
 from channelfold.passes.layers.linear import Linear, cast, view
-from channelfold.passes.prune.refit import MAX_FEATURES
+from channelfold.passes.prune.reconstruct import MAX_FEATURES
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
