@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Refused
 from channelfold.passes.channels.cut_regions import Part, Read, Region
-from channelfold.passes.channels.renumber import Numbering, renumber
+from channelfold.passes.channels.renumber import renumber
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
@@ -36,7 +36,7 @@ def cut(graph: gs.Graph, cuts: Sequence[Cut]) -> None:
     for region, keep in cuts:
         assert keep[~region.free].all()
         assert np.array_equal(keep, region.completed(keep))
-    renumber(graph, [(region, Numbering.repeating(keep)) for region, keep in cuts], "_cut")
+    renumber(graph, cuts, "_cut")
 
 
 def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
