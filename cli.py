@@ -66,9 +66,9 @@ def cli() -> None:
 
 
 def _command(example: str) -> Callable[[Callable[..., Any]], click.Command]:
-    """Makes a command of a function that returns a record.
+    """Makes a command of a function that returns a record. The help ends with the example.
 
-    Adds --json and --debug, passes ``progress`` and ends the help with the example.
+    The command also has --json and --debug, and passes ``jobs`` and ``progress`` to the function.
     """
 
     def register(function: Callable[..., Any]) -> click.Command:
@@ -94,7 +94,7 @@ def _command(example: str) -> Callable[[Callable[..., Any]], click.Command]:
 
 
 def _print(record: dict[str, Any], as_json: bool) -> None:
-    """The record to stdout. Warnings go to stderr as well, unless stdout is a terminal, which shows them already."""
+    """Prints the record to stdout. Warnings go to stderr too, unless stdout is a terminal, which shows them already."""
     from rich.console import Console
 
     from channelfold.runtime.report.terminal import render, to_json
@@ -105,10 +105,10 @@ def _print(record: dict[str, Any], as_json: bool) -> None:
         else:
             render(record, Console(width=None if sys.stdout.isatty() else 10_000))
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader (head, less) has had enough, which click takes quietly
+    except BrokenPipeError:  # the reader (head, less) has ended, which click takes quietly
         raise
     except OSError as error:
-        with contextlib.suppress(OSError):  # or else Python fails once more at exit, on what is left in the buffer
+        with contextlib.suppress(OSError):  # else Python fails again at exit, on the rest of the buffer
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputError(f"The report cannot be written to stdout ({error.strerror})") from None
     collapsed = (record.get("accuracy") or {}).get("verdict", {}).get("level") == "collapsed"
@@ -125,7 +125,7 @@ def _say(label: str, text: str, color: str) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """The console script: ends the process with the command's exit code, and never with a traceback."""
+    """The console script: ends the process with the exit code of the command, and never with a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show must not end a command
@@ -136,11 +136,15 @@ def _main(args: list[str]) -> int:
     try:
         return cli.main(args or ["--help"], prog_name="channelfold", standalone_mode=False, obj=args) or 0
     except (KeyboardInterrupt, click.Abort):
-        _say("interrupted:", "nothing is half written; compress goes on where it stopped when it is repeated", "red")
+        _say(
+            "interrupted:",
+            "no file is half written; repeat a compress command, and it continues where it stopped",
+            "red",
+        )
         return 130
     except Exception as error:
         if "--debug" in args:
-            # indented, so that no line of a message passes for one of ours
+            # indented, so that no line of a message looks like a line of this program
             click.echo("\n  ".join(map(safe, traceback.format_exc().splitlines())), err=True)
         message, code = _explained(error, args)
         _say("error:", message, "red")
@@ -148,7 +152,7 @@ def _main(args: list[str]) -> int:
 
 
 def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
-    """What to tell the user about an error, and the exit code."""
+    """The message for the user about an error, and the exit code."""
     match error:
         case ChannelfoldError():
             return str(error), error.exit_code
@@ -175,13 +179,13 @@ def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
 
 
 def _source(jobs: Any, options: dict[str, Any]) -> Any:
-    """The data of a command, taken out of its options."""
+    """The data of a command. Removes their options from ``options``."""
     names = ("calibration", "evaluation", "random", "allow_script", "seed")
     return jobs.Source(**{name: options.pop(name) for name in names if name in options})
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """Only what the user gave, so that defaults stand in one place: the pass or the recipe."""
+    """The options that the user gave. Defaults stand in one place, the pass or the recipe."""
     return {name: value for name, value in options.items() if value not in (None, ())}
 
 
@@ -217,8 +221,8 @@ def _gates(jobs: Any, options: dict[str, Any]) -> Any:
 def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **options: Any) -> Any:
     """Run a recipe on MODEL, compare with the original, build engines.
 
-    Writes DIR/model.onnx, DIR/model.sm89.engine for --sm 89, and DIR/report.json. An interrupted command goes on
-    where it stopped when it is repeated. Options of passes replace those in the recipe.
+    Writes DIR/model.onnx, DIR/model.sm89.engine for --sm 89, and DIR/report.json. A repeated command continues where
+    an interrupted one stopped. Options of passes replace those in the recipe.
     """
     settings = {name: options.pop(name) for name in ("sms", "shapes", "require_share")}
     settings |= {"source": _source(jobs, options), "gates": _gates(jobs, options), "overrides": _given(options)}
@@ -254,11 +258,11 @@ def smooth(jobs: Any, progress: Any, model: str, output: str, method: str, **opt
       auto         the best of smoothquant and os-plus at each site, by trial
       smoothquant  moves a share of the activations' ranges to the weights
       os-plus      centers channels, shrinks those past a limit, found by trial
-      awq          by mean magnitude, for weights that are quantized alone
+      awq          scales by mean magnitude, for weights that are quantized alone
       repq         gives all channels one range and one zero point
       outliertune  gives all channels one range, symmetric
-      fp4-shift    powers of two that bring exponents together
-      equalize     equal weight ranges across layers; needs no data
+      fp4-shift    scales by powers of two, so that exponents are close together
+      equalize     makes weight ranges equal across layers; needs no data
       split-merge  splits channels that stand out into several
       reorder      sorts channels in attention heads; needs no data
     """
@@ -269,22 +273,22 @@ def smooth(jobs: Any, progress: Any, model: str, output: str, method: str, **opt
 @opt.model
 @opt.output
 @opt.source
-@click.option("--dead", is_flag=True, help="Remove channels that nothing uses or that never change, which is exact.")
+@click.option("--dead", is_flag=True, help="Remove channels that nothing uses or that never change; exact.")
 @opt.of("prune", without=["verify"])
 def prune(jobs: Any, progress: Any, model: str, output: str, dead: bool, **options: Any) -> Any:
     """Remove channels from MODEL: a smaller graph, not a masked one.
 
-    Give one of --keep-macs, --keep-params, --keep-latency, --ratio, --tolerance and --dead. Data make it lose less:
-    channels are then chosen by what their loss does to the layers that read them, and these are refitted. Folds first,
-    as the command fold does; that the cut equals the same channels silenced is checked by running both. Quantize
-    afterwards.
+    Give one of --keep-macs, --keep-params, --keep-latency, --ratio, --tolerance and --dead. With data the result is
+    more accurate: channels are ranked by the error of the layers that read them, and these layers are reconstructed.
+    The command folds first, as the command fold does, and proves the cut: it runs the cut model and the model with the
+    same channels masked. Quantize afterwards.
 
     \b
     Importance of channels:
-      reconstruction  error of the layers that read them, the other channels refitted; without data from weights
-      activation      error of the layers that read them, each channel by itself; needs data
-      l1, l2          magnitude of all weights that write and read them
-      bn              gamma of the BatchNormalizations they pass
+      reconstruction  error of the layers that read a channel, after reconstruction; without data from weights
+      activation      error of the layers that read a channel, each channel alone; needs data
+      l1, l2          magnitude of all weights that write and read a channel
+      bn              gamma of the BatchNormalizations that a channel passes
     """
     return jobs.prune(model, output, dead=dead, progress=progress, **_settings(jobs, options))
 
@@ -297,8 +301,9 @@ def prune(jobs: Any, progress: Any, model: str, output: str, dead: bool, **optio
 def sparsify(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
     """Set weights of MODEL to zero, without removing channels.
 
-    Data make it lose less: weights are then ranked by what their inputs bring, and biases take up the mean of what is
-    lost. Fold first, quantize afterwards. To remove whole channels, which saves time everywhere, use prune.
+    With data the result is more accurate: weights are ranked by their magnitude times that of their inputs, and biases
+    take up the mean of the lost products. Fold first, quantize afterwards. To remove whole channels, which saves time
+    everywhere, use prune.
 
     \b
     Patterns:
@@ -308,10 +313,10 @@ def sparsify(jobs: Any, progress: Any, model: str, output: str, **options: Any) 
       unstructured  weights go one by one
 
     \b
-    Ratios, of what each layer loses:
-      uniform       the same share
-      equal-slope   where the next tile costs least
-      ecoflap       by how much the outputs move when a layer's weights do; needs data
+    Ratios, which distribute the zeros among the layers:
+      uniform       the same share of every layer
+      equal-slope   tile by tile, where the next tile has the least energy
+      ecoflap       by the change of the outputs when the weights of a layer change; needs data
     """
     return jobs.sparsify(model, output, progress=progress, **_settings(jobs, options))
 
@@ -326,12 +331,12 @@ def sparsify(jobs: Any, progress: Any, model: str, output: str, **options: Any) 
 def reparam(jobs: Any, progress: Any, model: str, output: str, approximate: bool, **options: Any) -> Any:
     """Make one dense layer of FFN channels that bypass the activation.
 
-    For networks that were trained for it, such as RePaViT: until this is done they are slower than plain ones. The
-    result computes the same function, which is checked by running it. Folds first, as the command fold does.
+    For networks that were trained for this, such as RePaViT: before it they are slower than plain networks. The result
+    computes the same function, which is checked by running it. The command folds first, as the command fold does.
 
     \b
-    With --approximate, for any network: removes hidden channels too. What stays, and a dense layer
-    where it pays, is fitted to stand in for them on the calibration data. Say how far to go:
+    With --approximate, for any network: removes hidden channels too. The channels that stay, and a
+    dense layer where it pays, are fitted to replace them on the calibration data. Choose an amount:
       --keep-hidden  share of the hidden channels
       --keep-macs    share of the FFNs' multiply-accumulates
       --max-error    relative error of the outputs
@@ -343,7 +348,7 @@ def reparam(jobs: Any, progress: Any, model: str, output: str, approximate: bool
 @opt.model
 @opt.output
 @opt.source
-@click.option("--weights-only", is_flag=True, help="Store weights as int8 and compute in float. Needs no data.")
+@click.option("--weights-only", is_flag=True, help="Store weights as int8 and compute in float; needs no data.")
 @opt.require_share
 @opt.of("quantize")
 def quantize(
@@ -351,7 +356,7 @@ def quantize(
 ) -> Any:
     """Quantize MODEL to int8 with QDQ nodes.
 
-    Weights are quantized per output channel, activations per tensor with ranges from calibration data. For best
+    Weights are quantized per output channel, activations per tensor with ranges from calibration data. For the best
     accuracy fold first, or use compress, which does both.
     """
     settings = {"weights_only": weights_only, "require_share": require_share, **_settings(jobs, options)}
@@ -366,12 +371,12 @@ def quantize(
 @opt.data("data", "calibration", f"Samples to take the shapes from: {opt.DATA}.")
 @opt.allow_script
 @click.option(
-    "--sparse-weights", is_flag=True, help="Let weights that are 2:4 sparse run on sparse tensor cores, where faster."
+    "--sparse-weights", is_flag=True, help="Let 2:4 sparse weights run on sparse tensor cores where these are faster."
 )
 def build(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
     """Build a TensorRT engine from MODEL.
 
-    Reads back from the engine which nodes run as int8. With the extra rtx (TensorRT-RTX) this needs no GPU.
+    The report names the nodes that run as int8, read from the engine. The extra rtx (TensorRT-RTX) needs no GPU.
     """
     return jobs.build(model, output, source=_source(jobs, options), progress=progress, **options)
 
@@ -394,13 +399,17 @@ def diff(jobs: Any, progress: Any, a: str, b: str, **options: Any) -> Any:
 @opt.data(
     "calibration",
     "calibration",
-    f"Samples to look for outlier channels on: the largest of an input against its median channel. {opt.DATA}.",
+    f"Samples on which outlier channels are measured, largest against median. {opt.DATA}.",
 )
 @opt.allow_script
-@click.option("--idle", is_flag=True, help="List the FFNs, and their channels that bypass the activation, or might.")
-@click.option("--groups", is_flag=True, help="List the channels that can be cut together, and why others stay.")
+@click.option(
+    "--idle", is_flag=True, help="List the FFNs and their channels that bypass the activation or could do so."
+)
+@click.option(
+    "--groups", is_flag=True, help="List the channels that can be cut together, and the reasons why others stay."
+)
 def inspect(jobs: Any, progress: Any, model: str, **options: Any) -> Any:
-    """Show what is in MODEL, and which linear nodes could be int8."""
+    """Show the contents of MODEL and the linear nodes that could be int8."""
     return jobs.inspect(model, source=_source(jobs, options), progress=progress, **options)
 
 

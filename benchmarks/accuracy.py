@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import HERE, channelfold, run, table, write
-from open_set import DEFAULT
+from harness import HERE, add_results, channelfold, keep, parser, run, table, write
 
 FOLD_BOUND = 1e-5
 
@@ -170,25 +169,18 @@ def main() -> None:
         name, title = "accuracy.md", "# Accuracy of the open set after `compress --recipe int8`"
     text = table(header, rows)
     print(text)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    keep(options.json, [asdict(result) for result in results])
     if options.write:
         write(name, title, text)
     sys.exit(not all(result.met for result in results))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", metavar="TASK")
-    parser.add_argument("--dir", type=Path, default=DEFAULT, help="the open set")
-    parser.add_argument("--fold-only", action="store_true")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the compressed models there")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--write", action="store_true", help="also write results/*.md")
-    options = parser.parse_args()
-    if unknown := sorted(set(options.tasks) - set(SUBJECTS)):
-        parser.error(f"no task {unknown[0]!r}; known: {', '.join(SUBJECTS)}")
-    return options
+    made = parser(__doc__, tasks={"nargs": "*", "metavar": "TASK", "choices": [*SUBJECTS, []]})
+    made.add_argument("--fold-only", action="store_true")
+    made.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the compressed models there")
+    add_results(made, "*.md")
+    return made.parse_args()
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 from accuracy import SUBJECTS, calibration, evaluate
-from harness import table, write
-from open_set import DEFAULT, in_environment
+from harness import add_results, keep, known, parser, table, write
+from open_set import in_environment
 from smoothing import decibels, held_out
 
 TASKS = {"minilm": "recall_at_1", "imgfocus": "iou", "smol": "perplexity"}
@@ -182,7 +182,7 @@ class Bench:
 
 
 def simpler(ffn: Any, moments: Any, gone: np.ndarray, plan: Any, method: str) -> Any:
-    """The plan of a method that refits nothing, for the same channels; any other plan as it is."""
+    """The plan of a method without reconstruction, for the same channels; any other plan as it is."""
     from channelfold.passes.numeric.least_squares import slopes
 
     if method not in ("plain", "slopes") or (method == "slopes" and ffn.gated):
@@ -237,9 +237,7 @@ def main() -> None:
     if options.record:
         record(options.dir, options.record)
         return
-    rows = {}
-    if options.json and options.json.exists():
-        rows = {(r["task"], r["share"], r["method"]): r for r in json.loads(options.json.read_text())}
+    rows = {(r["task"], r["share"], r["method"]): r for r in known(options.json)}
     for task in options.tasks or TASKS:
         bench = Bench(options.dir, task)
         if not options.errors_only and (task, 1.0, "float") not in rows:
@@ -252,8 +250,7 @@ def main() -> None:
                     new = measure(bench, method, share, Path(scratch), options.errors_only)
                     rows[task, share, method] = rows.get((task, share, method), {}) | new
                     print(json.dumps(new), file=sys.stderr)
-                    if options.json:
-                        options.json.write_text(json.dumps(list(rows.values()), indent=1))
+                    keep(options.json, list(rows.values()))
     found = text(list(rows.values()))
     print(found)
     if options.write:
@@ -261,19 +258,13 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", metavar="TASK")
-    parser.add_argument("--dir", type=Path, default=DEFAULT, help="the open set")
-    parser.add_argument("--share", type=float, nargs="+", default=[0.75, 0.5], help="of the multiplications that stay")
-    parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD")
-    parser.add_argument("--errors-only", action="store_true", help="no models, no tasks")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--write", action="store_true", help="also write results/approximate_ffn.md")
-    parser.add_argument("--record", choices=["minilm"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if unknown := sorted(set(options.tasks) - set(TASKS)):
-        parser.error(f"no task {unknown[0]!r}; known: {', '.join(TASKS)}")
-    return options
+    made = parser(__doc__, tasks={"nargs": "*", "metavar": "TASK", "choices": [*TASKS, []]})
+    made.add_argument("--share", type=float, nargs="+", default=[0.75, 0.5], help="of the multiplications that stay")
+    made.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD")
+    made.add_argument("--errors-only", action="store_true", help="no models, no tasks")
+    made.add_argument("--record", choices=["minilm"], help=argparse.SUPPRESS)
+    add_results(made, "approximate_ffn.md")
+    return made.parse_args()
 
 
 if __name__ == "__main__":

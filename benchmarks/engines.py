@@ -7,15 +7,13 @@ Exit code 1 when an engine runs less than 95 % of its quantized nodes as int8.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
 from pathlib import Path
 
 from accuracy import SUBJECTS, calibration
-from harness import channelfold, run, table, write
-from open_set import DEFAULT
+from harness import add_results, channelfold, keep, parser, run, table, write
 
 BOUND = 0.95
 
@@ -43,13 +41,10 @@ def row(engine: dict) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", metavar="TASK")
-    parser.add_argument("--dir", type=Path, default=DEFAULT, help="the open set")
-    parser.add_argument("--sm", type=int, action="append")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--write", action="store_true", help="also write results/engines.md")
-    options = parser.parse_args()
+    made = parser(__doc__, tasks={"nargs": "*", "metavar": "TASK", "choices": [*SUBJECTS, []]})
+    made.add_argument("--sm", type=int, action="append")
+    add_results(made, "engines.md")
+    options = made.parse_args()
     found: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch:
         for task in options.tasks or SUBJECTS:
@@ -57,8 +52,7 @@ def main() -> None:
             print(f"{task} done", file=sys.stderr)
     text = table(("task", "SM", "build s", "engine MB", "run as int8", "quantized, but run as"), map(row, found))
     print(text)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    keep(options.json, found)
     if options.write:
         backends = ", ".join(dict.fromkeys(engine["backend"] for engine in found))
         write("engines.md", "# Engines of the open set's INT8 files", text, f"Built with {backends}.")

@@ -1,8 +1,10 @@
-"""What the measuring scripts share: the command under test, Markdown tables, and the machine they were measured on."""
+"""The common parts of the measuring scripts: the command under test, their options, tables, results, the machine."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -10,6 +12,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
+
+from open_set import DEFAULT
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -50,6 +55,33 @@ def machine() -> str:
     )
 
 
+def parser(doc: str | None, **positional: Any) -> argparse.ArgumentParser:
+    """A parser with the help ``doc``; ``positional`` arguments of ``add_argument`` by name."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, settings in positional.items():
+        made.add_argument(name, **settings)
+    return made
+
+
+def add_results(made: argparse.ArgumentParser, page: str, folder: bool = True) -> None:
+    """Adds --json and --write, and --dir for scripts that measure the open set."""
+    if folder:
+        made.add_argument("--dir", type=Path, default=DEFAULT, help="the open set")
+    made.add_argument("--json", type=Path, metavar="FILE", help="rows measured so far; new rows are added")
+    made.add_argument("--write", action="store_true", help=f"also write results/{page}")
+
+
+def known(path: Path | None) -> Any:
+    """The rows that a JSON file holds; an empty dict without the file."""
+    return json.loads(path.read_text()) if path and path.exists() else {}
+
+
+def keep(path: Path | None, rows: Any) -> None:
+    """Writes rows to a JSON file, if one is given."""
+    if path:
+        path.write_text(json.dumps(rows, indent=1))
+
+
 def write(name: str, *parts: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / name).write_text("\n\n".join([*parts, machine()]) + "\n")
@@ -64,11 +96,6 @@ def _version(distribution: str) -> str:
 
 
 def _processor() -> str:
-    names = [
-        line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")
-    ]
-    return names[0] if names else platform.machine()
-
-
-def _read(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

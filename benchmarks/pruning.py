@@ -13,7 +13,6 @@ time of one thread, original and pruned in turns, so that other work on the mach
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -24,8 +23,7 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from harness import RESULTS, channelfold, run, table, write
-from open_set import DEFAULT
+from harness import RESULTS, add_results, channelfold, keep, known, parser, run, table, write
 
 from channelfold.passes.base import Context
 from channelfold.passes.channels.cut import cut, mask
@@ -69,8 +67,7 @@ SPEED = {"crepe_full": 1.6, "resnet50": 1.6, "vgg19": 1.6}  # the least that hal
 SM = "89"
 
 
-def folded(path: Path) -> gs.Graph:
-    graph = load(path)
+def folded(graph: gs.Graph) -> gs.Graph:
     for step in load_recipe("fold").passes:
         step.apply(graph, Context())
     infer_shapes(graph)
@@ -83,7 +80,9 @@ def folded(path: Path) -> gs.Graph:
 def slice_row(folder: Path, name: str) -> dict[str, Any]:
     """Channels that may go, and the largest error of a cut against the mask at all ratios, relative to the output."""
     light = name in COUNTS
-    original = graph_of(name, random_weights(1 if name in NORMED else 2)) if light else folded(folder / f"{name}.onnx")
+    original = (
+        graph_of(name, random_weights(1 if name in NORMED else 2)) if light else folded(load(folder / f"{name}.onnx"))
+    )
     before, output = Snapshot.of(original), logits(original) if light else original.outputs[0].name
     feed = image(original) if light else next(iter(random_feeds(required_inputs(original), 0)))
     shapes, worst = shapes_of(original), 0.0
@@ -105,9 +104,9 @@ def slice_row(folder: Path, name: str) -> dict[str, Any]:
     return {"free": free, "stay": stay, "error": worst, "seconds": seconds, "nodes": len(original.nodes)}
 
 
-def slice_table(known: dict[str, Any]) -> str:
+def slice_table(found: dict[str, Any]) -> str:
     rows = []
-    for name, row in known.items():
+    for name, row in found.items():
         whole = row["free"] + sum(row["stay"].values())
         reasons = "; ".join(f"{count} {reason}" for reason, count in row["stay"].items())
         share = f"{row['free']:,} of {whole:,}, {row['free'] / whole:.1%}"
@@ -137,7 +136,7 @@ def snr(graph: gs.Graph, feeds: list[Feed], expected: list[np.ndarray]) -> float
 
 def quality_rows(folder: Path, task: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Key and measurement of every way and ratio."""
-    original = folded(folder / "open" / f"{MODELS[task]}.onnx")
+    original = folded(load(folder / "open" / f"{MODELS[task]}.onnx"))
     before = Snapshot.of(original)
     data, held_out = halves(folder, task, original)
     expected: list[np.ndarray] = []
@@ -159,10 +158,10 @@ def quality_rows(folder: Path, task: str) -> Iterator[tuple[str, Callable[[], di
             yield f"{task} {way} {ratio:g}", lambda way=way, ratio=ratio: measure(way, ratio)
 
 
-def quality_tables(known: dict[str, Any]) -> list[str]:
+def quality_tables(results: dict[str, Any]) -> list[str]:
     parts = []
     for task in MODELS:
-        rows = [row for row in known.values() if row["task"] == task]
+        rows = [row for row in results.values() if row["task"] == task]
         if not rows:
             continue
         ratios = sorted({row["ratio"] for row in rows})
@@ -215,7 +214,7 @@ def chart(rows: list[dict[str, Any]], title: str) -> str:
 
 def network(folder: Path, name: str) -> gs.Graph:
     if name in MODELS:
-        return folded(folder / "open" / f"{MODELS[name]}.onnx")
+        return folded(load(folder / "open" / f"{MODELS[name]}.onnx"))
     rng = np.random.default_rng(0)
 
     def weights(shape: tuple[int, ...]) -> np.ndarray:
@@ -223,10 +222,7 @@ def network(folder: Path, name: str) -> gs.Graph:
             return rng.uniform(0.5, 1.5, shape).astype(np.float32)
         return rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / np.prod(shape[1:])))
 
-    graph = graph_of(name, weights)
-    for step in load_recipe("fold").passes:
-        step.apply(graph, Context())
-    return graph
+    return folded(graph_of(name, weights))
 
 
 def speed_row(folder: Path, name: str) -> dict[str, Any]:
@@ -266,11 +262,11 @@ def speed_row(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def speed_table(known: dict[str, Any]) -> str:
+def speed_table(found: dict[str, Any]) -> str:
     header = ("network", "GMACs", "M parameters", "ms median", "lower quartile", "faster", f"engine, MB (SM {SM})",
               "grouping s", "pruning s")  # fmt: skip
     rows = []
-    for name, row in known.items():
+    for name, row in found.items():
         pair = row["before"], row["after"]
         rows.append(
             (
@@ -291,8 +287,8 @@ def speed_table(known: dict[str, Any]) -> str:
 # ---- all -------------------------------------------------------------------------------------------------------------
 
 
-def measured(known: dict[str, Any], kind: str, names: list[str], folder: Path) -> Iterator[tuple[str, Any]]:
-    """Key and measurement of what is asked for and not known yet."""
+def measured(done: dict[str, Any], kind: str, names: list[str], folder: Path) -> Iterator[tuple[str, Any]]:
+    """Key and measurement of what is asked for and not done yet."""
     todo: Iterator[tuple[str, Callable[[], dict[str, Any]]]]
     if kind == "slice":
         todo = ((n, lambda n=n: slice_row(folder / "open", n)) for n in names or (*COUNTS, *OPEN))
@@ -301,13 +297,13 @@ def measured(known: dict[str, Any], kind: str, names: list[str], folder: Path) -
     else:
         todo = (pair for task in names or MODELS for pair in quality_rows(folder, task))
     for key, measure in todo:
-        if key not in known:
+        if key not in done:
             yield key, measure()
 
 
 ABOUT = {
     "slice": """Random channels, 10 to 70 %, channels that norms work on counted but not cut: the largest difference of
-the output between the cut graph and the one with the same channels silenced, relative to the output's largest value.
+the output between the cut graph and the one with the same channels masked, relative to the output's largest value.
 Layers of 4096 neurons have 64 here.""",
     "quality": """SNR of the first output in dB, on samples that calibration has not seen; the same share of every group
 goes, to multiples of 8. minilm: hidden channels of the FFNs alone.""",
@@ -316,40 +312,33 @@ time of one thread, the two in turns; "grouping" and "pruning" are processor tim
 }
 
 
-def report(known: dict[str, dict[str, Any]]) -> None:
+def report(results: dict[str, dict[str, Any]]) -> None:
     parts = []
-    if known.get("slice"):
-        parts += ["## Slicing is masking", ABOUT["slice"], slice_table(known["slice"])]
-    if known.get("quality"):
-        parts += ["## Quality without retraining", ABOUT["quality"], *quality_tables(known["quality"])]
+    if results.get("slice"):
+        parts += ["## Slicing is masking", ABOUT["slice"], slice_table(results["slice"])]
+    if results.get("quality"):
+        parts += ["## Quality without retraining", ABOUT["quality"], *quality_tables(results["quality"])]
         for task in MODELS:
-            if rows := [row for row in known["quality"].values() if row["task"] == task]:
+            if rows := [row for row in results["quality"].values() if row["task"] == task]:
                 RESULTS.joinpath(f"pruning_{task}.svg").write_text(chart(rows, task))
-    if known.get("speed"):
-        parts += ["## Speed at half the multiply-accumulates", ABOUT["speed"], speed_table(known["speed"])]
+    if results.get("speed"):
+        parts += ["## Speed at half the multiply-accumulates", ABOUT["speed"], speed_table(results["speed"])]
     write("pruning.md", "# Structured pruning", *parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("slice", "quality", "speed"))
-    parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--dir", type=Path, default=DEFAULT, help="the open set")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the rows measured so far")
-    parser.add_argument("--write", action="store_true", help="also write results/pruning.md")
-    options = parser.parse_args()
-    known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
-    mine = known.setdefault(options.kind, {})
+    made = parser(__doc__, kind={"choices": ("slice", "quality", "speed")}, names={"nargs": "*", "metavar": "NAME"})
+    add_results(made, "pruning.md")
+    options = made.parse_args()
+    rows = known(options.json)
+    mine = rows.setdefault(options.kind, {})
     for key, row in measured(mine, options.kind, options.names, options.dir):
         mine[key] = row
         print(key, json.dumps(row), file=sys.stderr)
-        if options.json:
-            options.json.write_text(json.dumps(known, indent=1))
+        keep(options.json, rows)
     if options.write:
-        report(known)
-    slow = [
-        n for n, row in known.get("speed", {}).items() if row["before"]["ms"] / row["after"]["ms"] < SPEED.get(n, 0)
-    ]
+        report(rows)
+    slow = [n for n, row in rows.get("speed", {}).items() if row["before"]["ms"] / row["after"]["ms"] < SPEED.get(n, 0)]
     if options.kind == "speed" and slow:
         sys.exit(f"Slower than its goal: {', '.join(slow)}")
 

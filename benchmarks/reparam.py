@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from harness import table, write
+from harness import add_results, keep, known, parser, table, write
 from networks import FORMS, NETWORKS, change, counts, make
 from speed import measured
 
@@ -167,14 +167,13 @@ def _profiled(path: Path) -> dict[str, float]:
 
 
 def speed(options: argparse.Namespace) -> None:
-    known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    found = known(options.json)
     for name in options.networks or list(NETWORKS):
         with tempfile.TemporaryDirectory() as folder:
-            known[name] = asdict(measure(name, Path(folder), options.threads, options.seconds))
-        if options.json:
-            options.json.write_text(json.dumps(known, indent=1))
-        print("  ".join(Row(**known[name]).speed(known[name]["thread"])), file=sys.stderr)
-    rows = [Row(**known[name]) for name in NETWORKS if name in known]
+            found[name] = asdict(measure(name, Path(folder), options.threads, options.seconds))
+        keep(options.json, found)
+        print("  ".join(Row(**found[name]).speed(found[name]["thread"])), file=sys.stderr)
+    rows = [Row(**found[name]) for name in NETWORKS if name in found]
     parts = (
         HOW,
         "## One thread, processor time",
@@ -198,21 +197,20 @@ many processes wanted to run in the minute before: with more than one, wall time
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = parser.add_subparsers(dest="task", required=True)
+    made = parser(__doc__)
+    tasks = made.add_subparsers(dest="task", required=True)
     timing = tasks.add_parser("speed")
     timing.add_argument("networks", nargs="*", choices=[*NETWORKS, []], metavar="NETWORK", help="default: all")
     timing.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     timing.add_argument("--seconds", type=float, default=60, help="for each of the two measurements of a network")
-    timing.add_argument("--json", type=Path, metavar="FILE", help="rows of earlier calls; new ones are added")
-    timing.add_argument("--write", action="store_true", help="write results/reparam.md")
+    add_results(timing, "reparam.md", folder=False)
     profiling = tasks.add_parser("profile")
     profiling.add_argument("network", choices=NETWORKS)
     profiling.add_argument("--depth", type=int, help="so many blocks of a ViT instead of all")
     folding = tasks.add_parser("fold")
     folding.add_argument("model", type=Path)
     folding.add_argument("out", type=Path)
-    options = parser.parse_args()
+    options = made.parse_args()
     if options.task == "speed":
         speed(options)
     elif options.task == "profile":

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 from accuracy import SUBJECTS, Goal, calibration, evaluate
-from harness import RESULTS, channelfold, machine, table
-from open_set import DEFAULT, in_environment
+from harness import RESULTS, add_results, channelfold, keep, known, machine, parser, table
+from open_set import in_environment
 from speed import Runs, measured
 
 HELD_OUT = 16  # feeds of a task's evaluation that outputs are compared on
@@ -422,15 +422,12 @@ def write_section(title: str, *parts: str) -> None:
 
 
 def collected(path: Path | None, results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All results, kept in a file as they come, beside those that it holds already: a row takes minutes."""
-    found: dict[tuple, dict[str, Any]] = {}
-    if path and path.exists():
-        found = {_key(result): result for result in json.loads(path.read_text())}
+    """All results with the results that a file holds; each goes to the file at once, because a row takes minutes."""
+    found = {_key(result): result for result in known(path)}
     for result in results:
         found[_key(result)] = result
         print(json.dumps(result), file=sys.stderr, flush=True)
-        if path:
-            path.write_text(json.dumps(list(found.values()), indent=1))
+        keep(path, list(found.values()))
     return list(found.values())
 
 
@@ -487,19 +484,17 @@ def write_planted(results: Sequence[dict[str, Any]], tasks: Sequence[str]) -> No
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="part", required=True)
+    made = parser(__doc__)
+    parts = made.add_subparsers(dest="part", required=True)
     for name in ("gain", "planted", "speed", "record"):
         part = parts.add_parser(name)
-        part.add_argument("--dir", type=Path, default=DEFAULT, help="the open set")
-        part.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
-        part.add_argument("--write", action="store_true", help="also write results/smoothing.md")
+        add_results(part, "smoothing.md")
         if name == "speed":
             part.add_argument("--runs", type=int, default=3)
         else:
             part.add_argument("tasks", nargs="*", metavar="TASK")
             part.add_argument("--only", nargs="+", default=[], metavar="NAME", help="some of the rows")
-    return parser.parse_args()
+    return made.parse_args()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ measured again, so an interrupted run goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy import SUBJECTS, calibration, evaluate
-from harness import channelfold, run, table, write
-from open_set import DEFAULT
+from harness import add_results, channelfold, keep, known, parser, run, table, write
 
 FIGURES = {"minilm": ("recall_at_1", "spam_probe"), "crepe_full": ("pitch_accuracy_25_cents", "median_cents")}
 MAIN = "2:4"  # the ways on which tasks are run; the others are compared by their outputs, on minilm
@@ -66,22 +64,18 @@ def row(task: str, way: str, found: dict[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", metavar="TASK", choices=[*FIGURES, []])
-    parser.add_argument("--dir", type=Path, default=DEFAULT, help="the open set")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the rows measured so far")
-    parser.add_argument("--write", action="store_true", help="also write results/sparsify.md")
-    options = parser.parse_args()
-    known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    made = parser(__doc__, tasks={"nargs": "*", "metavar": "TASK", "choices": [*FIGURES, []]})
+    add_results(made, "sparsify.md")
+    options = made.parse_args()
+    measured = known(options.json)
     rows = []
     for task in options.tasks or FIGURES:
         for way in ("float", *(way for way in WAYS if task == "minilm" or way.startswith(MAIN))):
             key = f"{task}: {way}"
-            if key not in known:
-                known[key] = evaluate(options.dir, task) if way == "float" else measure(options.dir, task, way)
-                if options.json:
-                    options.json.write_text(json.dumps(known, indent=1))
-            rows.append(row(task, way, known[key]))
+            if key not in measured:
+                measured[key] = evaluate(options.dir, task) if way == "float" else measure(options.dir, task, way)
+                keep(options.json, measured)
+            rows.append(row(task, way, measured[key]))
             print(" | ".join(rows[-1]), file=sys.stderr)
     figures = "; ".join(f"{task}: {', '.join(FIGURES[task])}" for task in options.tasks or FIGURES)
     text = table(("task", "pattern", "zeros", "compressed", "SNR dB", "figures"), rows)

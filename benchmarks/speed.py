@@ -10,7 +10,6 @@ machine, so that what slows the machine down slows both: the ratio of their medi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import statistics
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from harness import channelfold, table, write
+from harness import add_results, channelfold, keep, parser, table, write
 
 QUANTIZE = "quantize {model} -o {output} --calibration {data} --calibrator {calibrator}"
 MODELS = ("resnet50", "vit", "bert")
@@ -118,8 +117,7 @@ def main() -> None:
             print(f"{model} {calibrator}: {pairs[-1].quantize} s, {pairs[-1].ratio:.2f} x the floor", file=sys.stderr)
     text = table(HEADER, [pair.row() for pair in pairs])
     print(text)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(pair) | {"ratio": pair.ratio} for pair in pairs], indent=1))
+    keep(options.json, [asdict(pair) | {"ratio": pair.ratio} for pair in pairs])
     if options.write:
         command = options.command.replace(shlex.join(channelfold()), "channelfold")
         how = f"`{command}`, 64 samples, {options.runs} runs in turn with the floor after one warm-up each."
@@ -127,8 +125,8 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = parser.add_subparsers(dest="task", required=True)
+    made = parser(__doc__)
+    tasks = made.add_subparsers(dest="task", required=True)
     run = tasks.add_parser("run")
     run.add_argument("folder", type=Path, metavar="DIR")
     run.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
@@ -137,12 +135,11 @@ def parse() -> argparse.Namespace:
     run.add_argument(
         "--command", default=shlex.join(channelfold()) + " " + QUANTIZE, help="another tool's command line"
     )
-    run.add_argument("--json", type=Path, metavar="FILE")
-    run.add_argument("--write", action="store_true", help="also write results/speed.md")
+    add_results(run, "speed.md", folder=False)
     plain = tasks.add_parser("floor")
     plain.add_argument("model", type=Path)
     plain.add_argument("data", type=Path)
-    return parser.parse_args()
+    return made.parse_args()
 
 
 if __name__ == "__main__":

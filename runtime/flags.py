@@ -1,6 +1,6 @@
-"""The flags of the command line: those that several commands share, and those of passes, derived from their options.
+"""The flags of the command line: flags that several commands share, and the flags of passes, made from their options.
 
-Imports click and the faces of the passes alone, so that help is instant.
+The module imports click and the faces of the passes alone, so that help is instant.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from channelfold.runtime.errors import nearest
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-SWITCHES = {  # of methods, which add a pass
-    "absorb_bias": "equalize: then move what channels never fall below into the next biases. Needs data, approximate.",
-    "restore_width": "split-merge: then merge similar channels until the width is as before. Approximate.",
+SWITCHES = {  # flags of methods that add a pass
+    "absorb_bias": "equalize: then move the minimum of each channel into the next biases; needs data, approximate.",
+    "restore_width": "split-merge: then merge similar channels down to the width before; approximate.",
 }
-SM = "GPU to build an engine for: 10 x compute capability, such as 89 for an L4."
+SM = "GPU that the engine is for: 10 x compute capability, such as 89 for an L4."
 DATA = "a .npz (keys are input names, axis 0 counts samples), a .npy, or a folder of either"
 
 
 class _Choice(click.Choice):
-    """A choice that names the nearest one for a misspelt one."""
+    """A choice that names the nearest word for a misspelt one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value not in self.choices:
@@ -42,7 +42,7 @@ def together(*decorators: Decorator) -> Decorator:
 
 
 def flag(option: Option, before: str = "") -> Decorator:
-    """The flag of an option of a pass; None where it is not given. ``before`` begins its help."""
+    """The flag of an option of a pass; None where the user does not give the flag. The help starts with ``before``."""
     name = _spelt(option.name.removesuffix("s" if option.many else ""))
     notes = "; ".join(filter(None, (option.bounds, f"default: {option.usual}" if option.usual else "")))
     text = f"{before}: {option.help[0].lower()}{option.help[1:]}" if before else option.help
@@ -61,7 +61,7 @@ def of(name: str, before: str = "", without: Iterable[str] = ()) -> Decorator:
 
 
 def of_methods() -> Decorator:
-    """The flags of the command smooth: every option that a method heeds, once, with the methods where they are few."""
+    """The flags of the command smooth: the options of all methods, each once, with the methods where these are few."""
     heeded: dict[str, tuple[Option, list[str]]] = {}
     for name, method in METHODS.items():
         own = (method.step, (*method.options, method.switch), name)
@@ -74,7 +74,7 @@ def of_methods() -> Decorator:
     found = (flag(option, ", ".join(who) if len(who) <= few else "") for option, who in heeded.values())
     return together(
         click.option("--method", type=_Choice(list(METHODS)), metavar="NAME", default="auto", show_default=True,
-                     help="One of those above."),
+                     help="One of the methods above."),
         *found,
         *(click.option(_spelt(key), is_flag=True, default=None, help=text) for key, text in SWITCHES.items()),
     )  # fmt: skip
@@ -90,42 +90,42 @@ random = click.option(
     "--random",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Use N random samples in place of data: the result runs, its accuracy means nothing.",
+    help="Use N random samples in place of data: the result runs, but its accuracy means nothing.",
 )
 allow_script = click.option(
-    "--allow-script", is_flag=True, help="Let DATA be a Python script with a load_data() that yields feeds. Runs it."
+    "--allow-script", is_flag=True, help="Let DATA be a Python script whose load_data() yields feeds. Runs the script."
 )
-seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is random.")
+seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random numbers.")
 
 
 def data(name: str, role: str, help: str) -> Decorator:
-    """A flag for the data that are ``role`` of the source of a command."""
+    """A flag for the data that a command uses as ``role``."""
     return click.option(f"--{name}", role, metavar="DATA", type=click.Path(), help=help)
 
 
 source = together(
-    data("calibration", "calibration", f"Samples that activation ranges come from: {DATA}."),
-    data("evaluation", "evaluation", "Other samples, to compare the outputs on."),
+    data("calibration", "calibration", f"Samples for statistics such as activation ranges: {DATA}."),
+    data("evaluation", "evaluation", "Other samples, on which the outputs are compared."),
     random,
     allow_script,
     seed,
 )
 shipped = click.option(
-    "--model", type=_Choice(list(MODELS)), default="digits_cnn", show_default=True, help="Which shipped network."
+    "--model", type=_Choice(list(MODELS)), default="digits_cnn", show_default=True, help="The shipped network."
 )
 shape = click.option(
     "--shape",
     "shapes",
     multiple=True,
     metavar="NAME:MIN:OPT:MAX",
-    help="Shapes that a dynamic input may take in an engine, such as image:1x3x224x224:8x3x224x224:16x3x224x224. "
+    help="Shapes of a dynamic input in an engine, such as image:1x3x224x224:8x3x224x224:16x3x224x224. "
     "Repeatable.  [default: as in the data]",
 )
 require_share = click.option(
     "--require-share",
     type=click.FloatRange(0, 1),
     metavar="X",
-    help="Gate: share of the weight bytes that is quantized, 0 to 1. Biases and norms do not count.",
+    help="Gate: quantized share of the weight bytes, 0 to 1. Biases and norms do not count.",
 )
 gates = together(
     click.option("--min-snr", type=float, metavar="DB", help="Gate: signal-to-noise ratio of every output, in dB."),

@@ -95,7 +95,7 @@ def test_prune_shows_each_group(run, tmp_path):
     assert code == 0
     assert re.search(r"Cut +op +channels  kept  params saved  MACs saved\n", out)
     assert re.search(r"  MACs: [\d,]+ -> [\d,]+, (4\d|50).\d% kept\n", out)
-    assert "  The cut equals the same channels silenced, to " in out
+    assert "  The cut equals a mask of the same channels, to " in out
     assert "its 10 channels stay" not in out
     assert "1 x it is the output 'logits' of the model" in out
 

@@ -63,7 +63,10 @@ def samples(tmp_path):
         (("prune", "m.onnx", "-o", "x"), "The amount to prune is missing"),
         (("prune", "m.onnx", "-o", "x", "--keep-macs", "0.5", "--ratio", "0.5"), "found 'keep_macs' and 'ratio'"),
         (("prune", "m.onnx", "-o", "x", "--dead", "--width"), "'remove-dead-channels' has no option 'width'"),
-        (("prune", "m.onnx", "-o", "x", "--keep-macs", "0.5", "--dead"), "Dead channels go whatever 'keep_macs' is"),
+        (
+            ("prune", "m.onnx", "-o", "x", "--keep-macs", "0.5", "--dead"),
+            "--dead knows no budget such as 'keep_macs'",
+        ),
         (("prune", "m.onnx", "-o", "x", "--ratio", "0.5", "--importance", "l3"), "'l3' is unknown. Did you mean 'l"),
         (("prune", "m.onnx", "-o", "x", "--keep-macs", "50"), "'keep_macs' is 50. Expected a share: 0.5 is half"),
         (("prune", DIGITS, "-o", "x", "--keep-macs", "0.001"), "A budget of 0.001 cannot be reached: the least"),

@@ -1,23 +1,39 @@
-"""The heads of queries, keys and values in the inputs and outputs of attention operators.
+"""Attention operators: the heads in their inputs and outputs, the links of the heads, and the scales that pass them.
 
     Attention, RotaryEmbedding (opset 23)       (batch, heads, tokens, channels), or (batch, tokens, heads * channels)
     com.microsoft MultiHeadAttention            the latter; or packed as (batch, tokens, heads, 2 or 3, channels)
     com.microsoft Attention                     one weight for all three, (inputs, 3 * heads * channels)
     com.microsoft GroupQueryAttention           queries, keys and values side by side in one tensor, or three tensors
 
-With n times as many query heads as key heads, each key or value head serves n consecutive query heads.
+With n times as many query heads as key heads, each key or value head serves n consecutive query heads. A rotary
+embedding rotates channels in pairs: i and i + half, or 2 i and 2 i + 1.
+
+*Links.* Heads are cut whole, a key or value head with all query heads that it serves: every channel is linked to the
+first channel of its head in the result.
+
+    MultiHeadAttention, 2 heads of 3     [(-1, 2, 0 0 0 3 3 3), (0, 2, 0 1 2 3 4 5)]  and so for keys, values and biases
+    GroupQueryAttention, 2 kv heads      [(-1, 2, 0 0 3 3 6 6 9 9), (1, 2, 0 1 0 1 2 3 2 3)]
+    Attention with a packed weight       [(-1, 2, 0 0 0 3 3 3), (1, 1, 0 1 2 3 4 5)]  [(-1, 2, 0 0 …), (1, 1, 6 7 …)]
+
+Where the heads have an axis of their own, the same channel of all heads can be cut too. Queries and keys then lose the
+same channels, and the scale of the scores stays; values and the result lose the same channels.
+
+*Scales.* Every channel of every head has its own scale; a key or value head shares the scale of a channel with all
+query heads that it serves, and the two channels of a rotated pair share one scale.
+
+    softmax(q k^T) v        v' = v / s: the result is divided by s      k' = k / s: q' = q s
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
-from channelfold.passes.channels.maps import Shape
-from channelfold.passes.channels.ports import Ports
+from channelfold.passes.channels.maps import Classes, Shape
+from channelfold.passes.channels.ports import Ports, Rules
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
@@ -169,3 +185,93 @@ def _grouped(p: Ports) -> Heads:
     turned = 2 * p.shape(7)[-1] if p.attribute("do_rotary", 0) else 0
     held = _held(p, 3, 4) or (f"{p.node.op} norms its queries and keys" if p.has(14) or p.has(15) else "")
     return Heads(piece(p, -1, heads), queries, keys, values, others, held, turned)
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+
+
+def _links(p: Ports) -> None:
+    _whole_heads(p, heads_of(p))
+    if edit.is_standard(p.node):
+        if len(p.shape(0)) == 4:
+            p.link((0, 3), (1, 3), summed=True)
+            p.link((1, 3), (4, 3), (-2, 3))
+            p.link((2, 3), (-1, 3), (5, 3), (-3, 3))
+            p.edit("scale", 0, 0, 3)
+    elif p.node.op == "Attention":
+        p.link((0, 2), (1, 0), summed=True)
+
+
+def _whole_heads(p: Ports, heads: Heads) -> None:
+    result = heads.result
+    for part in heads.pieces():
+        at = part.at.repeat(len(result.at) // len(part.at), axis=0)
+        first = np.broadcast_to(result.at[:, :1], at.shape)
+        p.link((result.port, result.axis, first.reshape(-1)), (part.port, part.axis, at.reshape(-1)))
+    p.edit("heads", 0, result.port, result.axis)
+
+
+def _rotary(p: Ports) -> None:
+    result, turned, cosines = rotary(p)
+    shape = p.shape(0)
+    _whole_heads(p, Heads(result, replace(result, port=0)))
+    if len(shape) == 4:
+        pairs = partners(p, shape[3], turned)
+        p.link((0, 3), (-1, 3))
+        p.link((0, 3), (0, 3, pairs))
+        if turned < shape[3] or p.attribute("rotary_embedding_dim", 0):
+            p.block(3, f"{p.node.op} says how many channels it turns")
+            return
+        half = np.unique(np.minimum(np.arange(turned), pairs), return_inverse=True)[1]
+        for port in (cosines, cosines + 1):
+            p.link((-1, 3), (port, -1, half))
+
+
+RULES: Rules = {"attention": _links, "packed_attention": _links, "rotary": _rotary}
+
+
+# ---- scales ----------------------------------------------------------------------------------------------------------
+
+
+def attended(classes: Classes, p: Ports, tensor: gs.Tensor, index: np.ndarray) -> list[tuple[gs.Tensor, np.ndarray]]:
+    """The maps of the tensors that an attention operator ties to one of its inputs or to its result. Raises Refused."""
+    heads, result = heads_of(p), p.node.outputs[0]
+    queries, keys, values = heads.queries, heads.keys, heads.values
+    if heads.held or queries is None or keys is None or values is None:
+        raise Refused(heads.held or f"{p.node.op} reads it")
+    if any(size > 1 for axis, size in enumerate(index.shape) if axis in (0, index.ndim - 2)):
+        raise Refused(f"{p.node.op} does not keep its channels apart")
+    ends = {id(p.tensor(part.port)): part for part in (queries, keys, values, heads.result)}
+    if id(tensor) not in ends:
+        later = any(tensor is other for other in p.node.outputs)
+        raise Refused(f"it is a second output of {p.node.op}" if later else f"{p.node.op} reads it")
+    moves: list[tuple[gs.Tensor, np.ndarray]] = []
+    maps = {id(tensor): index}
+    port = values.port if tensor is result else keys.port
+    source, shape = p.tensor(port), p.shape(port)
+    if tensor is result or tensor is p.tensor(queries.port) is not source:
+        wide = [1 if axis in (0, len(shape) - 2) else size for axis, size in enumerate(shape)]
+        maps[id(source)] = classes.fresh(wide)
+        moves.append((source, maps[id(source)]))
+    for before, after, sign in ((keys, queries, -1), (values, heads.result, 1)):
+        if id(p.tensor(before.port)) not in maps:
+            continue
+        rows = before.take(maps[id(p.tensor(before.port))], p.shape(before.port))
+        if heads.rotary and sign < 0:
+            classes.merge(rows, rows[:, partners(p, rows.shape[1], heads.rotary)])
+        rows = sign * rows.repeat(len(after.at) // len(before.at), axis=0)
+        target, shape = p.tensor(after.port), p.shape(after.port)
+        if id(target) in maps:
+            classes.merge(after.take(maps[id(target)], shape), rows)
+        else:
+            moves.append((target, rows[None, :, None] if len(shape) == 4 else rows.reshape(1, 1, -1)))
+    return moves
+
+
+def turned(classes: Classes, p: Ports, index: np.ndarray) -> None:
+    """Merges the classes of the two channels of each pair of a RotaryEmbedding."""
+    result, channels, _ = rotary(p)
+    if any(size > 1 for axis, size in enumerate(index.shape) if axis in (0, index.ndim - 2)):
+        raise Refused(f"{p.node.op} does not keep its channels apart")
+    rows = result.take(index, p.shape(0))
+    classes.merge(rows, rows[:, partners(p, rows.shape[1], channels)])

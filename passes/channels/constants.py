@@ -30,7 +30,7 @@ from channelfold.runtime.io.files import alone, export, session
 
 
 @dataclass(frozen=True)
-class Known:
+class ConstantPositions:
     """The positions along one axis that hold one value for every input.
 
     ``where`` (n,) bool marks these positions, and ``values`` (n,) holds their values. The values of all other positions
@@ -50,14 +50,14 @@ class ConstantChannels:
 
     def __init__(self, graph: gs.Graph, table: LinkTable):
         self._graph, self._table = graph, table
-        self._found: dict[int, dict[int, Known]] = {}
+        self._found: dict[int, dict[int, ConstantPositions]] = {}
         for node in graph.nodes:
             try:
                 self._visit(node)
             except Refused:
                 continue
 
-    def along(self, tensor: gs.Tensor, axis: int) -> Known:
+    def along(self, tensor: gs.Tensor, axis: int) -> ConstantPositions:
         """The constant positions along an axis of a tensor. Raises Refused where the shape is unknown."""
         shape = self._table.known_shape(tensor)
         axis %= len(shape)
@@ -65,7 +65,7 @@ class ConstantChannels:
         if values is None:
             return self._found.get(id(tensor), {}).get(axis) or _unknown(shape[axis], edit.dtype(tensor))
         rows = np.moveaxis(values, axis, 0).reshape(shape[axis], -1)
-        return Known((rows == rows[:, :1]).all(axis=1), rows[:, 0])
+        return ConstantPositions((rows == rows[:, :1]).all(axis=1), rows[:, 0])
 
     def met_by_zeros(self, node: gs.Node, port: int, axis: int) -> np.ndarray:
         """Which positions along a summed axis of an input are multiplied by zeros alone, (n,) bool."""
@@ -96,11 +96,11 @@ class ConstantChannels:
         elif known.elementwise:
             self._compute(node, links, range(len(self._table.shape(node.outputs[0]) or ())))
 
-    def _note(self, tensor: gs.Tensor, axis: int, known: Known) -> None:
+    def _note(self, tensor: gs.Tensor, axis: int, known: ConstantPositions) -> None:
         where = known.where & np.isfinite(known.values.astype(np.float64))
         if where.any():
             values = np.where(where, known.values, np.ones((), known.values.dtype))
-            self._found.setdefault(id(tensor), {})[axis] = Known(where, values)
+            self._found.setdefault(id(tensor), {})[axis] = ConstantPositions(where, values)
 
     # ---- weights -----------------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class ConstantChannels:
         values = linear.respond(weight, np.where(varies, 0.0, given.values.astype(np.float64)))
         with np.errstate(over="ignore"):
             values = (values if bias is None else values + bias).astype(linear.dtype)
-        self._note(node.outputs[0], linear.out_axis % rank, Known(where, values))
+        self._note(node.outputs[0], linear.out_axis % rank, ConstantPositions(where, values))
 
     # ---- what only moves values --------------------------------------------------------------------------------------
 
@@ -128,9 +128,9 @@ class ConstantChannels:
             found = self._moved(node, links, Member(-1 - port, axis))
             if found is not None:
                 where = found.where if only is None else found.where & (found.values == only)
-                self._note(node.outputs[port], axis, Known(where, found.values))
+                self._note(node.outputs[port], axis, ConstantPositions(where, found.values))
 
-    def _moved(self, node: gs.Node, links: Links, out: Member) -> Known | None:
+    def _moved(self, node: gs.Node, links: Links, out: Member) -> ConstantPositions | None:
         result = node.outputs[-1 - out.port]
         known = _unknown(self._table.known_shape(result)[out.axis], edit.dtype(result))
         where, values = known.where, known.values
@@ -149,7 +149,7 @@ class ConstantChannels:
                 varies |= np.bincount(at, chosen[at] != given.values, minlength=len(where)) > 0
                 new = reached & ~varies & ~where
                 where, values = where | new, np.where(new, chosen, values)
-        return Known(where, values) if where.any() else None
+        return ConstantPositions(where, values) if where.any() else None
 
     # ---- what is computed channel by channel -------------------------------------------------------------------------
 
@@ -167,9 +167,9 @@ class ConstantChannels:
                 feed = {k: self._spread(node.inputs[k], o.values, members.get(k)) for k, o in operands.items()}
                 values = self._run(node, feed)
                 if values is not None and values.size == shape[axis]:
-                    self._note(node.outputs[0], axis, Known(where, values.reshape(-1)))
+                    self._note(node.outputs[0], axis, ConstantPositions(where, values.reshape(-1)))
 
-    def _operands(self, node: gs.Node, link: Link) -> Iterator[tuple[int, Known]]:
+    def _operands(self, node: gs.Node, link: Link) -> Iterator[tuple[int, ConstantPositions]]:
         """The constant positions of every input along the axis of a link; an input without the axis is one position."""
         axes = {m.port: m.axis for m in link}
         for port, tensor in enumerate(node.inputs):
@@ -181,7 +181,12 @@ class ConstantChannels:
                 values = edit.value(tensor)
                 one = values is not None and values.size > 0 and bool((values == values.flat[0]).all())
                 filler = np.ones(1, edit.dtype(tensor) or np.float32)
-                yield port, Known(np.array([one]), values.reshape(-1)[:1] if one and values is not None else filler)
+                yield (
+                    port,
+                    ConstantPositions(
+                        np.array([one]), values.reshape(-1)[:1] if one and values is not None else filler
+                    ),
+                )
 
     def _spread(self, tensor: gs.Tensor, values: np.ndarray, axis: int | None) -> np.ndarray:
         """Values along one axis of an array that has the rank of ``tensor``."""
@@ -209,20 +214,20 @@ def _evaluated(part: gs.Graph, feed: dict[str, np.ndarray]) -> np.ndarray | None
     return np.asarray(found[0])
 
 
-def _unknown(size: int, kind: np.dtype | None) -> Known:
-    return Known(np.zeros(size, bool), np.ones(size, kind or np.float32))
+def _unknown(size: int, kind: np.dtype | None) -> ConstantPositions:
+    return ConstantPositions(np.zeros(size, bool), np.ones(size, kind or np.float32))
 
 
-def _taken(known: Known, at: np.ndarray | None) -> Known:
-    return known if at is None else Known(known.where[at], known.values[at])
+def _taken(known: ConstantPositions, at: np.ndarray | None) -> ConstantPositions:
+    return known if at is None else ConstantPositions(known.where[at], known.values[at])
 
 
-def _all_same(sources: Sequence[Known]) -> Known:
+def _all_same(sources: Sequence[ConstantPositions]) -> ConstantPositions:
     first, *others = sources
     where = first.where
     for other in others:
         where = where & other.where & (other.values == first.values)
-    return Known(where, first.values)
+    return ConstantPositions(where, first.values)
 
 
 def _deciding(node: gs.Node) -> tuple[int, ...]:

@@ -13,13 +13,14 @@ A norm over the channels does not treat every channel alike, because a channel o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Refused
-from channelfold.passes.channels.cut_regions import Read, Region
-from channelfold.passes.channels.renumber import Numbering, renumber
+from channelfold.passes.channels.cut_regions import Part, Read, Region
+from channelfold.passes.channels.renumber import renumber
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
@@ -35,7 +36,7 @@ def cut(graph: gs.Graph, cuts: Sequence[Cut]) -> None:
     for region, keep in cuts:
         assert keep[~region.free].all()
         assert np.array_equal(keep, region.completed(keep))
-    renumber(graph, [(region, Numbering.repeating(keep)) for region, keep in cuts], "_cut")
+    renumber(graph, cuts, "_cut")
 
 
 def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
@@ -44,15 +45,14 @@ def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
     Raises Refused, with the reason, for a norm that cannot leave channels out.
     """
     for region, keep in cuts:
-        for part in region.parts:
-            if operator(part.node).gates and (part.input, part.axis) == (2, 2):
-                _forget(graph, part.node, keep[part.labels - 1])
+        for part in filter(is_recurrence, region.parts):
+            Mask.within(graph, part).set(keep)
         for read in region.reads:
             stays = keep[read.labels - 1]
             if stays.all():
                 continue
             if not read.reduced:
-                _silence(graph, read, stays)
+                Mask.before(graph, read).set(keep)
             elif operator(read.node).kind == "norm" and operator(read.node).gamma == 1:
                 _norm_of_the_rest(graph, read, stays)
             elif operator(read.node).kind == "reduce":
@@ -61,17 +61,42 @@ def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
                 raise Refused(f"{read.node.op} without some of its channels")
 
 
-def _forget(graph: gs.Graph, node: gs.Node, stays: np.ndarray) -> None:
-    """Sets columns of R to zero, because a recurrent node sums over its own channels too."""
-    values = np.asarray(edit.value(node.inputs[2]))
-    edit.set_input(node, 2, constant(graph, f"{node.name}_recurrence", values * stays.astype(values.dtype)))
+@dataclass(frozen=True)
+class Mask:
+    """A constant that masks channels. ``whole`` holds its values while all channels stay, ``labels`` its axis."""
+
+    constant: gs.Constant
+    whole: np.ndarray
+    labels: np.ndarray
+    axis: int
+
+    @classmethod
+    def before(cls, graph: gs.Graph, read: Read) -> Mask:
+        """A new factor in front of a node that sums over channels."""
+        tensor = read.node.inputs[read.port]
+        whole = np.ones((read.labels.size, *[1] * (-1 - read.axis)), edit.dtype(tensor) or np.float32)
+        factor = constant(graph, f"{tensor.name}_mask", whole)
+        edit.set_input(read.node, read.port, _before(graph, read.node, "Mul", [tensor, factor], {}))
+        return cls(factor, whole, read.labels, 0)
+
+    @classmethod
+    def within(cls, graph: gs.Graph, part: Part) -> Mask:
+        """The recurrence weights of a cell, which sums over its own channels too, as a constant of its own."""
+        whole = np.asarray(edit.value(part.node.inputs[part.input]))
+        own = constant(graph, f"{part.node.name}_recurrence", whole)
+        edit.set_input(part.node, part.input, own)
+        return cls(own, whole, part.labels, part.axis)
+
+    def set(self, keep: np.ndarray) -> None:
+        """Masks all labels that do not stay, by ``keep`` (size of the region,) bool."""
+        shape = [1] * self.whole.ndim
+        shape[self.axis] = self.labels.size
+        self.constant.values = self.whole * keep[self.labels - 1].reshape(shape).astype(self.whole.dtype)
 
 
-def _silence(graph: gs.Graph, read: Read, stays: np.ndarray) -> None:
-    tensor = read.node.inputs[read.port]
-    factor = stays.astype(edit.dtype(tensor) or np.float32).reshape(-1, *[1] * (-1 - read.axis))
-    operands = [tensor, constant(graph, f"{tensor.name}_mask", factor)]
-    edit.set_input(read.node, read.port, _before(graph, read.node, "Mul", operands, {}))
+def is_recurrence(part: Part) -> bool:
+    """Whether a constant holds the recurrence weights of a cell, along the axis that the cell sums over."""
+    return operator(part.node).gates > 0 and (part.input, part.axis) == (2, 2)
 
 
 def _take(graph: gs.Graph, node: gs.Node, port: int, axis: int, stays: np.ndarray) -> None:
@@ -95,13 +120,11 @@ def _norm_of_the_rest(graph: gs.Graph, read: Read, stays: np.ndarray) -> None:
     spread = np.eye(stays.size, dtype=edit.dtype(result) or np.float32)[stays]
     edit.set_output(node, 0, few)
     name = free_name(graph, f"{node.name}_spread")
-    new = gs.Node("MatMul", name, inputs=[few, constant(graph, name, spread)], outputs=[result])
-    edit.insert_after(graph, node, new)
+    edit.insert_after(graph, node, gs.Node("MatMul", name, {}, [few, constant(graph, name, spread)], [result]))
 
 
 def _before(graph: gs.Graph, node: gs.Node, op: str, inputs: list[gs.Tensor], attrs: dict) -> gs.Variable:
-    """Puts a new node in front of another; returns what it writes."""
+    """Puts a new node in front of another; returns the result of the new node."""
     result = gs.Variable(free_name(graph, f"{inputs[0].name}_{op.lower()}"), inputs[0].dtype)
-    new = gs.Node(op, free_name(graph, f"{node.name}_{op.lower()}"), attrs, inputs, [result])
-    edit.insert_before(graph, node, new)
+    edit.insert(graph, gs.Node(op, free_name(graph, f"{node.name}_{op.lower()}"), attrs, inputs, [result]), before=node)
     return result

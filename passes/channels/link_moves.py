@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
-from channelfold.passes.channels.maps import Shape
+from channelfold.passes.channels.maps import Shape, slices
 from channelfold.passes.channels.ports import Link, Member, Ports, Rules
 from channelfold.passes.channels.sizes import Length, source_of_size
 from channelfold.runtime.io import edit
@@ -51,23 +51,17 @@ def _split(p: Ports) -> None:
 
 def _slice(p: Ports) -> None:
     shape, result = p.shape(0), p.shape(-1)
-    starts, ends = p.argument(1, "starts"), p.argument(2, "ends")
-    axes, steps = p.argument(3, "axes"), p.argument(4, "steps")
-    if axes is None:
-        if p.computed(3):
-            raise Refused("Slice cuts axes that are computed at run time")
-        axes = np.arange(len(shape) if starts is None else len(starts))
-    touched = {int(a) % len(shape): place for place, a in enumerate(axes)}
+    cuts = slices(p.node, shape)
     for axis in range(len(shape)):
-        place = touched.get(axis)
-        if place is None:
+        place, cut = cuts.get(axis, (0, None))
+        if axis not in cuts:
             p.keep(axis)
-        elif starts is None or ends is None or p.computed(4):
+        elif cut is None:
             p.block(axis, "Slice cuts it at places computed at run time")
-        elif steps is not None and steps[place] != 1:
+        elif cut.step != 1:
             p.block(axis, "Slice takes it in steps or turned round")
         else:
-            taken = np.arange(shape[axis])[int(starts[place]) : int(ends[place])]
+            taken = np.arange(shape[axis])[cut]
             if len(taken) != result[axis]:
                 raise Refused("the shapes of Slice do not agree")
             p.link((0, axis, taken), (-1, axis))

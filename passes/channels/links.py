@@ -30,7 +30,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
-from channelfold.passes.channels import link_moves, links_attention
+from channelfold.passes.channels import attention, link_moves
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.ports import Links, Ports, Rules, known_shape
 from channelfold.passes.operators import operator
@@ -297,7 +297,7 @@ def _dequantize(p: Ports) -> None:
 
 _RULES: Rules = {
     **link_moves.RULES,
-    **links_attention.RULES,
+    **attention.RULES,
     "batch_norm": _channel_norm,
     "conv": _conv,
     "einsum": _einsum,

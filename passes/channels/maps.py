@@ -49,7 +49,7 @@ def image(node: gs.Node, index: np.ndarray, source: Shape, result: Shape) -> np.
     if kind == "reshape":
         return reshaped(index, source, result, node.op)
     if kind == "slice":
-        return index[_slices(node, index.shape, source)]
+        return _sliced(node, index, source)
     if kind == "gather":
         return _gathered(node, index)
     if kind == "expand":
@@ -216,7 +216,9 @@ def _components(count: int, merges: list[tuple[np.ndarray, np.ndarray]]) -> np.n
     """
     if not merges:
         return np.arange(count + 1)
-    one, other = (_vertex(np.concatenate(side)) for side in zip(*merges, strict=True))
+    # in the graph of merges, vertex 2 c stands for class c and vertex 2 c + 1 for its inverse
+    sides = (np.concatenate(side) for side in zip(*merges, strict=True))
+    one, other = (2 * np.abs(index) + (index < 0) for index in sides)
     label = np.arange(2 * count + 2)
     edges = [(one, other), (one ^ 1, other ^ 1)]
     while True:
@@ -232,31 +234,37 @@ def _components(count: int, merges: list[tuple[np.ndarray, np.ndarray]]) -> np.n
     return np.where(own == label[1::2], count + 1, np.where(own & 1, -(own >> 1), own >> 1))
 
 
-def _vertex(index: np.ndarray) -> np.ndarray:
-    """The vertices of signed classes in the graph of merges: 2 c for c, 2 c + 1 for the inverse of c."""
-    return 2 * np.abs(index) + (index < 0)
+def slices(node: gs.Node, shape: Shape) -> dict[int, tuple[int, slice | None]]:
+    """(place in the arguments, slice) of every axis that a Slice cuts; no slice where the bounds are computed.
 
-
-def _slices(node: gs.Node, held: Sequence[int], shape: Shape) -> tuple[slice, ...]:
-    """The slices that a Slice with constant bounds takes of a map; all of an axis along which the map is constant."""
+    Raises Refused where the axes are computed.
+    """
     starts, ends = edit.argument(node, 1, "starts"), edit.argument(node, 2, "ends")
     axes, steps = edit.argument(node, 3, "axes"), edit.argument(node, 4, "steps")
-    taken = [slice(None)] * len(shape)
-    if axes is None and not edit.has_input(node, 3):
-        axes = range(len(shape) if starts is None else len(starts))
-    if axes is None:
+    if axes is None and edit.has_input(node, 3) and len(shape) > 1:
         raise Refused("Slice cuts axes that are computed at run time")
+    if axes is None:
+        axes = range(len(shape) if starts is None else len(starts))
+    found: dict[int, tuple[int, slice | None]] = {}
     for place, axis in enumerate(int(a) % len(shape) for a in axes):
-        if held[axis] == 1:
+        cut = None
+        if starts is not None and ends is not None and (steps is not None or not edit.has_input(node, 4)):
+            cut = slice(int(starts[place]), int(ends[place]), 1 if steps is None else int(steps[place]))
+        found[axis] = place, cut
+    return found
+
+
+def _sliced(node: gs.Node, index: np.ndarray, source: Shape) -> np.ndarray:
+    taken = [slice(None)] * len(source)
+    for axis, (_, cut) in slices(node, source).items():
+        if index.shape[axis] == 1:
             continue
-        if starts is None or ends is None or (steps is None and edit.has_input(node, 4)):
+        if cut is None:
             raise Refused("Slice cuts its channels at places computed at run time")
-        step = 1 if steps is None else int(steps[place])
-        if step < 0:
+        if cut.step < 0:
             raise Refused("Slice turns its channels round")
-        start, stop, _ = slice(int(starts[place]), int(ends[place])).indices(shape[axis])
-        taken[axis] = slice(start, stop, step)
-    return tuple(taken)
+        taken[axis] = cut
+    return index[tuple(taken)]
 
 
 def _gathered(node: gs.Node, index: np.ndarray) -> np.ndarray:

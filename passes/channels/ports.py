@@ -1,4 +1,4 @@
-"""The members of a link, and how the rules of ``links``, ``link_moves`` and ``links_attention`` note links."""
+"""The members of a link, and how the rules of ``links``, ``link_moves`` and ``attention`` note links."""
 
 from __future__ import annotations
 

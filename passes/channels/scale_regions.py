@@ -31,7 +31,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused, TwoActivations
-from channelfold.passes.channels.attention import is_attention
+from channelfold.passes.channels.attention import attended, is_attention, turned
 from channelfold.passes.channels.maps import (
     Classes,
     Shape,
@@ -44,7 +44,6 @@ from channelfold.passes.channels.maps import (
 )
 from channelfold.passes.channels.ports import Ports, known_shape
 from channelfold.passes.channels.region import Cut, End, Region
-from channelfold.passes.channels.scale_attention import attended, turned
 from channelfold.passes.layers.affine import Layout, passes
 from channelfold.passes.layers.linear import Linear, view, view_beside
 from channelfold.passes.operators import operator

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from channelfold.passes.channels.maps import slices
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
@@ -104,13 +105,8 @@ def _taken(node: gs.Node, size: int) -> np.ndarray | None:
     if node.op == "Gather":
         picked = edit.value(node.inputs[1])
         return None if picked is None else picked.reshape(-1) % size
-    if node.op != "Slice":
-        return None
-    starts, ends = edit.argument(node, 1, "starts"), edit.argument(node, 2, "ends")
-    steps = edit.argument(node, 4, "steps")
-    if starts is None or ends is None or starts.size != 1 or (steps is None and edit.has_input(node, 4)):
-        return None
-    return np.arange(size)[slice(int(starts[0]), int(ends[0]), 1 if steps is None else int(steps[0]))]
+    _, cut = slices(node, (size,)).get(0, (0, slice(None))) if node.op == "Slice" else (0, None)
+    return None if cut is None else np.arange(size)[cut]
 
 
 def _chosen(where: gs.Node, element: int, shape_of: ShapeOf) -> Source | None:

@@ -24,7 +24,7 @@ from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels.cut_regions import Region, best_trace
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Shape
-from channelfold.passes.channels.renumber import Numbering, renumber
+from channelfold.passes.channels.renumber import renumber
 from channelfold.passes.layers.linear import Linear, cast, check_growth, view, view_beside
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
@@ -82,7 +82,7 @@ class Width:
 
         Raises Refused, with nothing changed.
         """
-        renumber(self.graph, [(self.region, Numbering.repeating(counts))], shapes=shapes)
+        renumber(self.graph, [(self.region, counts)], shapes=shapes)
         self.channels = int(counts.sum())
 
     def blended(self, rows: Blend | None, columns: Blend, shapes: dict[str, Shape]) -> Width:

@@ -132,7 +132,7 @@ def _write(graph: gs.Graph, node: gs.Node, plan: _Plan) -> list[str]:
             inputs = [*inputs, constant(graph, f"{name}_{_HELD[op]}", np.array(values, np.int64))]
         result = gs.Variable(free_name(graph, name), output.dtype)
         made.append(gs.Node(op, result.name, attrs, inputs, [result]))
-        edit.insert_before(graph, node, made[-1])
+        edit.insert(graph, made[-1], before=node)
         return result
 
     operands = []

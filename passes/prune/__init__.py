@@ -14,7 +14,7 @@ from channelfold.passes.base import Pass
 from channelfold.passes.options import option
 from channelfold.runtime.errors import UsageError
 
-AMOUNTS = {  # how much goes; the allocations that can deal with it, and why no others
+AMOUNTS = {  # the options that say how much goes: the allocations that fit each option, and the reason against others
     "keep_macs": (("auto", "uniform", "ranked", "knapsack"), "is a budget to share out"),
     "keep_params": (("auto", "uniform", "ranked", "knapsack"), "is a budget to share out"),
     "keep_latency": (("auto", "knapsack"), "takes the knapsack"),
@@ -26,40 +26,42 @@ _SHARE = "a share: 0.5 is half"
 
 @dataclass(frozen=True)
 class Prune(Pass):
-    """Removes channels until a budget is met; with calibration data what reads them makes up for them."""
+    """Removes channels until a budget is met, and reconstructs the layers that read them."""
 
     name, kind, does_it = "prune", "lossy", "structured"
 
     keep_macs: float | None = option(None, "Share of the MACs to keep.", above=0, high=1, expected=_SHARE)
     keep_params: float | None = option(None, "Share of the parameters to keep.", above=0, high=1, expected=_SHARE)
     keep_latency: float | None = option(
-        None, "Share of its time in ONNX Runtime on this machine to keep.", above=0, high=1, expected=_SHARE
+        None, "Share of the time in ONNX Runtime on this machine to keep.", above=0, high=1, expected=_SHARE
     )
     ratio: float | None = option(None, "Share of every group's channels to remove.", low=0, below=1, expected=_SHARE)
     tolerance: float | None = option(
-        None, "Squared error of any output at most, relative to its variance; needs data.", above=0, below=math.inf
+        None, "Largest squared error of any output, relative to its variance; needs data.", above=0, below=math.inf
     )
     importance: Literal["auto", "l1", "l2", "bn", "activation", "reconstruction"] = option(
-        "auto", "How channels are ranked; auto is reconstruction, bn needs BatchNormalizations."
+        "auto", "Ranking of the channels; auto is reconstruction, bn needs BatchNormalizations."
     )
     allocation: Literal["auto", "uniform", "ranked", "knapsack", "greedy"] = option(
-        "auto", "How a budget is shared out: alike, by one ranking of all channels, the best sum; greedy: a tolerance."
+        "auto",
+        "Sharing of a budget: one share, one ranking of all channels, the largest total importance; greedy: tolerance.",
     )
     compensate: Literal["auto", "none", "bias", "lstsq", "outputs"] = option(
-        "auto", "How readers make up for it: not, in the bias, by least squares; outputs: then layer by layer, slower."
+        "auto",
+        "Reconstruction of readers: none, of biases, by least squares; outputs: corrected layer by layer, slower.",
     )
-    align: int = option(8, "Kept channels are multiples of it.", low=1)
+    align: int = option(8, "Number that divides the kept channels of every group.", low=1)
     width: bool = option(False, "Also cut channels that a norm works on: the width of a transformer.")
     include: tuple[str, ...] = option((), "Nodes whose channels may go: names, * and ? match.", metavar="PATTERN")
     exclude: tuple[str, ...] = option((), "Nodes whose channels stay.", metavar="PATTERN")
-    ridge: float = option(1e-3, "Of the least squares, relative to variances.", low=0)
-    verify: bool = option(True, "Prove the cut: it computes what silencing the same channels does.")
+    ridge: float = option(1e-3, "Ridge of the least squares, relative to the variances.", low=0)
+    verify: bool = option(True, "Prove that the cut equals a mask of the same channels.")
 
     def __post_init__(self) -> None:
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(given) != 1:
             found = "none of them" if not given else " and ".join(map(repr, given))
-            raise UsageError(f"Expected one of {', '.join(map(repr, AMOUNTS))}, found {found}", "Give one")
+            raise UsageError(f"Expected one of {', '.join(map(repr, AMOUNTS))}, found {found}", "Give one of them")
         super().__post_init__()
         allocations, why = AMOUNTS[given[0]]
         if self.allocation not in allocations:
@@ -77,4 +79,4 @@ class RemoveDeadChannels(Pass):
 
     name, kind, does_it = "remove-dead-channels", "exact", "dead"
 
-    align: int = option(1, "Of every group a multiple of so many channels stays, where it has more.", low=1)
+    align: int = option(1, "Number that divides the kept channels of every group, where a group has more.", low=1)

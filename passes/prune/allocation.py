@@ -1,17 +1,17 @@
-"""How many units each channel group keeps: uniformly, by one ranking of all units, or the best under a budget.
+"""The number of units that each channel group keeps: by one share, by one ranking of all units, or by a knapsack.
 
 A node whose weight has the groups g and h on its axes costs ``amount * (k_g / n_g) * (k_h / n_h)`` when k_g of n_g and
 k_h of n_h units are kept: multiply-accumulates and parameters are both sums of such terms. Three allocations spend a
 budget B of them, ``cost(k) <= B``, on counts k_g that alignment allows:
 
-``uniform``       k_g / n_g the same everywhere, as large as it fits
-``ranked``        the units of all groups in one order of importance, as many from its top as fit
+``uniform``       one share k_g / n_g for all groups, as large as fits
+``ranked``        the most important units of all groups in one order, as many as fit
 ``under_budget``  max sum_g v_g(k_g), v_g(k) being the importance that k units of g hold
 
-The last is a multiple-choice knapsack, but for the cost of a group depending on the other groups. It is solved by
-linearising: around the best counts known, every count of a group is priced with the others held, the knapsack is
-solved, its limit corrected until the true cost fits, and all of it repeated while the value grows. What comes back fits
-the budget and is worth at least as much as the two others; it is no proven optimum.
+The last is a multiple-choice knapsack, except that the cost of a group depends on the other groups. The costs are
+therefore linearised: around the best known counts, every count of a group is priced while the other groups stay, the
+knapsack is solved, its limit is corrected until the true cost fits, and all of this is repeated while the value grows.
+The result fits the budget and is worth at least as much as the two others, but is no proven optimum.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import numpy as np
 from channelfold.passes.numeric.knapsack import knapsack, unreachable
 from channelfold.runtime.errors import UsageError
 
-_CORRECTIONS = 8  # of the linear limit in one round; the first two or three bring nearly all there is
-_ROUNDS = 20  # never reached on networks: two to five rounds end it
-_CLOSE = 1e-3  # of the budget: what the last step spends unit by unit
-_LEVELS = 512  # for the knapsack: finer ones are lost in the error of the linear costs
+_CORRECTIONS = 8  # of the linear limit in one round; the first two or three have nearly all of the effect
+_ROUNDS = 20  # real networks take two to five
+_CLOSE = 1e-3  # of the budget: the part that the last step spends unit by unit
+_LEVELS = 512  # of the knapsack; the error of the linear costs hides finer ones
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Term:
-    """What one node costs uncut, and the groups on the axes of its weight by number; on both axes: named twice."""
+    """The cost of one uncut node, and the numbers of the groups on the axes of its weight (twice for both axes)."""
 
     amount: float
     groups: tuple[int, ...] = ()
@@ -58,7 +58,7 @@ class Term:
 class Costs:
     """The sum of ``terms`` as a function of the units kept.
 
-    Groups of 4 and 2 units, with a layer from the input to the first, one between them, one from the second on::
+    Groups of 4 and 2 units, with a layer in front of the first, one between them, and one behind the second::
 
         costs = Costs([Group("a", 4), Group("b", 2)], [Term(12, (0,)), Term(8, (0, 1)), Term(6, (1,))])
         costs([4, 2]) == 26;  costs([2, 2]) == 6 + 4 + 6;  costs([2, 1]) == 6 + 2 + 3
@@ -77,7 +77,7 @@ class Costs:
         return float(self._amounts @ shares[self._axes].prod(axis=1))
 
     def along(self, group: int, counts: np.ndarray, kept: Sequence[int]) -> np.ndarray:
-        """float64[len(counts)]: the cost with each of these counts of ``group``, the others as in ``kept``."""
+        """The cost for each of ``counts`` of a group, (counts,) float64; other groups keep the units in ``kept``."""
         shares = np.append(np.asarray(kept, np.float64) / self._units, 1.0)
         shares[group] = 1
         rest = self._amounts * shares[self._axes].prod(axis=1)
@@ -86,12 +86,12 @@ class Costs:
 
 
 def at_share(groups: Sequence[Group], share: float, align: int = 1) -> list[int]:
-    """Of every group the allowed count nearest to ``share`` of its units; of two equally near, the larger."""
+    """The allowed count of every group nearest to ``share`` of its units; the larger of two counts equally near."""
     return [int(g.counts(align)[np.searchsorted(_switches(g, align), share, side="right")]) for g in groups]
 
 
 def uniform(groups: Sequence[Group], costs: Costs, budget: float, align: int = 1) -> list[int]:
-    """The counts at the greatest share that fits the budget. Raises UsageError when none does."""
+    """The counts at the greatest share that fits the budget. Raises UsageError where no share fits."""
     shares = [-1.0, *np.unique(np.concatenate([_switches(g, align) for g in groups] or [[]]))]
     return _last_that_fits(lambda index: at_share(groups, shares[index], align), len(shares), costs, budget)
 
@@ -101,9 +101,9 @@ def ranked(
 ) -> list[int]:
     """The counts that keep the most important units of all groups together, as many as fit the budget.
 
-    ``values[g]``: float[units + 1], what the best k units of group g are worth together, for every k. A unit's
-    importance is its step, along the least concave curve above them: a unit before a greater one counts like it. Equal
-    units leave in the order of their place in their group. Raises UsageError when the budget cannot be reached.
+    ``values[g]``: float[units + 1], the importance of the best k units of group g, for every k. The importance of one
+    unit is its step on the least concave curve above these values. Equal units go in the order of their place in their
+    group. Raises UsageError where the budget cannot be reached.
     """
     steps = [_concave_steps(value) for value in values]
     places = np.concatenate([np.arange(1, g.units + 1) / g.units for g in groups] or [[]])
@@ -120,9 +120,9 @@ def ranked(
 def under_budget(
     groups: Sequence[Group], values: Sequence[np.ndarray], costs: Costs, budget: float, align: int = 1
 ) -> list[int]:
-    """The counts of (nearly) the greatest value under the budget: the knapsack, linearised again and again.
+    """The counts of (nearly) the greatest value under the budget, by the knapsack with linearised costs.
 
-    ``values`` as in ``ranked``, which need not be concave. Raises UsageError when the budget cannot be reached.
+    ``values`` as in ``ranked``. Raises UsageError where the budget cannot be reached.
     """
 
     def value(kept: Sequence[int]) -> float:
@@ -140,13 +140,13 @@ def under_budget(
 
 
 def _switches(group: Group, align: int) -> np.ndarray:
-    """The shares at which the nearest allowed count becomes the next one."""
+    """The shares at which the nearest allowed count changes to the next count."""
     counts = group.counts(align)
     return (counts[1:] + counts[:-1]) / (2 * group.units)
 
 
 def _last_that_fits(at: Callable[[int], list[int]], size: int, costs: Costs, budget: float) -> list[int]:
-    """Of the allocations ``at(0)`` to ``at(size - 1)``, which never become cheaper, the last within the budget."""
+    """The last allocation within the budget of ``at(0)`` to ``at(size - 1)``, whose costs never fall."""
     low, high = 0, size
     if (least := costs(at(0))) > budget:
         raise unreachable(budget, least)
@@ -157,8 +157,10 @@ def _last_that_fits(at: Callable[[int], list[int]], size: int, costs: Costs, bud
 
 
 def _concave_steps(values: np.ndarray) -> np.ndarray:
-    """float64[units]: the steps of the least concave curve above ``values``, none greater than the one before."""
-    runs: list[tuple[float, int]] = []  # mean step, length; a run that rises above the one before is joined to it
+    """The steps of the least concave curve above ``values``, (units,) float64; no step exceeds the step before."""
+    runs: list[
+        tuple[float, int]
+    ] = []  # mean step, length; a run with a larger step than the run before is joined to that run
     for step in np.diff(np.asarray(values, np.float64)):
         mean, length = float(step), 1
         while runs and runs[-1][0] <= mean:
@@ -171,7 +173,7 @@ def _concave_steps(values: np.ndarray) -> np.ndarray:
 def _solutions_near(
     kept: list[int], counts: Sequence[np.ndarray], values: Sequence[np.ndarray], costs: Costs, budget: float
 ) -> list[list[int]]:
-    """Solutions of the knapsack whose costs are linear around ``kept``; only those that truly fit the budget."""
+    """Solutions of the knapsack with costs linear around ``kept`` that truly fit the budget."""
     now, found = costs(kept), []
     options = [
         np.stack([np.asarray(values[g])[k], costs.along(g, k, kept) - now], axis=1).tolist()
@@ -196,7 +198,7 @@ def _solutions_near(
 def _filled(
     kept: list[int], counts: Sequence[np.ndarray], values: Sequence[np.ndarray], costs: Costs, budget: float
 ) -> list[int]:
-    """Spends what is left: again and again the next count of the group that gains most for its cost and still fits."""
+    """Spends the rest of the budget: raises the group with the largest gain for its cost, while a raise fits."""
     kept = list(kept)
     while True:
         now, best, best_rate = costs(kept), None, 0.0

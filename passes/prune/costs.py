@@ -1,10 +1,10 @@
-"""What channel groups cost: multiply-accumulates and parameters as functions of the units that are kept.
+"""The costs of channel groups: multiply-accumulates and parameters as functions of the units that are kept.
 
 A weight whose axes are shared out among groups, f_g of one axis to g and f_h of another to h, costs
 
     amount * sum_g sum_h f_g f_h (k_g / n_g) (k_h / n_h)
 
-and what no group has a part in stays as it is: terms for ``allocation.Costs``.
+as terms for ``allocation.Costs``. The cost of a weight without a share of any group is constant.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from channelfold.passes.prune.allocation import Term
 from channelfold.runtime.io import edit
 
 Kind = Literal["macs", "parameters"]
-Keeps = dict[int, tuple[Region, np.ndarray]]  # by the id of a region: which of its labels stay, (labels,) bool
+Keeps = dict[int, tuple[Region, np.ndarray]]  # regions and their labels that stay, (labels,) bool, by id of the region
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Axis:
 
 
 class GroupCosts:
-    """The costs of ``graph``. ``shapes``: of all tensors for one input, by name."""
+    """The costs of a graph. ``shapes`` holds the shapes of all tensors for one input, by name."""
 
     def __init__(self, graph: gs.Graph, groups: Sequence[Group], shapes: Mapping[str, Shape]):
         self._graph, self._shapes = graph, shapes
@@ -55,7 +55,7 @@ class GroupCosts:
             self._owner[id(region)][group.labels] = number
 
     def terms(self, kind: Kind) -> list[Term]:
-        """The cost in units of the groups, each unit of a group taken for the same."""
+        """The cost by the units of the groups. All units of a group count alike."""
         found = []
         for amount, axes in self._amounts(kind):
             for combination in itertools.product(*(self._shares(axis) for axis in axes)):
@@ -64,7 +64,7 @@ class GroupCosts:
         return found
 
     def exact(self, kind: Kind, keeps: Keeps) -> float:
-        """The cost when just these labels stay."""
+        """The cost when these labels alone stay."""
 
         def left(axis: _Axis) -> float:
             return float(keeps[axis.region][1][axis.labels - 1].mean()) if axis.region in keeps else 1.0
@@ -72,12 +72,12 @@ class GroupCosts:
         return sum(amount * math.prod(map(left, axes)) for amount, axes in self._amounts(kind))
 
     def _shares(self, axis: _Axis) -> list[tuple[int, float]]:
-        """The groups that have a part in an axis, with its size; -1 for none."""
+        """The groups that share an axis, each with its share; -1 stands for no group."""
         numbers, counts = np.unique(self._owner[axis.region][axis.labels], return_counts=True)
         return [(int(n), c / axis.labels.size) for n, c in zip(numbers, counts, strict=True)]
 
     def _amounts(self, kind: Kind) -> Iterator[tuple[float, list[_Axis]]]:
-        """What each node costs, or each constant, and the axes its cost is proportional to."""
+        """The cost of each node or constant, and the axes to which the cost is proportional."""
         seen = set()
         for node in self._graph.nodes:
             if kind == "macs" and operator(node).weighted:

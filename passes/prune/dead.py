@@ -1,15 +1,15 @@
-"""Channels that nothing depends on, or that never change, taken out exactly.
+"""Channels that nothing depends on, or that never change, cut exactly.
 
     unread      W[:, c] = 0                       y = W_K x_K + b
     constant    x_c = k whatever the input is     y = W_K x_K + b + k sum_places W[:, c]
 
-Training with a sparsity penalty leaves such channels behind: a BatchNormalization with gamma = 0 emits beta, a Relu
-makes max(beta, 0) of it, and a convolution with a row of zeros emits its bias. ``channels.constants`` finds them from
-the weights alone; what they still add goes into the bias of whatever sums over them, and they are cut as channels that
-``prune`` chooses are. At the border a zero-padded convolution reads zeros in place of k, so there k must be 0.
+Training with a sparsity penalty leaves such channels: a BatchNormalization with gamma = 0 emits beta, a Relu makes
+max(beta, 0) of it, and a convolution with a row of zeros emits its bias. ``channels.constants`` finds them from the
+weights alone. Their constants go into the bias of every linear that sums over them, and then they are cut as ``prune``
+cuts channels. A zero-padded convolution reads zeros instead of k at the border, so there k must be 0.
 
-What only unread channels read is unread, too, and a cut may leave more behind: it is repeated until nothing is dead.
-Every tensor keeps at least one channel.
+Channels that only unread channels read are unread as well, and a cut may make more channels dead: the cut is repeated
+until no channel is dead. Every tensor keeps at least one channel.
 
 Sources: Liu et al., Network Slimming, ICCV 2017 (gamma = 0); Ye et al., Rethinking the Smaller-Norm-Less-Informative
 Assumption, ICLR 2018 (the constant goes into the next bias).
@@ -25,7 +25,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, DoesNotFit, Outcome, Refused
-from channelfold.passes.channels.constants import ConstantChannels, Known
+from channelfold.passes.channels.constants import ConstantChannels, ConstantPositions
 from channelfold.passes.channels.cut import Cut, cut
 from channelfold.passes.channels.cut_regions import Read, Region
 from channelfold.passes.channels.groups import Group, find_groups
@@ -52,50 +52,50 @@ class Work(RemoveDeadChannels):
             groups = find_groups(graph, shapes)
             constants = ConstantChannels(graph, LinkTable(graph, shapes))
             regions = {id(g.region): g.region for g in groups}
-            judged = {key: _Judged.of(graph, region, constants, shapes) for key, region in regions.items()}
-            _follow_unread(list(judged.values()), shapes)
+            usages = {key: _Usage.of(graph, region, constants, shapes) for key, region in regions.items()}
+            _follow_unread(list(usages.values()), shapes)
             totals = GroupCosts(graph, groups, shapes)
             costs.append({kind: totals.exact(kind, {}) for kind in _KINDS})
             sizes.append(_channels(groups))
-            cuts = self._cuts(groups, judged)
+            cuts = self._cuts(groups, usages)
             if not cuts:
                 break
-            _remove(graph, shapes, judged, cuts)
+            _remove(graph, shapes, usages, cuts)
             infer_shapes(graph)
         outcome = Outcome()
         for name, before in sizes[0].items():
             if sizes[-1][name] < before:
                 outcome.change(name, f"{before} -> {sizes[-1][name]} channels, the others were dead")
         for group in groups:
-            self._refuse(group, judged[id(group.region)], outcome)
+            self._refuse(group, usages[id(group.region)], outcome)
         outcome.facts = {kind: {"before": costs[0][kind], "after": costs[-1][kind]} for kind in _KINDS}
         return outcome
 
-    def _cuts(self, groups: Sequence[Group], judged: dict[int, _Judged]) -> dict[int, Cut]:
+    def _cuts(self, groups: Sequence[Group], usages: dict[int, _Usage]) -> dict[int, Cut]:
         """The labels to cut, by the id of their region, such that no bias overflows."""
         while True:
-            cuts = {key: (one.region, np.ones(one.region.size, bool)) for key, one in judged.items()}
+            cuts = {key: (one.region, np.ones(one.region.size, bool)) for key, one in usages.items()}
             for group in groups:
-                dead = np.flatnonzero(judged[id(group.region)].dead[group.labels - 1])
+                dead = np.flatnonzero(usages[id(group.region)].dead[group.labels - 1])
                 gone = group.units - self._least(group, len(dead))
                 cuts[id(group.region)][1][group.labels[dead[len(dead) - gone :]] - 1] = False
             cuts = {key: (region, region.completed(keep)) for key, (region, keep) in cuts.items() if not keep.all()}
-            sums = [one for key, (_, keep) in cuts.items() for one in judged[key].sums if one.overflows(keep)]
+            sums = [one for key, (_, keep) in cuts.items() for one in usages[key].sums if one.overflows(keep)]
             if not sums:
                 return {key: (region, keep) for key, (region, keep) in cuts.items() if not keep.all()}
             for one in sums:
-                one.reason = f"what it adds does not fit the type of the bias of {one.read.node.name!r}"
+                one.reason = f"its constant does not fit the type of the bias of {one.read.node.name!r}"
 
     def _least(self, group: Group, dead: int) -> int:
-        """How many units stay when so many are dead."""
+        """The number of units that stay when ``dead`` units are dead."""
         counts = allocation.Group(group.name, group.units, 1, int(np.median(group.channels))).counts(self.align)
         return int(counts[np.searchsorted(counts, group.units - dead)])
 
-    def _refuse(self, group: Group, judged: _Judged, outcome: Outcome) -> None:
-        """Says which dead channels a group still has, and why."""
+    def _refuse(self, group: Group, usage: _Usage, outcome: Outcome) -> None:
+        """Reports the dead channels that a group still has, and the reasons."""
         last = "a tensor keeps one" if self.align == 1 else f"a multiple of {self.align} channels is kept"
-        reasons = judged.reasons
-        stay = Counter(reasons[label - 1] or last for label in group.labels[judged.constant[group.labels - 1]])
+        reasons = usage.reasons
+        stay = Counter(reasons[label - 1] or last for label in group.labels[usage.constant[group.labels - 1]])
         for reason, units in stay.items():
             what = "channels" if (group.channels == 1).all() else "units of channels"
             said = "is dead and stays" if units == 1 else "are dead and stay"
@@ -103,19 +103,19 @@ class Work(RemoveDeadChannels):
 
 
 def _channels(groups: Sequence[Group]) -> Counter[str]:
-    """How many channels there are, by the node that writes them."""
+    """The number of channels by the node that writes them."""
     found: Counter[str] = Counter()
     for group in groups:
         found[group.name] += int(group.channels.sum())
     return found
 
 
-def _remove(graph: gs.Graph, shapes: Mapping[str, Shape], judged: dict[int, _Judged], cuts: dict[int, Cut]) -> None:
-    """Cuts, and gives the biases what the channels have added that are gone."""
+def _remove(graph: gs.Graph, shapes: Mapping[str, Shape], usages: dict[int, _Usage], cuts: dict[int, Cut]) -> None:
+    """Cuts the graph, and adds the constants of the lost channels to the biases."""
     rows = {place: keep[labels - 1] for region, keep in cuts.values() for place, (_, labels) in region.axes.items()}
     gains = []
     for key, (_, keep) in cuts.items():
-        for one in judged[key].sums:
+        for one in usages[key].sums:
             gain = one.gain(keep)
             if gain is not None and one.linear is not None:
                 result = one.linear.node.outputs[0]
@@ -133,15 +133,15 @@ def _plus(bias: np.ndarray | None, gain: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _Sum:
-    """What a node gets from the channels of a region that it sums over, by position along that axis, each (n,).
+    """A node that sums over the channels of a region; all arrays are by position along the axis, (n,).
 
-    ``unused`` bool: its weights are zero, or those of rows that nobody reads. ``reason``: why no bias can take the
-    constants it gets.
+    ``unused`` marks the positions whose weights are zero, or only in rows that nobody reads. ``reason`` says why no
+    bias can take the constants that the node reads.
     """
 
     read: Read
     linear: Linear | None
-    known: Known
+    known: ConstantPositions
     unused: np.ndarray
     reason: str = ""
 
@@ -157,13 +157,13 @@ class _Sum:
             linear = None
         if linear is None or linear.data is not tensor:
             unused = constants.met_by_zeros(node, read.port, read.axis)
-            return cls(read, None, known, unused, f"{node.op} {node.name!r} has no bias for what it adds")
+            return cls(read, None, known, unused, f"{node.op} {node.name!r} has no bias for its constant")
         padded = f"{node.op} {node.name!r} pads with zeros, and its constant is not zero"
         return cls(read, linear, known, ~_used(linear), padded if linear.padded else "")
 
     @property
     def adds(self) -> np.ndarray:
-        """Which positions add the same something to every result, (n,) bool; of zeros a norm does."""
+        """The positions that add a constant to every result, (n,) bool; in a norm zeros count as well."""
         return self.known.where & ~self.unused & ~(self.known.zero() & (not self.read.reduced))
 
     @property
@@ -171,7 +171,7 @@ class _Sum:
         return ~self.known.where & ~self.unused
 
     def gain(self, keep: np.ndarray) -> np.ndarray | None:
-        """What the channels that do not stay, by label, add to every output, (out,); None for nothing."""
+        """The constants that the lost channels add to the outputs, (out,); None for nothing. ``keep`` is by label."""
         gone = self.adds & ~keep[self.read.labels - 1]
         if self.linear is None or not gone.any():
             return None
@@ -189,10 +189,10 @@ class _Sum:
 
 
 @dataclass
-class _Judged:
-    """What is known of the channels of a region, by label - 1.
+class _Usage:
+    """The nodes that use the channels of a region; all arrays are by label - 1.
 
-    ``held``: those that a recurrent cell reads from itself.
+    ``held`` marks the channels that a recurrent cell reads from itself.
     """
 
     region: Region
@@ -200,7 +200,7 @@ class _Judged:
     held: np.ndarray
 
     @classmethod
-    def of(cls, graph: gs.Graph, region: Region, constants: ConstantChannels, shapes: Mapping[str, Shape]) -> _Judged:
+    def of(cls, graph: gs.Graph, region: Region, constants: ConstantChannels, shapes: Mapping[str, Shape]) -> _Usage:
         held = np.zeros(region.size, bool)
         for (_, axis), (tensor, labels) in region.axes.items():
             cell = edit.producer(tensor)
@@ -210,12 +210,12 @@ class _Judged:
 
     @property
     def unread(self) -> np.ndarray:
-        """Of which nothing is read, whatever it is, (size,) bool."""
+        """The channels that nothing reads, (size,) bool."""
         return self.region.free & ~self.held & ~self._any(lambda one: ~one.unused)
 
     @property
     def constant(self) -> np.ndarray:
-        """Of which only constants arrive, (size,) bool; an output of the model does not count as unread."""
+        """The channels that only bring constants to their readers, (size,) bool; no unread outputs of the model."""
         arrives = ~self.held & ~self._any(lambda one: one.varies)
         return arrives & (self.region.free | self._any(lambda one: one.adds))
 
@@ -225,7 +225,7 @@ class _Judged:
 
     @property
     def reasons(self) -> list[str]:
-        """Why a label must stay, even if it is constant; or ""."""
+        """The reason why each label must stay, even a constant one; "" for a free label."""
         found = list(self.region.fixed)
         for one in self.sums:
             for label in one.read.labels[one.adds] if one.reason else ():
@@ -233,20 +233,20 @@ class _Judged:
         return found
 
     def _any(self, positions: Callable[[_Sum], np.ndarray]) -> np.ndarray:
-        """The labels at certain positions of any sum."""
+        """The labels at the given positions of any sum."""
         found = np.zeros(self.region.size, bool)
         for one in self.sums:
             found[one.read.labels[positions(one)] - 1] = True
         return found
 
 
-def _follow_unread(judged: Sequence[_Judged], shapes: Mapping[str, Shape]) -> None:
-    """Rows of weights that nobody reads do not use what they read: what they alone read is not used either."""
-    rows = {place: (one, labels) for one in judged for place, (_, labels) in one.region.axes.items()}
-    linear_sums = [one for region in judged for one in region.sums if one.linear is not None]
+def _follow_unread(usages: Sequence[_Usage], shapes: Mapping[str, Shape]) -> None:
+    """Marks positions as unused where only rows of weights that nobody reads use them."""
+    rows = {place: (one, labels) for one in usages for place, (_, labels) in one.region.axes.items()}
+    linear_sums = [one for region in usages for one in region.sums if one.linear is not None]
     count = -1
     while count != (count := sum(int(one.unused.sum()) for one in linear_sums)):
-        unread = {id(one): one.unread for one in judged}
+        unread = {id(one): one.unread for one in usages}
         for one in linear_sums:
             assert one.linear is not None
             result = one.linear.node.outputs[0]
@@ -256,7 +256,7 @@ def _follow_unread(judged: Sequence[_Judged], shapes: Mapping[str, Shape]) -> No
 
 
 def _used(linear: Linear, alive: np.ndarray | None = None) -> np.ndarray:
-    """Which input channels have a weight that is not zero, in a row (out,) bool that counts; (in,) bool."""
+    """The input channels with a weight other than zero, (in,) bool; only rows in ``alive`` (out,) bool count."""
     weight = linear.weight()
     used = (weight != 0).reshape(*weight.shape[:2], -1).any(axis=-1)
     if alive is not None:

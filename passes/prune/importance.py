@@ -3,7 +3,7 @@
     l1, l2           sum |w|, sum w^2 over everything that writes a unit and reads it
     bn               sum |gamma| of the BatchNormalizations it passes through (network slimming, Liu et al., 2017)
     activation       E (x - E[x])^2 * ||column||^2 at every reader: the error of removing the unit alone
-    reconstruction   the least error of removing units one by one, readers refitted (``least_squares.order``)
+    reconstruction   the least error of removing units one by one, readers reconstructed (``least_squares.order``)
 
 The first two are divided by the mean of the group, so that layers of any scale can be ranked together. The last two are
 comparable without that: both are shares of the energy of the readers' outputs, E ||W (x - E[x])||^2 = tr(W C W^T).
@@ -15,17 +15,19 @@ imply for white inputs: C = W W^T + bias bias^T, and behind a rectifier the cova
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Refused
-from channelfold.passes.channels.groups import Group, Part, Region
+from channelfold.passes.channels.groups import Group, Part, Region, regions_of
 from channelfold.passes.layers.linear import Linear, blocks, view
 from channelfold.passes.numeric import least_squares
 from channelfold.passes.operators import operator
+from channelfold.passes.prune import allocation
+from channelfold.passes.prune.costs import Keeps
 from channelfold.runtime.io import edit
 
 
@@ -39,6 +41,38 @@ class Ranking:
 
     order: np.ndarray
     values: np.ndarray
+
+
+@dataclass(frozen=True)
+class RankedGroups:
+    """The groups that may be cut, each with its ranking."""
+
+    groups: Sequence[Group]
+    rankings: Sequence[Ranking]
+
+    @property
+    def regions(self) -> list[Region]:
+        return regions_of(self.groups)
+
+    @property
+    def sizes(self) -> list[allocation.Group]:
+        """The sizes of the groups. At least the units that must stay are kept."""
+        return [
+            allocation.Group(g.name, g.units, max(1, int((~g.free).sum())), int(np.median(g.channels)))
+            for g in self.groups
+        ]
+
+    @property
+    def values(self) -> list[np.ndarray]:
+        return [ranking.values for ranking in self.rankings]
+
+    def keeps(self, counts: Sequence[int]) -> Keeps:
+        """The labels that stay when each group keeps so many of its units, the last units of its ranking."""
+        keeps: Keeps = {}
+        for group, ranking, count in zip(self.groups, self.rankings, counts, strict=True):
+            _, keep = keeps.setdefault(id(group.region), (group.region, np.ones(group.region.size, bool)))
+            keep[group.labels[ranking.order[: group.units - count]] - 1] = False
+        return {key: (region, region.completed(keep)) for key, (region, keep) in keeps.items()}
 
 
 @dataclass(frozen=True)

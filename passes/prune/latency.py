@@ -1,8 +1,8 @@
-"""How many units each channel group keeps so that the model runs in a share of its time, measured in ONNX Runtime.
+"""The number of units that each channel group keeps so that the model runs in a share of its time in ONNX Runtime.
 
-Of every group the model is cut to a few sizes, all other groups whole, and timed beside the uncut one. What a size
-saves goes into a knapsack (``within_latency``), whose result is cut and timed in turn: several cuts save
-less or more than the sum of what each saves. All times are shares of the uncut model's time in the same alternating
+Every group is cut to a few sizes, all other groups whole, and each of these models is timed beside the uncut model. The
+time that a size saves goes into a knapsack (``fitting``). Its result is cut and timed in turn, because several cuts
+save less or more than the sum of their savings. All times are shares of the uncut model's time in the same alternating
 run, so that a machine that slows down meanwhile makes no difference.
 """
 
@@ -23,44 +23,43 @@ from channelfold.passes.numeric.knapsack import knapsack, unreachable
 from channelfold.passes.prune import allocation
 from channelfold.passes.prune.allocation import Group
 from channelfold.passes.prune.costs import Keeps
+from channelfold.passes.prune.importance import RankedGroups
 from channelfold.runtime.data.probes import random_feeds
-from channelfold.runtime.data.sources import random_data
-from channelfold.runtime.errors import DataError, ModelError, UsageError, no_progress
+from channelfold.runtime.errors import DataError, ModelError
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import save
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.stats.bench import latencies
 
-SHARES = np.arange(7, 0, -1) / 8  # of a group's units at which it is timed, beside the fewest
+SHARES = np.arange(7, 0, -1) / 8  # of the units of a group at which the group is timed, beside the fewest units
+STEP = 8  # a size between two measured sizes costs as much as the next multiple of 8
 _EACH, _DECIDING = (10, 1.0), (40, 10.0)  # rounds and seconds for a size, and for an allocation
+_LEAST_STEP = 0.01  # of the budget: the least reduction after an allocation that took too long
+_TRIES = 12  # allocations that are measured
 
 
-def units_within_latency(
+def within_latency(
     copies: Copies,
-    keeps_of: Callable[[Sequence[int]], Keeps],
-    sizes: Sequence[allocation.Group],
-    values: Sequence[np.ndarray],
+    ranked: RankedGroups,
     share: float,
     align: int,
     feed: Feed,
     progress: Callable[[str, int, int], None],
-) -> tuple[list[int], float]:
-    """The units that each group keeps so that the model takes ``share`` of its time on ``feed``, and what it takes.
+) -> tuple[Keeps, float]:
+    """(labels that stay so that the model takes ``share`` of its time on ``feed``, the share that the model takes).
 
-    ``keeps_of``: what stays when the groups keep so many units. ``values``: as for ``allocation.under_budget``. Raises
-    UsageError when that is too little time.
+    Raises UsageError where the model cannot be that fast.
     """
+    sizes = ranked.sizes
     whole = [group.units for group in sizes]
     with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
-        paths = [Path(folder) / name for name in ("uncut.onnx", "cut.onnx")]
+        paths = Path(folder, "uncut.onnx"), Path(folder, "cut.onnx")
         _write(copies, {}, paths[0])
 
         def share_of(kept: list[int], rounds: int, seconds: float) -> float:
-            """The time of the model cut like this. Two models are open at once, for they may be large."""
-            _write(copies, keeps_of(kept), paths[1])
-            uncut, cut = measured(paths.__getitem__, [0, 1], feed=feed, rounds=rounds, seconds=seconds).values()
-            return cut / uncut
+            _write(copies, ranked.keeps(kept), paths[1])
+            return time_share(*paths, feed, rounds, seconds)
 
         tables = []
         for number, group in enumerate(sizes):
@@ -77,8 +76,8 @@ def units_within_latency(
             taken[tuple(kept)] = share_of(kept, *_DECIDING)
             return taken[tuple(kept)]
 
-        kept = within_latency(sizes, values, tables, share, measure, align)
-        return kept, taken[tuple(kept)]
+        kept = fitting(sizes, ranked.values, tables, share, measure, align)
+        return ranked.keeps(kept), taken[tuple(kept)]
 
 
 def _write(copies: Copies, keeps: Keeps, path: Path) -> None:
@@ -89,14 +88,14 @@ def _write(copies: Copies, keeps: Keeps, path: Path) -> None:
 
 
 def _timed(group: allocation.Group, align: int) -> list[int]:
-    """The counts of units at which a group is timed: multiples of ``STEP`` channels, that stand for those below."""
+    """The counts of units at which a group is timed: multiples of ``STEP`` channels, which stand for smaller counts."""
     counts = group.counts(max(align, STEP))
     near = [allocation.at_share([group], float(share), max(align, STEP))[0] for share in SHARES]
     return sorted({int(counts[0]), *near} - {group.units})
 
 
 def a_feed(graph: gs.Graph, ctx: Context) -> Feed:
-    """What the model is timed on: a calibration sample, or else the first random feed that it runs on.
+    """The feed that the model is timed on: a calibration sample, or else the first random feed on which the model runs.
 
     Raises DataError when there is none.
     """
@@ -112,50 +111,23 @@ def a_feed(graph: gs.Graph, ctx: Context) -> Feed:
     raise DataError("The model runs on no random input, and so cannot be timed", "Give calibration data")
 
 
-_LEAST_STEP = 0.01  # of the budget: by how much less an allocation that took too long is repeated with
-_TRIES = 12  # allocations that are measured
-STEP = 8  # sizes between the measured ones cost what the next multiple of this does
+def time_share(uncut: Path, cut: Path, feed: Feed, rounds: int, seconds: float) -> float:
+    """The time of one model on ``feed`` as a share of the time of another, from alternating runs.
 
-
-def measured(
-    build: Callable[[int], str | Path | bytes],
-    sizes: Sequence[int],
-    *,
-    feed: Feed | None = None,
-    threads: int | None = None,
-    rounds: int = 30,
-    seconds: float = 10.0,
-    progress: Callable[[str, int, int], None] = no_progress,
-) -> dict[int, float]:
-    """Milliseconds of one run of ``build(size)`` in ONNX Runtime on the CPU, by size: lower quartiles of alternating
-    runs, which other work on the machine moves less than medians.
-
-    ``build`` gives the path of a model or a serialized one. All of them are open at once. They run on ``feed``, or else
-    on random numbers, with open dimensions as ``random_data`` fills them. Raises ModelError where ONNX Runtime refuses
-    one.
+    The times are lower quartiles, which other work on the machine moves less than medians. Two models are open at a
+    time, because models may be large. Raises ModelError where ONNX Runtime refuses one of them.
     """
-    runs = {}
-    for size in sizes:
-        session = Session(build(size), threads=threads)
-        given = feed if feed is not None else next(iter(random_data(session.inputs, 1)))
-        runs[str(size)] = functools.partial(session.run, given)
-    return {int(t.name): t.low for t in latencies(runs, rounds=rounds, seconds=seconds, progress=progress)}
+    runs = {path.name: functools.partial(Session(path).run, feed) for path in (uncut, cut)}
+    whole, rest = (latency.low for latency in latencies(runs, rounds=rounds, seconds=seconds))
+    return rest / whole
 
 
 def looked_up(table: Mapping[int, float], size: int) -> float:
-    """The time of ``size``, else of the next measured multiple of 8. Raises UsageError when there is none."""
-    if size in table:
-        return table[size]
-    larger = [known for known in table if known > size and known % STEP == 0]
-    if not larger:
-        raise UsageError(
-            f"No latency was measured for {size} channels or a larger multiple of {STEP}",
-            f"Measure the size that the model has; measured: {', '.join(map(str, sorted(table)))}",
-        )
-    return table[min(larger)]
+    """The time of ``size`` in a table, or else of the next measured multiple of 8."""
+    return table[min(known for known in table if known == size or (known > size and known % STEP == 0))]
 
 
-def within_latency(
+def fitting(
     groups: Sequence[Group],
     values: Sequence[np.ndarray],
     tables: Sequence[Mapping[int, float]],
@@ -163,12 +135,12 @@ def within_latency(
     measure: Callable[[list[int]], float],
     align: int = 1,
 ) -> list[int]:
-    """The units that each group keeps so that the model takes at most ``budget`` milliseconds.
+    """The units that each group keeps so that the model takes at most ``budget``.
 
-    ``values[g]``: float[units + 1], what the best k units of group g are worth together; their sum is made as great as
-    the tables can tell. ``tables[g]``: milliseconds of the model by the channels that g has, all other groups whole.
-    ``measure(kept)``: milliseconds of the model cut like this, asked until the answer fits, closely. Raises UsageError
-    when it never does.
+    ``values[g]``: float[units + 1], the importance of the best k units of group g, for every k; the sum over the groups
+    is made as large as the tables allow. ``tables[g]``: the time of the model by the channels of g, all other groups
+    whole. ``measure(kept)``: the time of the model after a cut, asked until an answer fits the budget closely. Raises
+    UsageError where no answer fits.
     """
     counts = [group.counts(align) for group in groups]
     costs = [
@@ -183,7 +155,7 @@ def within_latency(
     ]
     floor = sum(float(cost.min()) for cost in saved)
     limit, least, failed = max(budget - whole, floor), whole, np.inf
-    found: tuple[float, list[int]] | None = None  # the most that a fitting allocation could spend, and that one
+    found: tuple[float, list[int]] | None = None  # the largest limit of an allocation that fits, and that allocation
     for _ in range(_TRIES):
         kept = [int(k[pick]) for k, pick in zip(counts, knapsack(options, limit), strict=True)]
         if found is not None and kept == found[1]:

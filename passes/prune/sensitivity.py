@@ -1,38 +1,38 @@
-"""What a loss in one channel group does to the outputs of the model, measured.
+"""The effect of a loss in one channel group on the outputs of the model, measured.
 
     v_g(k) = s_g l_g(k),      s_g = E || y - y_g ||^2 / (E || y - E[y] ||^2 l_g(n_g / 2))
 
-l_g(k) is what a ranking says that keeping k of n_g units loses, on its own scale: the error of the next layer, or a
-magnitude. y_g are the outputs on calibration samples with half of the units of g gone, all other groups whole. So the
-losses of all groups come in one currency, and a budget can be shared out among them: an error that the rest of the
-network takes out of the signal again is cheap, one at the root of everything dear.
+l_g(k) is the loss of a ranking when k of n_g units are kept, in the unit of the ranking: the error of the next layer,
+or a magnitude. y_g are the outputs on calibration samples when half of the units of g are gone and all other groups are
+whole. The products s_g l_g have one unit for all groups, so that a budget can be shared out among the groups: an error
+that the rest of the network removes again is cheap, an error at the root of everything is dear.
 
-Those samples should be none that the rankings and the refitted weights come from (``held_out``). Late layers see few
-positions: half of 1280 pooled features are made from the others without any error, on 100 images, and on no other.
+These samples should not be samples that the rankings and the reconstructions come from (``held_out``). Late layers see
+few positions: on 100 images half of 1280 pooled features are reconstructed from the others without any error, and on no
+other images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context
-from channelfold.passes.channels.groups import Group, regions_of
-from channelfold.passes.prune.importance import Ranking
-from channelfold.passes.prune.refit import Fit, ReadStatistics
+from channelfold.passes.prune.importance import RankedGroups, Ranking
+from channelfold.passes.prune.reconstruct import ReadStatistics, Reconstruct
 from channelfold.passes.prune.trial import Trial
 from channelfold.runtime.data.sources import Data
 
-SAMPLES = 16  # at most, of the calibration data, are held out
-_SHARE = 5  # a sample in so many at most is held out for that
+SAMPLES = 16  # of the calibration data that are held out at most
+_SHARE = 5  # at most one sample in five is held out
 
 
 def held_out(data: Data) -> tuple[Data, Data]:
-    """(seen, unseen): of ``data``, up to ``SAMPLES`` spread evenly over it are unseen, and all others seen.
+    """(seen, unseen): up to ``SAMPLES`` samples spread evenly over ``data`` are unseen, all other samples are seen.
 
-    Where there are too few to do without any, both are all of the data.
+    Both are all of the data where the data have too few samples to hold one out.
     """
     number = min(SAMPLES, len(data) // _SHARE)
     places = frozenset((2 * i + 1) * len(data) // (2 * number) for i in range(number))
@@ -40,42 +40,31 @@ def held_out(data: Data) -> tuple[Data, Data]:
 
 
 def _part(data: Data, places: frozenset[int], inside: bool) -> Data:
-    return Data(
-        data.inputs,
-        len(places) if inside else len(data) - len(places),
-        lambda: (feed for place, feed in enumerate(data) if (place in places) is inside),
-        data.description,
-        notes=data.notes,
-        synthetic=data.synthetic,
+    count = len(places) if inside else len(data) - len(places)
+    return replace(
+        data, count=count, feeds=lambda: (feed for place, feed in enumerate(data) if (place in places) is inside)
     )
 
 
 def scaled(
-    graph: gs.Graph,
-    groups: Sequence[Group],
-    rankings: Sequence[Ranking],
-    statistics: ReadStatistics,
-    fit: Callable[..., Fit],
-    ctx: Context,
-) -> list[Ranking]:
-    """The rankings with values in units of the model's outputs, on samples of the data in ``ctx``.
+    graph: gs.Graph, ranked: RankedGroups, statistics: ReadStatistics, reconstruct: Reconstruct, ctx: Context
+) -> RankedGroups:
+    """The rankings with values in the unit of the model's outputs, measured on the data in ``ctx``.
 
-    ``fit``: ``Fit.of`` with the settings of the pass. A group of which nothing can be measured is scaled as the others
-    are in the middle.
+    A group without a measurable loss gets the median of the other factors.
     """
     assert ctx.calibration is not None
-    regions = regions_of(groups)
-    trial = Trial(graph, regions, statistics, fit, ctx.calibration)
-    factors = np.full(len(groups), np.nan)
-    for number, (group, ranking) in enumerate(zip(groups, rankings, strict=True)):
-        ctx.progress("Measuring sensitivities", number, len(groups))
-        half = group.units // 2
-        lost = float(ranking.values[-1] - ranking.values[group.units - half])
-        keeps = {id(region): (region, np.ones(region.size, bool)) for region in regions}
-        keeps[id(group.region)][1][group.labels[ranking.order[:half]] - 1] = False
-        errors = list(trial.errors(keeps).values()) if lost > 0 else []
-        if errors:
+    trial = Trial(graph, ranked, statistics, reconstruct, ctx.calibration)
+    whole = [group.units for group in ranked.groups]
+    factors = np.full(len(whole), np.nan)
+    for number, values in enumerate(ranked.values):
+        ctx.progress("Measuring sensitivities", number, len(whole))
+        kept = whole[number] - whole[number] // 2
+        lost = float(values[-1] - values[kept])
+        counts = [*whole[:number], kept, *whole[number + 1 :]]
+        if lost > 0 and (errors := list(trial.errors(ranked.keeps(counts)).values())):
             factors[number] = np.mean(errors) / lost
     known = factors[np.isfinite(factors)]
     factors = np.where(np.isfinite(factors), factors, np.median(known) if known.size else 1.0)
-    return [Ranking(r.order, r.values * factor) for r, factor in zip(rankings, factors, strict=True)]
+    rankings = [Ranking(r.order, r.values * factor) for r, factor in zip(ranked.rankings, factors, strict=True)]
+    return RankedGroups(ranked.groups, rankings)

@@ -1,22 +1,24 @@
-"""Structured pruning: channels taken out of all tensors that have them, and what reads the rest refitted.
+"""Structured pruning: channels cut from every tensor that has them, and the layers that read them reconstructed.
 
     y = W [x_K; x_S]   becomes   y = (W_K + W_S R) x_K + (b + W_S o),     R, o = argmin E ||x_S - R x_K - o||^2
 
-K are the channels that stay, S those that go, x what a layer reads. In between stand the groups of ``channels.groups``:
-cutting S takes its rows out of every weight, bias and norm that makes x, so that the graph is smaller, not masked.
+K are the channels that stay, S the channels that go, x the input of a layer. The channels come in groups
+(``channels.groups``): a cut of S takes its rows out of every weight, bias and norm that makes x, so the graph is
+smaller, not masked. The pass takes four steps, each with options:
 
-Four steps, each of which can be chosen. How much each unit of a group matters (``importance``). How many units each
-group keeps: under a budget of multiply-accumulates, parameters (``allocation``) or measured time (``latency``),
-or while the outputs stay within a tolerance (``tolerance``); with data, what a group loses is weighted by what
-that does to the outputs (``sensitivity``). The cut itself, which is proven: the cut graph computes what the uncut one
-does with the same channels silenced (``cut.mask``), to the tolerance of the verification. And R and o (``refit``), in
-closed form: from calibration data, or from what the writers' weights imply (``importance.implied``; a data-free
-reconstruction as in neuron merging, Kim et al., NeurIPS 2020); R = 0 leaves a correction of the bias. At the border of
-a zero-padded convolution an offset would be wrong: there o = 0 and R is fitted without it. What that leaves can be
-corrected further, layer by layer (``refit_outputs``).
+1. ``importance`` ranks the units of each group. With data, ``sensitivity`` weights the losses of a group by their
+   effect on the outputs of the model.
+2. ``allocation`` gives each group its number of units under a budget of multiply-accumulates or parameters, ``latency``
+   under a measured time, ``tolerance`` under an error of the outputs.
+3. ``cut`` makes the cut. A proof follows: the cut graph computes the same as the uncut graph with the same channels
+   masked (``cut.mask``), up to the tolerance of the verification.
+4. ``reconstruct`` computes R and o in closed form, from calibration data or from the covariance that the writers'
+   weights imply (``importance.implied``; a data-free reconstruction as in neuron merging, Kim et al., NeurIPS 2020).
+   Without R the bias alone is corrected. No offset is right at the border of a zero-padded convolution: there o = 0,
+   and R is fitted without an offset. ``reconstruct_outputs`` corrects the remaining error further, layer by layer.
 
-Groups on whose channels a norm works (the width of a transformer) are not cut unless asked for: there the norm of what
-is left differs from the norm of all, and no compensation makes up for it.
+A group on whose channels a norm works (the width of a transformer) is cut on request alone: the norm of the channels
+that stay differs from the norm of all channels, and no reconstruction makes up for that.
 
 Sources: Fang et al., DepGraph, CVPR 2023 (groups); Shen et al., Structural Pruning via Latency-Saliency Knapsack,
 NeurIPS 2022; Kurtic et al., ZipLM, NeurIPS 2023.
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,22 +38,20 @@ from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.cut import cut, mask
 from channelfold.passes.channels.groups import Copies, Group, find_groups, regions_of
 from channelfold.passes.channels.maps import Shape
-from channelfold.passes.layers.linear import Linear
-from channelfold.passes.prune import Prune, allocation, importance, refit_outputs, sensitivity
+from channelfold.passes.prune import Prune, allocation, importance, reconstruct_outputs, sensitivity
 from channelfold.passes.prune.costs import GroupCosts, Keeps, Kind
-from channelfold.passes.prune.importance import MeanCovariance, Ranking
-from channelfold.passes.prune.latency import a_feed, units_within_latency
-from channelfold.passes.prune.refit import Fit, ReadStatistics, matters
-from channelfold.passes.prune.tolerance import TRIED, units_within_tolerance
+from channelfold.passes.prune.importance import RankedGroups, Ranking
+from channelfold.passes.prune.latency import a_feed, within_latency
+from channelfold.passes.prune.reconstruct import ReadStatistics, Reconstruct, Reconstruction, matters
+from channelfold.passes.prune.tolerance import TRIED, within_tolerance
 from channelfold.passes.prune.trial import Trial
 from channelfold.passes.verify import Verdict, Verifier
 from channelfold.runtime.data.probes import shapes_of
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.io.session import Feed
 from channelfold.runtime.io.snapshot import Snapshot
 
-_CORRECTIONS = 8  # of a budget that units of unequal size, and new biases, have made a little more of
+_CORRECTIONS = 8  # of a budget that units of unequal size, and new biases, exceed a little
 
 
 class Work(Prune):
@@ -62,34 +63,39 @@ class Work(Prune):
         groups = list(self._usable(found, outcome))
         if not groups:
             return outcome
-        if self.compensate == "outputs" and ctx.calibration is None:
-            raise UsageError("'compensate' is 'outputs', which needs calibration data", "Give some, or choose 'lstsq'")
+        for given, option in ((self.tolerance is not None, "tolerance"), (self.compensate == "outputs", "compensate")):
+            if given and ctx.calibration is None:
+                raise UsageError(f"{option!r} compares outputs, which needs calibration data", "Give some")
         seen, unseen = self._held_out(ctx)
         statistics = ReadStatistics(graph, regions_of(groups), seen)
-        rankings = self._rankings(groups, statistics, ctx)
+        mode = "lstsq" if self.compensate in ("auto", "outputs") else self.compensate
+        reconstruct = partial(Reconstruction.of, mode=mode, ridge=self.ridge)
+        ranked = RankedGroups(groups, self._rankings(groups, statistics, ctx))
         if unseen is not None:
-            rankings = sensitivity.scaled(graph, groups, rankings, statistics, self._fit, unseen)
+            ranked = sensitivity.scaled(graph, ranked, statistics, reconstruct, unseen)
         costs, copies = GroupCosts(graph, groups, shapes), Copies(graph, found)
         if self.keep_latency is not None:
-            keeps = self._within_latency(groups, rankings, copies, a_feed(graph, ctx), ctx, outcome)
-        elif self.tolerance is not None:
-            if ctx.calibration is None:
-                raise UsageError(
-                    "'tolerance' is of the outputs, which needs calibration data", "Give some, or a budget"
-                )
-            trial = Trial(graph, regions_of(groups), statistics, self._fit, ctx.calibration.first(TRIED))
-            keeps = self._within_tolerance(groups, rankings, trial, costs, ctx, outcome)
+            feed = a_feed(graph, ctx)
+            keeps, share = within_latency(copies, ranked, self.keep_latency, self.align, feed, ctx.progress)
+            outcome.facts["latency"] = {"kept": share}
+        elif self.tolerance is not None and ctx.calibration is not None:
+            trial = Trial(graph, ranked, statistics, reconstruct, ctx.calibration.first(TRIED))
+            keeps = within_tolerance(trial, ranked, costs, self.tolerance, self.align, ctx.progress)
+            outcome.facts["output_error"] = trial.errors(keeps)
         else:
-            keeps = self._allocate(groups, rankings, costs, statistics)
+            keeps = self._allocate(ranked, costs, statistics)
         if unseen is not None and (rest := unseen.calibration) is not None and rest is not seen.calibration:
             statistics.add(rest)
-        fits = [] if self.compensate == "none" else self._fits(statistics, shapes, keeps)
-        outcome.facts |= _facts(groups, rankings, costs, keeps)
+        made = [] if mode == "none" else list(_reconstructions(statistics, reconstruct, shapes, keeps))
+        outcome.facts |= _facts(ranked, costs, keeps)
         proof = self._cut(graph, ctx, copies, keeps, outcome)
-        outcome.facts["parameters"]["after"] += sum(fit.install(graph, outcome) for fit in fits)
+        outcome.facts["parameters"]["after"] += sum(one.install(graph, outcome) for one in made)
         if self.compensate == "outputs":
-            outcome.facts["corrected"] = self._correct(graph, copies, fits, keeps, ctx)
-        _say(outcome)
+            outcome.facts["corrected"] = _corrected(graph, copies, made, keeps, ctx)
+        for group in outcome.facts["groups"]:
+            if group["kept"] < group["channels"]:
+                what = f"{group['op']}: {group['channels']} -> {group['kept']} channels"
+                outcome.change(group["node"], f"{what}, {group['parameters_saved']:,.0f} parameters saved")
         outcome.facts |= {"statistics": statistics.source, "slice_equals_mask": proof}
         infer_shapes(graph)
         return outcome
@@ -112,17 +118,17 @@ class Work(Prune):
         )
 
     def _held_out(self, ctx: Context) -> tuple[Context, Context | None]:
-        """The data that statistics come from, and those that sensitivities are measured on where they count."""
+        """The data for the statistics, and the data for the sensitivities; None where no sensitivity is needed."""
         measured = self.ratio is None and self.tolerance is None and self.allocation != "uniform"
         if ctx.calibration is None or not measured:
             return ctx, None
         seen, unseen = sensitivity.held_out(ctx.calibration)
         return replace(ctx, calibration=seen), replace(ctx, calibration=unseen)
 
-    # ---- what goes ---------------------------------------------------------------------------------------------------
+    # ---- the channels that go ----------------------------------------------------------------------------------------
 
     def _rankings(self, groups: Sequence[Group], statistics: ReadStatistics, ctx: Context) -> list[Ranking]:
-        """The order in which the units of each group go, and what the others are worth."""
+        """The ranking of the units of each group."""
         if self.importance in ("l1", "l2"):
             return [importance.ranked(g, importance.magnitudes(g, int(self.importance[1]))) for g in groups]
         if self.importance == "bn":
@@ -152,22 +158,20 @@ class Work(Prune):
             for g, ranking, energy in zip(groups, found, energies, strict=True)
         ]
 
-    def _allocate(
-        self, groups: Sequence[Group], rankings: Sequence[Ranking], costs: GroupCosts, statistics: ReadStatistics
-    ) -> Keeps:
-        sizes = _sizes(groups)
+    def _allocate(self, ranked: RankedGroups, costs: GroupCosts, statistics: ReadStatistics) -> Keeps:
+        """The labels that stay under the ratio, or under the budget of multiply-accumulates or parameters."""
+        sizes = ranked.sizes
         if self.ratio is not None:
-            return _keeps(groups, rankings, allocation.at_share(sizes, 1 - self.ratio, self.align))
+            return ranked.keeps(allocation.at_share(sizes, 1 - self.ratio, self.align))
         kind: Kind = "macs" if self.keep_macs is not None else "parameters"
         share = self.keep_macs if self.keep_macs is not None else self.keep_params
         assert share is not None
         whole = costs.exact(kind, {}) or 1.0
         total = allocation.Costs(sizes, [replace(term, amount=term.amount / whole) for term in costs.terms(kind)])
-        values = [ranking.values for ranking in rankings]
         budget, exact = share, np.inf
         for _ in range(_CORRECTIONS):
             try:
-                keeps = _keeps(groups, rankings, self._counts(sizes, values, total, budget))
+                keeps = ranked.keeps(self._counts(sizes, ranked.values, total, budget))
             except UsageError:
                 if budget == share:
                     raise
@@ -191,93 +195,17 @@ class Work(Prune):
             return allocation.ranked(sizes, values, total, budget, self.align)
         return allocation.under_budget(sizes, values, total, budget, self.align)
 
-    def _within_latency(
-        self,
-        groups: Sequence[Group],
-        rankings: Sequence[Ranking],
-        copies: Copies,
-        feed: Feed,
-        ctx: Context,
-        outcome: Outcome,
-    ) -> Keeps:
-        assert self.keep_latency is not None
-        kept, taken = units_within_latency(
-            copies,
-            lambda kept: _keeps(groups, rankings, kept),
-            _sizes(groups),
-            [ranking.values for ranking in rankings],
-            self.keep_latency,
-            self.align,
-            feed,
-            ctx.progress,
-        )
-        outcome.facts = {"latency": {"kept": taken}}
-        return _keeps(groups, rankings, kept)
-
-    def _within_tolerance(
-        self,
-        groups: Sequence[Group],
-        rankings: Sequence[Ranking],
-        trial: Trial,
-        costs: GroupCosts,
-        ctx: Context,
-        outcome: Outcome,
-    ) -> Keeps:
-        assert self.tolerance is not None
-        sizes = _sizes(groups)
-        kept, errors = units_within_tolerance(
-            trial,
-            lambda kept: _keeps(groups, rankings, kept),
-            sizes,
-            allocation.Costs(sizes, costs.terms("macs")),
-            self.tolerance,
-            self.align,
-            ctx.progress,
-        )
-        outcome.facts = {"output_error": errors}
-        return _keeps(groups, rankings, kept)
-
-    # ---- what stays makes up for it ----------------------------------------------------------------------------------
-
-    def _fits(self, statistics: ReadStatistics, shapes: Mapping[str, Shape], keeps: Keeps) -> list[Fit]:
-        """New weights and biases of all that reads channels that go, for the graph after the cut."""
-        rows = {
-            place: keep[labels - 1] for region, keep in keeps.values() for place, (_, labels) in region.axes.items()
-        }
-        fits = []
-        for read, moments in statistics.each():
-            stays = keeps[id(read.region)][1][read.labels - 1]
-            for linear in read.linears if not stays.all() else ():
-                result = linear.node.outputs[0]
-                out = rows.get((id(result), linear.out_axis % len(shapes[result.name])))
-                fits.append(self._fit(linear, stays, out, moments))
-        return fits
-
-    def _fit(self, linear: Linear, stays: np.ndarray, rows: np.ndarray | None, moments: MeanCovariance) -> Fit:
-        mode = "lstsq" if self.compensate in ("auto", "outputs") else self.compensate
-        return Fit.of(linear, stays, rows, moments, mode, self.ridge)
-
-    def _correct(self, graph: gs.Graph, copies: Copies, fits: Sequence[Fit], keeps: Keeps, ctx: Context) -> list[str]:
-        """Takes the errors that are left out of the outputs of what was refitted; the names of what changed."""
-        assert ctx.calibration is not None
-        whole, _ = copies.make({})
-        stays: dict[str, list[tuple[int, np.ndarray]]] = {}
-        for region, keep in keeps.values():
-            for (_, axis), (tensor, labels) in region.axes.items():
-                stays.setdefault(tensor.name, []).append((axis, keep[labels - 1]))
-        refitted = {id(fit.node) for fit in fits}
-        nodes = [node for node in graph.nodes if id(node) in refitted]
-        return refit_outputs.correct(graph, whole, nodes, stays, ctx.calibration, ctx.progress)
+    # ---- the cut -----------------------------------------------------------------------------------------------------
 
     def _cut(
         self, graph: gs.Graph, ctx: Context, copies: Copies, keeps: Keeps, outcome: Outcome
     ) -> dict[str, Any] | None:
-        """Cuts, and proves that it is what silencing the same channels is; returns the record of the proof."""
+        """Cuts the graph, proves that the cut equals a mask of the same channels, returns the record of the proof."""
         cut(graph, list(keeps.values()))
         if not self.verify:
             return None
         twin, cuts = copies.make(keeps)
-        infer_shapes(twin)  # and dtypes, which the masks need
+        infer_shapes(twin)  # the masks need dtypes
         try:
             mask(twin, cuts)
         except Refused as error:
@@ -289,51 +217,50 @@ class Work(Prune):
         return verdict.record
 
 
-def _sizes(groups: Sequence[Group]) -> list[allocation.Group]:
-    return [allocation.Group(g.name, g.units, max(1, int((~g.free).sum())), int(np.median(g.channels))) for g in groups]
+def _reconstructions(
+    statistics: ReadStatistics, reconstruct: Reconstruct, shapes: Mapping[str, Shape], keeps: Keeps
+) -> Iterator[Reconstruction]:
+    """New weights and biases for every layer that reads channels that go, in the shapes after the cut."""
+    rows = {place: keep[labels - 1] for region, keep in keeps.values() for place, (_, labels) in region.axes.items()}
+    for read, moments in statistics.each():
+        stays = keeps[id(read.region)][1][read.labels - 1]
+        for linear in read.linears if not stays.all() else ():
+            result = linear.node.outputs[0]
+            out = rows.get((id(result), linear.out_axis % len(shapes[result.name])))
+            yield reconstruct(linear, stays, out, moments)
 
 
-def _keeps(groups: Sequence[Group], rankings: Sequence[Ranking], kept: Sequence[int]) -> Keeps:
-    """The labels that stay when each group keeps so many of its units, the last of its ranking."""
-    keeps: Keeps = {}
-    for group, ranking, count in zip(groups, rankings, kept, strict=True):
-        _, keep = keeps.setdefault(id(group.region), (group.region, np.ones(group.region.size, bool)))
-        keep[group.labels[ranking.order[: group.units - count]] - 1] = False
-    return {key: (region, region.completed(keep)) for key, (region, keep) in keeps.items()}
+def _corrected(
+    graph: gs.Graph, copies: Copies, made: Sequence[Reconstruction], keeps: Keeps, ctx: Context
+) -> list[str]:
+    """Corrects the outputs of the reconstructed layers; returns the names of the layers that changed."""
+    assert ctx.calibration is not None
+    whole, _ = copies.make({})
+    stays: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for region, keep in keeps.values():
+        for (_, axis), (tensor, labels) in region.axes.items():
+            stays.setdefault(tensor.name, []).append((axis, keep[labels - 1]))
+    known = {id(one.node) for one in made}
+    nodes = [node for node in graph.nodes if id(node) in known]
+    return reconstruct_outputs.correct(graph, whole, nodes, stays, ctx.calibration, ctx.progress)
 
 
-def _facts(groups: Sequence[Group], rankings: Sequence[Ranking], costs: GroupCosts, keeps: Keeps) -> dict[str, Any]:
-    """What the report says of the model and of every group."""
+def _facts(ranked: RankedGroups, costs: GroupCosts, keeps: Keeps) -> dict[str, Any]:
+    """The facts of the report on the model and on every group."""
     kinds: tuple[Kind, ...] = ("macs", "parameters")
     found: dict[str, Any] = {
         k: {"before": round(costs.exact(k, {})), "after": round(costs.exact(k, keeps))} for k in kinds
     }
     found["groups"] = []
-    for group, ranking in zip(groups, rankings, strict=True):
+    for group, ranking in zip(ranked.groups, ranked.rankings, strict=True):
         region, keep = keeps[id(group.region)]
         stays = keep[group.labels - 1]
         alone = np.ones(region.size, bool)
         alone[group.labels - 1] = stays
-        only = {id(region): (region, alone)}
-        saved = {f"{k}_saved": found[k]["before"] - round(costs.exact(k, only)) for k in kinds}
-        lost = float(ranking.values[-1] - ranking.values[int(stays.sum())])
-        found["groups"].append(
-            {
-                "node": group.name,
-                "op": group.writers[0].layer.op,
-                "channels": int(group.channels.sum()),
-                "kept": int(group.channels[stays].sum()),
-                "units": group.units,
-                **saved,
-                "importance_lost": lost,
-            }
-        )
+        entry = {"node": group.name, "op": group.writers[0].layer.op, "channels": int(group.channels.sum())}
+        entry |= {"kept": int(group.channels[stays].sum()), "units": group.units}
+        for k in kinds:
+            entry[f"{k}_saved"] = found[k]["before"] - round(costs.exact(k, {id(region): (region, alone)}))
+        entry["importance_lost"] = float(ranking.values[-1] - ranking.values[int(stays.sum())])
+        found["groups"].append(entry)
     return found
-
-
-def _say(outcome: Outcome) -> None:
-    """One change for every group that has lost channels."""
-    for group in outcome.facts["groups"]:
-        if group["kept"] < group["channels"]:
-            what = f"{group['op']}: {group['channels']} -> {group['kept']} channels"
-            outcome.change(group["node"], f"{what}, {group['parameters_saved']:,.0f} parameters saved")

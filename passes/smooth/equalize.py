@@ -252,7 +252,7 @@ def _opened(graph: gs.Graph, shapes: dict[str, Shape]) -> list[_Clip]:
         highest = np.array(_bounds(node)[1], edit.dtype(inputs[0]) or np.dtype(np.float32))
         relu = gs.Node("Relu", between.name, inputs=[inputs[0]], outputs=[between])
         edit.rewrite(node, "Min", [between, constant(graph, f"{node.name}_max", highest)])
-        edit.insert_before(graph, node, relu)
+        edit.insert(graph, relu, before=node)
         if result.name in shapes:
             shapes[between.name] = shapes[result.name]
         clips.append(_Clip(node, inputs, highest, relu))

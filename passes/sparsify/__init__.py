@@ -15,7 +15,7 @@ from channelfold.passes.options import option
 from channelfold.runtime.errors import UsageError, nearest
 
 _WORDS = ("block", "unstructured")
-_LIMIT = 64  # of M
+_LIMIT = 64  # the largest M
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,22 @@ class Sparsify(Pass):
 
     pattern: str = option("2:4", "N:M, block or unstructured.", metavar="PATTERN")
     sparsity: float | None = option(
-        None, "block, unstructured: share of the weights that goes.", above=0, below=1, means="0.5"
+        None, "block, unstructured: share of the weights to set to zero.", above=0, below=1, means="0.5"
     )
     block: int = option(32, "block: side of a tile.", low=2, high=4096)
     scores: Literal["magnitude", "wanda"] | None = option(
-        None, "What a weight is worth.", means="wanda with data, else magnitude"
+        None, "Importance of a weight.", means="wanda with data, else magnitude"
     )
     ratios: Literal["uniform", "equal-slope", "ecoflap"] | None = option(
-        None, "block, unstructured: how layers share it.", means="equal-slope for block, else uniform"
+        None,
+        "block, unstructured: distribution of the zeros among layers.",
+        means="equal-slope for block, else uniform",
     )
-    max_layer_sparsity: float = option(0.8, "equal-slope, ecoflap: what a layer loses at most.", above=0, below=1)
+    max_layer_sparsity: float = option(
+        0.8, "equal-slope, ecoflap: largest share of zeros in a layer.", above=0, below=1
+    )
     exclude: tuple[str, ...] = option((), "Nodes to leave dense: names, * and ? match.", metavar="PATTERN")
-    correct_bias: bool = option(True, "With data: make up in the biases for what is lost on average.")
+    correct_bias: bool = option(True, "With data: add the mean of the lost products to the biases.")
 
     def __post_init__(self) -> None:
         if self.pattern not in _WORDS:
@@ -81,10 +85,10 @@ class Sparsify(Pass):
 
     @property
     def share(self) -> float:
-        """The share of the weights that goes from blocks and unstructured patterns."""
+        """The share of the weights that a block or unstructured pattern sets to zero."""
         return 0.5 if self.sparsity is None else self.sparsity
 
     @property
     def shared_by(self) -> str:
-        """The ratios of the layers."""
+        """The distribution of the zeros among the layers."""
         return self.ratios or ("equal-slope" if self.pattern == "block" else "uniform")

@@ -27,7 +27,6 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,16 +77,6 @@ class PlanReport:
     reason: str = ""
     source: Literal["plan", "inspector"] = "plan"
     nodes: dict[str, NodeRun] = field(default_factory=dict)
-
-    def counts(self) -> dict[str, int]:
-        """How many nodes run in each arithmetic, the most frequent first."""
-        return dict(Counter(run.arithmetic for run in self.nodes.values()).most_common())
-
-    @property
-    def attributed(self) -> float:
-        """The share of the nodes whose arithmetic is known, 0 to 1; 1 when no node was asked for."""
-        known = sum(run.arithmetic != "unknown" for run in self.nodes.values())
-        return known / len(self.nodes) if self.nodes else 1.0
 
 
 @dataclass(frozen=True)

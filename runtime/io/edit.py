@@ -237,20 +237,20 @@ def remove_dead(graph: gs.Graph) -> list[gs.Node]:
     return dead
 
 
+def insert(graph: gs.Graph, new: gs.Node, *, before: gs.Node | None = None) -> None:
+    """Puts ``new`` into the node list right in front of ``before``; at the start of the list without ``before``."""
+    graph.nodes.insert(0 if before is None else _position(graph, before), new)
+    new._graph = graph
+
+
 def insert_after(graph: gs.Graph, node: gs.Node, new: gs.Node) -> None:
     """Puts ``new`` into the node list right behind ``node``."""
-    _insert(graph, node, new, 1)
-
-
-def insert_before(graph: gs.Graph, node: gs.Node, new: gs.Node) -> None:
-    """Puts ``new`` into the node list right in front of ``node``."""
-    _insert(graph, node, new, 0)
-
-
-def _insert(graph: gs.Graph, node: gs.Node, new: gs.Node, offset: int) -> None:
-    position = next(i for i, other in enumerate(graph.nodes) if other is node)
-    graph.nodes.insert(position + offset, new)
+    graph.nodes.insert(_position(graph, node) + 1, new)
     new._graph = graph
+
+
+def _position(graph: gs.Graph, node: gs.Node) -> int:
+    return next(place for place, other in enumerate(graph.nodes) if other is node)
 
 
 def _unlink(nodes: list[gs.Node], node: gs.Node) -> None:

@@ -7,11 +7,11 @@
     record = jobs.compress("model.onnx", "out", source=jobs.Source("calibration.npz", "evaluation.npz"), sms=[89])
     record["accuracy"]["outputs"][0]["snr"]  # dB, original against compressed
 
-Every call that writes a model opens the written file again and compares its outputs with the original's: on evaluation
-data where given, else on the calibration data, else on a few random probes; ``record["data"]["evaluation"]`` says on
-which. Steps that are all exact have been verified one by one, and are compared only on evaluation data, or for a gate.
-Data is a path, a Python object (see ``sources.open_data``) or a ``Data``. Models, recipes and data raise the
-ChannelfoldError subclasses of ``runtime.errors``.
+Every call that writes a model opens the written file again and compares its outputs with those of the original: on the
+evaluation data if there are any, else on the calibration data, else on a few random samples;
+``record["data"]["evaluation"]`` names them. Exact steps are verified one by one; where all steps are exact, outputs are
+compared only on evaluation data or for a gate. Data are a path, a Python object (see ``sources.open_data``) or a
+``Data``. All calls raise the subclasses of ChannelfoldError in ``runtime.errors``.
 """
 
 from __future__ import annotations
@@ -62,12 +62,11 @@ def compress(
     """Runs a recipe; writes ``out_dir``/model.onnx, model.smNN.engine for each of ``sms``, and report.json.
 
     ``recipe``: a name or the path of a TOML file. ``overrides``: pass options by name (``calibrator``, ``exclude`` …),
-    set on every pass of the recipe that has them. ``shapes``: ranges of dynamic inputs for the engines; by default
-    those of the calibration data. An interrupted call goes on where it stopped when it is repeated. ``require_share``:
-    a gate as well, the least share of the weight bytes that is to be quantized. ``command``: the command line, for the
-    report.
+    set on every pass of the recipe that has them. ``shapes``: ranges of dynamic inputs for the engines, by default from
+    the calibration data. ``require_share``: a gate, the least quantized share of the weight bytes. ``command``: the
+    command line for the report. A repeated call continues where an interrupted one stopped.
 
-    Raises GateMissed after everything is written.
+    Raises GateMissed after all files are written.
     """
     model, out_dir = Path(model), Path(out_dir)
     loaded = recipes.load_recipe(recipe)
@@ -112,13 +111,10 @@ def smooth(
 ) -> Record:
     """Scales the channels of activations for quantization, without quantizing. Writes ``out``.
 
-    ``method`` and the ``options`` it heeds: see ``passes.methods``. equalize and reorder need no data.
+    ``passes.smooth_methods`` has the methods and their ``options``. equalize and reorder need no data.
     """
     passes = methods.passes_of(method, options or {})
-    job = Job("smooth", Path(model), progress, source)
-    job.open_both()
-    job.transform(passes, Path(out), nothing="No channel was changed")
-    return job.record
+    return _transformed("smooth", model, out, passes, source, progress, nothing="No channel was changed").record
 
 
 def prune(
@@ -130,23 +126,22 @@ def prune(
     options: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> Record:
-    """Folds, then removes channels: with the ``options`` of the pass ``prune``, or the ``dead`` ones. Writes ``out``.
+    """Folds, then removes channels: the ``dead`` ones, or by the ``options`` of the pass ``prune``. Writes ``out``.
 
     The record counts ``parameters`` and ``macs`` (per sample, None where a size is open) in ``model`` and ``output``.
     """
     options = dict(options or {})
     budgets = [name for name in AMOUNTS if options.get(name) is not None]
     if dead and budgets:
-        raise UsageError(f"Dead channels go whatever {budgets[0]!r} is", "Give one of the two, or run prune twice")
+        raise UsageError(f"--dead knows no budget such as {budgets[0]!r}", "Give one of the two, or run prune twice")
     if not dead and not budgets:
         raise UsageError(
             "The amount to prune is missing",
             "Give --keep-macs 0.5, --keep-params 0.5, --keep-latency 0.5, --ratio 0.3, --tolerance 0.05 or --dead",
         )
     last = recipes.make("remove-dead-channels" if dead else "prune", options)
-    job = Job("prune", Path(model), progress, source)
-    job.open_both()
-    job.transform([*recipes.load_recipe("fold").passes, last], Path(out), counted=True)
+    passes = [*recipes.load_recipe("fold").passes, last]
+    job = _transformed("prune", model, out, passes, source, progress, counted=True)
     if not job.record["steps"][-1]["changed"]:
         job.warn("No channel was removed: channelfold inspect --groups shows what could be, and why not")
     return job.record
@@ -162,9 +157,7 @@ def sparsify(
 ) -> Record:
     """Sets weights to zero in a pattern, with the ``options`` of the pass ``sparsify``. Writes ``out``."""
     step = recipes.make("sparsify", options or {})
-    job = Job("sparsify", Path(model), progress, source)
-    job.open_both()
-    job.transform([step], Path(out))
+    job = _transformed("sparsify", model, out, [step], source, progress)
     job.warn(*zeros.worth(job.record["steps"][-1]["facts"], job.record["steps"][-1]["options"]["pattern"]))
     return job.record
 
@@ -181,8 +174,7 @@ def reparam(
     """Folds, then makes one dense layer of FFN channels that bypass the activation. Writes ``out``.
 
     With ``approximate`` hidden channels are removed then, which needs data. ``options`` are those of the passes
-    ``reparameterize-ffn`` and ``approximate-ffn``. The record counts ``parameters`` and ``macs`` (per sample, None
-    where a size is open) in ``model`` and ``output``.
+    ``reparameterize-ffn`` and ``approximate-ffn``. The record counts ``parameters`` and ``macs`` as for ``prune``.
     """
     given = dict(options or {})
     own = {name: given.pop(name) for name in given.keys() & {"always"}}
@@ -192,9 +184,7 @@ def reparam(
         raise UsageError(f"--{name} is for networks that are not folded exactly", "Add --approximate")
     if approximate:
         passes.append(recipes.make("approximate-ffn", given))
-    job = Job("reparam", Path(model), progress, source)
-    job.open_both()
-    job.transform(passes, Path(out), counted=True)
+    job = _transformed("reparam", model, out, passes, source, progress, counted=True)
     folded = any(step["changed"] for step in job.record["steps"] if step["pass"] == "reparameterize-ffn")
     if not folded and not approximate:
         job.warn("No FFN has channels that bypass the activation: channelfold inspect --idle shows what there is")
@@ -216,9 +206,7 @@ def quantize(
     ``options`` are those of the pass: ``quantize``, or ``quantize-weights`` with ``weights_only``, which needs no data.
     """
     step = recipes.make("quantize-weights" if weights_only else "quantize", options or {})
-    job = Job("quantize", Path(model), progress, source)
-    job.open_both()
-    job.transform([step], Path(out))
+    job = _transformed("quantize", model, out, [step], source, progress)
     job.check_share(require_share)
     return job.record
 
@@ -235,8 +223,8 @@ def build(
 ) -> Record:
     """Builds a TensorRT engine and reads back in which arithmetic its nodes run. Writes ``engine``.
 
-    ``sm``: 10 x compute capability, by default that of this machine's GPU. Dynamic inputs need ``shapes``, or ``data``
-    whose shapes are taken. ``sparse_weights``: weights in which 2 of 4 inputs are zero may run on sparse tensor cores.
+    ``sm``: 10 x compute capability, by default that of the GPU of this machine. Dynamic inputs need ``shapes`` or data.
+    ``sparse_weights``: weights in which 2 of 4 inputs are zero may run on sparse tensor cores.
     """
     job = Job("build", Path(model), progress, source)
     job.calibration = job.open("shapes", source.calibration)
@@ -271,10 +259,10 @@ def inspect(
     groups: bool = False,
     progress: Progress = no_progress,
 ) -> Record:
-    """What is in a model: ``record["inspection"]``, described in ``inspection.inspect``.
+    """The contents of a model: ``record["inspection"]``, described in ``inspect_model.inspect``.
 
-    With ``idle`` also ``record["ffns"]``, described in ``idle.idle``; with ``groups`` also ``record["groups"]``,
-    described in ``groups.describe``.
+    ``idle`` adds ``record["ffns"]``, described in ``inspect_ffns.idle``; ``groups`` adds ``record["groups"]``,
+    described in ``inspect_groups.describe``.
     """
     job = Job("inspect", Path(model), progress, source)
     data = job.open("calibration", source.calibration)
@@ -303,8 +291,18 @@ def demo(
     return shipped.run(model, None if out_dir is None else Path(out_dir), sms, progress)
 
 
+def _transformed(
+    command: str, model: PathLike, out: PathLike, passes: Sequence[Pass], source: Source, progress: Progress, **how: Any
+) -> Job:
+    """The job of a command after its passes; ``how`` as for ``Job.transform``."""
+    job = Job(command, Path(model), progress, source)
+    job.open_both()
+    job.transform(passes, Path(out), **how)
+    return job
+
+
 def _overridden(passes: Sequence[Pass], overrides: Mapping[str, Any]) -> list[Pass]:
-    """The passes with options replaced wherever a pass has an option of that name."""
+    """The passes with new values for the options of these names."""
     known = {name for step in passes for name in step.options()}
     for name in overrides:
         if name not in known:

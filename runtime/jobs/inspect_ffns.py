@@ -1,13 +1,13 @@
-"""The FFNs of a graph: channels that bypass the activation, or hardly need it, and the weights that folding saves.
+"""The FFNs of a graph: channels that bypass the activation or hardly need it, and the weights that folding saves.
 
-*Idle* channels are affine in the channel before the activation whatever the data (``passes.ffn.pairs``): the pass
+*Idle* channels are affine in the channel before the activation for all data (``passes.ffn.pairs``): the pass
 ``reparameterize-ffn`` folds them exactly. *Dead* channels are constant, or no linear reads them. *Linear* channels are
 nearly affine on the data: the best fit p h_j + r leaves less than 1 % of the variance of act(h_j),
 
     p = cov(h, act(h)) / var(h)        left_j = var(act(h_j)) - p cov(h_j, act(h_j))
 
-and making them idle changes the output by about sum_j left_j |w2_j|^2 in all, if the residuals are uncorrelated.
-(RePaViT for networks that were not trained for it; `reparam --approximate` does better than these fits.)
+If they were made idle, the squared error of the output would be about sum_j left_j |w2_j|^2, for uncorrelated
+residuals. `reparam --approximate` is more accurate than these fits.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from channelfold.runtime.stats.compare import json_number
 from channelfold.runtime.stats.exact import ExactSum
 from channelfold.runtime.stats.observe import Joint, by_name, observe
 
-SHARES = (0.25, 0.5, 0.75)  # of the hidden channels that a fold is proposed for
-LINEAR = 0.01  # of the variance that may be left
+SHARES = (0.25, 0.5, 0.75)  # of the hidden channels that the record folds, to show the error
+LINEAR = 0.01  # share of the variance that a fit may leave
 
 
 class _Fits(Joint):
-    """The fit of every channel that ``outer`` reads by the channels of the inner linears that it is computed from.
+    """The fit of every channel that ``outer`` reads, by the channels of the inner linears that feed it.
 
     ``products``: for each channel the sums of [1, h, …, act] [1, h, …, act]^T, (2 + inner, 2 + inner, hidden).
     """
@@ -58,7 +58,7 @@ class _Fits(Joint):
         self.outputs.merge(other.outputs)
 
     def left(self) -> tuple[np.ndarray, np.ndarray]:
-        """(share of each channel's variance that its fit leaves, error at the output if the fit takes its place)."""
+        """(share of the variance of each channel that the fit leaves, error of the output when the fit replaces it)."""
         products = np.moveaxis(self.products.value, -1, 0)
         moments = products / products[:, :1, :1]
         covariance = moments[:, 1:, 1:] - moments[:, 1:, :1] * moments[:, :1, 1:]
@@ -78,12 +78,12 @@ class _Fits(Joint):
 def idle(
     graph: gs.Graph, data: Data | None = None, progress: Callable[[str, int, int], None] = no_progress
 ) -> list[dict[str, Any]]:
-    """One entry an FFN: ``node`` (its second linear), ``inner``, ``hidden``, the counts ``idle``, ``dead`` and (with
-    data) ``linear``, ``weights`` as it is and ``folded`` without the idle channels; a weight takes one multiply-
-    accumulate per position. With data ``shares``: for each of ``SHARES`` of the channels, the cheapest ones idle, the
-    ``weights`` that are left and the ``snr`` of the output in dB, about.
+    """One entry an FFN. Folds the constants of ``graph``.
 
-    Folds the constants of ``graph``.
+    ``node``: the second linear. ``inner``: the linears in front of the activation. ``hidden``, ``idle``, ``dead`` and
+    (with data) ``linear`` count channels. ``weights``: the number of weights, each one multiply-accumulate a position;
+    ``folded``: the number without the idle channels. With data ``shares``: for each of ``SHARES``, the ``weights`` and
+    the approximate ``snr`` of the output in dB when this share of the channels is idle, those with the least error.
     """
     FoldConstants().apply(graph, Context())
     infer_shapes(graph)

@@ -1,4 +1,4 @@
-"""The contents of a graph: linear nodes with shapes, costs and whether they can be int8, norms, parameters."""
+"""The contents of a graph: linear nodes with shapes and costs, the nodes that could be int8, norms, parameters."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def inspect(
     """The ``inspection`` entry of a report record.
 
     ``linears``: one entry a Conv, ConvTranspose, Gemm or MatMul, with ``shape`` (out, in / groups, *kernel), ``macs``
-    for one sample (a symbolic first dimension counts as 1; None when a shape is unknown), and ``reason`` when the pass
-    ``quantize`` would leave it in float. With ``data`` they have ``outlier_ratio``, of the channels of their input: the
-    largest magnitude against the median one; None for a product of two activations. ``parameters`` counts the elements
-    of constants that are not int32, int64, bool or strings. Fills in the shapes of ``graph``.
+    for one sample (a symbolic first dimension counts as 1; None where a shape is unknown), and the ``reason`` where the
+    pass ``quantize`` would leave the node in float. With ``data`` an entry has ``outlier_ratio``: the largest magnitude
+    of the channels of the input against the median; None for a product of two activations. ``parameters`` counts the
+    elements of constants that are not int32, int64, bool or strings. Fills in the shapes of ``graph``.
     """
     infer_shapes(graph)
     refused = Outcome()
@@ -121,7 +121,7 @@ def _linear(graph: gs.Graph, node: gs.Node) -> dict[str, Any]:
 
 
 def _macs(linear: Linear, weights: int) -> int | None:
-    """Every weight is used once for each position: of the output, or of the input for a ConvTranspose."""
+    """The products of all weights with every position of the output (of a ConvTranspose: of the input)."""
     tensor, channels = linear.node.outputs[0], linear.channels[0]
     if linear.node.op == "ConvTranspose":
         tensor, channels = linear.data, linear.channels[1]
@@ -130,7 +130,7 @@ def _macs(linear: Linear, weights: int) -> int | None:
 
 
 def _product_macs(node: gs.Node) -> int | None:
-    """Of a MatMul of two activations: the elements of its output, each a sum over the left operand's last axis."""
+    """The products of a MatMul of two activations: one for each element of its output and of the summed axis."""
     outputs, left = _elements(node.outputs[0].shape), node.inputs[0].shape
     if node.op != "MatMul" or outputs is None or not left or not isinstance(left[-1], int):
         return None

@@ -1,4 +1,4 @@
-"""What the commands have in common: a record in the making, the data, the transform, the proof, the engine."""
+"""The common steps of the commands: open the data, transform the model, compare outputs, build engines."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from channelfold.runtime.stats.compare import Gates
 Record = dict[str, Any]
 Progress = Callable[[str, int, int], None]
 
-SEEN = 16  # samples compared when there are only those of the calibration, which flatter a result anyway
-PROBES = 4  # random samples an exact rewrite is checked on when there is no data
+SEEN = 16  # calibration samples on which outputs are compared without evaluation data; they flatter the result anyway
+PROBES = 4  # random samples on which outputs are compared without any data
 
 
 class GateMissed(GateError):
@@ -50,10 +50,10 @@ class GateMissed(GateError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where data come from: paths, Python objects (``open_data``) or ``Data``.
+    """The sources of the data: paths, Python objects (``open_data``) or ``Data``.
 
-    ``random``: so many random samples, in place of the calibration data, or of those that ``diff`` evaluates on.
-    ``allow_script``: a path may be a Python script, which is run. ``seed``: of all that is random.
+    ``random``: the number of random samples in place of calibration data (in ``diff``, of evaluation data).
+    ``allow_script``: a path may be a Python script, which is run. ``seed``: the seed of all random numbers.
     """
 
     calibration: Any = None
@@ -64,14 +64,14 @@ class Source:
 
 
 class Job:
-    """A record in the making, and what fills it."""
+    """A command at work. ``record`` is the report so far."""
 
     def __init__(self, command: str, model: Path, progress: Progress, source: Source):
         self.model, self.progress, self.source = model, progress, source
         progress("load", 0, 0)
         self.graph: gs.Graph = files.load(model, strict=True)
         self.inputs = required_inputs(self.graph)
-        self.sources = [model, *external_files(model)]  # what the command reads, and must not write
+        self.sources = [model, *external_files(model)]  # files that the command reads and must not overwrite
         self.calibration: Data | None = None
         self.evaluation: Data | None = None
         self.comparison: compare.Comparison | None = None
@@ -92,7 +92,7 @@ class Job:
             self.warn(f"The file contradicts itself, so the shapes that its value_info names were not used: {stale}")
 
     def open(self, role: str, source: Any, random: int | None = None) -> Data | None:
-        """The data for a role, from a source or ``random`` samples; None when there is neither."""
+        """The data for a role, from a source or ``random`` samples; None without both."""
         if random and source is not None:
             raise UsageError(f"Both {role} data and --random were given", "Give one of them")
         data = random_data(self.inputs, random, seed=self.source.seed) if random else self._opened(source)
@@ -102,7 +102,7 @@ class Job:
         return data
 
     def open_both(self) -> None:
-        """Opens the calibration and the evaluation data; of the latter what is wrong shows before the work."""
+        """Opens the calibration and evaluation data. Reads all evaluation data, so that errors show before the work."""
         self.calibration = self.open("calibration", self.source.calibration, self.source.random)
         self.evaluation = self.open("evaluation", self.source.evaluation)
         for _ in self.evaluation or ():
@@ -119,14 +119,13 @@ class Job:
     ) -> None:
         """Runs the passes, writes the model, opens it again and compares it with the original.
 
-        ``counted``: the record says of both how many parameters and multiply-accumulates they have. ``nothing``: how
-        the warning begins when no pass has changed anything.
-        Exact steps have been verified one by one: for them the calibration data are run again only if a gate needs it.
+        ``counted``: the record counts the parameters and multiply-accumulates of both models. ``nothing``: the start of
+        the warning for the case that no pass has changed anything. ``gated``: a gate needs the comparison.
         """
         self.check_output(out, "an ONNX file")
         exact = all(step.kind == "exact" for step in passes)
         if (self.evaluation or not exact) and self.record["model"]["bytes"] <= verify.LARGE:
-            self._session(self.model, optimize=False)  # what cannot be compared has to be known before the work
+            self._session(self.model, optimize=False)  # a model that cannot be compared must show before the work
         if counted:
             self.record["model"] |= inspection.costs(self.graph)
         passes = [*self._prepared(), *passes]
@@ -148,7 +147,7 @@ class Job:
             self.prove(out)
 
     def _prepared(self) -> list[Pass]:
-        """What lets the passes see all weights: inputs with defaults as constants, functions inlined."""
+        """Passes that show all weights to the others: makes inputs with defaults constants, and inlines functions."""
         if names := take_defaults(self.graph):
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             self.warn(f"Inputs with default values were taken as constants, which no caller can override: {some}")
@@ -157,7 +156,7 @@ class Job:
         return [InlineFunctions()] if own is not None and own.header.functions else []
 
     def _account(self, graph: gs.Graph, nothing: str) -> None:
-        """Says where the weight bytes of the result are, and warns of many that stay float, or of no change at all."""
+        """Records the account of the weight bytes; warns where many stay float, or where nothing was changed."""
         steps = self.record["steps"]
         quantized = [step for step in steps if "quantized" in step["facts"]]
         reasons = {r["node"]: r["code"] or r["reason"] for step in quantized for r in step["refused"]}
@@ -169,19 +168,19 @@ class Job:
             self.warn(left)
 
     def check_share(self, least: float | None) -> None:
-        """Raises GateMissed when a smaller share of the weight bytes than ``least`` is quantized."""
+        """Raises GateMissed where less than the share ``least`` of the weight bytes is quantized."""
         found = self.record["weights"]["share"]
         if least is not None and found < least:
             reason = f"{found:.1%} of the weight bytes are quantized, {least:.1%} are required"
             raise GateMissed(GateError(reason, "The table of weights says what the others are"), self.record)
 
     def check_output(self, out: Path, kind: str) -> None:
-        """Raises before hours of work what would make writing the result fail, or destroy a file, at their end."""
+        """Raises an error, before the work, where the result could not be written or would destroy another file."""
         if out.is_dir():
             raise OutputError(f"{out} is a folder", "Give the name of a file")
         for source in filter(Path.exists, self.sources if out.exists() else ()):
             if out.samefile(source):
-                what = "the model itself, and is needed to compare with" if source == self.model else "what is read"
+                what = "the model itself, which the result is compared with" if source == self.model else "an input"
                 raise UsageError(f"{out} is {what}", "Give another output")
             if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
                 raise UsageError(f"{out} is one of the files in {source}, which are read", "Give another output")
@@ -190,7 +189,7 @@ class Job:
         check_folder(out.parent)
 
     def prove(self, candidate: Path) -> None:
-        """Compares the original's outputs with the candidate's."""
+        """Compares the outputs of the candidate with those of the original."""
         data = self.evaluation or self.calibration
         if data is None:
             data = self._probes()
@@ -204,7 +203,7 @@ class Job:
         if computes_as_written(files.load(candidate)):
             self.comparison = compare.compare(reference, exact, data, self.progress)
             self.record["accuracy"] = self.comparison.to_json()
-        else:  # the file is for ONNX Runtime, so how this machine runs it counts as well
+        else:  # the file is for ONNX Runtime, so its results on this machine count as well
             found = compare.compare_all(reference, [self._session(candidate), exact], data, self.progress)
             self.comparison = found[0]
             self.record["accuracy"] = found[0].to_json() | {"exact": found[1].to_json()}
@@ -215,15 +214,15 @@ class Job:
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
 
     def _session(self, path: Path, **options: Any) -> Session | Front:
-        """The model in ONNX Runtime, or what stands in front of the operators that ONNX Runtime does not know."""
+        """The model in ONNX Runtime, or the part in front of the operators that ONNX Runtime does not know."""
         try:
             return Session(path, **options)
         except ModelError:
             if not unknown(files.load(path)):
                 raise
         front = Front(path, **options)
-        said = f"ONNX Runtime does not know {', '.join(front.operators)}, so the outputs were compared in front of it"
-        self.warn(f"{said}, and what it computes from them was not")
+        said = f"ONNX Runtime does not know {', '.join(front.operators)}: the outputs were compared in front of it"
+        self.warn(f"{said}, the results behind it were not")
         return front
 
     def build(
@@ -234,7 +233,7 @@ class Job:
         shapes: Mapping[str, ShapeRange],
         sparse_weights: bool = False,
     ) -> None:
-        """Builds an engine and reads its plan."""
+        """Builds an engine, reads its plan and compares its outputs."""
         self.check_output(engine, "an engine")
         unknown = sorted(shapes.keys() - {spec.name for spec in self.inputs})
         if unknown:
@@ -260,7 +259,7 @@ class Job:
         self.warn(*(f"{engine.name}: {text}" for text in built.warnings))
 
     def _proved_engine(self, built: tensorrt.Engine) -> Record | None:
-        """The engine's outputs against the original's; None without data or without a GPU of its kind."""
+        """The comparison of the engine's outputs with the original; None without data or a GPU of its kind."""
         data = self.evaluation or self.calibration
         if data is None or tensorrt.local_gpu()[0] is None or built.sm not in (None, tensorrt.local_gpu()[0]):
             return None
@@ -273,13 +272,13 @@ class Job:
 
     @contextlib.contextmanager
     def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:
-        """The model as TensorRT can take it: itself, or a temporary copy.
+        """The model in a form that TensorRT accepts: the file itself, or a temporary copy.
 
-        In that every Squeeze names its axes, and open sizes that share a name but not their ranges have names of their
-        own (exporters call several ``?`` or ``None``): TensorRT takes equal names for equal sizes.
+        In the copy every Squeeze names its axes, and open sizes of one name with different ranges have different names:
+        TensorRT takes sizes of one name to be equal, and exporters call several sizes ``?`` or ``None``.
         """
         graph = files.load(model)
-        ranges = {s.name: ranges[s.name] for s in self.inputs if s.name in ranges and _is_open(s)}  # others are values
+        ranges = {s.name: ranges[s.name] for s in self.inputs if s.name in ranges and _is_open(s)}  # others: values
         sentences: list[str] = []
         if squeezes_without_axes(graph):
             fixed = {s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in self.inputs if not _is_open(s)}
@@ -297,12 +296,12 @@ class Job:
             yield copy
 
     def check(self, gates: Gates | None) -> None:
-        """Raises GateMissed when the comparison is worse than the gates allow."""
+        """Raises GateMissed where the comparison misses a gate."""
         if gates is None or gates == Gates():
             return
         if self.comparison is None:
             raise GateMissed(
-                GateError("The outputs were not compared, so no gate holds", "Give --evaluation"), self.record
+                GateError("The outputs were not compared, so every gate is missed", "Give --evaluation"), self.record
             )
         try:
             compare.check_gates(self.comparison, gates)
@@ -323,16 +322,16 @@ class Job:
         return open_data(source, self.inputs)
 
     def _probes(self) -> Data | None:
-        """Random samples to compare on when there is no data; None, with a warning, when the original refuses them."""
+        """Random samples for the comparison; None, with a warning, where the original does not run on them."""
         hint = "Give --calibration or --evaluation to have them compared"
         if self.record["model"]["bytes"] > verify.LARGE:
-            self.warn(f"The outputs were not compared, for there are no data and the model is large. {hint}")
+            self.warn(f"The outputs were not compared, because there are no data and the model is large. {hint}")
             return None
         try:
             probes = random_data(self.inputs, PROBES, seed=self.source.seed)
             self._session(self.model).run(next(iter(probes)))
         except (DataError, ModelError) as error:
-            self.warn(f"The outputs were not compared, for the model does not run on random inputs: {error} {hint}")
+            self.warn(f"The outputs were not compared, because the model does not run on random inputs: {error} {hint}")
             return None
         self.warn(f"The outputs were compared on {probes.description} only, which says nothing about accuracy. {hint}")
         return probes
@@ -346,7 +345,7 @@ def _is_open(spec: TensorSpec) -> bool:
 
 
 def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
-    """``total`` counts the nodes that the file asks to be run as int8."""
+    """The record of an engine. ``total`` counts the nodes that are int8 in the file."""
     runs = {node: engine.plan.nodes[node].arithmetic for node in int8 if node in engine.plan.nodes}
     others = [{"node": node, "runs_as": runs_as} for node, runs_as in runs.items() if runs_as != "int8"]
     plan = {
@@ -367,7 +366,7 @@ def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
 
 
 def check_folder(folder: Path) -> None:
-    """Makes the folder if need be, and writes a file in it. Raises OutputError."""
+    """Makes the folder where it is missing, and writes a file in it. Raises OutputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,6 +1,6 @@
-"""The demo: a shipped network compressed to int8, its accuracy, size, latency and engines side by side.
+"""The demo: a shipped network compressed to int8, with accuracy, size, latency and engines side by side.
 
-A network with idle FFN channels (RePaViT) is shown in between as well: folded, but not yet quantized.
+A network with idle FFN channels (RePaViT) has a third stage between the two: folded, but not quantized.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ def run(
     """Runs ``jobs.compress`` on the shipped network ``name`` and adds ``demo`` and ``latency`` to its record.
 
     ``demo``: {model, description, stages: [{name, path, bytes, nodes, parameters, macs, accuracy (top-1, 0 to 1),
-    agreement (with the classes of float, 0 to 1), snr (dB; null for float)}], samples, folder, no_engines (why there
-    are none, or "")}.
-    The stages are ``float``, ``folded`` (where channels were idle) and ``int8``.
+    agreement (with the classes of float, 0 to 1), snr (dB; null for float)}], samples, folder, no_engines (the reason
+    why there are none, or "")}. The stages are ``float``, ``folded`` (where channels were idle) and ``int8``.
 
-    Raises UsageError when no network of that name ships.
+    Raises UsageError where no network of that name ships.
     """
     if name not in models.MODELS:
         raise UsageError(f"No model {name!r} ships with channelfold", nearest(name, models.MODELS))
@@ -78,7 +77,7 @@ def run(
 
 
 def _stage(name: str, path: Path, logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Figures of one file; ``logits`` and ``reference`` (those of the float file) are float32 [samples, classes]."""
+    """Figures of one file, from its ``logits`` and those of the float file, float32 [samples, classes]."""
     graph = files.load(path)
     facts, costs = model_facts(path, graph), inspection.costs(graph)
     classes = logits.argmax(axis=1)
@@ -96,7 +95,7 @@ def _stage(name: str, path: Path, logits: np.ndarray, reference: np.ndarray, lab
 
 
 def _possible(sms: Sequence[int]) -> tuple[Sequence[int], str]:
-    """The SMs to build for, or none and the reason when there is no TensorRT here."""
+    """(SMs to build engines for, ""); without TensorRT no SMs and the reason."""
     try:
         for sm in sms:
             tensorrt.backend(sm)

@@ -132,9 +132,9 @@ def _cut(step: Mapping[str, Any], page: Page) -> None:
         page.say(f"error of {name!r} on calibration data: {error:.2%} of its variance")
     proof = facts["slice_equals_mask"]
     if proof and "max_rel_error" in proof:
-        refitted = "; what reads the rest was refitted afterwards" if facts["statistics"] else ""
+        reconstructed = "; then the layers behind it were reconstructed" if facts["statistics"] else ""
         error = f"{proof['max_rel_error']:.1e} on {proof['probes']} probes"
-        page.say(f"The cut equals the same channels silenced, to {error}{refitted}")
+        page.say(f"The cut equals a mask of the same channels, to {error}{reconstructed}")
     elif proof:
         page.say((f"The cut was not proven: {proof['unverified']}", "yellow"))
 

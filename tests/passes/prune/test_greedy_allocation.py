@@ -39,7 +39,7 @@ def redundant():
 
 
 def test_what_is_redundant_goes_and_the_error_is_what_is_reported():
-    """What the refit makes up for does not count as an error."""
+    """What the reconstruction makes up for does not count as an error."""
     kept = {}
     for compensate in ("none", "lstsq"):
         graph = redundant()
@@ -132,7 +132,7 @@ def test_recurrent_cells():
     assert found["y"] <= 0.2
 
 
-def test_a_refit_that_float16_cannot_hold_counts_as_none():
+def test_a_reconstruction_that_float16_cannot_hold_counts_as_none():
     """Twins whose weights, added up, are more than 65504."""
     half = random((8, 8), "half") / 1000
 

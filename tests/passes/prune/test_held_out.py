@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.prune.refit import ReadStatistics
+from channelfold.passes.prune.reconstruct import ReadStatistics
 from channelfold.passes.prune.sensitivity import SAMPLES, held_out
 from channelfold.tests.graphs import data_from
 from channelfold.tests.pruning import data_of, groups_of, mlp
@@ -43,7 +43,7 @@ def test_of_few_samples_none_is_held_out():
 @pytest.mark.parametrize("limit", [None, 0], ids=["held", "collected again"])
 def test_data_added_later_count_like_data_given_at_once(limit, monkeypatch):
     if limit is not None:
-        monkeypatch.setattr("channelfold.passes.prune.refit.LIMIT", limit)
+        monkeypatch.setattr("channelfold.passes.prune.reconstruct.LIMIT", limit)
     graph = mlp()
     data, regions = data_of(graph), [group.region for group in groups_of(graph)]
     seen, unseen = held_out(data)

@@ -23,7 +23,7 @@ from channelfold.passes.prune.importance import (
     rectified,
     shrunk,
 )
-from channelfold.passes.prune.refit import ReadStatistics
+from channelfold.passes.prune.reconstruct import ReadStatistics
 from channelfold.tests.graphs import build, positive, random
 from channelfold.tests.pruning import data_of, groups_of
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from channelfold.passes.base import Context
-from channelfold.passes.prune.importance import magnitudes, ranked
-from channelfold.passes.prune.refit import Fit, ReadStatistics
+from channelfold.passes.prune.importance import RankedGroups, magnitudes, ranked
+from channelfold.passes.prune.reconstruct import ReadStatistics, Reconstruction
 from channelfold.passes.prune.sensitivity import scaled
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.tests.graphs import build
@@ -30,10 +32,6 @@ def twins(weak: float):
     )  # fmt: skip
 
 
-def fit(linear, stays, rows, found) -> Fit:
-    return Fit.of(linear, stays, rows, found, "none", 1e-3)
-
-
 @pytest.mark.parametrize("weak", [0.5, 0.1])
 def test_losses_are_in_proportion_to_what_reaches_the_output(weak):
     graph = twins(weak)
@@ -42,7 +40,8 @@ def test_losses_are_in_proportion_to_what_reaches_the_output(weak):
     context = Context(calibration=data_of(graph, size=50))
     rankings = [ranked(group, magnitudes(group, 1)) for group in groups]
     statistics = ReadStatistics(graph, [g.region for g in groups], context)
-    found = scaled(graph, groups, rankings, statistics, fit, context)
+    reconstruct = partial(Reconstruction.of, mode="none", ridge=1e-3)
+    found = scaled(graph, RankedGroups(groups, rankings), statistics, reconstruct, context).rankings
     assert before.same(Snapshot.of(graph))
     assert [f.order.tolist() for f in found] == [r.order.tolist() for r in rankings]
     # of the same half of the channels, by their magnitude, which the weak reader changes

@@ -340,7 +340,7 @@ def test_data_and_least_squares_lose_less(make):
     st.booleans(),
 )
 def test_random_networks(model, amount, importance, with_data):
-    """The cut is proven inside; then the refit graph is valid and its outputs are finite numbers of the old shapes."""
+    """The cut is proven inside; then the graph is valid and its outputs are finite numbers of the old shapes."""
     graph = import_model(model)
     feed = feeds(graph)
     before = run(graph, feed)

@@ -52,7 +52,7 @@ def losses(*slopes: tuple[float, float, float]):
 def test_every_group_is_cut_as_deep_as_its_tolerance_allows_in_order_of_what_it_saves():
     theta, r0 = 1.1 * 1.2 * 1.4, 0.1  # lambda = 2: the cheapest comes first, tolerances .1 .2 .4
     loss = losses((1.0, 1.0, 1.0))
-    assert cut_within_tolerance(GROUPS, COSTS, loss, theta=theta, r0=r0, share=1) == [
+    assert cut_within_tolerance(GROUPS, COSTS, loss, theta=theta, r0=r0) == [
         90,  # to a loss of 1.10
         50,  # from 1.30 by 40 % to 1.82 at most: 50 % makes 1.80
         80,  # from 1.10 by 20 % to 1.32
@@ -63,21 +63,14 @@ def test_every_group_is_cut_as_deep_as_its_tolerance_allows_in_order_of_what_it_
 
 def test_with_lambda_below_one_the_dearest_group_comes_first():
     loss = losses((0.0, 0.0, 0.0))
-    assert cut_within_tolerance(GROUPS, COSTS, loss, theta=1.12, r0=0.1, share=1) == [5, 5, 5]
+    assert cut_within_tolerance(GROUPS, COSTS, loss, theta=1.12, r0=0.1) == [5, 5, 5]
     assert loss.calls[1::19] == [[100, 95, 100], [100, 5, 95], [95, 5, 5]]
 
 
 def test_the_task_that_suffers_most_decides():
-    kept = cut_within_tolerance(GROUPS, COSTS, losses((0, 0, 0), (0, 1, 0)), theta=1.3, r0=0.1, share=1)
+    kept = cut_within_tolerance(GROUPS, COSTS, losses((0, 0, 0), (0, 1, 0)), theta=1.3, r0=0.1)
     assert kept[0] == kept[2] == 5
     assert kept[1] > 50
-
-
-def test_only_the_groups_with_the_least_growth_for_what_they_save_stay_cut():
-    kept = cut_within_tolerance(GROUPS, COSTS, losses((1.0, 1.0, 1.0)), theta=1.1 * 1.2 * 1.4, r0=0.1, share=0.6)
-    assert kept[0] == 100  # of the cheap group 10 % save 0.1 for a growth of 10 %
-    assert kept[1] < 100
-    assert kept[2] < 100
 
 
 def test_ratios_that_alignment_makes_equal_are_tried_once():

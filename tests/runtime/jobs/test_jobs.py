@@ -302,7 +302,7 @@ def test_a_model_that_refuses_random_inputs_is_not_compared(tmp_path):
     record = jobs.quantize(tmp_path / "square.onnx", tmp_path / "int8.onnx", weights_only=True)
     assert record["accuracy"] is None
     assert record["warnings"][-1].startswith(
-        "The outputs were not compared, for the model does not run on random inputs"
+        "The outputs were not compared, because the model does not run on random inputs"
     )
 
 

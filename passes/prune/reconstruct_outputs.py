@@ -1,13 +1,14 @@
-"""What a cut leaves of an error, made up for by the linears behind it, one after another.
+"""The error that a cut and its reconstruction leave, corrected by the linears behind the cut, one after another.
 
     W' = W + C_ex (C_xx + r)^-1,      b' = b + E[e] - (W' - W) E[x],      r = ridge * diag C_xx
 
-x is what a linear reads after the cut, e what its result lacks against the uncut model on the same sample. Where a
-shortcut is added to the result, e is what the sum lacks: each layer also takes up what those before it left. So every
-linear is corrected on what the ones in front of it, corrected, now make of the data: two partial runs for each.
+x is the input of a linear after the cut, e the difference of its result from the uncut model on the same sample. Where
+a shortcut is added to the result, e is the difference of the sum: each layer also corrects the error of the layers
+before. So every linear is corrected on the results of the corrected linears in front of it, with two partial runs for
+each.
 
-The ridge is towards the weights there are, and chosen for each linear: fitted to one half of the samples it has to
-lessen the error on the other. Where none does, nothing is changed, so that few samples do no harm.
+The ridge pulls towards the present weights and is chosen for each linear: fitted to one half of the samples, it has to
+lessen the error on the other half. Where no ridge does, nothing changes, so that few samples do no harm.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit
 from channelfold.passes.layers.linear import Linear, cast, view
-from channelfold.passes.prune.refit import MAX_FEATURES
+from channelfold.passes.prune.reconstruct import MAX_FEATURES
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats.observe import Observed, rows
 
 RIDGES = (1e-1, 1.0, 10.0, 100.0)
-_POSITIONS = 256  # of one entry along the first axis that are taken
+_POSITIONS = 256  # taken of each entry along the first axis
 
-Stays = Mapping[str, Sequence[tuple[int, np.ndarray]]]  # by the name of a tensor: axes that are cut, and what stays
+Stays = Mapping[str, Sequence[tuple[int, np.ndarray]]]  # the cut axes of a tensor and the positions that stay, by name
 
 
 def correct(
@@ -40,9 +41,10 @@ def correct(
     data: Data,
     progress: Callable[[str, int, int], None],
 ) -> list[str]:
-    """Corrects ``nodes`` of the cut ``graph``, given in its order, towards ``whole``, uncut; returns whose error fell.
+    """Corrects ``nodes`` of the cut ``graph``, in graph order, towards the uncut graph ``whole``.
 
-    Left as they are: convolutions with a kernel, groups or strides, and anything when there is one sample only.
+    Returns the names of the nodes whose error fell. Convolutions with a kernel, groups or strides stay as they are;
+    with a single sample everything does.
     """
     infer_shapes(graph)
     linears = [linear for node in nodes if _fits(linear := view(graph, node))] if len(data) > 1 else []
@@ -76,7 +78,7 @@ def _target(linear: Linear) -> gs.Tensor:
 def _errors(
     graph: gs.Graph, whole: gs.Graph, linear: Linear, stays: Stays, data: Data
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of each sample x (positions, in) and e (positions, out)."""
+    """x (positions, in) and e (positions, out) of each sample."""
     target, source = _target(linear).name, linear.data.name
     before, after = Observed(whole, [target]), Observed(graph, list(dict.fromkeys([source, target])))
     for feed in data:
@@ -106,7 +108,7 @@ class _Errors:
         return _Errors(self.zz + other.zz, self.ez + other.ez, self.ee + other.ee)
 
     def fit(self, ridge: float) -> np.ndarray:
-        """[W' - W, b' - b], (out, in + 1); of an infinite ridge only the bias."""
+        """[W' - W, b' - b], (out, in + 1); with an infinite ridge the bias alone changes."""
         zz, ez = np.asarray(self.zz), np.asarray(self.ez)
         count = zz[-1, -1]
         mean, shift = zz[:-1, -1] / count, ez[:, -1] / count
@@ -119,12 +121,12 @@ class _Errors:
         return np.concatenate([matrix, (shift - matrix @ mean)[:, None]], axis=1)
 
     def left(self, change: np.ndarray) -> float:
-        """The squared error that is left with this change, summed."""
+        """The summed squared error after a change."""
         return self.ee - 2 * float(np.vdot(change, self.ez)) + float(np.vdot(change @ self.zz, change))
 
 
 def _best(a: _Errors, b: _Errors) -> tuple[np.ndarray, np.ndarray] | None:
-    """What to add to weight (out, in) and bias (out,); None where nothing helps on data it was not fitted to."""
+    """The change of weight (out, in) and bias (out,); None where no fit to one half lessens the error on the other."""
     if not (isinstance(a.zz, np.ndarray) and isinstance(b.zz, np.ndarray)):
         return None
     errors = {ridge: a.left(b.fit(ridge)) + b.left(a.fit(ridge)) for ridge in (*RIDGES, np.inf)}
@@ -136,7 +138,7 @@ def _best(a: _Errors, b: _Errors) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _changed(linear: Linear, weight: np.ndarray, bias: np.ndarray) -> bool:
-    """Adds to weight and bias, unless the sum does not fit the type."""
+    """Adds to weight and bias; False, with nothing changed, where a sum does not fit the type."""
     old, before = linear.weight().astype(np.float64), linear.bias()
     new, after = old + weight.reshape(old.shape), bias if before is None else before + bias
     try:

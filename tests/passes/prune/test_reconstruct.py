@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from channelfold.passes.base import Context
 from channelfold.passes.layers.linear import view
-from channelfold.passes.prune.refit import ReadStatistics
+from channelfold.passes.prune.reconstruct import ReadStatistics
 from channelfold.runtime.errors import DataError
 from channelfold.tests.graphs import build, constants, data_from, node, random, run
 from channelfold.tests.pruning import data_of, distance, groups_of, kept, mlp, prune, spread
@@ -148,7 +148,7 @@ def test_weights_past_the_range_of_float16_are_refused():
     a[8:], b[:, 8:] = 8 * a[:8], 30000.0  # 60000 + 8 * 30000 would make up for the others
     graph = build(ROWS, body, kind="float16", A=a, B=b)
     outcome = prune(graph, data_of(graph, size=50), ratio=0.5, importance="l1", verify=False)
-    assert [r.code for r in outcome.refused] == ["it is the output 'y' of the model", "not refitted"]
+    assert [r.code for r in outcome.refused] == ["it is the output 'y' of the model", "not reconstructed"]
     assert "float16" in outcome.refused[1].reason
     assert {values.max() for values in constants(graph).values() if values.shape == (4, 8)} == {60000}
 

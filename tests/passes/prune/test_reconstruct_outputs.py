@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from channelfold.passes.prune.refit_outputs import correct
+from channelfold.passes.prune.reconstruct_outputs import correct
 from channelfold.runtime.errors import UsageError, no_progress
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.tests.graphs import build, constants, data_from, run

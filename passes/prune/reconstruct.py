@@ -1,17 +1,17 @@
-"""What reads the channels that stay, refitted so that it makes up for those that go.
+"""The layers that read the channels that stay, reconstructed so that they make up for the channels that go.
 
     W [x_K; x_S] + b   ~   (W_K + W_S R) x_K + b + W_S o,      R, o = argmin E ||x_S - R x_K - o||^2
 
-with mean and covariance of x, the activation that is read, from calibration data or implied by the weights that write
-it. R holds at every place of a kernel. At the border of a zero-padded convolution an offset would be wrong: there o = 0
-and R is fitted to second moments without the mean taken out. ``bias`` is R = 0.
+with mean and covariance of x, the activation that a layer reads, from calibration data or implied by the weights that
+write the activation. R holds at every place of a kernel. No offset is right at the border of a zero-padded convolution:
+there o = 0, and R is fitted to second moments without subtraction of the mean. The mode ``bias`` has R = 0.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -30,14 +30,14 @@ from channelfold.runtime.stats.channels import ChannelMoments
 from channelfold.runtime.stats.moments import LIMIT, Moments, bytes_of, collect
 from channelfold.runtime.stats.observe import by_name, observe
 
-MAX_FEATURES = 8192  # of one activation; of more, covariances would take gigabytes, and variances have to do
+MAX_FEATURES = 8192  # of one activation; covariances of more features would take gigabytes, so their variances are used
 
 
 class ReadStatistics:
     """Mean and covariance of every activation that linears read from some regions.
 
-    ``source``: "data", "weights" (what they imply for white inputs) or "". Memory is bounded: what does not fit is
-    collected again every time it is asked for.
+    ``source`` names their origin: "data", "weights" (the covariance that the weights imply for white inputs) or "".
+    Memory is bounded: statistics that do not fit are collected again for every ``each``.
     """
 
     def __init__(self, graph: gs.Graph, regions: Sequence[Region], ctx: Context):
@@ -45,7 +45,7 @@ class ReadStatistics:
         self.reads = importance.read_axes(graph, regions)
         self._implied: list[tuple[ReadAxis, MeanCovariance]] = []
         self._data: list[Data] = []
-        self._held: dict[int, Moments | ChannelMoments] = {}  # by the id of a read, where all of them fit into memory
+        self._held: dict[int, Moments | ChannelMoments] = {}  # by the id of a read; empty where memory is too small
         self.source = "data"
         if ctx.calibration is not None:
             self.add(ctx.calibration)
@@ -55,13 +55,13 @@ class ReadStatistics:
         self.source = "weights" if self._implied else ""
 
     def add(self, data: Data) -> None:
-        """Takes up more data. Raises DataError as ``observe`` does."""
+        """Adds data. Raises DataError as ``observe`` does."""
         self._data.append(data)
         if sum(bytes_of(read.size) for read in self.reads if read.size <= MAX_FEATURES) <= LIMIT:
             self._held = {id(read): seen for read, seen in self._observed(data)}
 
     def each(self) -> Iterator[tuple[ReadAxis, MeanCovariance]]:
-        """In no particular order; activations of which nothing is known are left out."""
+        """The activations with known statistics, in no particular order."""
         if not self._data:
             yield from self._implied
             return
@@ -70,7 +70,7 @@ class ReadStatistics:
             yield read, _mean_covariance(found)
 
     def new_biases(self, keeps: Keeps) -> int:
-        """How many parameters, at most, the biases have that linears without one get when just these labels stay."""
+        """The most parameters that new biases of linears without a bias have when these labels alone stay."""
         return sum(
             linear.channels[0]
             for read in self.reads
@@ -80,7 +80,7 @@ class ReadStatistics:
         )
 
     def _observed(self, data: Data) -> Iterator[tuple[ReadAxis, Moments | ChannelMoments]]:
-        """What is held of each read, or new, once it has seen the data; as many at a time as there is room for."""
+        """The statistics of each read, held or new, after they have seen the data; as many at a time as fit."""
         large = [read for read in self.reads if read.size > MAX_FEATURES]
         small = [read for read in self.reads if read.size <= MAX_FEATURES]
         variances = [self._held.get(id(read)) or ChannelMoments(read.axis) for read in large]
@@ -91,7 +91,7 @@ class ReadStatistics:
         wanted = ((self._moments(read), read.size) for read in small)
         reads = iter(small)
         for group in collect(self._graph, wanted, data, self._progress):
-            while group:  # each is let go before the next run
+            while group:  # memory is free again before the next run
                 yield next(reads), group.pop(0)
 
     def _moments(self, read: ReadAxis) -> Moments:
@@ -116,13 +116,13 @@ def _mean_covariance(seen: Moments | ChannelMoments) -> MeanCovariance:
     return MeanCovariance(seen.mean, seen.variance)
 
 
-@dataclass
-class Fit:
-    """The weight (kept outputs, kept inputs / groups, *kernel) of a node after a cut, and what its bias gains."""
+@dataclass(frozen=True)
+class Reconstruction:
+    """The weight (kept outputs, kept inputs / groups, *kernel) of a node after a cut, and the gain of its bias."""
 
     node: gs.Node
     weight: np.ndarray
-    gain: np.ndarray | None = field(default=None)
+    gain: np.ndarray
 
     @classmethod
     def of(
@@ -133,13 +133,12 @@ class Fit:
         moments: MeanCovariance,
         mode: Literal["none", "bias", "lstsq"],
         ridge: float,
-    ) -> Fit:
-        """``stays``: which input channels do, (in,) bool. ``rows``: which outputs do, None for all.
+    ) -> Reconstruction:
+        """``stays`` (in,) bool marks the input channels that stay, ``rows`` (out,) bool the outputs; None: all outputs.
 
-        Without covariances only the bias is corrected.
+        Without covariances the bias alone is corrected.
         """
-        weight, outs = linear.weight(), linear.channels[0]
-        gain = np.zeros(outs)
+        weight, gain = linear.weight(), np.zeros(linear.channels[0])
         kept_weights = []
         for mine, inputs in importance.blocks(linear):
             part, kept = weight[mine], np.flatnonzero(stays[inputs])
@@ -147,42 +146,49 @@ class Fit:
             matrix, offset = np.zeros((gone.size, kept.size)), moments.mean[inputs][gone]
             if mode == "lstsq" and moments.covariance.ndim == 2:
                 matrix, offset = _filled(moments, inputs, kept, gone, linear.padded, ridge)
-            new = part[:, kept] + np.moveaxis(np.moveaxis(part[:, gone], 1, -1) @ matrix, -1, 1)
+            kept_weights.append(part[:, kept] + np.moveaxis(np.moveaxis(part[:, gone], 1, -1) @ matrix, -1, 1))
             if not linear.padded and mode != "none":
                 gain[mine] = part[:, gone].reshape(len(part), gone.size, -1).sum(axis=-1, dtype=np.float64) @ offset
-            kept_weights.append(new)
         found = np.concatenate(kept_weights)
         return cls(linear.node, found, gain) if rows is None else cls(linear.node, found[rows], gain[rows])
 
+    def _bias(self, linear: Linear) -> np.ndarray | None:
+        """The new bias of the linear; None where the linear has no bias and needs none."""
+        old = linear.bias()
+        return old + self.gain if old is not None else self.gain if self.gain.any() else None
+
     def silence(self, linear: Linear, stays: np.ndarray) -> None:
-        """Writes it into a node that is not cut, with zeros in the columns of what goes."""
+        """Writes weight and bias into a linear that is not cut, with zeros in the columns of the channels that go."""
         weight = np.zeros((linear.channels[0], linear.channels[1] // linear.groups, *linear.kernel))
         for mine, inputs in importance.blocks(linear):
             weight[mine, stays[inputs]] = self.weight[mine]
-        linear.set_weight(weight)
-        if self.gain is not None and self.gain.any():
-            old = linear.bias()
-            linear.set_bias(self.gain if old is None else old + self.gain)
+        self._write(linear, weight)
 
     def install(self, graph: gs.Graph, outcome: Outcome) -> int:
-        """Writes the weight and the bias into the graph after the cut, or refuses when they do not fit the type.
+        """Writes weight and bias into the graph after the cut, or refuses where they do not fit the type.
 
-        Returns how many parameters it has added.
+        Returns the number of new parameters.
         """
         linear = view(graph, self.node)
-        old = linear.bias()
-        bias = self.gain if old is None else old + self.gain
+        bias = self._bias(linear)
         try:
             weight = cast(self.weight, linear.dtype)
-            cast(np.asarray(bias), linear.dtype)
+            cast(np.zeros(()) if bias is None else bias, linear.dtype)
         except DoesNotFit as error:
-            outcome.refuse(linear.name, f"what reads the rest was not refitted: {error}", "not refitted")
+            outcome.refuse(linear.name, f"the layer was not reconstructed: {error}", "not reconstructed")
             return 0
+        added = linear.channels[0] if bias is not None and linear.bias() is None else 0
+        self._write(linear, weight)
+        return added
+
+    def _write(self, linear: Linear, weight: np.ndarray) -> None:
+        bias = self._bias(linear)
         linear.set_weight(weight)
-        if old is not None or (self.gain is not None and self.gain.any()):
-            linear.set_bias(np.asarray(bias))
-            return linear.channels[0] if old is None else 0
-        return 0
+        if bias is not None:
+            linear.set_bias(bias)
+
+
+Reconstruct = Callable[..., Reconstruction]  # ``Reconstruction.of`` with the mode and the ridge of the pass
 
 
 def _filled(
@@ -195,5 +201,5 @@ def _filled(
 
 
 def matters(read: ReadAxis, group: Group) -> bool:
-    """Whether a group has a part in what is read."""
+    """Whether a read has channels of a group."""
     return read.region is group.region and bool(np.isin(read.labels, group.labels).any())
