@@ -45,6 +45,7 @@ _BETWEEN = (
     "LeakyRelu",
     "Sigmoid",
 )
+_CHAINED = ("Conv", "Gemm")  # what they read and write stays in uint8 for onnxruntime
 _FUSED_ACTIVATIONS = ("Relu", "Clip")  # by onnxruntime, into what precedes them
 # What onnxruntime carries out on int8 as it is, where the scale before and behind is the same.
 _MOVING = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
@@ -59,7 +60,7 @@ class Work(Quantize):
         infer_shapes(graph)
         sites = list(self.sites(graph, outcome))
         integers = self.target == "onnxruntime"
-        axes: dict[str, int | None] = {tensor.name: None for tensor in _between(graph, sites)} if integers else {}
+        axes: dict[str, int | None] = {tensor.name: None for tensor in _integers(graph, sites)[0]} if integers else {}
         axes |= {site.data.name: site.in_axis for site in sites}
         statistics = {name: TensorStatistics(axis) for name, axis in axes.items()}
         rows = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites if self.float_share}
@@ -87,12 +88,11 @@ class Work(Quantize):
             outcome.change(site.name, f"{site.node.op}: int8, activation {name} up to {limit:.4g}")
             kept.append(site)
         poor = {name for name, reason in reasons.items() if reason or statistics[name].masked}
-        between = _between(graph, kept, poor) if integers else []
         means = (
             {(name, axis): statistics[name].channel_mean for name, axis in axes.items()} if self.correct_bias else {}
         )
         if kept:
-            _insert(graph, kept, between, ranges, means, self.target)
+            _insert(graph, kept, poor, ranges, means, self.target)
         outcome.facts = summary(graph, kept) | {"activations": facts}
         return outcome
 
@@ -182,58 +182,66 @@ def _lower_snr(facts: Mapping[str, Any]) -> float | None:
     return min(known, default=None)
 
 
-def _between(graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset()) -> list[gs.Variable]:
-    """What onnxruntime wants quantized besides what sites read: results of Conv and Gemm, and what carries them on.
+def _integers(
+    graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset()
+) -> tuple[list[gs.Variable], set[int]]:
+    """What onnxruntime wants quantized around Conv and Gemm: (the results to quantize, ids of what stays in uint8).
 
-    Tensors named in ``poor`` stay float.
+    The results are those of Conv and Gemm and of the operators that carry these on; tensors named in ``poor`` stay
+    float. Every reader of what stays in uint8 has to read the pair. A product of matrices writes float, so what only
+    products read is uint8 for them alone: the shortcut around a transformer's layers stays float.
     """
-    known = {id(site.data) for site in sites}
+    read = {id(site.data) for site in sites}
+    whole = {id(site.data) for site in sites if site.node.op in _CHAINED}
+    chained = {id(site.node) for site in sites if site.node.op in _CHAINED}
     found: list[gs.Variable] = []
-    conv = {id(site.node) for site in sites if site.node.op in ("Conv", "Gemm")}
     for node in graph.nodes:
         result = node.outputs[0] if node.outputs else None
         if result is None or edit.is_output(graph, result) or edit.dtype(result) not in (np.float32, np.float16):
             continue
         inputs = [t for t in node.inputs if not isinstance(t, gs.Constant) and not t.is_empty()]
-        carried = node.op in _BETWEEN and bool(inputs) and all(id(t) in known for t in inputs)
-        if id(node) not in conv and (not carried or (node.op in ("Add", "Mul") and len(inputs) < 2)):
+        carried = node.op in _BETWEEN and any(id(t) in whole for t in inputs)
+        carried = carried and all(id(t) in whole | read for t in inputs)
+        if id(node) not in chained and (not carried or (node.op in ("Add", "Mul") and len(inputs) < 2)):
             continue
-        if id(node) in conv or node.op == "Add":
+        if id(node) in chained or node.op == "Add":
             reader = edit.sole_consumer(graph, result)
             if reader is not None and reader.op in _FUSED_ACTIVATIONS:
                 result = reader.outputs[0]
                 if edit.is_output(graph, result):
                     continue
-        if id(result) not in known and result.name not in poor:
-            known.add(id(result))
+        whole |= {id(t) for t in inputs}
+        if result.name not in poor and id(result) not in whole:
+            whole.add(id(result))
             found.append(result)
-    return found
+    return found, whole
 
 
 def _insert(
     graph: gs.Graph,
     sites: list[Linear],
-    between: list[gs.Variable],
+    poor: Set[str],
     ranges: dict[str, Range],
     means: Mapping[tuple[str, int | None], np.ndarray | None],
     target: str,
 ) -> None:
-    """Puts the QDQ nodes around every site.
+    """Puts the QDQ nodes around every site. Tensors named in ``poor`` stay float.
 
     ``means`` by tensor and axis: where a Conv and a MatMul read one tensor their channels are not the same.
     """
-    inserter = Inserter(graph, symmetric=target == "tensorrt")
+    integers = target == "onnxruntime"
+    inserter = Inserter(graph, symmetric=not integers)
+    between, whole = _integers(graph, sites, poor) if integers else ([], set())
     tensors = {id(tensor): tensor for tensor in [*between, *(site.data for site in sites)]}
     readers: dict[int, list[gs.Node]] = {key: [] for key in tensors}
     for site in sites:
         readers[id(site.data)].append(site.node)
         site.data.dtype = site.dtype  # where shape inference could not tell
         scales = inserter.weight(site, ranges[site.data.name], means.get((site.data.name, site.in_axis)))
-        if target == "onnxruntime":
+        if integers:
             inserter.bias(site, scales, ranges[site.data.name])
     for key, tensor in tensors.items():
-        everyone = target == "onnxruntime"
-        inserter.activation(tensor, ranges[tensor.name], edit.consumers(tensor) if everyone else readers[key])
+        inserter.activation(tensor, ranges[tensor.name], edit.consumers(tensor) if key in whole else readers[key])
     inserter.finish()
     edit.remove_dead(graph)
 
