@@ -45,7 +45,6 @@ _BETWEEN = (
     "LeakyRelu",
     "Sigmoid",
 )
-_CHAINED = ("Conv", "Gemm")  # what they read and write stays in uint8 for onnxruntime
 _FUSED_ACTIVATIONS = ("Relu", "Clip")  # by onnxruntime, into what precedes them
 # What onnxruntime carries out on int8 as it is, where the scale before and behind is the same.
 _MOVING = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
@@ -182,39 +181,37 @@ def _lower_snr(facts: Mapping[str, Any]) -> float | None:
     return min(known, default=None)
 
 
-def _integers(
-    graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset()
-) -> tuple[list[gs.Variable], set[int]]:
-    """What onnxruntime wants quantized around Conv and Gemm: (the results to quantize, ids of what stays in uint8).
+def _integers(graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset()) -> tuple[list[gs.Variable], set[int]]:
+    """What onnxruntime wants in uint8 around convolutions: (results to quantize, ids of what all read as uint8).
 
-    The results are those of Conv and Gemm and of the operators that carry these on; tensors named in ``poor`` stay
-    float. Every reader of what stays in uint8 has to read the pair. A product of matrices writes float, so what only
-    products read is uint8 for them alone: the shortcut around a transformer's layers stays float.
+    The results are those of Conv and of the operators that carry these on; tensors named in ``poor`` stay float. A
+    product of matrices (MatMul, Gemm) writes float, so what is read by products alone is uint8 for them alone: the
+    shortcut around the layers of a transformer stays float.
     """
     read = {id(site.data) for site in sites}
-    whole = {id(site.data) for site in sites if site.node.op in _CHAINED}
-    chained = {id(site.node) for site in sites if site.node.op in _CHAINED}
+    convs = {id(site.node) for site in sites if site.is_conv}
+    everywhere = {id(site.data) for site in sites if site.is_conv}
     found: list[gs.Variable] = []
     for node in graph.nodes:
         result = node.outputs[0] if node.outputs else None
         if result is None or edit.is_output(graph, result) or edit.dtype(result) not in (np.float32, np.float16):
             continue
         inputs = [t for t in node.inputs if not isinstance(t, gs.Constant) and not t.is_empty()]
-        carried = node.op in _BETWEEN and any(id(t) in whole for t in inputs)
-        carried = carried and all(id(t) in whole | read for t in inputs)
-        if id(node) not in chained and (not carried or (node.op in ("Add", "Mul") and len(inputs) < 2)):
+        carries = node.op in _BETWEEN and (len(inputs) > 1 or node.op not in ("Add", "Mul"))
+        ids = {id(t) for t in inputs}
+        if id(node) not in convs and not (carries and ids & everywhere and ids <= read | everywhere):
             continue
-        if id(node) in chained or node.op == "Add":
+        if id(node) in convs or node.op == "Add":
             reader = edit.sole_consumer(graph, result)
             if reader is not None and reader.op in _FUSED_ACTIVATIONS:
                 result = reader.outputs[0]
                 if edit.is_output(graph, result):
                     continue
-        whole |= {id(t) for t in inputs}
-        if result.name not in poor and id(result) not in whole:
-            whole.add(id(result))
+        everywhere |= ids
+        if result.name not in poor and id(result) not in everywhere:
+            everywhere.add(id(result))
             found.append(result)
-    return found, whole
+    return found, everywhere
 
 
 def _insert(
@@ -231,7 +228,7 @@ def _insert(
     """
     integers = target == "onnxruntime"
     inserter = Inserter(graph, symmetric=not integers)
-    between, whole = _integers(graph, sites, poor) if integers else ([], set())
+    between, everywhere = _integers(graph, sites, poor) if integers else ([], set())
     tensors = {id(tensor): tensor for tensor in [*between, *(site.data for site in sites)]}
     readers: dict[int, list[gs.Node]] = {key: [] for key in tensors}
     for site in sites:
@@ -241,7 +238,7 @@ def _insert(
         if integers:
             inserter.bias(site, scales, ranges[site.data.name])
     for key, tensor in tensors.items():
-        inserter.activation(tensor, ranges[tensor.name], edit.consumers(tensor) if key in whole else readers[key])
+        inserter.activation(tensor, ranges[tensor.name], edit.consumers(tensor) if key in everywhere else readers[key])
     inserter.finish()
     edit.remove_dead(graph)
 
