@@ -6,9 +6,10 @@
 
 tensorrt      int8, z = 0; a pair of nodes in front of the quantized operators only, which all share it; the bias stays
               float.
-onnxruntime   uint8, z free; *every* reader of a quantized tensor reads it through its pair, and the results of Conv and
-              of the operators between convolutions are quantized too: that is what its integer kernels fuse. With int8
-              it fuses nothing around a tensor that has two readers.
+onnxruntime   uint8, z free; around convolutions *every* reader of a quantized tensor reads it through its pair, and the
+              results of Conv and of the operators between convolutions are quantized too: that is what its integer
+              kernels fuse. With int8 it fuses nothing around a tensor that has two readers. Products of matrices write
+              float, and only they read through the pair.
 
 A Q or DQ without a zero point would be uint8 by the ONNX specification, which TensorRT clamps to half its range, so the
 zero point is always written. A scale is never zero: a dead channel gets a small number.

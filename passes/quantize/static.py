@@ -59,7 +59,7 @@ class Work(Quantize):
         infer_shapes(graph)
         sites = list(self.sites(graph, outcome))
         integers = self.target == "onnxruntime"
-        axes: dict[str, int | None] = {tensor.name: None for tensor in _between(graph, sites)} if integers else {}
+        axes: dict[str, int | None] = {tensor.name: None for tensor in _integers(graph, sites)[0]} if integers else {}
         axes |= {site.data.name: site.in_axis for site in sites}
         statistics = {name: TensorStatistics(axis) for name, axis in axes.items()}
         rows = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites if self.float_share}
@@ -87,12 +87,11 @@ class Work(Quantize):
             outcome.change(site.name, f"{site.node.op}: int8, activation {name} up to {limit:.4g}")
             kept.append(site)
         poor = {name for name, reason in reasons.items() if reason or statistics[name].masked}
-        between = _between(graph, kept, poor) if integers else []
         means = (
             {(name, axis): statistics[name].channel_mean for name, axis in axes.items()} if self.correct_bias else {}
         )
         if kept:
-            _insert(graph, kept, between, ranges, means, self.target)
+            _insert(graph, kept, poor, ranges, means, self.target)
         outcome.facts = summary(graph, kept) | {"activations": facts}
         return outcome
 
@@ -182,58 +181,64 @@ def _lower_snr(facts: Mapping[str, Any]) -> float | None:
     return min(known, default=None)
 
 
-def _between(graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset()) -> list[gs.Variable]:
-    """What onnxruntime wants quantized besides what sites read: results of Conv and Gemm, and what carries them on.
+def _integers(graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset()) -> tuple[list[gs.Variable], set[int]]:
+    """What onnxruntime wants in uint8 around convolutions: (results to quantize, ids of what all read as uint8).
 
-    Tensors named in ``poor`` stay float.
+    The results are those of Conv and of the operators that carry these on; tensors named in ``poor`` stay float. A
+    product of matrices (MatMul, Gemm) writes float, so what is read by products alone is uint8 for them alone: the
+    shortcut around the layers of a transformer stays float.
     """
-    known = {id(site.data) for site in sites}
+    read = {id(site.data) for site in sites}
+    convs = {id(site.node) for site in sites if site.is_conv}
+    everywhere = {id(site.data) for site in sites if site.is_conv}
     found: list[gs.Variable] = []
-    conv = {id(site.node) for site in sites if site.node.op in ("Conv", "Gemm")}
     for node in graph.nodes:
         result = node.outputs[0] if node.outputs else None
         if result is None or edit.is_output(graph, result) or edit.dtype(result) not in (np.float32, np.float16):
             continue
         inputs = [t for t in node.inputs if not isinstance(t, gs.Constant) and not t.is_empty()]
-        carried = node.op in _BETWEEN and bool(inputs) and all(id(t) in known for t in inputs)
-        if id(node) not in conv and (not carried or (node.op in ("Add", "Mul") and len(inputs) < 2)):
+        carries = node.op in _BETWEEN and (len(inputs) > 1 or node.op not in ("Add", "Mul"))
+        ids = {id(t) for t in inputs}
+        if id(node) not in convs and not (carries and ids & everywhere and ids <= read | everywhere):
             continue
-        if id(node) in conv or node.op == "Add":
+        if id(node) in convs or node.op == "Add":
             reader = edit.sole_consumer(graph, result)
             if reader is not None and reader.op in _FUSED_ACTIVATIONS:
                 result = reader.outputs[0]
                 if edit.is_output(graph, result):
                     continue
-        if id(result) not in known and result.name not in poor:
-            known.add(id(result))
+        everywhere |= ids
+        if result.name not in poor and id(result) not in everywhere:
+            everywhere.add(id(result))
             found.append(result)
-    return found
+    return found, everywhere
 
 
 def _insert(
     graph: gs.Graph,
     sites: list[Linear],
-    between: list[gs.Variable],
+    poor: Set[str],
     ranges: dict[str, Range],
     means: Mapping[tuple[str, int | None], np.ndarray | None],
     target: str,
 ) -> None:
-    """Puts the QDQ nodes around every site.
+    """Puts the QDQ nodes around every site. Tensors named in ``poor`` stay float.
 
     ``means`` by tensor and axis: where a Conv and a MatMul read one tensor their channels are not the same.
     """
-    inserter = Inserter(graph, symmetric=target == "tensorrt")
+    integers = target == "onnxruntime"
+    inserter = Inserter(graph, symmetric=not integers)
+    between, everywhere = _integers(graph, sites, poor) if integers else ([], set())
     tensors = {id(tensor): tensor for tensor in [*between, *(site.data for site in sites)]}
     readers: dict[int, list[gs.Node]] = {key: [] for key in tensors}
     for site in sites:
         readers[id(site.data)].append(site.node)
         site.data.dtype = site.dtype  # where shape inference could not tell
         scales = inserter.weight(site, ranges[site.data.name], means.get((site.data.name, site.in_axis)))
-        if target == "onnxruntime":
+        if integers:
             inserter.bias(site, scales, ranges[site.data.name])
     for key, tensor in tensors.items():
-        everyone = target == "onnxruntime"
-        inserter.activation(tensor, ranges[tensor.name], edit.consumers(tensor) if everyone else readers[key])
+        inserter.activation(tensor, ranges[tensor.name], edit.consumers(tensor) if key in everywhere else readers[key])
     inserter.finish()
     edit.remove_dead(graph)
 
