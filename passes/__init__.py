@@ -34,9 +34,10 @@ PASSES: dict[str, type[Pass]] = {
     )
 }
 
-_SIMPLER = ("rewrite-einsum", "fold-constants", "fold-shapes", "remove-identities", "merge-moves", "merge-equal")
-_FOLD = (*_SIMPLER, "fold-pad", "fold-affine")
-_REPARAM = (*_SIMPLER, "reparameterize-ffn", "fold-pad", "fold-affine")
+_FIRST = ("rewrite-einsum", "fold-constants", "fold-shapes", "remove-identities")
+_LAST = ("fold-pad", "fold-affine", "merge-moves", "merge-equal")
+_FOLD = (*_FIRST, *_LAST)
+_REPARAM = (*_FIRST, "reparameterize-ffn", *_LAST)
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "fold": _FOLD,
     "reparam": _REPARAM,

@@ -100,8 +100,12 @@ def _beside_neutral(node: gs.Node) -> gs.Tensor | None:
         constant, x = node.inputs[index], node.inputs[1 - index]
         if not isinstance(constant, gs.Constant) or isinstance(x, gs.Constant):
             continue
-        shape, size = tuple(constant.shape), edit.rank(x)
-        narrow = not shape or (size is not None and len(shape) <= size and all(d == 1 for d in shape))
-        if (narrow or shape == _static(x)) and 0 < np.prod(shape) <= _SIZE_LIMIT:
+        shape, wide = tuple(constant.shape), x.shape
+        fits = (
+            wide is not None
+            and len(shape) <= len(wide)
+            and all(d in (1, w) for d, w in zip(shape[::-1], wide[::-1], strict=False))
+        )
+        if (not shape or fits) and 0 < np.prod(shape) <= _SIZE_LIMIT:
             return x if np.all(edit.value(constant) == neutral) else None
     return None

@@ -257,7 +257,7 @@ def _declared(tensor: gs.Tensor) -> Shape | None:
     if tensor.shape is None:
         return None
     return tuple(
-        Size.number(d) if isinstance(d, int | np.integer) and d >= 0 else Size.unknown((tensor.name, axis))
+        Size.number(int(d)) if isinstance(d, int | np.integer) and d >= 0 else Size.unknown((tensor.name, axis))
         for axis, d in enumerate(tensor.shape)
     )
 
@@ -285,8 +285,8 @@ def _holds_sizes(tensor: gs.Tensor) -> bool:
 def _nothing_known(tensor: gs.Tensor, shape: Shape | None) -> np.ndarray | None:
     if shape is None or not _holds_sizes(tensor) or len(shape) > 1:
         return None
-    numbers = [d.known for d in shape]
-    return np.full(numbers, None, object) if all(n is not None and n <= _LIMIT for n in numbers) else None
+    numbers = [n for d in shape if (n := d.known) is not None and n <= _LIMIT]
+    return np.full(numbers, None, object) if len(numbers) == len(shape) else None
 
 
 def _common(sizes: Sequence[Size]) -> Size | None:
@@ -302,7 +302,8 @@ def _common(sizes: Sequence[Size]) -> Size | None:
 def _is_part(cut: Size, size: Size) -> bool:
     """Whether a size is min(``size``, a number above 0), so that both broadcast to ``size`` where they do."""
     ((factors, times), *more) = cut.terms
-    return not more and times == 1 and len(factors) == 1 and factors[0][:2] == ("least", size)
+    key = factors[0] if len(factors) == 1 and times == 1 and not more else None
+    return isinstance(key, tuple) and key[:2] == ("least", size)
 
 
 def _taken(size: Size, start: int, end: Size | None, step: int) -> Size | None:
