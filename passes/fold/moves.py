@@ -5,6 +5,7 @@
     Squeeze(Reshape(x)), Flatten(Squeeze(x)) …  =  Reshape(x)
     Cast(Cast(x, float32), int64)               =  Cast(x, int64)           for x in float16, bfloat16, int16 …
     Concat(Concat(a, b), c)                     =  Concat(a, b, c)          along one axis
+    Slice(Slice(x, 1:7), axis 2, 3:)            =  Slice(x, axes 1 and 2)   along different axes
 
 Nothing remains of a pair that ends as it began. The first Cast of two must lose nothing: a pair that rounds stays. The
 result has to have one shape for all inputs, known by ``symbolic``, or sizes that a constant Reshape can leave open.
@@ -31,24 +32,30 @@ class Work(MergeMoves):
         infer_shapes(graph)
         outcome, sizes = Outcome(), Sizes(graph)
         for node in graph.nodes:
-            while (before := _before(node)) is not None:
-                alone = edit.sole_consumer(graph, before.outputs[0]) is node
-                if not (_cancel(graph, sizes, before, node) or (alone and _merge(graph, sizes, before, node))):
-                    break
-                what = "cancels" if not node.outputs else "is one with"
-                outcome.change(node.name or before.name, f"{node.op} {what} {before.op} {before.name}")
-                if alone:
+            while node.outputs and (before := _merged(graph, sizes, node)) is not None:
+                what = "is one with" if node.outputs else "cancels"
+                outcome.change(node.name, f"{node.op} {what} {before.op} {before.name}")
+                if not before.outputs[0].outputs and not edit.is_output(graph, before.outputs[0]):
                     edit.detach(before)
         edit.sweep(graph)
         return outcome
 
 
-def _before(node: gs.Node) -> gs.Node | None:
-    """The node in front of a node that moves as the node does."""
-    before = edit.producer(node.inputs[0]) if node.inputs and edit.is_standard(node) and node.outputs else None
-    kinds = [operator(n).kind if operator(n).kind != "elementwise" else n.op for n in (before, node) if n is not None]
-    fits = len(kinds) == 2 and kinds[0] == kinds[1] and kinds[0] in ("transpose", "reshape", "concat", "Cast")
-    return before if fits and before is not None and edit.is_standard(before) else None
+def _merged(graph: gs.Graph, sizes: Sizes, node: gs.Node) -> gs.Node | None:
+    """Merges a node with one in front of it, and returns that one; None where there is none to merge with."""
+    for tensor in node.inputs[: len(node.inputs) if node.op == "Concat" else 1]:
+        before = edit.producer(tensor)
+        if before is not None and _move(before) == _move(node) != "":
+            alone = edit.sole_consumer(graph, tensor) is node
+            if _cancel(graph, sizes, before, node) or (alone and _merge(graph, sizes, before, node)):
+                return before
+    return None
+
+
+def _move(node: gs.Node) -> str:
+    """What kind of move a node is; nodes of one kind may merge."""
+    kind = "cast" if node.op == "Cast" else operator(node).kind
+    return kind if kind in ("transpose", "reshape", "slice", "concat", "cast") and edit.is_standard(node) else ""
 
 
 def _cancel(graph: gs.Graph, sizes: Sizes, before: gs.Node, node: gs.Node) -> bool:
@@ -77,6 +84,8 @@ def _merge(graph: gs.Graph, sizes: Sizes, before: gs.Node, node: gs.Node) -> boo
             return False
     elif node.op == "Concat":
         return _join(before, node)
+    elif node.op == "Slice":
+        return _cut(graph, sizes, before, node)
     else:
         return _reshape(graph, sizes, before, node)
     edit.set_input(node, 0, x)
@@ -113,10 +122,26 @@ def _is_exact(node: gs.Node) -> bool:
 def _join(before: gs.Node, node: gs.Node) -> bool:
     if before.attrs.get("axis") != node.attrs.get("axis"):
         return False
-    inputs = [*before.inputs, *node.inputs[1:]]
+    inputs = [t for other in node.inputs for t in (before.inputs if other is before.outputs[0] else [other])]
     attrs = node.attrs
     edit.rewrite(node, "Concat", inputs)
     node.attrs.update(attrs)
+    return True
+
+
+def _cut(graph: gs.Graph, sizes: Sizes, before: gs.Node, node: gs.Node) -> bool:
+    """Lets a Slice cut along the axes of the Slice before, too."""
+    x, name, shape = before.inputs[0], node.outputs[0].name, sizes.shape(before.inputs[0])
+    first, second = sizes.parts(before), sizes.parts(node)
+    if shape is None or not first or not second or graph.opset < 10:
+        return False
+    axes, starts, ends, steps = zip(*first, *second, strict=True)
+    ends = [end.known for end in ends if end is not None]
+    if len({axis % len(shape) for axis in axes}) < len(axes) or None in ends or len(ends) < len(axes):
+        return False
+    columns = {"starts": starts, "ends": ends, "axes": axes, "steps": steps}
+    made = [constant(graph, f"{name}_{what}", np.array(column, np.int64)) for what, column in columns.items()]
+    edit.rewrite(node, "Slice", [x, *made])
     return True
 
 

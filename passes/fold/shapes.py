@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.fold import FoldConstants, FoldShapes
+from channelfold.passes.fold.algebra import Size
 from channelfold.passes.fold.symbolic import Shape, Sizes
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
@@ -86,31 +87,84 @@ class _Sweep:
         value = self.sizes.value(y)
         if value is None or more or any(e is None for e in value.flat):
             return False
-        key = (edit.dtype(y), value.shape, *value.flat)
-        first = self.same.setdefault(key, y)
+        if node.op == "Shape":
+            value = self._read_input(node, value)
+        first = self.same.setdefault(_key(y, value), y)
         if first is not y and edit.bypass(self.graph, first, [node], y):
             self.outcome.change(node.name, f"{node.op}: {first.name} holds the same sizes")
             return True
         if node.op == "Shape":
             for place, size in enumerate(value):
                 self.axes.setdefault(size, (y, place))
-        else:
-            self._take(node, value)
+        elif edit.dtype(y) == np.int64 and value.ndim < 2 and not self._take(node, value):
+            self._join(node, value)
         return False
 
-    def _take(self, node: gs.Node, value: np.ndarray) -> None:
+    def _read_input(self, node: gs.Node, value: np.ndarray) -> np.ndarray:
+        """Lets a Shape read an input of the graph that has all sizes the Shape is asked for. Returns the new result."""
+        y, readers = node.outputs[0], edit.consumers(node.outputs[0])
+        asked = [self._sizes_of(reader, y) for reader in readers]
+        if None in asked or any(node.inputs[0] is source for source in self.graph.inputs):
+            return value
+        for source in self.graph.inputs if readers and not edit.is_output(self.graph, y) else ():
+            shape = self.sizes.shape(source) or ()
+            if not all(size in shape for sizes in asked for size in sizes or ()):
+                continue
+            edit.rewrite(node, "Shape", [source])
+            value = self.sizes.learn(y, shape)
+            for reader, sizes in zip(readers, asked, strict=True):
+                places = [shape.index(size) for size in sizes or ()]
+                self._gather(reader, y, places)
+            self.outcome.change(node.name, f"Shape: of {source.name}, which has the same sizes")
+            break
+        return value
+
+    def _sizes_of(self, reader: gs.Node, shape: gs.Tensor) -> list[Size] | None:
+        """The sizes that a node computes out of a shape alone; None where the node does anything else."""
+        value = self.sizes.value(reader.outputs[0]) if edit.in_graph(self.graph, reader) else None
+        if value is None or value.ndim > 1 or len(reader.outputs) > 1 or edit.dtype(reader.outputs[0]) != np.int64:
+            return None
+        alone = all(t is shape or isinstance(t, gs.Constant) for t in reader.inputs)
+        return list(value.flat) if alone and edit.is_standard(reader) and None not in list(value.flat) else None
+
+    def _take(self, node: gs.Node, value: np.ndarray) -> bool:
         """Makes a node that computes sizes a Gather of the first Shape that has them."""
-        y, found = node.outputs[0], [self.axes.get(size) for size in value.flat]
+        found = [self.axes.get(size) for size in value.flat]
         source = found[0][0] if found and found[0] is not None else None
-        if source is None or node.inputs[0] is source or value.ndim > 1 or edit.dtype(y) != np.int64:
-            return
-        if any(place is None or place[0] is not source for place in found):
-            return
-        places = np.array([place[1] for place in found if place is not None], np.int64).reshape(value.shape)
-        old = node.op
-        edit.rewrite(node, "Gather", [source, constant(self.graph, f"{y.name}_axes", places)])
+        if source is None or any(place is None or place[0] is not source for place in found):
+            return False
+        if node.inputs[0] is not source:
+            self.outcome.change(node.name, f"{node.op}: a Gather of {source.name}")
+            self._gather(node, source, [self.axes[size][1] for size in value.flat])
+        return True
+
+    def _gather(self, node: gs.Node, source: gs.Tensor, places: list[int]) -> None:
+        """Makes a node a Gather of elements of a shape; a scalar stays a scalar."""
+        shape = [size.known or 0 for size in self.sizes.shape(node.outputs[0]) or ()]
+        indices = np.array(places, np.int64).reshape(shape)
+        edit.rewrite(node, "Gather", [source, constant(self.graph, f"{node.outputs[0].name}_axes", indices)])
         node.attrs["axis"] = 0
-        self.outcome.change(node.name, f"{old}: element {_listed(places)} of {source.name}")
+
+    def _join(self, node: gs.Node, value: np.ndarray) -> None:
+        """Makes a node that computes sizes a Concat of sizes that are there already, and of numbers."""
+        if node.op in ("Concat", "Gather", "Slice", "Split") or value.ndim != 1:
+            return
+        parts: list[gs.Tensor | list[int]] = []
+        for size in value:
+            tensor = self.same.get((np.dtype(np.int64), (1,), size))
+            if size.known is not None:
+                parts += [] if parts and isinstance(parts[-1], list) else [[]]
+                parts[-1].append(size.known)
+            elif tensor is None:
+                return
+            else:
+                parts.append(tensor)
+        name = f"{node.outputs[0].name}_sizes"
+        inputs = [constant(self.graph, name, np.array(p, np.int64)) if isinstance(p, list) else p for p in parts]
+        if len(inputs) > 1:
+            self.outcome.change(node.name, f"{node.op}: a Concat of its elements")
+            edit.rewrite(node, "Concat", inputs)
+            node.attrs["axis"] = 0
 
     def _reshape(self, node: gs.Node) -> None:
         """Gives a Reshape a constant shape."""
@@ -145,6 +199,10 @@ class _Sweep:
         values = np.array(shape, np.int64)
         edit.set_input(node, 1, constant(self.graph, f"{node.outputs[0].name}_shape", values))
         self.outcome.change(node.name, f"{node.op}: its shape is {_listed(values)} for every input")
+
+
+def _key(tensor: gs.Tensor, value: np.ndarray) -> tuple:
+    return (edit.dtype(tensor), value.shape, *value.flat)
 
 
 def reshape_to(given: Shape, made: Shape, inferred: int | None = None) -> list[int] | None:

@@ -53,6 +53,12 @@ class Sizes:
             self._values[id(tensor)] = _constant(tensor)
         return self._values[id(tensor)]
 
+    def learn(self, tensor: gs.Tensor, sizes: Shape) -> np.ndarray:
+        """Takes a tensor as the Shape of something that has these sizes; returns its elements."""
+        value = _array(sizes, (len(sizes),))
+        self._keep(tensor, (Size.number(len(sizes)),), value)
+        return value
+
     def _keep(self, tensor: gs.Tensor, shape: Shape | None, value: np.ndarray | None) -> None:
         self._kept.append(tensor)
         self._shapes[id(tensor)] = shape
