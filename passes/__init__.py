@@ -11,8 +11,11 @@ from channelfold.passes.fold import (
     FoldAffine,
     FoldConstants,
     FoldPad,
+    FoldShapes,
     InlineFunctions,
     MergeConvs,
+    MergeEqual,
+    MergeMoves,
     RemoveIdentities,
     RewriteEinsum,
 )
@@ -24,14 +27,17 @@ from channelfold.passes.sparsify import Sparsify
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
     for cls in (
-        *(FoldConstants, InlineFunctions, RewriteEinsum, RemoveIdentities, FoldPad, FoldAffine, ReparameterizeFfn),
-        *(Equalize, AbsorbBias, Smooth, MergeConvs, SplitChannels, MergeChannels, ReorderChannels, ClipWeights),
-        *(RemoveDeadChannels, Prune, Sparsify, ApproximateFfn, Quantize, QuantizeWeights),
+        *(FoldConstants, InlineFunctions, RewriteEinsum, FoldShapes, RemoveIdentities, MergeMoves, MergeEqual),
+        *(FoldPad, FoldAffine, ReparameterizeFfn, Equalize, AbsorbBias, Smooth, MergeConvs, SplitChannels),
+        *(MergeChannels, ReorderChannels, ClipWeights, RemoveDeadChannels, Prune, Sparsify, ApproximateFfn),
+        *(Quantize, QuantizeWeights),
     )
 }
 
-_FOLD = ("rewrite-einsum", "fold-constants", "remove-identities", "fold-pad", "fold-affine")
-_REPARAM = ("rewrite-einsum", "fold-constants", "remove-identities", "reparameterize-ffn", "fold-pad", "fold-affine")
+_FIRST = ("rewrite-einsum", "fold-constants", "fold-shapes", "remove-identities")
+_LAST = ("fold-pad", "fold-affine", "merge-moves", "merge-equal")
+_FOLD = (*_FIRST, *_LAST)
+_REPARAM = (*_FIRST, "reparameterize-ffn", *_LAST)
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "fold": _FOLD,
     "reparam": _REPARAM,

@@ -136,8 +136,9 @@ _NORM = Operator("norm", gamma=1, beta=True)
 _STANDARD = {
     "Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Cos Cosh Exp Floor": _ELEMENTWISE,
     "IsInf IsNaN Log Not Reciprocal Round Shrink Sign Sin Sinh Softsign Sqrt Tan Tanh": _ELEMENTWISE,
-    "And BitwiseAnd BitwiseOr BitwiseXor Equal Greater GreaterOrEqual Less LessOrEqual Mod Or Xor":
-        _OF_SEVERAL,
+    "BitwiseAnd BitwiseOr BitwiseXor Equal Greater GreaterOrEqual Less LessOrEqual Mod": _OF_SEVERAL,
+    "And": Operator("elementwise", EVERY, neutral=True),
+    "Or Xor": Operator("elementwise", EVERY, neutral=False),
     "Celu Clip Elu Erf Gelu HardSigmoid HardSwish Mish Selu Sigmoid Softplus Swish ThresholdedRelu": _ACTIVATION,
     "LeakyRelu PRelu Relu": _RECTIFIER,
     "Abs": Operator("elementwise", scale="positive"),

@@ -3,7 +3,10 @@
 rewrite-einsum      Einsum = Transpose, Mul or MatMul
 inline-functions    y = f(x)  ->  the nodes of f
 fold-constants      f(c1, c2, …) = c
+fold-shapes         Reshape(x, Concat(Shape(x)[0], 6, 64)) = Reshape(x, [0, 6, 64])
 remove-identities   Identity(x), x + 0, x * 1, … = x
+merge-moves         Transpose(Transpose(x, p), q) = Transpose(x, p[q])
+merge-equal         f(x), f(x)  ->  y = f(x), y
 fold-pad            Conv(pads=p)(Pad(q)(x)) = Conv(pads=p + q)(x)
 fold-affine         s (W x + b) + t = (diag(s) W) x + (s b + t),   W (s x + t) + b = (W diag(s)) x + (b + W t)
 merge-convs         V (W x + b) + c = (V W) x + (V b + c)
@@ -39,10 +42,32 @@ class FoldConstants(Pass):
 
 
 @dataclass(frozen=True)
+class FoldShapes(Pass):
+    """Folds shapes of which parts are known through the nodes that compute with them."""
+
+    name, kind, does_it = "fold-shapes", "exact", "shapes"
+    needs_opset = 5  # before it, the shape of a Reshape is an attribute
+
+
+@dataclass(frozen=True)
 class RemoveIdentities(Pass):
     """Removes nodes that return their input unchanged, and nodes whose results have no readers."""
 
     name, kind, does_it = "remove-identities", "exact", "identities"
+
+
+@dataclass(frozen=True)
+class MergeMoves(Pass):
+    """Merges pairs of Transpose, of Reshape, Squeeze and Unsqueeze, of Cast and of Concat, or removes them."""
+
+    name, kind, does_it = "merge-moves", "exact", "moves"
+
+
+@dataclass(frozen=True)
+class MergeEqual(Pass):
+    """Computes equal subexpressions once."""
+
+    name, kind, does_it = "merge-equal", "exact", "equal"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Removal of nodes that return their input unchanged, and of nodes whose results are not read.
 
     Identity, Dropout at inference, Cast to the same type, Transpose in order, Reshape to the same shape, a whole Slice,
-    Pad by nothing, Concat / Sum / Max / Min / Mean of one tensor, x + 0, x - 0, x * 1, x / 1, x ** 1        =  x
+    Pad by nothing, Concat / Sum / Max / Min / Mean of one tensor, x + 0, x - 0, x * 1, x / 1, x ** 1,
+    x and True, x or False, x xor False        =  x
 
 A node stays where callers use the names of both its input and its output (an input passed to an output).
 """
@@ -90,16 +91,20 @@ def _is_whole(node: gs.Node) -> bool:
 
 
 def _beside_neutral(node: gs.Node) -> gs.Tensor | None:
-    """x of x + 0, 0 + x, x - 0, x * 1, 1 * x, x / 1 and x ** 1, where the constant does not broaden x."""
+    """x of x + 0, 0 + x, x - 0, x * 1, 1 * x, x / 1, x ** 1, x and True …, where the constant does not broaden x."""
     neutral = operator(node).neutral
     if neutral is None or node.attrs:
         return None
-    for index in (1, 0) if node.op in ("Add", "Mul") else (1,):
+    for index in (1, 0) if node.op in ("Add", "Mul", "And", "Or", "Xor") else (1,):
         constant, x = node.inputs[index], node.inputs[1 - index]
         if not isinstance(constant, gs.Constant) or isinstance(x, gs.Constant):
             continue
-        shape, size = tuple(constant.shape), edit.rank(x)
-        narrow = not shape or (size is not None and len(shape) <= size and all(d == 1 for d in shape))
-        if (narrow or shape == _static(x)) and 0 < np.prod(shape) <= _SIZE_LIMIT:
+        shape, wide = tuple(constant.shape), x.shape
+        fits = (
+            wide is not None
+            and len(shape) <= len(wide)
+            and all(d in (1, w) for d, w in zip(shape[::-1], wide[::-1], strict=False))
+        )
+        if (not shape or fits) and 0 < np.prod(shape) <= _SIZE_LIMIT:
             return x if np.all(edit.value(constant) == neutral) else None
     return None
