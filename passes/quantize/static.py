@@ -96,6 +96,9 @@ class Work(Quantize):
         outcome.facts = summary(graph, kept) | {"activations": facts}
         return outcome
 
+    def left(self, graph: gs.Graph) -> dict[str, Any]:
+        return summary(graph, [])
+
     def sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Linear]:
         return usable(graph, outcome, self._why_float, "stays float")
 
@@ -232,8 +235,10 @@ def _insert(
         if target == "onnxruntime":
             inserter.bias(site, scales, ranges[site.data.name])
     for key, tensor in tensors.items():
-        everyone = target == "onnxruntime"
-        inserter.activation(tensor, ranges[tensor.name], edit.consumers(tensor) if everyone else readers[key])
+        everyone = [
+            node for node in edit.consumers(tensor) if edit.in_graph(graph, node)
+        ]  # a body has pairs of its own
+        inserter.activation(tensor, ranges[tensor.name], everyone if target == "onnxruntime" else readers[key])
     inserter.finish()
     edit.remove_dead(graph)
 
