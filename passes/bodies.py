@@ -7,7 +7,7 @@ it was before the pass, runs on the data of the context. A pass does not know th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Change, Context, Outcome, Pass, Refusal
 from channelfold.passes.operators import operator
+from channelfold.passes.verify import Verdict, Verifier, Violation
 from channelfold.runtime.data.bodies import reaching
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import ModelError
@@ -42,6 +43,39 @@ def copy_of(graph: gs.Graph) -> gs.Graph:
     copy = gs.Graph()
     Snapshot.of(graph).restore(copy)
     return copy
+
+
+def verify_bodies(before: Snapshot, after: Snapshot, probes: Data, seed: int) -> Iterator[tuple[str, Verdict]]:
+    """(place, verdict) of every body that an exact pass has changed: the body itself, before and after.
+
+    A body runs on what reaches it on ``probes`` of the whole model. A branch that no probe takes runs on what would
+    reach it, or else on random inputs. Raises Violation.
+    """
+    old, new = gs.Graph(), gs.Graph()
+    before.restore(old)
+    after.restore(new)
+    pending = [(*pair, probes) for pair in _pairs(bodies(old), bodies(new))]
+    while pending:
+        was, now, outer = pending.pop()
+        data = reaching(was, outer, always=True)
+        pending += [(*pair, data) for pair in _pairs(was.bodies(), now.bodies())]
+        with was.apart() as first, now.apart() as second:
+            read = {tensor.name for tensor in second.inputs}
+            if read - {tensor.name for tensor in first.inputs}:
+                continue  # the graph around it has changed as well, and is verified as a whole
+            second.inputs = [*second.inputs, *(tensor for tensor in first.inputs if tensor.name not in read)]
+            pair = Snapshot.of(first), Snapshot.of(second)
+        if not pair[0].same(pair[1]):
+            try:
+                yield was.place, Verifier(data, seed).verify(*pair)
+            except Violation as error:
+                raise Violation(f"{error} in {was.place}", error.tensor, error.node, error.error) from None
+
+
+def _pairs(before: list[Body], after: list[Body]) -> list[tuple[Body, Body]]:
+    """The bodies that have the same place."""
+    known = {body.place: body for body in after}
+    return [(body, known[body.place]) for body in before if body.place in known]
 
 
 def _data(graph: gs.Graph, data: Data) -> dict[int, Data]:
