@@ -283,8 +283,9 @@ class Job:
     def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:
         """The model as TensorRT can take it: itself, or a temporary copy.
 
-        In that every Squeeze names its axes, int8 constants that bodies read stand in the bodies, and open sizes that share a name but not their ranges have names of their
-        own (exporters call several ``?`` or ``None``): TensorRT takes equal names for equal sizes.
+        In that every Squeeze names its axes, int8 constants that bodies read stand in the bodies, and open sizes that
+        share a name but not their ranges have names of their own (exporters call several ``?`` or ``None``): TensorRT
+        takes equal names for equal sizes.
         """
         graph = files.load(model)
         ranges = {s.name: ranges[s.name] for s in self.inputs if s.name in ranges and _is_open(s)}  # others are values
