@@ -142,7 +142,8 @@ class Pass:
     ``apply`` edits ``graph`` in place and keeps no state. It rewrites a site fully, or refuses the site with a reason.
     ``needs_opset`` is the lowest opset that the pass supports, ``least_opset`` the lowest opset for
     one graph; the pipeline raises the graph to this opset beforehand. ``needs_data`` names, for the error message, the
-    work that needs calibration data.
+    work that needs calibration data. A pass is applied to the bodies of If, Loop and Scan as well, each as a graph
+    of its own, unless ``inside`` is False.
 
     The class stands in the face of its family, ``passes/<family>/__init__.py``, which imports nothing heavy. The class
     ``Work`` in the file ``does_it`` beside the face is derived from the class and does the work; only a run imports it.
@@ -153,6 +154,7 @@ class Pass:
     does_it: ClassVar[str] = ""
     needs_opset: ClassVar[int] = 0
     needs_data: ClassVar[str] = ""
+    inside: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, option in options(type(self)).items():
@@ -164,8 +166,9 @@ class Pass:
         return module.Work(**vars(self)) if module else self
 
     def opset_for(self, graph: gs.Graph) -> int:
-        """The lowest opset that the pass supports for a graph."""
-        return self.work().least_opset(graph)
+        """The lowest opset that the pass supports for a graph and the bodies in it."""
+        work = self.work()
+        return max(work.least_opset(part) for part in _all_graphs(graph))
 
     def least_opset(self, graph: gs.Graph) -> int:
         return self.needs_opset
@@ -173,13 +176,19 @@ class Pass:
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         if self.needs_data and ctx.calibration is None:
             raise self.lacks_data
-        names, ops = [node.name for node in graph.nodes], {node.op for node in graph.nodes}
-        outcome = self.work().apply(graph, ctx)
+        nodes = [node for part in _all_graphs(graph) for node in part.nodes]
+        names, ops = [node.name for node in nodes], {node.op for node in nodes}
+        everywhere = importlib.import_module("channelfold.passes.bodies").apply_everywhere
+        outcome: Outcome = everywhere(self.work(), graph, ctx)
         patterns = (*self.patterns.include, *self.patterns.exclude)
         lost = [f"no node is called {pattern!r}" for pattern in patterns if not _match(names, [pattern])]
         lost += [f"there is no {op!r} node" for op in getattr(self, "exclude_ops", ()) if op not in ops]
         outcome.warnings += [f"{what}, which include or exclude asks for" for what in lost]
         return outcome
+
+    def left(self, graph: gs.Graph) -> dict[str, Any]:
+        """The facts about a graph that the pass leaves as it is."""
+        return {}
 
     def feed(self, ctx: Context) -> dict[str, np.ndarray]:
         """The first sample of the calibration data. Raises DataError where there is none."""
@@ -203,3 +212,7 @@ class Pass:
         known = options(type(self))
         changed = {name: value for name, value in self.options().items() if value != known[name].default}
         return self.name + (str(changed) if changed else "")
+
+
+def _all_graphs(graph: gs.Graph) -> Iterator[gs.Graph]:
+    return importlib.import_module("channelfold.runtime.io.convert").all_graphs(graph)

@@ -29,8 +29,9 @@ import onnx_graphsurgeon as gs
 
 from channelfold import __version__
 from channelfold.passes.base import Context, Outcome, Pass
+from channelfold.passes.bodies import verify_bodies
 from channelfold.passes.checkpoint import Checkpoint, Progress
-from channelfold.passes.verify import Verifier, Violation
+from channelfold.passes.verify import Verdict, Verifier, Violation
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import ChannelfoldError, UsageError, VerificationError
 from channelfold.runtime.io.files import check, raise_opset
@@ -169,10 +170,12 @@ class _Runner:
             return None, warned
         try:
             verdict = self._verifier.verify(self._state, after)
+            inside = list(verify_bodies(self._state, after, self._verifier.feeds, self._ctx.seed))
         except Violation as error:
             message = _blame(step, f"it declares itself exact, but {error}")
             raise Violation(message, error.tensor, error.node, error.error) from None
-        return verdict.record, [*warned, *([verdict.warning] if verdict.warning else [])]
+        said = [verdict.warning, *(f"{place}: {found.warning}" for place, found in inside if found.warning)]
+        return _with(verdict.record, inside), [*warned, *filter(None, said)]
 
     def _check(self, step: Pass) -> list[str]:
         try:
@@ -207,6 +210,14 @@ def _breach(outcome: Any, before: Snapshot, after: Snapshot) -> str:
     if bool(outcome.changed) != before.same(after):
         return ""
     return "it reports changes, but the graph is the same" if outcome.changed else "it reports no change, but made one"
+
+
+def _with(record: dict[str, Any], inside: list[tuple[str, Verdict]]) -> dict[str, Any]:
+    """The record of a verification with the largest error in the bodies that were verified by themselves."""
+    found = [verdict.record for _, verdict in inside if "unverified" not in verdict.record]
+    if not found or "unverified" in record:
+        return record
+    return record | {"max_rel_error": max(one["max_rel_error"] for one in (record, *found))}
 
 
 _Spec = tuple[str, str, tuple[int | str, ...] | None]

@@ -98,6 +98,11 @@ class Verifier:
         self._of: Snapshot | None = None
         self._hopeless = ""
 
+    @property
+    def feeds(self) -> Data:
+        """The probes on which the model runs."""
+        return Data([], len(self._feeds), lambda: iter(self._feeds), "probes")
+
     def verify(self, before: Snapshot, after: Snapshot) -> Verdict:
         """Raises Violation where ``after`` is not the same function as ``before``, or cannot be run."""
         started = time.perf_counter()
@@ -191,8 +196,14 @@ def tolerance_of(model: onnx.ModelProto, weights: tuple[onnx.TensorProto, ...] =
 def _running(
     session: Session, feeds: Iterable[Feed], wanted: int, reasons: list[str]
 ) -> Iterator[tuple[Feed, Outputs]]:
-    for feed in feeds:
-        if not wanted:
+    pending = iter(feeds)
+    while wanted:
+        try:
+            feed = next(pending)
+        except StopIteration:
+            return
+        except ModelError as error:  # what reaches a body cannot be known
+            reasons.append(str(error))
             return
         try:
             outputs = session.run(feed)

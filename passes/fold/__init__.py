@@ -31,7 +31,7 @@ class RewriteEinsum(Pass):
 class InlineFunctions(Pass):
     """Replaces calls of the model's own functions by the nodes of their bodies."""
 
-    name, kind, does_it = "inline-functions", "exact", "inline"
+    name, kind, does_it, inside = "inline-functions", "exact", "inline", False
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
+from channelfold.runtime.io.bodies import Body, bodies, located
 from channelfold.runtime.io.convert import carried
 
 MAIN = "main graph"
@@ -64,10 +65,13 @@ class Row:
 
 
 def account(graph: gs.Graph, reasons: Mapping[str, str] | None = None) -> list[Row]:
-    """The rows of a graph, the largest first. ``reasons``: why nodes were left in float, by the name of the node."""
+    """The rows of a graph, the largest first.
+
+    ``reasons``: why nodes were left in float, by the name of the node, which ``located`` gives for nodes in bodies.
+    """
     rows: dict[tuple[str, str, str, str], Row] = {}
     readers: dict[int, tuple[gs.Constant, list[tuple[str, gs.Node]]]] = {}
-    for place, part in _places(graph, MAIN):
+    for place, part in _places(bodies(graph), MAIN, graph):
         for node in part.nodes:
             for tensor in node.inputs:
                 if isinstance(tensor, gs.Constant):
@@ -128,12 +132,11 @@ def share(rows: Sequence[Row]) -> float:
     return sum(row.bytes for row in counted if row.state != FLOAT) / total if total else 1.0
 
 
-def _places(graph: gs.Graph, place: str) -> Iterator[tuple[str, gs.Graph]]:
+def _places(inside: Sequence[Body], place: str, graph: gs.Graph) -> Iterator[tuple[str, gs.Graph]]:
     yield place, graph
-    for node in graph.nodes:
-        for name, value in node.attrs.items():
-            if isinstance(value, gs.Graph):
-                yield from _places(value, f"{name} of {node.op} {node.name}")
+    for body in inside:
+        where = body.place if place == MAIN else located(body.place, place)
+        yield from _places(body.bodies(), where, body.graph)
 
 
 def _count(
@@ -149,7 +152,7 @@ def _count(
     if edit.is_float_type(dtype):
         if node.op in ("DequantizeLinear", "QuantizeLinear"):
             return  # a scale: it comes with the codes
-        reason = reasons.get(reader.name, "")
+        reason = reasons.get(reader.name if place == MAIN else located(reader.name, place), "")
         if math.prod(shape) == max(shape, default=1):
             reason = VECTOR
         elif not reason:

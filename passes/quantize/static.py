@@ -95,6 +95,9 @@ class Work(Quantize):
         outcome.facts = summary(graph, kept) | {"activations": facts}
         return outcome
 
+    def left(self, graph: gs.Graph) -> dict[str, Any]:
+        return summary(graph, [])
+
     def sites(self, graph: gs.Graph, outcome: Outcome) -> Iterator[Linear]:
         return usable(graph, outcome, self._why_float, "stays float")
 
@@ -238,7 +241,8 @@ def _insert(
         if integers:
             inserter.bias(site, scales, ranges[site.data.name])
     for key, tensor in tensors.items():
-        inserter.activation(tensor, ranges[tensor.name], edit.consumers(tensor) if key in everywhere else readers[key])
+        own = [node for node in edit.consumers(tensor) if edit.in_graph(graph, node)]  # a body has pairs of its own
+        inserter.activation(tensor, ranges[tensor.name], own if key in everywhere else readers[key])
     inserter.finish()
     edit.remove_dead(graph)
 

@@ -198,9 +198,13 @@ def _generated(types: list[str]) -> str:
 
 
 def _layer_nodes(metadata: str) -> tuple[str, ...]:
-    """The node names in ``[ONNX Layer: a]␟[ONNX Layer: b]``; a name may hold brackets itself."""
+    """The node names in ``[ONNX Layer: a]␟[ONNX Layer: b]``; a name may hold brackets itself.
+
+    A node in a body is called ``a | graph (then_branch) | b (If)``, which counts as ``a`` as well.
+    """
     parts = re.split("[\x1e\x1f]", metadata) if re.search("[\x1e\x1f]", metadata) else [metadata]
-    return tuple(p.removeprefix(_LAYER).removesuffix("]") for p in parts if p.startswith(_LAYER) and p.endswith("]"))
+    named = [p.removeprefix(_LAYER).removesuffix("]") for p in parts if p.startswith(_LAYER) and p.endswith("]")]
+    return tuple(dict.fromkeys(name for full in named for name in (full, full.partition(" | ")[0])))
 
 
 def _unquote(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Repairs for TensorRT where shapes vary: Squeeze nodes without axes, and unequal sizes of one name."""
+"""Repairs for TensorRT: Squeeze nodes without axes, unequal sizes of one name, codes in front of a body."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import onnx_graphsurgeon as gs
 
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.io import edit
-from channelfold.runtime.io.files import constant
+from channelfold.runtime.io.convert import all_graphs
+from channelfold.runtime.io.files import constant, free_name
 from channelfold.runtime.io.shapes import Shape, shapes_on
 
 
@@ -58,4 +59,22 @@ def name_unequal_sizes(graph: gs.Graph, ranges: Mapping[str, ShapeRange]) -> boo
         for tensor, axis in alike if len(given) > 1 else ():
             tensor.shape = [f"{dim}_{tensor.name}_{axis}" if i == axis else d for i, d in enumerate(tensor.shape)]
             found = True
+    return found
+
+
+def put_codes_inside(graph: gs.Graph) -> bool:
+    """Puts the constants that nodes in bodies dequantize into these bodies. Returns whether there were such constants.
+
+    A file holds large constants once, outside, while TensorRT wants int8 constants beside their DequantizeLinear.
+    """
+    found = False
+    for part in list(all_graphs(graph))[1:]:
+        for node in [node for node in part.nodes if node.op == "DequantizeLinear"]:
+            codes = node.inputs[0]
+            if isinstance(codes, gs.Constant):
+                inside = gs.Variable(free_name(graph, f"{codes.name}_inside"), codes.dtype, codes.shape)
+                held = gs.Node("Constant", inside.name, {"value": codes}, [], [inside])
+                part.nodes.insert(next(i for i, other in enumerate(part.nodes) if other is node), held)
+                edit.set_input(node, 0, inside)
+                found = True
     return found

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.runtime.io.convert import carried
+from channelfold.runtime.io.convert import all_graphs, carried
 from channelfold.runtime.io.files import constant, read, stored
 
 _STANDARD = (None, "", "ai.onnx")
@@ -138,12 +138,13 @@ def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
 
 def see_through_identities(graph: gs.Graph) -> None:
     """Lets the readers of an Identity of a constant read the constant: exporters put one where a weight is shared."""
-    for node in [node for node in graph.nodes if node.op == "Identity" and is_standard(node)]:
-        source, result = node.inputs[0], node.outputs[0]
-        if isinstance(source, gs.Constant) and not is_output(graph, result):
-            replace_uses(graph, result, source)
-            detach(node)
-    sweep(graph)
+    for part in list(all_graphs(graph)):
+        for node in [node for node in part.nodes if node.op == "Identity" and is_standard(node)]:
+            source, result = node.inputs[0], node.outputs[0]
+            if isinstance(source, gs.Constant) and not is_output(part, result):
+                replace_uses(part, result, source)
+                detach(node)
+        sweep(part)
 
 
 def take_defaults(graph: gs.Graph) -> list[str]:

@@ -264,16 +264,22 @@ def stored(graph: gs.Graph, values: np.ndarray, name: str = "") -> np.ndarray | 
 
 def free_name(graph: gs.Graph, name: str) -> str:
     """A name that no tensor or node of the graph and its subgraphs has: ``name``, or ``name_1``, ``name_2`` …"""
-    taken: set[str] | None = vars(graph).get("_names")
-    if taken is None:
-        taken = {t for g in all_graphs(graph) for t in (*g.tensors(), *(node.name for node in g.nodes))}
-        vars(graph)["_names"] = taken
+    taken = taken_names(graph)
     free, number = name, 0
     while free in taken:
         number += 1
         free = f"{name}_{number}"
     taken.add(free)
     return free
+
+
+def taken_names(graph: gs.Graph) -> set[str]:
+    """The names of the tensors and nodes of a graph and its subgraphs; ``free_name`` adds those that it gives."""
+    taken: set[str] | None = vars(graph).get("_names")
+    if taken is None:
+        taken = {t for g in all_graphs(graph) for t in (*g.tensors(), *(node.name for node in g.nodes))}
+        vars(graph)["_names"] = taken
+    return taken
 
 
 def weightless(graph: gs.Graph) -> onnx.ModelProto:
@@ -392,9 +398,9 @@ def open_model(
 ) -> Session:
     """A session on what ``export`` gave, possibly with more nodes. ``outputs`` names any tensors of the main graph.
 
-    Operators that ONNX Runtime does not know (TensorRT plugins) are left out where no output depends on them, unless
-    ``whole`` keeps every node. Large weights that lie in memory alone, or whose file has been replaced, are written to
-    disk for the session.
+    Nodes that no output depends on are left out, among them operators that ONNX Runtime does not know (TensorRT
+    plugins), unless ``whole`` keeps every node. Large weights that lie in memory alone, or whose file has been
+    replaced, are written to disk for the session.
     """
     if outputs is not None:
         types = {value.name: value for value in model.graph.output}
@@ -402,7 +408,7 @@ def open_model(
         del model.graph.output[:]
         model.graph.output.extend(kept)
     if not whole:
-        _leave_out_unknown(model)
+        _leave_out_unread(model)
     root = Path(tempfile.gettempdir()).anchor
     scratch, inline = Scratch(), []
     for proto, values in weights:
@@ -427,11 +433,8 @@ def is_known(domain: str | None, op: str) -> bool:
     return domain.startswith(("com.microsoft", "com.ms.", "ai.onnx.", "org.pytorch."))
 
 
-def _leave_out_unknown(model: onnx.ModelProto) -> None:
-    own = {(function.domain, function.name) for function in model.functions}
+def _leave_out_unread(model: onnx.ModelProto) -> None:
     nodes = model.graph.node
-    if all(is_known(node.domain, node.op_type) or (node.domain, node.op_type) in own for node in nodes):
-        return
     writers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
     needed: set[int] = set()
     pending = [value.name for value in model.graph.output]

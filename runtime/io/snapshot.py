@@ -123,10 +123,18 @@ def become(graph: gs.Graph, other: gs.Graph) -> None:
 
 def _structure(model: onnx.ModelProto) -> bytes:
     bare = deepcopy(model)
-    bare.graph.ClearField("value_info")
-    for value in bare.graph.output:
-        value.ClearField("type")
+    _forget_shapes(bare.graph)
     return bare.SerializeToString(deterministic=True)
+
+
+def _forget_shapes(graph: onnx.GraphProto) -> None:
+    graph.ClearField("value_info")
+    for value in graph.output:
+        value.ClearField("type")
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _forget_shapes(attribute.g)
 
 
 def _bytes(values: Values) -> np.ndarray:

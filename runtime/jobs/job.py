@@ -21,9 +21,15 @@ from channelfold.runtime.data.sources import Data, load_script, open_data, rando
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.engine.run import EngineSession
-from channelfold.runtime.engine.squeeze import name_squeezed_axes, name_unequal_sizes, squeezes_without_axes
+from channelfold.runtime.engine.squeeze import (
+    name_squeezed_axes,
+    name_unequal_sizes,
+    put_codes_inside,
+    squeezes_without_axes,
+)
 from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
 from channelfold.runtime.io import files
+from channelfold.runtime.io.bodies import share_constants
 from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.edit import see_through_identities, take_defaults
 from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
@@ -152,6 +158,8 @@ class Job:
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             self.warn(f"Inputs with default values were taken as constants, which no caller can override: {some}")
         see_through_identities(self.graph)
+        if saved := share_constants(self.graph):
+            self.warn(f"Parts of the model held the same weights, which are now stored once: {saved:,} bytes less")
         own = carried(self.graph)
         return [InlineFunctions()] if own is not None and own.header.functions else []
 
@@ -274,8 +282,9 @@ class Job:
     def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:
         """The model in a form that TensorRT accepts: the file itself, or a temporary copy.
 
-        In the copy every Squeeze names its axes, and open sizes of one name with different ranges have different names:
-        TensorRT takes sizes of one name to be equal, and exporters call several sizes ``?`` or ``None``.
+        In the copy every Squeeze names its axes, int8 constants that bodies read stand in the bodies, and open sizes of
+        one name with different ranges have different names: TensorRT takes sizes of one name to be equal, and exporters
+        call several sizes ``?`` or ``None``.
         """
         graph = files.load(model)
         ranges = {s.name: ranges[s.name] for s in self.inputs if s.name in ranges and _is_open(s)}  # others: values
@@ -285,8 +294,8 @@ class Job:
             low = fixed | {name: tuple(seen.min) for name, seen in ranges.items()}
             high = fixed | {name: tuple(seen.max) for name, seen in ranges.items()}
             sentences = name_squeezed_axes(graph, low, high)
-        renamed = name_unequal_sizes(graph, ranges)
-        if not sentences and not renamed:
+        renamed, moved = name_unequal_sizes(graph, ranges), put_codes_inside(graph)
+        if not sentences and not renamed and not moved:
             yield model
             return
         self.warn(*(f"engine: {sentence}" for sentence in sentences))

@@ -13,8 +13,9 @@ from channelfold.passes.base import Context
 from channelfold.passes.quantize import Quantize
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
+from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import import_model, infer_shapes, raise_opset, session
-from channelfold.tests.graphs import build, constants, listing, node, ops, random, reasons, run, whole
+from channelfold.tests.graphs import build, constants, data_from, listing, node, ops, random, reasons, run, whole
 from channelfold.tests.passes.quantize.quantized import network, quantize, samples, snr
 
 
@@ -373,7 +374,7 @@ def test_inputs_and_outputs_of_the_graph_as_activations(target):
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
-def test_subgraphs_are_left_alone_and_may_read_quantized_tensors(target):
+def test_the_branch_that_runs_is_quantized(target):
     def body(name):
         nodes = [onnx.helper.make_node("Conv", ["h", "W"], [f"{name}_y"], f"{name}_conv")]
         return onnx.helper.make_graph(nodes, name, [], [onnx.helper.make_tensor_value_info(f"{name}_y", 1, None)])
@@ -388,9 +389,16 @@ def test_subgraphs_are_left_alone_and_may_read_quantized_tensors(target):
     infer_shapes(graph)
     data = samples(graph, make=lambda shape, rng: rng.standard_normal(shape))
     before = session(graph).run(next(iter(data)))
+    data = data_from(*({**feed, "p": np.array(False)} for feed in data))
     outcome = quantize(graph, Quantize(target=target), data)
-    assert outcome.facts["quantized"] == 2
-    assert [n.op for n in node(graph, "If").attrs["then_branch"].nodes] == ["Conv"]
+    assert outcome.facts["quantized"] == 3
+    branches = node(graph, "If").attrs
+    assert [n.op for n in branches["then_branch"].nodes] == ["Conv"]
+    taken = branches["else_branch"].nodes[-1]
+    assert [edit.producer(tensor).op for tensor in taken.inputs[:2]] == ["DequantizeLinear", "DequantizeLinear"]
+    assert [(r.node, r.code) for r in outcome.refused] == [
+        ("then_conv in then_branch of If if", "its body never ran on the calibration data")
+    ]
     assert snr(before, session(graph).run(next(iter(data)))) > 30
 
 
