@@ -20,17 +20,25 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
+from channelfold.passes.layers.formats import INT8
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
 from channelfold.passes.quantize import Quantize, calibrators
-from channelfold.passes.quantize.qdq import Inserter, Range, opset_of_scales, summary, why_not_int8
+from channelfold.passes.quantize.qdq import (
+    MIN_CHANNELS,
+    Inserter,
+    Range,
+    excluded,
+    opset_of_scales,
+    summary,
+    why_not_int8,
+)
+from channelfold.passes.quantize.tables import quantize_tables
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats.channels import ChannelStatistics
 from channelfold.runtime.stats.histograms import TensorStatistics
 from channelfold.runtime.stats.observe import by_name, observe
-
-MIN_CHANNELS = 16  # TensorRT runs narrower operators in float, or slower than float
 
 # What onnxruntime computes in int8 between convolutions when what it reads and writes is quantized.
 _BETWEEN = (
@@ -91,8 +99,11 @@ class Work(Quantize):
         means = (
             {(name, axis): statistics[name].channel_mean for name, axis in axes.items()} if self.correct_bias else {}
         )
-        if kept:
-            _insert(graph, kept, between, ranges, means, self.target)
+        inserter = Inserter(graph, symmetric=not integers)
+        _insert(inserter, kept, between, ranges, means)
+        if quantize_tables(inserter, outcome, INT8, self) or kept:
+            inserter.finish()
+            edit.remove_dead(graph)
         outcome.facts = summary(graph, kept) | {"activations": facts}
         return outcome
 
@@ -103,10 +114,8 @@ class Work(Quantize):
         """Why a site is left in float by the rules; empty when it is not."""
         node = linear.node
         outs, ins = linear.channels
-        if reason := self.patterns.why_not(node.name):
+        if reason := excluded(self, node):
             return reason
-        if node.op in self.exclude_ops:
-            return f"excluded by operator type {node.op}"
         if node.op == "ConvTranspose":
             return "ConvTranspose runs in float anyway"
         if linear.weight_input == 0:
@@ -211,31 +220,27 @@ def _between(graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset())
 
 
 def _insert(
-    graph: gs.Graph,
+    inserter: Inserter,
     sites: list[Linear],
     between: list[gs.Variable],
     ranges: dict[str, Range],
     means: Mapping[tuple[str, int | None], np.ndarray | None],
-    target: str,
 ) -> None:
-    """Puts the QDQ nodes around every site.
+    """Makes the QDQ nodes around every site.
 
     ``means`` by tensor and axis: where a Conv and a MatMul read one tensor their channels are not the same.
     """
-    inserter = Inserter(graph, symmetric=target == "tensorrt")
+    everyone = not inserter.symmetric
     tensors = {id(tensor): tensor for tensor in [*between, *(site.data for site in sites)]}
     readers: dict[int, list[gs.Node]] = {key: [] for key in tensors}
     for site in sites:
         readers[id(site.data)].append(site.node)
         site.data.dtype = site.dtype  # where shape inference could not tell
         scales = inserter.weight(site, ranges[site.data.name], means.get((site.data.name, site.in_axis)))
-        if target == "onnxruntime":
+        if everyone:
             inserter.bias(site, scales, ranges[site.data.name])
     for key, tensor in tensors.items():
-        everyone = target == "onnxruntime"
         inserter.activation(tensor, ranges[tensor.name], edit.consumers(tensor) if everyone else readers[key])
-    inserter.finish()
-    edit.remove_dead(graph)
 
 
 def _unified(graph: gs.Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:
