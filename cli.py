@@ -348,16 +348,17 @@ def reparam(jobs: Any, progress: Any, model: str, output: str, approximate: bool
 @opt.model
 @opt.output
 @opt.source
-@click.option("--weights-only", is_flag=True, help="Store weights as int8 and compute in float; needs no data.")
+@click.option("--weights-only", is_flag=True, help="Quantize weights and compute in float; needs no data.")
+@opt.of("quantize-weights", "Of weights only, which it implies", opt.names("quantize"))
 @opt.require_share
 @opt.of("quantize")
 def quantize(
     jobs: Any, progress: Any, model: str, output: str, weights_only: bool, require_share: float | None, **options: Any
 ) -> Any:
-    """Quantize MODEL to int8 with QDQ nodes.
+    """Quantize MODEL with QDQ nodes.
 
-    Weights are quantized per output channel, activations per tensor with ranges from calibration data. For the best
-    accuracy fold first, or use compress, which does both.
+    By default weights become int8 by output channel and activations int8 by tensor, with ranges from calibration data.
+    For the best accuracy fold first, or use compress, which does both.
     """
     settings = {"weights_only": weights_only, "require_share": require_share, **_settings(jobs, options)}
     return jobs.quantize(model, output, progress=progress, **settings)

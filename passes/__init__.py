@@ -5,6 +5,8 @@ Each family has its passes and their options in its ``__init__.py``, its face, w
 
 from __future__ import annotations
 
+from typing import Any
+
 from channelfold.passes.base import Pass
 from channelfold.passes.ffn import ApproximateFfn, ReparameterizeFfn
 from channelfold.passes.fold import (
@@ -45,4 +47,10 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "int8-reparam": (*_REPARAM, "quantize"),
     "int8-smooth": (*_FOLD, "smooth", "quantize"),
     "int8-weights": (*_FOLD, "quantize-weights"),
+    "int4": (*_FOLD, "quantize-weights"),
+    "int4-gptq": (*_FOLD, "quantize-weights"),
+}
+SETTINGS: dict[str, dict[str, Any]] = {  # of built-in recipes: options of their last pass that differ from its defaults
+    "int4": {"weights": "int4"},
+    "int4-gptq": {"weights": "int4", "rounder": "gptq"},
 }

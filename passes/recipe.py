@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from channelfold.passes import BUILT_IN, PASSES
+from channelfold.passes import BUILT_IN, PASSES, SETTINGS
 from channelfold.passes.base import Pass
 from channelfold.passes.options import found
 from channelfold.passes.options import options as options_of
@@ -78,7 +78,8 @@ def load_recipe(source: str | Path) -> Recipe:
     Raises UsageError, which names the file, the pass, the key and the expected value.
     """
     if isinstance(source, str) and source in BUILT_IN:
-        return Recipe(source, tuple(PASSES[name]() for name in BUILT_IN[source]))
+        *first, last = BUILT_IN[source]
+        return Recipe(source, (*(PASSES[name]() for name in first), PASSES[last](**SETTINGS.get(source, {}))))
     path = Path(source)
     try:
         text = path.read_bytes().decode()

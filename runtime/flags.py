@@ -60,6 +60,11 @@ def of(name: str, before: str = "", without: Iterable[str] = ()) -> Decorator:
     return together(*(flag(one, before) for key, one in options(PASSES[name]).items() if key not in without))
 
 
+def names(name: str) -> set[str]:
+    """The names of the options of a pass."""
+    return set(options(PASSES[name]))
+
+
 def of_methods() -> Decorator:
     """The flags of the command smooth: the options of all methods, each once, with the methods where these are few."""
     heeded: dict[str, tuple[Option, list[str]]] = {}

@@ -204,7 +204,8 @@ def _is_code(node: gs.Node, tensor: gs.Constant) -> bool:
     """Whether a constant of integers stands for floating point numbers."""
     if edit.is_standard(node) and node.op == "DequantizeLinear":
         return node.inputs[0] is tensor
-    return any(part in node.op for part in _INTEGER) and len(tensor.shape) > 1 and np.dtype(tensor.dtype).itemsize == 1
+    known = any(part in node.op for part in _INTEGER) or operator(node).kind == "gather"
+    return known and len(tensor.shape) > 1 and np.dtype(tensor.dtype).itemsize == 1
 
 
 def _dtype(kind: int) -> np.dtype:

@@ -1,16 +1,20 @@
 """Formats of stored weights: the codes, the weights that share a scale, and the rounding of a weight to the codes.
 
-    q = clip(round(w / s) + z, low, high)          w' = (q - z) s
+    q = nearest code to w / s + z          w' = (q - z) s
 
-Scale s and zero point z belong to an output channel, or to ``group`` neighbouring inputs of an output channel.
-Symmetric formats have z = 0 and leave out the lowest code, so that -w is rounded as w is. A new format is a row here;
-``quantize/qdq`` writes the nodes that a target expects around the format.
+Scale s and zero point z belong to an output channel, or to ``group`` neighbouring inputs of an output channel. Codes
+are the integers of ``bits`` bits, or the floating point numbers of the type ``floating``. Symmetric formats have z = 0;
+with more than 4 bits they leave out the lowest integer, so that -w is rounded as w is.
+
+A new format is a row of ``FORMATS``. Rounders (``quantize/rounders``) know only codes and scales, and
+``quantize/qdq`` writes any row behind a DequantizeLinear.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 _CHUNK = 1 << 22  # weight values rounded at once
@@ -21,54 +25,93 @@ _SMALLEST = {  # scale of each type; 2^-17 is subnormal in float16, but the erro
 SCALES = tuple(_SMALLEST)  # the types of scales
 
 
-def positive_scale(limit: np.ndarray | float, levels: int, dtype: np.dtype) -> np.ndarray:
+def positive_scale(limit: np.ndarray | float, levels: float, dtype: np.dtype) -> np.ndarray:
     """The scale limit / levels in ``dtype`` (float32 or float16); never zero."""
     return np.maximum(np.asarray(limit, np.float64) / levels, _SMALLEST[np.dtype(dtype)]).astype(dtype)
 
 
 @dataclass(frozen=True)
 class Format:
-    """A code has ``bits`` bits; ``group`` inputs share a scale (0: all inputs of an output channel)."""
+    """A code has ``bits`` bits; ``group`` inputs share a scale (0: all inputs of an output channel).
+
+    ``opset``: the lowest opset whose DequantizeLinear reads the codes.
+    """
 
     bits: int = 8
     group: int = 0
     symmetric: bool = True
+    floating: str = ""
+    opset: int = 13
 
     @property
-    def levels(self) -> int:
-        """Steps from zero to the largest code; from the lowest to the largest code of an asymmetric format."""
+    def dtype(self) -> np.dtype:
+        """The type of the stored codes."""
+        return np.dtype(getattr(ml_dtypes, self.floating or f"int{self.bits}", np.int8))
+
+    @property
+    def levels(self) -> float:
+        """The largest code; steps from the lowest to the largest code of an asymmetric format."""
+        if self.floating:
+            return float(ml_dtypes.finfo(self.dtype).max)
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    @property
+    def lowest(self) -> float:
+        """The lowest code of a symmetric format."""
+        return -self.levels - (1 if self.bits <= 4 and not self.floating else 0)
+
+    def snap(self, values: np.ndarray) -> np.ndarray:
+        """The codes, as float32, nearest to ``values`` in units of the scale, for a symmetric format."""
+        limited = np.clip(values, self.lowest, self.levels)
+        return limited.astype(self.dtype).astype(np.float32) if self.floating else np.rint(limited)
+
+    def grouped(self, matrix: np.ndarray) -> np.ndarray:
+        """A matrix (out, in) as (out, groups, inputs that share a scale), with zeros behind the last input."""
+        outs, ins = matrix.shape
+        size = self.group or max(ins, 1)
+        padded = matrix if ins % size == 0 else np.pad(matrix, ((0, 0), (0, -ins % size)))
+        return padded.reshape(outs, -1, size)
+
+    def spread(self, scales: np.ndarray, ins: int) -> np.ndarray:
+        """Scales (out, groups) for every weight: (out, in), or (out, 1) where an output channel has one scale."""
+        return np.repeat(scales, self.group, axis=1)[:, :ins] if self.group else scales
+
+    def fitted(self, ins: int) -> Format:
+        """The format with groups for ``ins`` inputs: halved until an output channel has at least two groups.
+
+        One group that spans a channel is what TensorRT dequantizes in front of every product.
+        """
+        group = self.group
+        while group > 8 and group * 2 > ins:
+            group //= 2
+        return self if group == self.group else Format(self.bits, group, self.symmetric, self.floating, self.opset)
 
     def codes(
         self, weight: np.ndarray, dtype: np.dtype, floor: np.ndarray | float = 0.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(codes int8, scales (out,) in ``dtype``) of a weight (out, ...), for a symmetric format without groups.
+        """(codes, scales (out,) in ``dtype``) of a weight (out, ...), for a symmetric format without groups.
 
-        Every scale is at least ``floor``, (out,) or a scalar.
+        The largest weight of an output channel gets the largest code. Every scale is at least ``floor``, (out,) or a
+        scalar.
         """
         limits = np.broadcast_to(np.asarray(floor, np.float64) * self.levels, weight.shape[:1])
-        outs = weight.shape[0]
-        rows = max(1, _CHUNK // max(1, weight[0].size if outs else 1))
-        values = np.empty(weight.shape, np.int8)
-        scales = np.empty(outs, dtype)
-        for start in range(0, outs, rows):
-            part = np.asarray(weight[start : start + rows], np.float32)
+        values = np.empty(weight.shape, self.dtype)
+        scales = np.empty(weight.shape[0], dtype)
+        for rows in chunks(weight):
+            part = np.asarray(weight[rows], np.float32)
             peak = np.abs(part.reshape(part.shape[0], -1)).max(axis=1, initial=0.0)
-            scale = positive_scale(np.maximum(peak, limits[start : start + rows]), self.levels, dtype)
-            scales[start : start + rows] = scale
-            steps = np.asarray(scale, np.float32).reshape(-1, *[1] * (part.ndim - 1))
-            values[start : start + rows] = np.clip(np.rint(part / steps), -self.levels, self.levels)
+            scales[rows] = positive_scale(np.maximum(peak, limits[rows]), self.levels, dtype)
+            steps = np.asarray(scales[rows], np.float32).reshape(-1, *[1] * (part.ndim - 1))
+            values[rows] = self.snap(part / steps)
         return values, scales
 
     def rounded(self, matrix: np.ndarray) -> np.ndarray:
         """A float32 matrix (out, in) rounded to the values that this format can store."""
         outs, ins = matrix.shape
-        size = self.group or max(ins, 1)
-        padded = matrix if ins % size == 0 else np.pad(matrix, ((0, 0), (0, -ins % size)))
-        parts = padded.reshape(outs, -1, size)
+        parts = self.grouped(matrix)
         if self.symmetric:
             step = np.maximum(np.abs(parts).max(axis=2, keepdims=True) / self.levels, np.float32(1e-30))
-            found = np.rint(parts / step) * step
+            found = self.snap(parts / step) * step
         else:
             low, high = np.minimum(parts.min(axis=2), 0)[..., None], np.maximum(parts.max(axis=2), 0)[..., None]
             step = np.maximum((high - low) / self.levels, np.float32(1e-30))
@@ -77,4 +120,16 @@ class Format:
         return found.reshape(outs, -1)[:, :ins]
 
 
+def chunks(weight: np.ndarray) -> list[slice]:
+    """Slices of the output channels of a weight (out, ...), so that the float32 copy of a slice stays small."""
+    outs = weight.shape[0]
+    rows = max(1, _CHUNK // max(1, weight[0].size if outs else 1))
+    return [slice(start, min(start + rows, outs)) for start in range(0, outs, rows)]
+
+
 INT8 = Format()
+FORMATS = {
+    "int8": INT8,
+    "int4": Format(4, 128, opset=21),
+    "fp8": Format(8, floating="float8_e4m3fn", opset=19),
+}

@@ -202,14 +202,14 @@ class Linear:
             if np.any(d):
                 bias = bias + alpha * self.respond(weight.astype(np.float64), d)
             bias = cast(a * bias + out_shift, self.dtype)
-            weight = weight * self._spread_inputs(np.broadcast_to(np.asarray(in_scale, np.float64), (ins,)))
+            weight = weight * self.spread_inputs(np.broadcast_to(np.asarray(in_scale, np.float64), (ins,)))
             weight *= (alpha * a).reshape(-1, *[1] * (weight.ndim - 1))
         return cast_weight(weight, self.dtype), bias if old is not None or np.any(bias) else None
 
     def respond(self, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
         """The response (out,) of ``weight`` (out, in / groups, *kernel) to an input that is x (in,) everywhere."""
         summed = weight.reshape(*weight.shape[:2], -1).sum(axis=-1, dtype=np.float64)
-        return (summed * self._spread_inputs(x).reshape(weight.shape[0], -1)).sum(axis=1)
+        return (summed * self.spread_inputs(x).reshape(weight.shape[0], -1)).sum(axis=1)
 
     def install(self, weight: np.ndarray, bias: np.ndarray | None) -> None:
         """Writes the weight and the bias that ``rescaled`` computed."""
@@ -219,7 +219,7 @@ class Linear:
         elif "beta" in self.node.attrs:
             self.node.attrs["beta"] = 1.0
 
-    def _spread_inputs(self, vector: np.ndarray) -> np.ndarray:
+    def spread_inputs(self, vector: np.ndarray) -> np.ndarray:
         """A vector over all input channels as an array that broadcasts against (out, in / groups, *kernel)."""
         outs, ins = self.channels
         per_out = np.repeat(vector.reshape(self.groups, ins // self.groups), outs // self.groups, axis=0)

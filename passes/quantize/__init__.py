@@ -1,4 +1,4 @@
-"""Quantization to int8.
+"""Quantization: to int8, and of weights alone to int8, int4 or fp8.
 
 quantize           y = W x + b  ~  DQ(W_q) DQ(Q(x)) + b',   b' = b - (W_q - W) E[x]
 quantize-weights   y = W x + b  ~  DQ(W_q) x + b
@@ -12,6 +12,7 @@ from typing import Literal
 
 from channelfold.passes.base import Pass
 from channelfold.passes.options import option
+from channelfold.runtime.errors import UsageError
 
 Calibrator = Literal["minmax", "percentile", "entropy", "mse"]
 
@@ -32,6 +33,7 @@ class Quantize(Pass):
     )
     percentile: float = option(99.999, "Of the calibrator percentile.", above=0, high=100, metavar="P")
     correct_bias: bool = option(True, "Make up in the biases for the mean error of rounded weights.")
+    embeddings: bool = option(True, "Store the tables from which Gather takes rows like the weights.")
     float_share: float = option(
         0.0, "Share of the linear nodes that may stay float because int8 changes their outputs most.", low=0, high=1
     )
@@ -39,12 +41,28 @@ class Quantize(Pass):
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Stores the weights of Conv, ConvTranspose, Gemm and MatMul as int8 per output channel, activations untouched."""
+    """Stores the weights of Conv, ConvTranspose, Gemm and MatMul in 8 or 4 bits, activations untouched."""
 
     name, kind, does_it, needs_opset = "quantize-weights", "lossy", "weights", 13
 
+    weights: Literal["int8", "int4", "fp8"] = option(
+        "int8", "Format of the weights: int8 and fp8 (E4M3) by output channel, int4 by groups of inputs."
+    )
+    group: int = option(128, "Inputs that share a scale of int4.", low=8, high=1 << 16)
+    rounder: Literal["nearest", "search", "gptq"] = option(
+        "search",
+        "How weights are rounded: to the nearest code, with the scale of the least error (weighted by calibration data "
+        "where there are some), or by GPTQ, which needs data.",
+    )
+    target: Literal["tensorrt", "onnxruntime"] = option("tensorrt", "Whose rules for DequantizeLinear nodes.")
+    embeddings: bool = option(True, "Store the tables from which Gather takes rows like the weights.")
     exclude: tuple[str, ...] = option((), "Nodes to leave in float: names, * and ? match.", metavar="PATTERN")
     exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float, such as MatMul.", metavar="OP")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights == "fp8" and self.target == "onnxruntime":
+            raise UsageError("ONNX Runtime would expand fp8 weights on every call", "Take int8 or int4")
 
 
 @dataclass(frozen=True)

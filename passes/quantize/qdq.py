@@ -18,7 +18,7 @@ zero point is always written. A scale is never zero: a dead channel gets a small
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit
-from channelfold.passes.layers.formats import INT8, SCALES, positive_scale
+from channelfold.passes.layers.formats import INT8, SCALES, Format, positive_scale
 from channelfold.passes.layers.linear import Linear, linears, live_linears
+from channelfold.passes.quantize import Quantize, QuantizeWeights
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
+
+MIN_CHANNELS = 16  # TensorRT runs narrower operators in float, or slower than float
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,13 @@ class Range:
 def opset_of_scales(graph: gs.Graph) -> int:
     """The opset at which a DequantizeLinear by channel can have the types of this graph's weights as scales."""
     return 19 if any(linear.dtype == np.float16 for linear in linears(graph)) else 13
+
+
+def excluded(step: Quantize | QuantizeWeights, node: gs.Node) -> str:
+    """Why the options of a pass leave a node in float; empty when they do not."""
+    if node.op in step.exclude_ops:
+        return f"excluded by operator type {node.op}"
+    return step.patterns.why_not(node.name)
 
 
 def why_not_int8(linear: Linear) -> str:
@@ -99,7 +109,8 @@ class Inserter:
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
         self._pairs: dict[int, gs.Variable] = {}
-        self._weights: dict[tuple, gs.Variable] = {}
+        self._weights: dict[Hashable, gs.Variable] = {}
+        self.stored: dict[Hashable, list[gs.Constant]] = {}
 
     def activation(self, tensor: gs.Variable, seen: Range, readers: Sequence[gs.Node]) -> None:
         """Lets ``readers`` read a tensor through a Q and a DQ node."""
@@ -134,25 +145,71 @@ class Inserter:
         With the ``mean`` of each input channel the bias takes back what rounding the weight does on average,
         b' = b - (W_q - W) E[x], wherever the node has a bias or a place for one.
         """
-        axis = weight_axis(linear)
-        alpha = linear.node.attrs.get("alpha", 1.0) if linear.node.op == "Gemm" else 1.0
-        floor = self._smallest_scale(linear, seen)
-        weight = linear.weight()
-        values, scales = INT8.codes(weight, linear.dtype, floor)
+        values, scales = INT8.codes(linear.weight(), linear.dtype, self._smallest_scale(linear, seen))
+        self.store(linear, values, scales[:, None], INT8, mean, scales.tobytes())
+        return scales
+
+    def store(
+        self,
+        linear: Linear,
+        codes: np.ndarray,
+        scales: np.ndarray,
+        format: Format,
+        mean: np.ndarray | None = None,
+        variant: Hashable = None,
+        inputs_first: bool = False,
+    ) -> None:
+        """Lets a linear node read ``codes`` (out, in / groups, ...) with ``scales`` (out, groups of the format).
+
+        Readers of one weight share its codes where ``variant`` is the same. ``mean``: as for ``weight``. With
+        ``inputs_first`` a Gemm gets its weight as (in, out).
+        """
         if mean is not None and (linear.node.op != "MatMul" or linear.bias_node is not None):
-            steps = np.asarray(scales, np.float32).reshape(-1, *[1] * (weight.ndim - 1))
-            old = linear.bias()
+            weight, old = linear.weight(), linear.bias()
+            steps = format.spread(scales.astype(np.float32), weight.shape[1])
+            steps = steps.reshape(*steps.shape, *[1] * (weight.ndim - 2))
             with contextlib.suppress(DoesNotFit):  # a float16 bias at the end of its type stays as it is
-                linear.set_bias((0.0 if old is None else old) - linear.respond(values * steps - weight, mean))
-        chain = tuple(id(node) for node in linear.chain)
-        key = (id(linear.source), chain, axis, linear.groups, alpha, scales.tobytes())
+                error = codes.astype(np.float32) * steps - weight
+                linear.set_bias((0.0 if old is None else old) - linear.respond(error, mean))
+        key = self._key(linear, variant)
         if key not in self._weights:
-            stored = np.ascontiguousarray(linear.unorient(values))
-            self._weights[key] = self._dequantized(linear.source.name, stored, scales, axis, linear.node)
+            self._weights[key] = self._stored(linear, codes, scales, format, inputs_first)
+        self._connect(linear, key, inputs_first)
+
+    def shared(self, linear: Linear, inputs_first: bool = False) -> bool:
+        """Lets a linear node read the codes that another reader of its weight has; whether there are any."""
+        key = self._key(linear)
+        if key in self._weights:
+            self._connect(linear, key, inputs_first)
+        return key in self._weights
+
+    def _key(self, linear: Linear, variant: Hashable = None) -> Hashable:
+        """What linears have in common that may read the same codes."""
+        alpha = linear.node.attrs.get("alpha", 1.0) if linear.node.op == "Gemm" else 1.0
+        chain = tuple(id(node) for node in linear.chain)
+        return id(linear.source), chain, weight_axis(linear), linear.groups, alpha, variant
+
+    def _stored(
+        self, linear: Linear, codes: np.ndarray, scales: np.ndarray, format: Format, inputs_first: bool
+    ) -> gs.Variable:
+        axis, flip = weight_axis(linear), inputs_first and linear.node.op == "Gemm"
+        stored = codes.T if flip else linear.unorient(codes)
+        attrs = {"axis": 1 if flip else axis}
+        if format.group:
+            scales = np.ascontiguousarray(scales.T if flip else linear.unorient(scales))
+            attrs = {"axis": 1 - attrs["axis"], "block_size": format.group}
+        steps = scales if format.group else scales[:, 0]
+        constants = self.constants(linear.source.name, np.ascontiguousarray(stored), steps)
+        return self.dequantized(linear.source.name, constants, attrs, linear.node)
+
+    def _connect(self, linear: Linear, key: Hashable, inputs_first: bool) -> None:
         edit.set_input(linear.node, linear.weight_input, self._weights[key])
         if "alpha" in linear.node.attrs:
             linear.node.attrs["alpha"] = 1.0
-        return scales
+        if inputs_first and linear.node.op == "Gemm":  # ONNX Runtime fuses this form alone
+            if (bias := linear.bias()) is not None:
+                linear.set_bias(bias)
+            linear.node.attrs["transB"] = 0
 
     def _smallest_scale(self, linear: Linear, seen: Range | None) -> np.ndarray | float:
         bias = linear.bias()
@@ -173,7 +230,8 @@ class Inserter:
         step = float(seen.parameters(self.symmetric, scales.dtype)[0])
         combined = np.maximum(scales.astype(np.float64) * step, 1e-30)
         stored = np.rint(bias / combined).astype(np.int32)  # fits: see _smallest_scale
-        restored = self._dequantized(f"{linear.name}_bias", stored, combined.astype(scales.dtype), 0, linear.node)
+        constants = self.constants(f"{linear.name}_bias", stored, combined.astype(scales.dtype))
+        restored = self.dequantized(f"{linear.name}_bias", constants, {"axis": 0}, linear.node)
         edit.set_input(linear.node, 2, restored)
         if "beta" in linear.node.attrs:
             linear.node.attrs["beta"] = 1.0
@@ -185,14 +243,25 @@ class Inserter:
             nodes += [*self._before.get(id(node), ()), node, *self._after.get(id(node), ())]
         self.graph.nodes[:] = nodes
 
-    def _dequantized(
-        self, name: str, stored: np.ndarray, scales: np.ndarray, axis: int, reader: gs.Node
+    def constants(self, name: str, codes: np.ndarray, scales: np.ndarray) -> list[gs.Constant]:
+        """Codes, scales and zero points as constants named after ``name``."""
+        return [
+            constant(self.graph, f"{name}_quantized", codes),
+            constant(self.graph, f"{name}_scale", scales),
+            constant(self.graph, f"{name}_zero_point", np.zeros(scales.shape, codes.dtype)),
+        ]
+
+    def dequantized(
+        self, name: str, constants: list[gs.Constant], attrs: dict[str, int], reader: gs.Node
     ) -> gs.Variable:
-        q = constant(self.graph, f"{name}_quantized", stored)
-        s = constant(self.graph, f"{name}_scale", scales)
-        z = constant(self.graph, f"{name}_zero_point", np.zeros(scales.shape, stored.dtype))
-        restored = gs.Variable(free_name(self.graph, f"{name}_dequantized"), scales.dtype, list(stored.shape))
+        """The result of a DequantizeLinear of ``constants``, which will stand in front of ``reader``."""
+        codes, scales, _ = constants
+        restored = gs.Variable(free_name(self.graph, f"{name}_dequantized"), scales.dtype, list(codes.shape))
         own = free_name(self.graph, f"{name}_DequantizeLinear")
-        node = gs.Node("DequantizeLinear", own, {"axis": axis}, [q, s, z], [restored])
+        node = gs.Node("DequantizeLinear", own, attrs, list(constants), [restored])
         self._before.setdefault(id(reader), []).append(node)
         return restored
+
+    def after(self, node: gs.Node, new: list[gs.Node]) -> None:
+        """Puts new nodes directly behind a node."""
+        self._after[id(node)] = [*new, *self._after.get(id(node), ())]

@@ -20,17 +20,25 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
+from channelfold.passes.layers.formats import INT8
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
 from channelfold.passes.quantize import Quantize, calibrators
-from channelfold.passes.quantize.qdq import Inserter, Range, opset_of_scales, summary, why_not_int8
+from channelfold.passes.quantize.qdq import (
+    MIN_CHANNELS,
+    Inserter,
+    Range,
+    excluded,
+    opset_of_scales,
+    summary,
+    why_not_int8,
+)
+from channelfold.passes.quantize.tables import quantize_tables
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats.channels import ChannelStatistics
 from channelfold.runtime.stats.histograms import TensorStatistics
 from channelfold.runtime.stats.observe import by_name, observe
-
-MIN_CHANNELS = 16  # TensorRT runs narrower operators in float, or slower than float
 
 # What onnxruntime computes in int8 between convolutions when what it reads and writes is quantized.
 _BETWEEN = (
@@ -90,8 +98,11 @@ class Work(Quantize):
         means = (
             {(name, axis): statistics[name].channel_mean for name, axis in axes.items()} if self.correct_bias else {}
         )
-        if kept:
-            _insert(graph, kept, poor, ranges, means, self.target)
+        inserter = Inserter(graph, symmetric=not integers)
+        _insert(inserter, kept, poor, ranges, means)
+        if quantize_tables(inserter, outcome, INT8, self) or kept:
+            inserter.finish()
+            edit.remove_dead(graph)
         outcome.facts = summary(graph, kept) | {"activations": facts}
         return outcome
 
@@ -105,10 +116,8 @@ class Work(Quantize):
         """Why a site is left in float by the rules; empty when it is not."""
         node = linear.node
         outs, ins = linear.channels
-        if reason := self.patterns.why_not(node.name):
+        if reason := excluded(self, node):
             return reason
-        if node.op in self.exclude_ops:
-            return f"excluded by operator type {node.op}"
         if node.op == "ConvTranspose":
             return "ConvTranspose runs in float anyway"
         if linear.weight_input == 0:
@@ -218,19 +227,17 @@ def _integers(graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset()
 
 
 def _insert(
-    graph: gs.Graph,
+    inserter: Inserter,
     sites: list[Linear],
     poor: Set[str],
     ranges: dict[str, Range],
     means: Mapping[tuple[str, int | None], np.ndarray | None],
-    target: str,
 ) -> None:
-    """Puts the QDQ nodes around every site. Tensors named in ``poor`` stay float.
+    """Makes the QDQ nodes around every site. Tensors named in ``poor`` stay float.
 
     ``means`` by tensor and axis: where a Conv and a MatMul read one tensor their channels are not the same.
     """
-    integers = target == "onnxruntime"
-    inserter = Inserter(graph, symmetric=not integers)
+    graph, integers = inserter.graph, not inserter.symmetric
     between, everywhere = _integers(graph, sites, poor) if integers else ([], set())
     tensors = {id(tensor): tensor for tensor in [*between, *(site.data for site in sites)]}
     readers: dict[int, list[gs.Node]] = {key: [] for key in tensors}
@@ -243,8 +250,6 @@ def _insert(
     for key, tensor in tensors.items():
         own = [node for node in edit.consumers(tensor) if edit.in_graph(graph, node)]  # a body has pairs of its own
         inserter.activation(tensor, ranges[tensor.name], own if key in everywhere else readers[key])
-    inserter.finish()
-    edit.remove_dead(graph)
 
 
 def _unified(graph: gs.Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:

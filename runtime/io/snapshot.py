@@ -41,7 +41,11 @@ class Snapshot:
 
     def restore(self, graph: gs.Graph) -> None:
         """Gives the object ``graph`` the contents that it had when the snapshot was taken."""
-        become(graph, import_model(deepcopy(self.model), self.path, weights=self.values))
+        become(graph, self.graph())
+
+    def graph(self) -> gs.Graph:
+        """A new graph with the contents that the graph had when the snapshot was taken."""
+        return import_model(deepcopy(self.model), self.path, weights=self.values)
 
     def session(self, outputs: list[str] | None = None) -> Session:
         """A session that runs every node without optimization. ``outputs`` names any tensors of the main graph."""

@@ -20,11 +20,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from channelfold.passes import PASSES
 from channelfold.passes import recipe as recipes
 from channelfold.passes import smooth_methods as methods
 from channelfold.passes.base import Pass
 from channelfold.passes.checkpoint import clear
 from channelfold.passes.layers import account
+from channelfold.passes.options import options as options_of
 from channelfold.passes.prune import AMOUNTS
 from channelfold.passes.sparsify import zeros
 from channelfold.runtime.engine import build as tensorrt
@@ -201,11 +203,14 @@ def quantize(
     require_share: float | None = None,
     progress: Progress = no_progress,
 ) -> Record:
-    """Quantizes to int8, without folding first. Writes ``out``. ``require_share``: as for ``compress``.
+    """Quantizes without folding first. Writes ``out``. ``require_share``: as for ``compress``.
 
-    ``options`` are those of the pass: ``quantize``, or ``quantize-weights`` with ``weights_only``, which needs no data.
+    ``options`` are those of the pass: ``quantize``, or ``quantize-weights`` with ``weights_only``, which needs no data
+    and which options that ``quantize`` does not have imply.
     """
-    step = recipes.make("quantize-weights" if weights_only else "quantize", options or {})
+    own = set(options_of(PASSES["quantize-weights"])) - set(options_of(PASSES["quantize"]))
+    alone = weights_only or not own.isdisjoint(options or {})
+    step = recipes.make("quantize-weights" if alone else "quantize", options or {})
     job = _transformed("quantize", model, out, [step], source, progress)
     job.check_share(require_share)
     return job.record

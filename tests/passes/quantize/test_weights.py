@@ -13,14 +13,14 @@ from channelfold.passes.quantize import QuantizeWeights
 from channelfold.runtime.io.files import MappedValues, check, load, raise_opset, save, session
 from channelfold.runtime.io.session import Session
 from channelfold.tests.graphs import build, constants, feeds, listing, node, ops, random, reasons, run
+from channelfold.tests.passes.quantize.quantized import check_counts
 
 
 def quantize(graph: gs.Graph, step: QuantizeWeights | None = None) -> Outcome:
     outcome = (step or QuantizeWeights()).apply(graph, Context())
     check(graph)
     json.dumps(outcome.facts)
-    assert outcome.facts["quantized_nodes"] == [change.node for change in outcome.changed]
-    assert outcome.facts["linears"] == len(outcome.changed) + len(outcome.refused)
+    check_counts(outcome)
     return outcome
 
 

@@ -17,14 +17,19 @@ DIGITS, CALIBRATION = models.path("digits_cnn.onnx"), models.path("digits_calibr
 
 
 def embedding(path, rows=64):
-    """A Gather of a large table, then a MatMul of a small weight."""
-    weights = {"E": random((rows, 32), "E"), "W": random((32, 32), "W")}
+    """A Gather of a large table, which has an axis too many to be quantized, then a MatMul of a small weight."""
+    weights = {"E": random((rows, 32, 1), "E"), "W": random((32, 32), "W")}
     graph = helper.make_graph(
-        [helper.make_node("Gather", ["E", "ids"], ["e"]), helper.make_node("MatMul", ["e", "W"], ["y"])],
+        [
+            helper.make_node("Gather", ["E", "ids"], ["r"]),
+            helper.make_node("Reshape", ["r", "s"], ["e"]),
+            helper.make_node("MatMul", ["e", "W"], ["y"]),
+        ],
         "g",
         [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", 4])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, 32])],
-        [numpy_helper.from_array(values.astype(np.float32), name) for name, values in weights.items()],
+        [numpy_helper.from_array(values.astype(np.float32), name) for name, values in weights.items()]
+        + [numpy_helper.from_array(np.array([-1, 4, 32]), "s")],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     ids = path.with_suffix(".npz")

@@ -1,0 +1,118 @@
+"""Rounders: how the codes and scales of a weight are chosen, in any format of ``layers/formats``.
+
+    nearest    s = max |w| / levels
+    search     s = argmin  sum_i E[x_i^2] (w_i - w'_i)^2      over factors of the scale of nearest
+    gptq       codes = argmin ||(W - W') R||^2,  R R^T = E[x x^T] + damping I,  one input after the other
+
+GPTQ rounds the inputs of an output channel in the order of falling E[x^2]. With R upper triangular, the best code of
+input i makes up for the errors e_j = w_j - w'_j of the inputs before:
+
+    w'_i = round(w_i + sum_{j<i} e_j R_ji / R_ii)
+
+One Cholesky factor is all this needs, no inverse; the codes are those of the textbook. The scales are found by search
+before any code is rounded (static groups), so that the order of rounding leaves no trace in the file.
+
+Sources: Frantar et al., GPTQ, ICLR 2023 (equation 2 and "act-order"); the search as in AWQ's clipping, Lin et al. 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from channelfold.passes.layers.formats import Format, chunks, positive_scale
+
+_FACTORS = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+DAMPING = 0.01  # of the mean of the diagonal of E[x x^T]
+_BLOCK, _STEP = 128, 16  # inputs between which errors travel by one product of matrices
+
+Rounder = Callable[[np.ndarray, slice], tuple[np.ndarray, np.ndarray]]
+"""From the weights (n, in) of a slice of the output channels to their codes and scales (n, groups)."""
+
+
+def by_scale(format: Format, dtype: np.dtype, importance: np.ndarray | None = None, search: bool = True) -> Rounder:
+    """Rounds every weight to the nearest code. ``importance``, E[x^2], (1, in) or (out, in), weighs the errors."""
+
+    def round_rows(weight: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        own = importance if importance is None or len(importance) == 1 else importance[rows]
+        scales = _scales(weight, format, dtype, own, search)
+        steps = format.spread(scales.astype(np.float32), weight.shape[1])
+        return format.snap(weight / steps).astype(format.dtype), scales
+
+    return round_rows
+
+
+def gptq(format: Format, dtype: np.dtype, products: np.ndarray) -> Rounder:
+    """Rounds with ``products``, E[x x^T] (in, in), so that the errors of the inputs of a channel cancel."""
+    importance = np.diagonal(products).astype(np.float32)
+    order = np.argsort(-importance, kind="stable")
+    factor = _upper_factor(products[np.ix_(order, order)])
+
+    def round_rows(weight: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        ins = weight.shape[1]
+        scales = _scales(weight, format, dtype, importance, True)
+        steps = np.broadcast_to(format.spread(scales.astype(np.float32), ins), weight.shape)
+        codes = np.empty_like(weight)
+        codes[:, order] = _in_order(weight[:, order].T.copy(), steps[:, order].T.copy(), factor, format).T
+        return codes.astype(format.dtype), scales
+
+    return round_rows
+
+
+def rounded(weight: np.ndarray, rounder: Rounder, format: Format) -> tuple[np.ndarray, np.ndarray]:
+    """(codes like ``weight``, scales (out, groups)) of a weight (out, ...), a part of its channels at a time."""
+    codes, scales = np.empty(weight.shape, format.dtype), []
+    for rows in chunks(weight):
+        part = np.asarray(weight[rows], np.float32)
+        found, steps = rounder(part.reshape(part.shape[0], -1), rows)
+        codes[rows] = found.reshape(part.shape)
+        scales.append(steps)
+    return codes, np.concatenate(scales)
+
+
+def _scales(
+    weight: np.ndarray, format: Format, dtype: np.dtype, importance: np.ndarray | None, search: bool
+) -> np.ndarray:
+    parts = format.grouped(weight)
+    peak = np.abs(parts).max(axis=2, keepdims=True)
+    best = positive_scale(peak, format.levels, dtype)
+    if not search:
+        return best[..., 0]
+    weights = 1.0 if importance is None else format.grouped(np.broadcast_to(importance, weight.shape))
+    least = np.full(peak.shape, np.inf, np.float32)
+    for factor in _FACTORS:
+        scale = positive_scale(peak * factor, format.levels, dtype)
+        step = scale.astype(np.float32)
+        error = np.square(format.snap(parts / step) * step - parts)
+        error = (error * weights).sum(axis=2, keepdims=True)
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+    return best[..., 0]
+
+
+def _upper_factor(products: np.ndarray) -> np.ndarray:
+    """R, upper triangular float32, with R R^T = products + damping; the identity where the products are zero."""
+    mean = float(np.mean(np.diagonal(products)))
+    if not mean > 0:
+        return np.eye(len(products), dtype=np.float32)
+    damped = products / mean
+    damped[np.diag_indices_from(damped)] += DAMPING
+    return np.ascontiguousarray(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1], np.float32)
+
+
+def _in_order(weight: np.ndarray, steps: np.ndarray, factor: np.ndarray, format: Format) -> np.ndarray:
+    """The codes, as float32, of ``weight`` (in, out), whose inputs are rounded one after the other."""
+    count = len(weight)
+    ratio = factor / np.diagonal(factor)  # R_ji / R_ii
+    errors, codes = np.zeros_like(weight), np.empty_like(weight)
+    for start in range(0, count, _BLOCK):
+        end = min(start + _BLOCK, count)
+        wanted = weight[start:end] + ratio[:start, start:end].T @ errors[:start]
+        for first in range(start, end, _STEP):
+            last = min(first + _STEP, end)
+            for i in range(first, last):
+                codes[i] = format.snap(wanted[i - start] / steps[i])
+                errors[i] = weight[i] - codes[i] * steps[i]
+                wanted[i + 1 - start : last - start] += np.outer(ratio[i, i + 1 : last], errors[i])
+            wanted[last - start :] += ratio[first:last, last:end].T @ errors[first:last]
+    return codes
