@@ -1,9 +1,9 @@
 """Trains ``digits_cnn``, the network that ships with the package, and writes its three files.
 
-Run ``python -m channelfold.models.train_digits_cnn [--out DIR]`` with the extras ``train`` and ``cpu`` installed; it
-takes under a minute on two cores. Seed, split, schedule and thread count are fixed, so two runs with the same PyTorch
-on the same kind of processor give the same weights. Nothing is selected on the evaluation samples: the schedule has a
-fixed length and the last weights are kept.
+Run ``python -m channelfold.models.train_digits_cnn [--out DIR]`` with the extras ``train`` and ``cpu`` installed. The
+training takes under a minute on two cores. Seed, split, schedule and thread count are fixed, so two runs with the same
+PyTorch on the same kind of processor give the same weights. Nothing is selected on the evaluation samples: the schedule
+has a fixed length, and the last weights are kept.
 
 The network, for ``image`` float32 [N, 1, 8, 8] with pixel values 0..16::
 
@@ -17,8 +17,8 @@ The network, for ``image`` float32 [N, 1, 8, 8] with pixel values 0..16::
     pointwise   Conv 1x1                   + BN + ReLU   [N, 96, 3, 3]
     head        GlobalAveragePool, Flatten, Gemm         [N, 10] ``logits``
 
-The stem has no padding so that the subtraction of the mean folds into its bias exactly: a zero-padded border would see
-0 where the normalized image has -mean / std.
+The stem has no padding, so that the subtraction of the mean folds into its bias exactly: a padded border has 0 where
+the normalized image has -mean / std.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ METADATA = {
 
 @dataclass(frozen=True)
 class Split:
-    """Row numbers of the data set. ``calibration`` is part of ``train``; ``evaluation`` shares no row with it."""
+    """Row numbers of the data set. ``calibration`` is part of ``train``; ``evaluation`` and ``train`` share no row."""
 
     train: np.ndarray
     calibration: np.ndarray
@@ -105,7 +105,7 @@ def network(mean: np.ndarray, std: np.ndarray) -> Any:
             super().__init__()
             self.first = block(channels, channels)
             self.second = block(channels, channels)
-            del self.second.relu  # it comes after the Add
+            del self.second.relu  # the Relu comes after the Add
             self.relu = nn.ReLU()
 
         def forward(self, x):
@@ -166,7 +166,7 @@ def train(images: np.ndarray, labels: np.ndarray) -> Any:
 
 
 def jitter(images: Any) -> Any:
-    """Every image moved by up to 0.75 pixels, turned by up to 0.2 rad and scaled by up to 10 %, the outside black."""
+    """Images moved by up to 0.75 pixels, turned by up to 0.2 rad and scaled by up to 10 %; the outside is black."""
     import torch
     from torch.nn import functional
 
@@ -209,7 +209,7 @@ def export(model: Any) -> onnx.ModelProto:
 
 
 def logits_of(model: Any, proto: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
-    """The logits float32 [N, 10] that ONNX Runtime computes; raises ModelError when PyTorch's differ."""
+    """The logits float32 [N, 10] that ONNX Runtime computes. Raises ModelError where those of PyTorch differ."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ The three differ in the FFN alone. With H = 4 C hidden channels and k = H / 4 of
     digits_repavit      fc2(BN2(idle(fc1(BN1(x)))))        idle(h) = [gelu(h_1 .. h_k), h_k+1 .. h_H]
     digits_repavit_ln   fc2(idle(fc1(LN(x))))
 
-BN1 and BN2 take their statistics over samples and tokens. All of it is exported as it was trained.
+BN1 and BN2 take their statistics over samples and tokens. The export folds nothing.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def export(name: str, model: Any) -> onnx.ModelProto:
         )
     assert program is not None
     proto = program.model_proto
-    # what the exporter notes beside nodes and values (stack traces, sources) is longer than the graph
+    # the exporter's notes on nodes and values (stack traces, sources) are longer than the graph
     for noted in (proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         del noted.metadata_props[:]
     for tensor in proto.graph.initializer:
