@@ -28,6 +28,7 @@ import importlib.util
 import io
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,18 +151,39 @@ def train(images: np.ndarray, labels: np.ndarray) -> Any:
     optimizer = torch.optim.SGD(
         [{"params": decayed, "weight_decay": 5e-4}, {"params": undecayed}], lr=PEAK_RATE, momentum=0.9, nesterov=True
     )
+
+    def penalty() -> Any:
+        return SPARSITY * sum(norm.weight.abs().sum() for norm in norms)
+
+    return fitted(model, optimizer, images, labels, penalty, epochs=EPOCHS, max_lr=PEAK_RATE)
+
+
+def fitted(
+    model: Any,
+    optimizer: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    penalty: Callable[[], Any] | None = None,
+    *,
+    epochs: int,
+    **schedule: float,
+) -> Any:
+    """The model after ``epochs`` epochs of cross entropy + ``penalty`` on jittered images, in eval mode."""
+    import torch
+    from torch import nn
+
     steps = len(images) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=EPOCHS * steps)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, total_steps=epochs * steps, **schedule)
     loss_of = nn.CrossEntropyLoss(label_smoothing=0.05)
     image, label = torch.from_numpy(images), torch.from_numpy(labels)
     model.train()
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for rows in torch.randperm(len(image))[: steps * BATCH].view(steps, BATCH):
             optimizer.zero_grad()
-            sparsity = sum(norm.weight.abs().sum() for norm in norms)
-            (loss_of(model(jitter(image[rows])), label[rows]) + SPARSITY * sparsity).backward()
+            loss = loss_of(model(jitter(image[rows])), label[rows])
+            (loss if penalty is None else loss + penalty()).backward()
             optimizer.step()
-            schedule.step()
+            rates.step()
     return model.eval()
 
 
