@@ -117,7 +117,7 @@ class Bench:
     def moments(self, source: Path) -> list[Any]:
         from channelfold.runtime.data.sources import open_data
         from channelfold.runtime.io.facts import required_inputs
-        from channelfold.runtime.stats.moments import Moments, collect
+        from channelfold.runtime.stats.covariance import Moments, collect
 
         data = open_data(source, required_inputs(self.graph))
         axes = [{f.ups[0].data.name: f.ups[0].in_axis, f.down.data.name: f.down.in_axis} for f in self.ffns]

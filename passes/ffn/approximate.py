@@ -39,7 +39,7 @@ from channelfold.passes.numeric.knapsack import knapsack
 from channelfold.passes.numeric.least_squares import Removal
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
-from channelfold.runtime.stats.moments import LIMIT, Moments, bytes_of, collect
+from channelfold.runtime.stats.covariance import LIMIT, Moments, bytes_of, collect
 
 _NOTHING = 1e-10  # of the energy: too small an error to measure its consequences
 RIDGE = 0.3  # times features / positions: measured on a BERT with 2,900 and 34,600 positions
@@ -156,7 +156,7 @@ class StandIn:
 def stand_in(moments: Moments, matrix: np.ndarray, removed: np.ndarray, branch: bool, ridge: float) -> StandIn:
     """The best stand-in for the channels ``removed`` of what ``matrix`` (outputs, hidden) reads.
 
-    ``moments``: of the hidden channels, with those of the input in front of them where there is to be a ``branch``.
+    ``covariance``: of the hidden channels, with those of the input in front of them where there is to be a ``branch``.
     """
     covariance, mean, hidden = moments.covariance, moments.mean, matrix.shape[1]
     first = len(mean) - hidden

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,9 @@ def costs(graph: gs.Graph) -> dict[str, int | None]:
     """``parameters`` and ``macs`` of a graph, as ``inspect`` counts them. Fills in its shapes."""
     infer_shapes(graph)
     macs = [_linear(graph, node)["macs"] for node in graph.nodes if operator(node).weighted]
+    tensors = {id(tensor): tensor for part in all_graphs(graph) for tensor in part.tensors().values()}
     return {
-        "parameters": sum(_elements(c.shape) or 0 for c in _constants(graph) if _is_parameter(c)),
+        "parameters": sum(_elements(t.shape) or 0 for t in tensors.values() if _is_parameter(t)),
         "macs": sum(macs) if None not in macs else None,
     }
 
@@ -97,27 +98,16 @@ def _outlier_ratios(graph: gs.Graph, data: Data, progress: Callable[[str, int, i
 
 
 def _linear(graph: gs.Graph, node: gs.Node) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "node": node.name,
-        "op": node.op,
-        "shape": None,
-        "groups": 1,
-        "parameters": 0,
-        "macs": None,
-    }
+    entry: dict[str, Any] = {"node": node.name, "op": node.op}
     try:
         linear = view(graph, node)
     except Refused:
-        return entry | {"macs": _product_macs(node)}
+        return entry | {"shape": None, "groups": 1, "parameters": 0, "macs": _product_macs(node)}
     outs, ins = linear.channels
     shape = [outs, ins // linear.groups, *linear.kernel]
-    bias = 0 if linear.bias() is None else outs
-    return entry | {
-        "shape": shape,
-        "groups": linear.groups,
-        "parameters": math.prod(shape) + bias,
-        "macs": _macs(linear, math.prod(shape)),
-    }
+    weights = math.prod(shape)
+    entry |= {"shape": shape, "groups": linear.groups, "parameters": weights + outs * (linear.bias() is not None)}
+    return entry | {"macs": _macs(linear, weights)}
 
 
 def _macs(linear: Linear, weights: int) -> int | None:
@@ -145,10 +135,5 @@ def _elements(shape: Any) -> int | None:
     return math.prod(int(d) for d in dims) if all(isinstance(d, int | np.integer) for d in dims) else None
 
 
-def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
-    found = {id(t): t for part in all_graphs(graph) for t in part.tensors().values() if isinstance(t, gs.Constant)}
-    yield from found.values()
-
-
-def _is_parameter(constant: gs.Constant) -> bool:
-    return str(constant.dtype) not in ("int32", "int64", "bool", "object")
+def _is_parameter(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and str(tensor.dtype) not in ("int32", "int64", "bool", "object")

@@ -1,13 +1,13 @@
 """The report record, schema 1, and its view in the terminal.
 
-The record is a plain dict that JSON can hold. Every key but ``schema`` and ``tool`` may be absent or empty, and is
-not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
+The record is a plain dict that JSON can hold. All keys except ``schema`` and ``tool`` may be absent or empty; such keys
+are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
 
     schema      1
     tool        "channelfold 0.1.0"
     command     the command line, as one string
-    model       {path, bytes, nodes, ops: {op: count}, opset}     what came in; parameters and macs where they change
-    output      the same of what came out
+    model       {path, bytes, nodes, ops: {op: count}, opset}     of the input; parameters and macs where they change
+    output      the same of the result
     data        {calibration, evaluation}                         Data.description of each
     steps       [{pass, kind, options: {}, seconds,
                   changed: [{node, what}], refused: [{node, reason, code}],
@@ -20,13 +20,13 @@ not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
                                      approximate-ffn {ffns: [{node, branch, error; pairs of before and after: hidden,
                                      macs}]}
     weights     {share: of the bytes that is quantized, bytes,
-                 rows: [{place, op, state, reason, bytes, tensors, largest}]}     of what came out; bytes as in the type
+                 rows: [{place, op, state, reason, bytes, tensors, largest}]}     of the result; bytes as in the type
                                        that the model computes in
     accuracy    Comparison.to_json()   in exact arithmetic; of a file for ONNX Runtime as this machine runs it, and
                                        under ``exact`` in exact arithmetic
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
-    latency     [{name, ms}]         the first one is what the others are measured against
+    latency     [{name, ms}]         the others are compared with the first
     warnings    [str]
 
 A number that JSON cannot hold is the string "inf" or "-inf", or null for NaN.
@@ -145,7 +145,7 @@ def _weights(record: Mapping[str, Any], page: Page) -> None:
         if row["bytes"] > _LEAST * found["bytes"]
     ]
     page.fill("Weights", ("<read by", "<in", "<stored as", ">bytes", "<because"), rows)
-    page.note("the largest of each kind by name; bytes as in the type the model computes in")
+    page.note("the name is the largest of each kind; bytes as in the type that the model computes in")
 
 
 def _comparison(heading: str, accuracy: Mapping[str, Any], page: Page) -> None:
