@@ -55,7 +55,7 @@ _EDGES = {
     "GreaterOrEqual", "Hardmax", "Less", "LessOrEqual", "Mod", "NonMaxSuppression", "NonZero", "QuantizeLinear",
     "Round", "Sign", "TopK", "Unique",
 }  # fmt: skip
-AMPLIFIED = 4  # a model that amplifies rounding may be off by so many times the change from rounded weights
+AMPLIFIED = 4  # an output may differ by this multiple of the change that rounding the weights causes
 _FETCHED = 256  # tensors that are fetched in one run
 _COMPARABLE = {
     _TYPE.UNDEFINED, _TYPE.FLOAT, _TYPE.DOUBLE, _TYPE.FLOAT16, _TYPE.BOOL, _TYPE.INT8, _TYPE.INT16, _TYPE.INT32,

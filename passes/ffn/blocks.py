@@ -1,4 +1,4 @@
-"""Feed-forward networks in a graph, found by what they compute, and cut.
+"""Feed-forward networks in a graph: found by their function, and cut.
 
     plain      y = W2 act(W1 x + b1) + b2
     gated      y = W2 (act(W1 x + b1) * (W3 x + b3)) + b2
