@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.quantize import Quantize
-from channelfold.runtime.io.files import session
 from channelfold.tests.graphs import build, constants, node, ops, random, reasons, run
-from channelfold.tests.passes.quantize.quantized import network, quantize, samples, snr
+from channelfold.tests.passes.quantize.quantized import network, optimized, quantize, samples, snr
 
 TARGET = Quantize(target="onnxruntime")
 EXPANDED = "stays float: ONNX Runtime would expand its int8 weight to float on every call"
-
-
-def optimized(graph: gs.Graph, folder: Path) -> list[str]:
-    """The operators that ONNX Runtime makes of a graph."""
-    session(graph, optimized=folder / "optimized.onnx")
-    return [n.op_type for n in onnx.load(folder / "optimized.onnx", load_external_data=False).graph.node]
 
 
 def test_onnxruntime_runs_in_integers(tmp_path):

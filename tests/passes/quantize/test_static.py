@@ -377,14 +377,17 @@ def test_inputs_and_outputs_of_the_graph_as_activations(target):
     assert snr(before, session(graph).run(next(iter(samples(graph))))) > 30
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
-def test_the_branch_that_runs_is_quantized(target):
+@pytest.mark.parametrize(
+    ("target", "op", "shapes"), [("tensorrt", "Conv", ("4,4", (1, 1))), ("onnxruntime", "MatMul", ("16", ()))]
+)
+def test_the_branch_that_runs_is_quantized(target, op, shapes):
     def body(name):
-        nodes = [onnx.helper.make_node("Conv", ["h", "W"], [f"{name}_y"], f"{name}_conv")]
+        nodes = [onnx.helper.make_node(op, ["h", "W"], [f"{name}_y"], f"{name}_conv")]
         return onnx.helper.make_graph(nodes, name, [], [onnx.helper.make_tensor_value_info(f"{name}_y", 1, None)])
 
-    graph = build("(float[N,16,4,4] x, bool p) => (float[] y)", "h = Conv(x, W) c = Conv(h, W) y = Tanh(c)",
-                  kind="float", W=(16, 16, 1, 1))  # fmt: skip
+    sizes, kernel = shapes
+    graph = build(f"(float[N,16,{sizes}] x, bool p) => (float[] y)", f"h = {op}(x, W) y = {op}(h, W)", kind="float",
+                  W=(16, 16, *kernel))  # fmt: skip
     model = whole(graph)
     branches = onnx.helper.make_node("If", ["p"], ["i"], "if", then_branch=body("then"), else_branch=body("else"))
     model.graph.node.append(branches)
@@ -397,7 +400,7 @@ def test_the_branch_that_runs_is_quantized(target):
     outcome = quantize(graph, Quantize(target=target), data)
     assert outcome.facts["quantized"] == 3
     branches = node(graph, "If").attrs
-    assert [n.op for n in branches["then_branch"].nodes] == ["Conv"]
+    assert [n.op for n in branches["then_branch"].nodes] == [op]
     taken = branches["else_branch"].nodes[-1]
     assert [edit.producer(tensor).op for tensor in taken.inputs[:2]] == ["DequantizeLinear", "DequantizeLinear"]
     assert [(r.node, r.code) for r in outcome.refused] == [
