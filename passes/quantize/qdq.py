@@ -110,9 +110,10 @@ class Inserter:
     ``codes`` are those of an inserter on a copy of the graph, so that no weight is rounded twice.
     """
 
-    def __init__(self, graph: gs.Graph, symmetric: bool = True, codes: Codes | None = None):
+    def __init__(self, graph: gs.Graph, symmetric: bool = True, codes: Codes | None = None, format: Format = INT8):
         self.graph = graph
         self.symmetric = symmetric
+        self.format = format
         self._codes = {} if codes is None else codes
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
@@ -155,9 +156,9 @@ class Inserter:
         """
         if linear.name not in self._codes:
             floor = self._smallest_scale(linear, seen)
-            self._codes[linear.name] = INT8.codes(linear.weight(), linear.dtype, floor)
+            self._codes[linear.name] = self.format.codes(linear.weight(), linear.dtype, floor)
         values, scales = self._codes[linear.name]
-        self.store(linear, values, scales[:, None], INT8, mean, scales.tobytes())
+        self.store(linear, values, scales[:, None], self.format, mean, scales.tobytes())
         return scales
 
     def store(

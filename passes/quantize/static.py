@@ -20,7 +20,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.layers.formats import INT8
+from channelfold.passes.layers.formats import INT7, INT8
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
 from channelfold.passes.quantize import Quantize, calibrators
@@ -39,6 +39,7 @@ from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.snapshot import Snapshot
+from channelfold.runtime.stats import saturation
 from channelfold.runtime.stats.channels import ChannelStatistics
 from channelfold.runtime.stats.fusions import EXPANDS, readers_of_integers
 from channelfold.runtime.stats.histograms import TensorStatistics
@@ -103,22 +104,25 @@ class Work(Quantize):
         )
         says = {site.name: f"{site.node.op}: int8, activation {site.data.name}" for site in kept}
         limits = {site.name: max(-ranges[site.data.name].low, ranges[site.data.name].high) for site in kept}
-        codes: Codes = {}
+        format, codes = INT7 if self.reduce_range == "on" else INT8, Codes()
 
         def insert(into: gs.Graph, sites: list[Linear]) -> Inserter:
-            inserter = Inserter(into, not integers, codes)
+            inserter = Inserter(into, not integers, codes, format)
             _insert(inserter, sites, poor, ranges, means)
             return inserter
 
         if integers:
-            kept = _fused(graph, kept, outcome, insert)
+            kept, trial = _fused(graph, kept, outcome, insert)
+            if self.reduce_range == "auto" and kept and (lost := saturation.lost(graph, trial, ctx.data)):
+                format, codes = INT7, Codes()
+                outcome.warnings.append(f"Weights have 7 bits, for with 8 {lost}")
         inserter = insert(graph, kept)
         for site in kept:
             outcome.change(site.name, f"{says[site.name]} up to {limits[site.name]:.4g}")
         if quantize_tables(inserter, outcome, INT8, self) or kept:
             inserter.finish()
             edit.remove_dead(graph)
-        outcome.facts = summary(graph, kept) | {"activations": facts}
+        outcome.facts = summary(graph, kept) | {"activations": facts, "weight_bits": format.bits}
         return outcome
 
     def left(self, graph: gs.Graph) -> dict[str, Any]:
@@ -212,12 +216,12 @@ def _lower_snr(facts: Mapping[str, Any]) -> float | None:
 
 def _fused(
     graph: gs.Graph, sites: list[Linear], outcome: Outcome, insert: Callable[[gs.Graph, list[Linear]], Inserter]
-) -> list[Linear]:
+) -> tuple[list[Linear], gs.Graph]:
     """The sites whose weight ONNX Runtime reads as it is stored, once ``insert`` has put QDQ nodes around them alone.
 
-    The others are refused. All is tried out on copies of the graph.
+    The others are refused. All is tried out on copies of the graph; the last of them is returned as well.
     """
-    before = Snapshot.of(graph)
+    before, trial = Snapshot.of(graph), graph
     while sites:
         trial = gs.Graph()
         before.restore(trial)
@@ -233,7 +237,7 @@ def _fused(
         sites = [site for site in sites if site.name not in lost]
         if not lost:
             break
-    return sites
+    return sites, trial
 
 
 def _expanded(graph: gs.Graph, sites: list[Linear], outcome: Outcome) -> set[str]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.quantize import Quantize
+from channelfold.runtime.io.files import session
+from channelfold.runtime.io.session import Session
+from channelfold.runtime.stats import saturation
 from channelfold.tests.graphs import build, constants, node, ops, random, reasons, run
 from channelfold.tests.passes.quantize.quantized import network, optimized, quantize, samples, snr
 
@@ -170,3 +175,49 @@ def test_float16_has_no_integer_kernels():
                   W=random((16, 16), "W").astype(np.float16))  # fmt: skip
     assert reasons(quantize(graph, TARGET)) == ["MatMul stays float: ONNX Runtime has no integer kernels for float16"]
     assert ops(graph) == ["MatMul"]
+
+
+class Saturating(Session):
+    """A session on a processor that saturates: unless it is told to be exact, outputs of large codes are cut off."""
+
+    def __init__(self, model, *args, exact: bool = False, **options):
+        super().__init__(model, *args, exact=exact, **options)
+        stored = [t for t in onnx.load_from_string(model).graph.initializer if t.data_type == onnx.TensorProto.INT8]
+        self.saturates = not exact and any(np.abs(onnx.numpy_helper.to_array(t)).max() > 63 for t in stored)
+
+    def run(self, feed, outputs=None):
+        return {name: np.clip(v, -1, 1) if self.saturates else v for name, v in super().run(feed, outputs).items()}
+
+
+@pytest.mark.parametrize(
+    ("reduce_range", "saturates", "target", "bits"),
+    [
+        ("auto", True, "onnxruntime", 7),
+        ("auto", False, "onnxruntime", 8),
+        ("off", True, "onnxruntime", 8),
+        ("on", False, "onnxruntime", 7),
+        ("auto", True, "tensorrt", 8),
+        ("on", True, "tensorrt", 7),
+    ],
+)
+def test_weights_have_7_bits_where_8_saturate(reduce_range, saturates, target, bits, monkeypatch):
+    monkeypatch.setattr(saturation, "saturates", lambda: saturates)
+    monkeypatch.setattr("channelfold.runtime.io.files.Session", Saturating)
+    graph = build("(float[N,2,16] x) => (float[] y)", "h = MatMul(x, W) r = Relu(h) y = MatMul(r, V)", kind="float",
+                  W=(16, 32), V=(32, 16))  # fmt: skip
+    data = samples(graph)
+    before = session(graph).run(next(iter(data)))
+    outcome = quantize(graph, Quantize(target=target, reduce_range=reduce_range), data)
+    assert outcome.facts["weight_bits"] == bits
+    assert np.abs(constants(graph)["W_quantized"]).max() == (127 if bits == 8 else 63)
+    named = [text for text in outcome.warnings if "7 bits" in text and "saturates" in text]
+    assert len(named) == (reduce_range == "auto" and bits == 7)
+    assert snr(before, session(graph, exact=True).run(next(iter(data)))) > 30
+
+
+def test_what_this_machine_does_is_measured():
+    found = saturation.saturates()
+    assert found is saturation.saturates.__wrapped__()
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "vnni" in flags:
+        assert not found
