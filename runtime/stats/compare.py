@@ -251,7 +251,8 @@ def saturation(run: Comparison, exact: Comparison) -> str:
         return ""
     return (
         f"{'; '.join(lost)}. This processor (x86 without VNNI) adds pairs of uint8 x int8 products in 16 bits, which "
-        "saturates. Weights of 7 bits do not; processors with VNNI, and ARM, give the exact figure as it is"
+        "saturates. Weights of 7 bits (--reduce-range on) do not; processors with VNNI, and ARM, give the exact figure "
+        "as it is"
     )
 
 
