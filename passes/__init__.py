@@ -15,6 +15,7 @@ from channelfold.passes.fold import (
     MergeConvs,
     RemoveIdentities,
     RewriteEinsum,
+    TakeBranch,
 )
 from channelfold.passes.prune import Prune, RemoveDeadChannels
 from channelfold.passes.quantize import ClipWeights, Quantize, QuantizeWeights
@@ -24,14 +25,15 @@ from channelfold.passes.sparsify import Sparsify
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
     for cls in (
-        *(FoldConstants, InlineFunctions, RewriteEinsum, RemoveIdentities, FoldPad, FoldAffine, ReparameterizeFfn),
-        *(Equalize, AbsorbBias, Smooth, MergeConvs, SplitChannels, MergeChannels, ReorderChannels, ClipWeights),
-        *(RemoveDeadChannels, Prune, Sparsify, ApproximateFfn, Quantize, QuantizeWeights),
+        *(FoldConstants, TakeBranch, InlineFunctions, RewriteEinsum, RemoveIdentities, FoldPad, FoldAffine),
+        *(ReparameterizeFfn, Equalize, AbsorbBias, Smooth, MergeConvs, SplitChannels, MergeChannels),
+        *(ReorderChannels, ClipWeights, RemoveDeadChannels, Prune, Sparsify, ApproximateFfn, Quantize),
+        QuantizeWeights,
     )
 }
 
-_FOLD = ("rewrite-einsum", "fold-constants", "remove-identities", "fold-pad", "fold-affine")
-_REPARAM = ("rewrite-einsum", "fold-constants", "remove-identities", "reparameterize-ffn", "fold-pad", "fold-affine")
+_FOLD = ("rewrite-einsum", "fold-constants", "take-branch", "remove-identities", "fold-pad", "fold-affine")
+_REPARAM = (*_FOLD[:4], "reparameterize-ffn", *_FOLD[4:])
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "fold": _FOLD,
     "reparam": _REPARAM,

@@ -3,6 +3,7 @@
 rewrite-einsum      Einsum = Transpose, Mul or MatMul
 inline-functions    y = f(x)  ->  the nodes of f
 fold-constants      f(c1, c2, …) = c
+take-branch         If(true) {then: f(x), else: g(x)} = f(x)
 remove-identities   Identity(x), x + 0, x * 1, … = x
 fold-pad            Conv(pads=p)(Pad(q)(x)) = Conv(pads=p + q)(x)
 fold-affine         s (W x + b) + t = (diag(s) W) x + (s b + t),   W (s x + t) + b = (W diag(s)) x + (b + W t)
@@ -36,6 +37,13 @@ class FoldConstants(Pass):
     """Replaces nodes that depend on constants alone by their values."""
 
     name, kind, does_it = "fold-constants", "exact", "constants"
+
+
+@dataclass(frozen=True)
+class TakeBranch(Pass):
+    """Replaces an If whose condition is constant by the nodes of the branch that it takes."""
+
+    name, kind, does_it = "take-branch", "exact", "branches"
 
 
 @dataclass(frozen=True)

@@ -155,8 +155,6 @@ def _count(
         reason = reasons.get(reader.name if place == MAIN else located(reader.name, place), "")
         if math.prod(shape) == max(shape, default=1):
             reason = VECTOR
-        elif not reason:
-            reason = "" if place == MAIN else f"inside {place.split(' ')[2]}"
         _add(rows, place, reader.op, tensor.name, dtype, shape, reason)
     elif _is_code(node, tensor):
         width = (scale.itemsize if scale is not None else 4) * 8 // int(node.attrs.get("bits", 8))  # several to a byte

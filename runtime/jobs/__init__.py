@@ -56,6 +56,7 @@ def compress(
     shapes: Shapes = (),
     gates: Gates | None = None,
     require_share: float | None = None,
+    fixed: Mapping[str, str] | None = None,
     command: str = "compress",
     progress: Progress = no_progress,
 ) -> Record:
@@ -64,8 +65,8 @@ def compress(
     ``recipe``: a name or the path of a TOML file. ``overrides``: pass options by name (``calibrator``, ``exclude`` …),
     set on every pass of the recipe that has them. ``shapes``: ranges of dynamic inputs for the engines; by default
     those of the calibration data. An interrupted call goes on where it stopped when it is repeated. ``require_share``:
-    a gate as well, the least share of the weight bytes that is to be quantized. ``command``: the command line, for the
-    report.
+    a gate as well, the least share of the weight bytes that is to be quantized. ``fixed``: inputs that become
+    constants, and their values as texts. ``command``: the command line, for the report.
 
     Raises GateMissed after everything is written.
     """
@@ -78,7 +79,7 @@ def compress(
         tensorrt.backend(sm)
     check_folder(out_dir)
     out = out_dir / "model.onnx"
-    job = Job(command, model, progress, source)
+    job = Job(command, model, progress, source, fixed)
     job.warn(*loaded.warnings)
     job.sources.append(Path(recipe))
     job.open_both()
@@ -94,9 +95,16 @@ def compress(
     return job.record
 
 
-def fold(model: PathLike, out: PathLike, *, source: Source = Source(), progress: Progress = no_progress) -> Record:
-    """Applies the exact folds: the same function in fewer nodes. Writes ``out``."""
-    job = Job("fold", Path(model), progress, source)
+def fold(
+    model: PathLike,
+    out: PathLike,
+    *,
+    source: Source = Source(),
+    fixed: Mapping[str, str] | None = None,
+    progress: Progress = no_progress,
+) -> Record:
+    """Applies the exact folds: the same function in fewer nodes. Writes ``out``. ``fixed``: as for ``compress``."""
+    job = Job("fold", Path(model), progress, source, fixed)
     job.transform(recipes.load_recipe("fold").passes, Path(out))
     return job.record
 

@@ -31,13 +31,13 @@ from channelfold.runtime.errors import DataError, GateError, ModelError, OutputE
 from channelfold.runtime.io import files
 from channelfold.runtime.io.bodies import share_constants
 from channelfold.runtime.io.convert import carried
-from channelfold.runtime.io.edit import see_through_identities, take_defaults
+from channelfold.runtime.io.edit import fix_inputs, see_through_identities, take_defaults
 from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
-from channelfold.runtime.io.session import Session, TensorSpec
+from channelfold.runtime.io.session import Feed, Session, TensorSpec
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.stats import compare
-from channelfold.runtime.stats.compare import Gates
+from channelfold.runtime.stats.compare import Gates, Runner
 
 Record = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -69,13 +69,27 @@ class Source:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class _Fixed:
+    """A model some inputs of which have the same values on every feed."""
+
+    session: Runner
+    values: Mapping[str, Any]
+
+    def run(self, feed: Feed) -> Mapping[str, Any]:
+        return self.session.run({**feed, **self.values})
+
+
 class Job:
     """A record in the making, and what fills it."""
 
-    def __init__(self, command: str, model: Path, progress: Progress, source: Source):
+    def __init__(
+        self, command: str, model: Path, progress: Progress, source: Source, fixed: Mapping[str, str] | None = None
+    ):
         self.model, self.progress, self.source = model, progress, source
         progress("load", 0, 0)
         self.graph: gs.Graph = files.load(model, strict=True)
+        self.fixed = fix_inputs(self.graph, fixed or {})
         self.inputs = required_inputs(self.graph)
         self.sources = [model, *external_files(model)]  # what the command reads, and must not write
         self.calibration: Data | None = None
@@ -150,7 +164,7 @@ class Job:
         self.record["output"] = model_facts(out, written) | (inspection.costs(written) if counted else {})
         self._account(written, nothing)
         del written
-        if self.evaluation or not exact or (gated and self.calibration):
+        if self.evaluation or not exact or self.fixed or (gated and self.calibration):
             self.prove(out)
 
     def _prepared(self) -> list[Pass]:
@@ -208,7 +222,7 @@ class Job:
             data = data.first(SEEN)
             self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
         self.record["data"]["evaluation"] = data.description
-        reference, exact = self._session(self.model, exact=True), self._session(candidate, exact=True)
+        reference, exact = self._original(exact=True), self._session(candidate, exact=True)
         if computes_as_written(files.load(candidate)):
             self.comparison = compare.compare(reference, exact, data, self.progress)
             self.record["accuracy"] = self.comparison.to_json()
@@ -221,6 +235,10 @@ class Job:
         level, reasons = compare.verdict(self.comparison)
         if level != "ok":
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+
+    def _original(self, **options: Any) -> Runner:
+        """The original, which is given the values of the inputs that are fixed."""
+        return _Fixed(self._session(self.model, **options), self.fixed)
 
     def _session(self, path: Path, **options: Any) -> Session | Front:
         """The model in ONNX Runtime, or what stands in front of the operators that ONNX Runtime does not know."""
@@ -273,7 +291,7 @@ class Job:
         if data is None or tensorrt.local_gpu()[0] is None or built.sm not in (None, tensorrt.local_gpu()[0]):
             return None
         with EngineSession(built.path, built.backend) as engine:
-            found = compare.compare(self._session(self.model, exact=True), engine, data, self.progress)
+            found = compare.compare(self._original(exact=True), engine, data, self.progress)
         level, reasons = compare.verdict(found)
         if level != "ok":
             self.warn(f"THE ENGINE'S OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
@@ -339,7 +357,7 @@ class Job:
             return None
         try:
             probes = random_data(self.inputs, PROBES, seed=self.source.seed)
-            self._session(self.model).run(next(iter(probes)))
+            self._original().run(next(iter(probes)))
         except (DataError, ModelError) as error:
             self.warn(f"The outputs were not compared, for the model does not run on random inputs: {error} {hint}")
             return None
