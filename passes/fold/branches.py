@@ -31,33 +31,31 @@ def _taken(node: gs.Node) -> str:
     if node.op != "If" or not edit.is_standard(node):
         return ""
     condition = edit.scalar(node.inputs[0])
-    return "" if condition is None else "then_branch" if condition else "else_branch"
+    name = "" if condition is None else "then_branch" if condition else "else_branch"
+    made = not name or all(isinstance(t, gs.Constant) or t.inputs for t in node.attrs[name].outputs)
+    return name if made else ""
 
 
 def _inline(graph: gs.Graph, node: gs.Node, name: str) -> None:
     branch: gs.Graph = node.attrs.pop(name)
-    results, names = list(node.outputs), graph.tensors()
+    results = list(node.outputs)
     place = next(index for index, other in enumerate(graph.nodes) if other is node)
     edit.detach(node)
     del graph.nodes[place]
     _rename(graph, branch)
-    extra = []
+    copies, moved = [], {}
     for result, inner in zip(results, branch.outputs, strict=True):
-        source = edit.producer(inner)
         if result.is_empty():
             continue
-        if source is None or any(inner is other for other in results):  # a constant, or an output for the second time
-            read = inner if isinstance(inner, gs.Constant) or source is not None else names.get(inner.name, inner)
-            extra.append(gs.Node("Identity", free_name(graph, f"{result.name}_Identity"), {}, [read], [result]))
+        source = edit.producer(inner)
+        if source is None:  # a constant, or an output for the second time
+            read = moved.get(id(inner), inner)
+            copies.append(gs.Node("Identity", free_name(graph, f"{result.name}_Identity"), {}, [read], [result]))
             continue
-        port = next(index for index, tensor in enumerate(source.outputs) if tensor is inner)
-        for reader in edit.consumers(inner):
-            for index, tensor in enumerate(reader.inputs):
-                if tensor is inner:
-                    edit.set_input(reader, index, result)
-        edit.set_output(source, port, result)
-        branch.outputs = [result if tensor is inner else tensor for tensor in branch.outputs]
-    graph.nodes[place:place] = [*branch.nodes, *extra]
+        edit.replace_uses(graph, inner, result)
+        edit.set_output(source, next(i for i, t in enumerate(source.outputs) if t is inner), result)
+        moved[id(inner)] = result
+    graph.nodes[place:place] = [*branch.nodes, *copies]
 
 
 def _rename(graph: gs.Graph, branch: gs.Graph) -> None:
@@ -69,6 +67,7 @@ def _rename(graph: gs.Graph, branch: gs.Graph) -> None:
     for node in branch.nodes:
         if node.name in known:
             node.name = free_name(graph, node.name)
-        for tensor in (*node.inputs, *node.outputs):
-            if tensor.name in taken and id(tensor) not in others:
-                tensor.name = free_name(graph, tensor.name)
+    inside = (t for node in branch.nodes for t in (*node.inputs, *node.outputs))
+    for tensor in {id(t): t for t in (*inside, *branch.outputs)}.values():
+        if tensor.name in taken and id(tensor) not in others:
+            tensor.name = free_name(graph, tensor.name)

@@ -22,6 +22,7 @@ from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.engine.run import EngineSession
 from channelfold.runtime.engine.squeeze import (
+    name_apart,
     name_squeezed_axes,
     name_unequal_sizes,
     put_codes_inside,
@@ -280,7 +281,7 @@ class Job:
                 sparse_weights=sparse_weights,
                 progress=self.progress,
             )
-        entry = _engine_entry(built, inspection.int8_nodes(files.load(model)))
+            entry = _engine_entry(built, inspection.int8_nodes(files.load(source)))
         entry["accuracy"] = self._proved_engine(built)
         self.record["engines"].append(entry)
         self.warn(*(f"{engine.name}: {text}" for text in built.warnings))
@@ -301,9 +302,9 @@ class Job:
     def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:
         """The model as TensorRT can take it: itself, or a temporary copy.
 
-        In that every Squeeze names its axes, int8 constants that bodies read stand in the bodies, and open sizes that
-        share a name but not their ranges have names of their own (exporters call several ``?`` or ``None``): TensorRT
-        takes equal names for equal sizes.
+        In that every Squeeze names its axes, int8 constants that bodies read stand in the bodies, nodes of several
+        parts have names of their own, and so have open sizes that share a name but not their ranges (exporters call
+        several ``?`` or ``None``): TensorRT takes equal names for equal sizes.
         """
         graph = files.load(model)
         ranges = {s.name: ranges[s.name] for s in self.inputs if s.name in ranges and _is_open(s)}  # others are values
@@ -313,8 +314,7 @@ class Job:
             low = fixed | {name: tuple(seen.min) for name, seen in ranges.items()}
             high = fixed | {name: tuple(seen.max) for name, seen in ranges.items()}
             sentences = name_squeezed_axes(graph, low, high)
-        renamed, moved = name_unequal_sizes(graph, ranges), put_codes_inside(graph)
-        if not sentences and not renamed and not moved:
+        if not any([sentences, name_unequal_sizes(graph, ranges), put_codes_inside(graph), name_apart(graph)]):
             yield model
             return
         self.warn(*(f"engine: {sentence}" for sentence in sentences))
