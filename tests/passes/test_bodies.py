@@ -333,3 +333,35 @@ def _prefix(graph: onnx.GraphProto, tag: str) -> None:
         one.output[:] = [tag + name if name else "" for name in one.output]
     for held in (*graph.initializer, *graph.output, *graph.value_info):
         held.name = tag + held.name
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(strategies.graphs(steps=8))
+def test_random_graphs_keep_their_outputs_in_loops(first):
+    """A random graph of a state that is halved from one iteration to the next, its first output stacked."""
+    inner, shape = whole(first).graph, [d if isinstance(d, int) else 2 for d in first.inputs[0].shape]
+    del inner.output[1:]
+    state = value("x", *shape, kind=TensorProto.DOUBLE)
+    body = helper.make_graph(
+        [*inner.node, node("Mul", "x half", "halved"), node("Identity", "going", "again")],
+        "body",
+        [value("i", kind=TensorProto.INT64), value("going", kind=TensorProto.BOOL), state],
+        [value("again", kind=TensorProto.BOOL), value("halved", *shape, kind=TensorProto.DOUBLE), inner.output[0]],
+        [*inner.initializer, onnx.numpy_helper.from_array(np.array(0.5), "half")],
+    )
+    loop = helper.make_node("Loop", ["trips", "yes", "x0"], ["last", "y"], "loop", body=body)
+    graph = helper.make_graph(
+        [loop],
+        "g",
+        [value("x0", *shape, kind=TensorProto.DOUBLE)],
+        [
+            onnx.ValueInfoProto(name=n, type=helper.make_tensor_type_proto(TensorProto.DOUBLE, None))
+            for n in loop.output
+        ],
+        [onnx.numpy_helper.from_array(np.array(v), name) for name, v in (("trips", 3), ("yes", True))],
+    )
+    built = import_model(helper.make_model(graph, opset_imports=strategies.OPSETS, ir_version=10))
+    before = run(built, feed := feeds(built))
+    for step in FOLDS:
+        step.apply(built, Context())
+        assert_same(before, run(built, feed), 1e-9)
