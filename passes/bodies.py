@@ -29,7 +29,7 @@ NEVER = "its body never ran on the calibration data"
 
 def apply_everywhere(step: Pass, graph: gs.Graph, ctx: Context) -> Outcome:
     """Applies a pass to a graph, then to the bodies that are left. Equal weights of two parts become one at the end."""
-    data = _data(graph, ctx.calibration) if step.inside and ctx.calibration is not None else {}
+    data = data_inside(graph, ctx.calibration) if step.inside and ctx.calibration is not None else {}
     outcome = step.apply(graph, ctx)
     for body in bodies(graph) if step.inside else ():
         _take(outcome, _inside(step, body, ctx, data), body.place)
@@ -78,8 +78,8 @@ def _pairs(before: list[Body], after: list[Body]) -> list[tuple[Body, Body]]:
     return [(body, known[body.place]) for body in before if body.place in known]
 
 
-def _data(graph: gs.Graph, data: Data) -> dict[int, Data]:
-    """What reaches every body, by the id of its graph."""
+def data_inside(graph: gs.Graph, data: Data) -> dict[int, Data]:
+    """What reaches every body when the graph as it is now runs on ``data``, by the id of the graph of the body."""
     found: dict[int, Data] = {}
     here = bodies(graph)
     pending = [(*pair, data) for pair in zip(here, bodies(copy_of(graph)) if here else [], strict=True)]
@@ -107,6 +107,11 @@ def _inside(step: Pass, body: Body, ctx: Context, data: dict[int, Data]) -> Outc
     for inner in body.bodies():
         _take(outcome, _inside(step, inner, ctx, data), inner.place)
     return outcome
+
+
+def runs_on(body: Body, data: Data | None) -> Data | None:
+    """The data, where the body runs on them."""
+    return None if _why_not_run(body, data) else data
 
 
 def _why_not_run(body: Body, data: Data | None) -> str:
