@@ -121,7 +121,7 @@ def _why_not_run(body: Body, data: Data | None) -> str:
         if feed is None:
             return NEVER
         with body.apart() as graph:
-            opened = session(graph)
+            opened = session(graph, optimize=False)
         opened.run(opened.accepted(feed))
     except ModelError as error:
         return str(error)

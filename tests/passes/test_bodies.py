@@ -19,6 +19,7 @@ from channelfold.passes.quantize import Quantize, QuantizeWeights
 from channelfold.passes.smooth import Smooth
 from channelfold.passes.verify import Violation
 from channelfold.runtime.data.bodies import reaching
+from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io.bodies import bodies, share_constants
 from channelfold.runtime.io.files import check, import_model, load, save, session
 from channelfold.tests import decoders, strategies
@@ -87,6 +88,37 @@ def test_a_scan_gets_slices_from_the_end():
     np.testing.assert_array_equal(found[0]["x_t"], SCANNED[0]["x"][:, 2])
     np.testing.assert_array_equal(found[-1]["x_t"], SCANNED[2]["x"][:, 0])
     np.testing.assert_allclose(found[2]["h"], run(graph, SCANNED[0])["states"][:, 1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_elements_of_a_sequence():
+    body = helper.make_graph([node("MatMul", "e W", "r")], "each", [value("e", "n", WIDTH)], [value("r", "n", WIDTH)])
+    model = decoders.model(
+        [
+            node("SplitToSequence", "x", "parts", axis=0),
+            helper.make_node("SequenceMap", ["parts"], ["mapped"], "map", body=body),
+            node("ConcatFromSequence", "mapped", "y", axis=0),
+        ],
+        [value("x", "n", WIDTH)],
+        [value("y", "n", WIDTH)],
+        [decoders.weight("W", WIDTH, WIDTH)],
+    )
+    graph, samples = import_model(model), [{"x": array(3, WIDTH)}]
+    found = list(reaching(bodies(graph)[0], data_from(*samples)))
+    np.testing.assert_array_equal(np.concatenate([feed["e"] for feed in found]), samples[0]["x"])
+    before = outputs(graph, samples)
+    assert Quantize().apply(graph, Context(data_from(*samples))).facts["quantized"] == 1
+    assert snr(before, outputs(graph, samples)) > 30
+
+
+def test_a_node_that_runs_its_body_in_a_way_of_its_own_is_refused():
+    graph = import_model(decoders.loop())
+    graph.nodes[0].op = "Repeat"
+    with pytest.raises(ModelError, match="how Repeat runs its bodies is not known"):
+        list(reaching(bodies(graph)[0], data_from(*LOOPED)))
+    outcome = Quantize().apply(graph, Context(data_from(*LOOPED)))
+    assert {(r.node, r.code) for r in outcome.refused} == {
+        (f"n_{name} in body of Repeat loop", "how Repeat runs its bodies is not known") for name in "au"
+    }
 
 
 def nested() -> onnx.ModelProto:
