@@ -217,6 +217,7 @@ def _gates(jobs: Any, options: dict[str, Any]) -> Any:
 @opt.shape
 @opt.gates
 @opt.require_share
+@opt.fixed
 @opt.of("quantize")
 def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **options: Any) -> Any:
     """Run a recipe on MODEL, compare with the original, build engines.
@@ -224,7 +225,7 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
     Writes DIR/model.onnx, DIR/model.sm89.engine for --sm 89, and DIR/report.json. A repeated command continues where
     an interrupted one stopped. Options of passes replace those in the recipe.
     """
-    settings = {name: options.pop(name) for name in ("sms", "shapes", "require_share")}
+    settings = {name: options.pop(name) for name in ("sms", "shapes", "require_share", "fixed")}
     settings |= {"source": _source(jobs, options), "gates": _gates(jobs, options), "overrides": _given(options)}
     command = shlex.join(click.get_current_context().obj)
     return jobs.compress(model, output, recipe, command=command, progress=progress, **settings)
@@ -233,13 +234,14 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
 @_command("channelfold fold model.onnx -o folded.onnx")
 @opt.model
 @opt.output
+@opt.fixed
 @opt.seed
-def fold(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
+def fold(jobs: Any, progress: Any, model: str, output: str, fixed: dict[str, str], **options: Any) -> Any:
     """Fold normalizations and channel-wise scales into weights.
 
     The result computes the same function, with fewer nodes; every step is checked by running it.
     """
-    return jobs.fold(model, output, source=_source(jobs, options), progress=progress)
+    return jobs.fold(model, output, source=_source(jobs, options), fixed=fixed, progress=progress)
 
 
 @_command("channelfold smooth model.onnx -o smooth.onnx --calibration samples.npz")

@@ -58,6 +58,7 @@ def compress(
     shapes: Shapes = (),
     gates: Gates | None = None,
     require_share: float | None = None,
+    fixed: Mapping[str, str] | None = None,
     command: str = "compress",
     progress: Progress = no_progress,
 ) -> Record:
@@ -65,8 +66,9 @@ def compress(
 
     ``recipe``: a name or the path of a TOML file. ``overrides``: pass options by name (``calibrator``, ``exclude`` …),
     set on every pass of the recipe that has them. ``shapes``: ranges of dynamic inputs for the engines, by default from
-    the calibration data. ``require_share``: a gate, the least quantized share of the weight bytes. ``command``: the
-    command line for the report. A repeated call continues where an interrupted one stopped.
+    the calibration data. ``require_share``: a gate, the least quantized share of the weight bytes. ``fixed``: inputs
+    that become constants, and their values as texts. ``command``: the command line for the report. A repeated call
+    continues where an interrupted one stopped.
 
     Raises GateMissed after all files are written.
     """
@@ -79,7 +81,7 @@ def compress(
         tensorrt.backend(sm)
     check_folder(out_dir)
     out = out_dir / "model.onnx"
-    job = Job(command, model, progress, source)
+    job = Job(command, model, progress, source, fixed)
     job.warn(*loaded.warnings)
     job.sources.append(Path(recipe))
     job.open_both()
@@ -95,9 +97,16 @@ def compress(
     return job.record
 
 
-def fold(model: PathLike, out: PathLike, *, source: Source = Source(), progress: Progress = no_progress) -> Record:
-    """Applies the exact folds: the same function in fewer nodes. Writes ``out``."""
-    job = Job("fold", Path(model), progress, source)
+def fold(
+    model: PathLike,
+    out: PathLike,
+    *,
+    source: Source = Source(),
+    fixed: Mapping[str, str] | None = None,
+    progress: Progress = no_progress,
+) -> Record:
+    """Applies the exact folds: the same function in fewer nodes. Writes ``out``. ``fixed``: as for ``compress``."""
+    job = Job("fold", Path(model), progress, source, fixed)
     job.transform(recipes.load_recipe("fold").passes, Path(out))
     return job.record
 

@@ -12,12 +12,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Outcome, Refused
+from channelfold.passes.bodies import data_inside, runs_on
 from channelfold.passes.layers.linear import Linear, linears, view
 from channelfold.passes.operators import operator
 from channelfold.passes.quantize.static import Work
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
 from channelfold.runtime.io import edit
+from channelfold.runtime.io.bodies import bodies, located
 from channelfold.runtime.io.facts import external_files, spec
 from channelfold.runtime.io.files import all_graphs, infer_shapes
 from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
@@ -48,12 +50,35 @@ def inspect(
 ) -> dict[str, Any]:
     """The ``inspection`` entry of a report record.
 
-    ``linears``: one entry a Conv, ConvTranspose, Gemm or MatMul, with ``shape`` (out, in / groups, *kernel), ``macs``
-    for one sample (a symbolic first dimension counts as 1; None where a shape is unknown), and the ``reason`` where the
-    pass ``quantize`` would leave the node in float. With ``data`` an entry has ``outlier_ratio``: the largest magnitude
-    of the channels of the input against the median; None for a product of two activations. ``parameters`` counts the
-    elements of constants that are not int32, int64, bool or strings. Fills in the shapes of ``graph``.
+    ``linears``: one entry a Conv, ConvTranspose, Gemm or MatMul, in bodies of If, Loop and Scan too, with ``shape``
+    (out, in / groups, *kernel), ``macs`` for one sample (a symbolic first dimension counts as 1; None where a shape is
+    unknown), and the ``reason`` where the pass ``quantize`` would leave the node in float. With ``data`` an entry has
+    ``outlier_ratio``: the largest magnitude of the channels of the input against the median; None for a product of two
+    activations. ``parameters`` counts the elements of constants that are not int32, int64, bool or strings. Fills in
+    the shapes of ``graph``.
     """
+    entries = _linears(graph, data, progress)
+    inside = data_inside(graph, data) if data is not None and bodies(graph) else {}
+    pending = bodies(graph)
+    while pending:
+        body = pending.pop(0)
+        pending = body.bodies() + pending
+        mine = runs_on(body, inside.get(id(body.graph)))
+        with body.apart() as part:
+            found = _linears(part, mine, progress)
+        entries += [entry | {"node": located(entry["node"], body.place)} for entry in found]
+    norms = Counter(n.op for part in all_graphs(graph) for n in part.nodes if n.op.endswith("Normalization"))
+    return {
+        "inputs": [str(spec(tensor)) for tensor in graph.inputs],
+        "outputs": [str(spec(tensor)) for tensor in graph.outputs],
+        **costs(graph),
+        "norms": dict(norms),
+        "external_data": [{"path": str(f), "bytes": f.stat().st_size} for f in external_files(path)],
+        "linears": entries,
+    }
+
+
+def _linears(graph: gs.Graph, data: Data | None, progress: Callable[[str, int, int], None]) -> list[dict[str, Any]]:
     infer_shapes(graph)
     refused = Outcome()
     quantizable = {id(site.node) for site in Work().sites(graph, refused)}
@@ -66,21 +91,17 @@ def inspect(
     if data is not None:
         ratios = _outlier_ratios(graph, data, progress)
         entries = [entry | {"outlier_ratio": ratios.get(entry["node"])} for entry in entries]
-    norms = Counter(n.op for part in all_graphs(graph) for n in part.nodes if n.op.endswith("Normalization"))
-    return {
-        "inputs": [str(spec(tensor)) for tensor in graph.inputs],
-        "outputs": [str(spec(tensor)) for tensor in graph.outputs],
-        **costs(graph),
-        "norms": dict(norms),
-        "external_data": [{"path": str(f), "bytes": f.stat().st_size} for f in external_files(path)],
-        "linears": entries,
-    }
+    return entries
 
 
 def costs(graph: gs.Graph) -> dict[str, int | None]:
-    """``parameters`` and ``macs`` of a graph, as ``inspect`` counts them. Fills in its shapes."""
+    """``parameters`` and ``macs`` of a graph, as ``inspect`` counts them. Fills in its shapes.
+
+    How often the bodies of If, Loop and Scan run is not known, and so neither are the MACs of a graph with such bodies.
+    """
     infer_shapes(graph)
     macs = [_linear(graph, node)["macs"] for node in graph.nodes if operator(node).weighted]
+    macs += [None for part in list(all_graphs(graph))[1:] for node in part.nodes if operator(node).weighted]
     tensors = {id(tensor): tensor for part in all_graphs(graph) for tensor in part.tensors().values()}
     return {
         "parameters": sum(_elements(t.shape) or 0 for t in tensors.values() if _is_parameter(t)),
