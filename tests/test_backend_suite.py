@@ -29,7 +29,15 @@ from onnx.backend.test.runner import Runner
 from onnx.reference import ReferenceEvaluator
 
 from channelfold.passes.base import Context
-from channelfold.passes.fold import FoldAffine, FoldConstants, FoldPad, RemoveIdentities
+from channelfold.passes.fold import (
+    FoldAffine,
+    FoldConstants,
+    FoldPad,
+    FoldShapes,
+    MergeEqual,
+    MergeMoves,
+    RemoveIdentities,
+)
 from channelfold.passes.operators import operator
 from channelfold.passes.quantize import Quantize
 from channelfold.runtime.data.sources import open_data
@@ -37,7 +45,7 @@ from channelfold.runtime.errors import DataError, ModelError
 from channelfold.runtime.io.files import check, load, raise_opset, save
 from channelfold.runtime.io.session import Session
 
-EXACT = (FoldConstants(), RemoveIdentities(), FoldPad(), FoldAffine())
+EXACT = (FoldConstants(), FoldShapes(), RemoveIdentities(), FoldPad(), FoldAffine(), MergeMoves(), MergeEqual())
 # The condition of their If becomes constant, and ONNX Runtime, which then takes the branch in, finds its Range invalid.
 BREAKS_RUNTIME = {"test_affine_grid_2d_expanded", "test_affine_grid_2d_align_corners_expanded"}
 

@@ -30,7 +30,7 @@ class Work(FoldShapes):
         while more := _Sweep(graph).run().changed:  # a shape that is constant now makes other sizes known
             outcome.changed += more
             edit.remove_dead(graph)
-            outcome.changed += FoldConstants().apply(graph, ctx).changed
+            outcome.changed += FoldConstants().work().apply(graph, ctx).changed
         return outcome
 
 
