@@ -215,6 +215,8 @@ def rewrite(node: gs.Node, op: str, inputs: list[gs.Tensor]) -> None:
     output = node.outputs[0]
     detach(node)
     node.op, node.domain, node.attrs = op, None, {}
+    if (kept := vars(node).get("carried")) is not None:
+        vars(node)["carried"] = onnx.NodeProto(doc_string=kept.doc_string, metadata_props=kept.metadata_props)
     node.inputs.extend(inputs)
     node.outputs.append(output)
 
