@@ -199,17 +199,13 @@ class Job:
 
     def check_output(self, out: Path, kind: str) -> None:
         """Raises an error, before the work, where the result could not be written or would destroy another file."""
-        if out.is_dir():
-            raise OutputError(f"{out} is a folder", "Give the name of a file")
         for source in filter(Path.exists, self.sources if out.exists() else ()):
             if out.samefile(source):
                 what = "the model itself, which the result is compared with" if source == self.model else "an input"
                 raise UsageError(f"{out} is {what}", "Give another output")
             if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
                 raise UsageError(f"{out} is one of the files in {source}, which are read", "Give another output")
-        if out.is_file() and not files.is_of_kind(out, kind):
-            raise OutputError(f"{out} is there, and is not {kind}", "Remove it, or give another output")
-        check_folder(out.parent)
+        check_kind(out, kind)
 
     def prove(self, candidate: Path) -> None:
         """Compares the outputs of the candidate with those of the original."""
@@ -390,6 +386,15 @@ def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
         "backend": f"{engine.backend} {engine.version}",
         "plan": plan,
     }
+
+
+def check_kind(out: Path, kind: str) -> None:
+    """Raises OutputError where a file of a kind cannot be written, or would replace one that is not of the kind."""
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder", "Give the name of a file")
+    if out.is_file() and not files.is_of_kind(out, kind):
+        raise OutputError(f"{out} is there, and is not {kind}", "Remove it, or give another output")
+    check_folder(out.parent)
 
 
 def check_folder(folder: Path) -> None:

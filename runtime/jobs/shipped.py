@@ -72,7 +72,7 @@ def run(
         "folder": str(folder),
         "no_engines": no_engines,
     }
-    terminal.write_json(record, folder / "report.json")
+    terminal.write_both(record, folder)
     return record
 
 

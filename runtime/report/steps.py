@@ -57,13 +57,13 @@ def _sites(step: Mapping[str, Any], page: Page) -> None:
     headings = [heading for heading, _ in used.values()]
     rows = [
         (site["node"], *(form(site[key]) if site.get(key) else "" for key, (_, form) in used.items()))
-        for site in sites[:_SITES]
+        for site in sites[: None if page.whole else _SITES]
     ]
     if "method" in used and page.room(headings, rows) < max(len(name) for name, *_ in rows):
         rows = [(name, method.partition(",")[0], *cells) for name, method, *cells in rows]  # the JSON has its details
     page.blank()
     page.fill(f"By {step['pass']}", headings, rows)
-    if len(sites) > _SITES:
+    if len(sites) > _SITES and not page.whole:
         page.note(f"… and {len(sites) - _SITES} more, with --json")
     if legend := [words for key, words in _LEGEND.items() if key in used]:
         page.note("; ".join(legend))

@@ -32,6 +32,8 @@ class Page:
     shortened or wrapped.
     """
 
+    whole = False  # whether long lists are shown to their end
+
     def __init__(self, console: Console):
         self._console = console
         if not console.is_terminal:

@@ -28,6 +28,7 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
     latency     [{name, ms}]         the others are compared with the first
     warnings    [str]
+    runs        [record, record]     of a comparison of two runs
 
 A number that JSON cannot hold is the string "inf" or "-inf", or null for NaN.
 """
@@ -44,7 +45,7 @@ import numpy as np
 from rich.console import Console
 
 from channelfold.runtime.errors import OutputError
-from channelfold.runtime.report import demo, inspection, steps
+from channelfold.runtime.report import demo, inspection, runs, steps, web
 from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 from channelfold.runtime.stats.compare import json_number
 
@@ -58,8 +59,22 @@ def write_json(record: Mapping[str, Any], path: str | Path) -> None:
 
     Raises OutputError when the file cannot be written.
     """
+    _write(to_json(record) + "\n", path)
+
+
+def write_html(record: Mapping[str, Any], path: str | Path) -> None:
+    """Writes the record as a web page, see ``web``, whole or not at all. Raises OutputError."""
+    _write(to_html(record), path)
+
+
+def write_both(record: Mapping[str, Any], folder: Path) -> None:
+    """Writes report.json and report.html into a folder. Raises OutputError."""
+    write_json(record, folder / "report.json")
+    write_html(record, folder / "report.html")
+
+
+def _write(text: str, path: str | Path) -> None:
     path = Path(os.path.realpath(path))
-    text = to_json(record) + "\n"
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -73,6 +88,22 @@ def write_json(record: Mapping[str, Any], path: str | Path) -> None:
 def to_json(record: Mapping[str, Any]) -> str:
     """The record as JSON text."""
     return json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def to_html(record: Mapping[str, Any]) -> str:
+    """The record as a web page that needs no other file."""
+    record, body = plain(record), web.Web()
+    title = f"{record['tool']}  {record.get('command', '')}"
+    sections = {"demo": demo.show} if "demo" in record else _SECTIONS
+    shown = [key for key in sections if record.get(key)]
+    body.section("summary")
+    if accuracy := record.get("accuracy"):
+        _verdict("Accuracy", accuracy, body)
+    web.summary(record, body)
+    for key in shown:
+        body.section(key)
+        sections[key](record, body)
+    return web.page(title, body, ["summary", *shown])
 
 
 def plain(value: Any) -> Any:
@@ -149,8 +180,7 @@ def _weights(record: Mapping[str, Any], page: Page) -> None:
 
 
 def _comparison(heading: str, accuracy: Mapping[str, Any], page: Page) -> None:
-    level, reasons = accuracy["verdict"]["level"], accuracy["verdict"]["reasons"]
-    page.say((heading, "bold"), "  ", (level.upper(), _LEVELS[level]), f"  {accuracy['data']}", indent=0)
+    level, reasons = _verdict(heading, accuracy, page)
     columns = (">SNR dB", ">cosine", ">rel. L2", ">max err", ">agree", ">worst sample")
     page.fill("", columns, [(output["name"], *_figures(output)) for output in accuracy["outputs"]])
     page.note("agree: the same argmax, or equal elements where an output is not floating")
@@ -162,6 +192,12 @@ def _comparison(heading: str, accuracy: Mapping[str, Any], page: Page) -> None:
         page.say((f"only the new model has: {', '.join(accuracy['extra'])}", "yellow"))
     for reason in reasons:
         page.say((f"{level}: ", _LEVELS[level]), reason)
+
+
+def _verdict(heading: str, accuracy: Mapping[str, Any], page: Page) -> tuple[str, list[str]]:
+    level, reasons = accuracy["verdict"]["level"], accuracy["verdict"]["reasons"]
+    page.say((heading, "bold"), "  ", (level.upper(), _LEVELS[level]), f"  {accuracy['data']}", indent=0)
+    return level, reasons
 
 
 def _figures(output: Mapping[str, Any]) -> list[str]:
@@ -215,6 +251,7 @@ def _warnings(record: Mapping[str, Any], page: Page) -> None:
 
 
 _SECTIONS = {
+    "runs": runs.show,
     "model": _model,
     "data": _data,
     "steps": steps.show,
