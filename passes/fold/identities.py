@@ -4,7 +4,7 @@
     Pad by nothing, Concat / Sum / Max / Min / Mean of one tensor, x + 0, x - 0, x * 1, x / 1, x ** 1,
     x and True, x or False, x xor False        =  x
 
-A node stays where callers use the names of both its input and its output (an input passed to an output). So do the gamma
+A node stays where callers use the names of both its input and its output (an input passed to an output). So do gamma
 and beta of a norm that are one and zero: runtimes fuse norms that have both.
 """
 
