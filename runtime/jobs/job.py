@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Feed, Session, TensorSpec
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.stats import compare
+from channelfold.runtime.stats.bench import latencies
 from channelfold.runtime.stats.compare import Gates, Runner
 
 Record = dict[str, Any]
@@ -95,6 +97,7 @@ class Job:
         self.sources = [model, *external_files(model)]  # files that the command reads and must not overwrite
         self.calibration: Data | None = None
         self.evaluation: Data | None = None
+        self.proved_on: Data | None = None
         self.comparison: compare.Comparison | None = None
         self.record: Record = {
             "schema": 1,
@@ -166,6 +169,21 @@ class Job:
         del written
         if self.evaluation or not exact or self.fixed or (gated and self.calibration):
             self.prove(out)
+        if any(step["changed"] and step["options"].get("target") == "onnxruntime" for step in steps):
+            self.time(out)
+
+    def time(self, candidate: Path) -> None:
+        """Measures the latency of both models, in turns, on one sample of the proof; warns of a slower candidate."""
+        if self.proved_on is None:
+            return
+        feed = next(iter(self.proved_on))
+        sessions = {"float": self._original(), "quantized": self._session(candidate)}
+        runs = {name: functools.partial(session.run, feed) for name, session in sessions.items()}
+        timed = latencies(runs, rounds=9, warmup=1, seconds=1.0)
+        self.record["latency"] = [{"name": f"{t.name}, ONNX Runtime on this machine", "ms": t.ms} for t in timed]
+        ratio = timed[1].ms / timed[0].ms
+        if round(ratio, 2) > 1:
+            self.warn(f"The quantized file is {ratio:.2f}x as slow as float on this machine")
 
     def _prepared(self) -> list[Pass]:
         """Passes that show all weights to the others: makes inputs with defaults constants, and inlines functions."""
@@ -217,7 +235,7 @@ class Job:
         elif data is self.calibration and not data.synthetic:
             data = data.first(SEEN)
             self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
-        self.record["data"]["evaluation"] = data.description
+        self.record["data"]["evaluation"], self.proved_on = data.description, data
         reference, exact = self._original(exact=True), self._session(candidate, exact=True)
         if computes_as_written(files.load(candidate)):
             self.comparison = compare.compare(reference, exact, data, self.progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from channelfold.runtime.io import files
 from channelfold.runtime.io import session as sessions
 from channelfold.runtime.io.session import Session
 from channelfold.runtime.jobs import job
+from channelfold.runtime.stats import bench
 from channelfold.runtime.stats.compare import Gates
 from channelfold.tests.graphs import build, random
 
@@ -137,3 +139,25 @@ def test_an_int8_weight_of_several_nodes(tmp_path):
     np.savez(tmp_path / "x.npz", x=random((16, 32), "x").astype(np.float32))
     record = jobs.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", source=jobs.Source(tmp_path / "x.npz"))
     assert record["accuracy"]["outputs"][0]["snr"] > 30
+
+
+@pytest.mark.parametrize(("milliseconds", "said"), [((2, 3), "1.50x"), ((3, 2), ""), ((2, 2), "")])
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
+def test_a_file_slower_than_float_is_said_to_be(target, milliseconds, said, monkeypatch, tmp_path):
+    """The clock is a stub: a run of the float model takes the first time, a run of the INT8 file the second."""
+    now, times = [0.0], dict(zip(("float", "INT8"), milliseconds, strict=True))
+
+    def timed(runs, **options):
+        def advancing(name, run):
+            run()
+            now[0] += times[name] / 1e3
+
+        stubs = {name: functools.partial(advancing, name, run) for name, run in runs.items()}
+        return bench.latencies(stubs, clock=lambda: now[0], **options)
+
+    monkeypatch.setattr(job, "latencies", timed)
+    source = jobs.Source(CALIBRATION, EVALUATION)
+    record = jobs.quantize(DIGITS, tmp_path / "q.onnx", source=source, options={"target": target})
+    slow = [text for text in record["warnings"] if "as slow as float" in text]
+    assert slow == ([f"The INT8 file is {said} as slow as float on this machine"] if said and now[0] else [])
+    assert [round(row["ms"], 6) for row in record["latency"]] == (list(milliseconds) if target == "onnxruntime" else [])
