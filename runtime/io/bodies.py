@@ -153,10 +153,12 @@ def share_constants(graph: gs.Graph) -> int:
     saved = 0
     for group in alike.values():
         first: dict[bytes, gs.Constant] = {}
-        for tensor in group.values() if len(group) > 1 else ():
+        apart = len({frozenset(readers[key]) for key in group}) > 1  # or else there is no need to read the values
+        for tensor in group.values() if apart else ():
             values = packed(tensor._values).reshape(-1).view(np.uint8)
             kept = first.setdefault(hashlib.sha256(values.data).digest(), tensor)
-            if len(readers[id(kept)] | readers[id(tensor)]) > 1 and kept is not tensor:
+            if readers[id(kept)] != readers[id(tensor)]:
                 _swap(everything, tensor, kept)
+                readers[id(kept)] |= readers[id(tensor)]
                 saved += values.nbytes
     return saved
