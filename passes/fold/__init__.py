@@ -66,7 +66,7 @@ class RemoveIdentities(Pass):
 
 @dataclass(frozen=True)
 class MergeMoves(Pass):
-    """Merges pairs of Transpose, of Reshape, Squeeze and Unsqueeze, of Cast and of Concat, or removes them."""
+    """Merges pairs of Transpose, of Reshape, Squeeze and Unsqueeze, of Slice, Cast or Concat, or removes them."""
 
     name, kind, does_it = "merge-moves", "exact", "moves"
 

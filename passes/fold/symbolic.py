@@ -11,7 +11,7 @@ name: the axis of the tensor where the size shows first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -184,19 +184,14 @@ class Sizes:
         rest = product(size for size in sizes if size is not None)
         if len(open_axes) == 1 and rest.known != 0:
             sizes[open_axes[0]] = product(shape).over(rest)
-        name = node.outputs[0].name
-        return tuple(size or Size.unknown((name, axis)) for axis, size in enumerate(sizes))
+        return _or_unknown(sizes, node.outputs[0].name)
 
     def expanded(self, node: gs.Node, shape: Shape) -> Shape | None:
         wanted = self.value(node.inputs[1])
         if wanted is None or wanted.ndim != 1:
             return None
         name = node.outputs[0].name
-        sizes = tuple(
-            e if e is not None and e.never_negative else Size.unknown((name, "wanted", axis))
-            for axis, e in enumerate(wanted)
-        )
-        return self._broadcast([shape, sizes], name)
+        return self._broadcast([shape, _or_unknown(wanted, name, "wanted")], name)
 
     def joined(self, node: gs.Node, shape: Shape) -> Shape | None:
         parts = [self.shape(t) for t in node.inputs]
@@ -254,11 +249,13 @@ class Sizes:
         wanted = self.value(node.inputs[place]) if place is not None and edit.has_input(node, place) else None
         if wanted is None or "axes" in node.attrs or "keep_aspect_ratio_policy" in node.attrs:
             return None
-        name = node.outputs[0].name
-        return tuple(
-            e if e is not None and e.never_negative else Size.unknown((name, axis))
-            for axis, e in enumerate(wanted.reshape(-1))
-        )
+        return _or_unknown(wanted.reshape(-1), node.outputs[0].name)
+
+
+def _or_unknown(entries: Iterable[Size | None], *name: str) -> Shape:
+    """The entries of a shape; those that are unknown, or may be -1, are sizes of their own."""
+    known = (e if e is not None and e.never_negative else None for e in entries)
+    return tuple(e or Size.unknown((*name, axis)) for axis, e in enumerate(known))
 
 
 def _sizes(numbers: Any) -> np.ndarray:

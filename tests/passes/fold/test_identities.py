@@ -16,7 +16,7 @@ GIVEN = {
     "row": np.zeros(4), "pads": np.zeros(6, np.int64), "some": np.array([0, 0, 1, 0, 0, 0]),
     "shape": np.array([2, 3, 4]), "first": np.array([0]), "second": np.array([1]), "two": np.array([2]),
     "three": np.array([3]), "huge": np.array([2**63 - 1]), "off": np.array(False), "on": np.array(True),
-    "ratio": np.float32(0.5),
+    "ratio": np.float32(0.5), "bias": np.zeros(4), "columns": np.ones((3, 1)),
 }  # fmt: skip
 
 
@@ -44,6 +44,8 @@ IDENTITIES = {
     "Add": (BATCH, "t = Add(r, zero)"),
     "Add from the left": (BATCH, "t = Add(zero, r)"),
     "Add of a tensor": (STATIC, "t = Add(r, zeros)"),
+    "Add of a bias": (BATCH, "t = Add(r, bias)"),
+    "Mul by rows": (BATCH, "t = Mul(columns, r)"),
     "Sub": (BATCH, "t = Sub(r, zero)"),
     "Mul": (BATCH, "t = Mul(ones, r)"),
     "Div": (BATCH, "t = Div(r, one)"),
@@ -84,6 +86,28 @@ def test_a_node_that_does_something_stays(case):
     before = listing(graph)
     outcome = RemoveIdentities().apply(graph, Context())
     assert (outcome.changed, outcome.refused, listing(graph)) == ([], [], before)
+
+
+@pytest.mark.parametrize(("op", "neutral"), [("And", True), ("Or", False), ("Xor", False)])
+def test_what_is_neutral_to_logic(op, neutral):
+    for inputs, left in (("a, c", 2), ("c, a", 2), ("a, d", 3)):
+        text = f"a = Greater(x, z) t = {op}({inputs}) y = Not(t)"
+        given = {"c": np.array([neutral]), "d": np.array([not neutral])}
+        used = {name: value for name, value in given.items() if name in inputs}
+        graph = build("(float[N,3] x) => (bool[] y)", text, z=np.array(0.0), **used)
+        fold(RemoveIdentities(), graph, rtol=0)
+        assert len(graph.nodes) == left
+
+
+def test_gamma_and_beta_of_a_norm_stay():
+    body = """
+        m = ReduceMean<axes=[-1]>(x)  c = Sub(x, m)  q = Pow(c, two)  v = ReduceMean<axes=[-1]>(q)
+        e = Add(v, small)  d = Sqrt(e)  n = Div(c, d)  g = Mul(n, gamma)  y = Add(g, beta)
+    """
+    given = {"two": np.array(2.0), "small": np.array(1e-5), "gamma": np.ones(4), "beta": np.zeros(4)}
+    graph = build(BATCH, body, **given)
+    fold(RemoveIdentities(), graph, rtol=0)
+    assert ops(graph)[-3:] == ["Div", "Mul", "Add"]
 
 
 def test_dropout_in_training_stays():
