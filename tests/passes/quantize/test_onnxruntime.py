@@ -175,7 +175,7 @@ def test_a_pool_behind_a_float_convolution_stays_float(tmp_path):
     ("left", "shape"), [("Conv<group=16>", (16, 1, 3, 3)), ("ConvTranspose", (16, 16, 3, 3)), ("Conv", (12, 16, 3, 3))]
 )
 def test_what_stays_float_is_not_quantized_by_onnxruntime_itself(left, shape, tmp_path):
-    """It would, with one scale for the whole weight: channels that are much smaller than others would be lost."""
+    """It would, with one scale for the whole weight: channels much smaller than others would be lost."""
     body = f"c = Conv(x, W) r = Relu(c) d = {left}(r, V, b) s = Relu(d) e = Conv(s, U) y = Tanh(e)"
     weight = random(shape, "V") * np.logspace(-4, 0, shape[0]).reshape(-1, 1, 1, 1)
     outs = 12 if shape[0] == 12 else 16
@@ -183,12 +183,7 @@ def test_what_stays_float_is_not_quantized_by_onnxruntime_itself(left, shape, tm
                   U=(16, outs, 1, 1))  # fmt: skip
     outcome = quantize(graph, Quantize(target="onnxruntime", exclude=("Conv_2",) if "group" in left else ()))
     assert "Conv_0" in outcome.facts["quantized_nodes"]
-    session(graph, optimized=tmp_path / "optimized.onnx")
-    stored = onnx.load(tmp_path / "optimized.onnx").graph.initializer
-    assert any(tensor.name == "V" and tensor.data_type == onnx.TensorProto.FLOAT for tensor in stored) or not any(
-        tensor.name.startswith("V") for tensor in stored
-    )
-    assert not readers_of_integers(graph).keys() & {"V", "V_quantized"}
+    assert not any(name.startswith(("Conv_2", "ConvTranspose_2")) for name in readers_of_integers(graph))
     assert Counter(optimized(graph, tmp_path))["QLinearConv"] == len(outcome.facts["quantized_nodes"])
 
 
