@@ -266,6 +266,18 @@ class Inserter:
         name = free_name(self.graph, f"{tensor.name}_Sum")
         edit.insert_after(self.graph, node, gs.Node("Sum", name, inputs=[term], outputs=[tensor]))
 
+    def keep_float(self, node: gs.Node) -> None:
+        """Puts a Sum of one term between a DequantizeLinear and a node that stays float.
+
+        ONNX Runtime quantizes the float weight of a Conv, ConvTranspose or Gemm behind DequantizeLinear by itself, with
+        one scale for the whole weight.
+        """
+        restored = node.inputs[0]
+        term = gs.Variable(free_name(self.graph, f"{node.name}_float"), restored.dtype, restored.shape)
+        hides = gs.Node("Sum", free_name(self.graph, f"{node.name}_Sum"), inputs=[restored], outputs=[term])
+        self._before.setdefault(id(node), []).append(hides)
+        edit.set_input(node, 0, term)
+
     def bias(self, linear: Linear, scales: np.ndarray, seen: Range) -> None:
         """Puts an int32 bias behind DequantizeLinear at a Conv or Gemm that has one."""
         bias = linear.bias()

@@ -59,6 +59,7 @@ _BETWEEN = (
     "Sigmoid",
 )
 _EXPANDED = "ONNX Runtime would expand its int8 weight to float on every call"
+_REQUANTIZED = ("Conv", "ConvTranspose", "Gemm")  # by onnxruntime itself, where they read a DequantizeLinear
 _FUSED_ACTIVATIONS = ("Relu", "Clip")  # by onnxruntime, into what precedes them
 # What onnxruntime carries out on int8 as it is, where the scale before and behind is the same.
 _MOVING = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
@@ -306,6 +307,7 @@ def _insert(
         if integers:
             inserter.fusable(site)
             inserter.bias(site, scales, ranges[site.data.name])
+    quantized = {id(site.node) for site in sites}
     products = {id(site.node) for site in sites if integers and not site.is_conv}
     pools = [node for node in graph.nodes if integers and node.op == "MaxPool" and id(node.inputs[0]) not in tensors]
     floats = {id(node) for node in pools}
@@ -317,6 +319,9 @@ def _insert(
         if source in floats or (others and source in products):
             inserter.keep_apart(tensor)
         inserter.activation(tensor, ranges[tensor.name], chosen)
+        for node in chosen if integers else ():
+            if node.op in _REQUANTIZED and id(node) not in quantized:
+                inserter.keep_float(node)
 
 
 def _unified(graph: gs.Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:

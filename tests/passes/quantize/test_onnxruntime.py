@@ -14,6 +14,7 @@ from channelfold.passes.quantize import Quantize
 from channelfold.runtime.io.files import session
 from channelfold.runtime.io.session import Session
 from channelfold.runtime.stats import saturation
+from channelfold.runtime.stats.fusions import readers_of_integers
 from channelfold.tests.graphs import build, constants, node, ops, random, reasons, run
 from channelfold.tests.passes.quantize.quantized import network, optimized, quantize, samples, snr
 
@@ -168,6 +169,22 @@ def test_a_pool_behind_a_float_convolution_stays_float(tmp_path):
     assert quantize(graph, TARGET).facts["quantized_nodes"] == ["Conv_2"]
     kinds = optimized(graph, tmp_path)
     assert kinds.index("MaxPool") < kinds.index("QuantizeLinear") < kinds.index("QLinearConv")
+
+
+@pytest.mark.parametrize(
+    ("left", "shape"), [("Conv<group=16>", (16, 1, 3, 3)), ("ConvTranspose", (16, 16, 3, 3)), ("Conv", (12, 16, 3, 3))]
+)
+def test_what_stays_float_is_not_quantized_by_onnxruntime_itself(left, shape, tmp_path):
+    """It would, with one scale for the whole weight: channels much smaller than others would be lost."""
+    body = f"c = Conv(x, W) r = Relu(c) d = {left}(r, V, b) s = Relu(d) e = Conv(s, U) y = Tanh(e)"
+    weight = random(shape, "V") * np.logspace(-4, 0, shape[0]).reshape(-1, 1, 1, 1)
+    outs = 12 if shape[0] == 12 else 16
+    graph = build("(float[1,16,9,9] x) => (float[] y)", body, kind="float", W=(16, 16, 1, 1), V=weight, b=outs,
+                  U=(16, outs, 1, 1))  # fmt: skip
+    outcome = quantize(graph, Quantize(target="onnxruntime", exclude=("Conv_2",) if "group" in left else ()))
+    assert "Conv_0" in outcome.facts["quantized_nodes"]
+    assert not any(name.startswith(("Conv_2", "ConvTranspose_2")) for name in readers_of_integers(graph))
+    assert Counter(optimized(graph, tmp_path))["QLinearConv"] == len(outcome.facts["quantized_nodes"])
 
 
 def test_float16_has_no_integer_kernels():
