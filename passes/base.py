@@ -117,12 +117,14 @@ class Context:
     """The data and settings that passes may use beside the graph.
 
     ``calibration`` is the data for calibrated passes, or None. Long work calls ``progress(stage, done, total)`` now and
-    then. ``seed`` makes random probes repeatable.
+    then. ``seed`` makes random probes repeatable. ``shared`` holds the ids of the values that several parts of the
+    model (main graph and bodies) read, each of which has data of its own.
     """
 
     calibration: Data | None = None
     progress: Callable[[str, int, int], None] = no_progress
     seed: int = 0
+    shared: frozenset[int] = frozenset()
 
     @property
     def data(self) -> Data:

@@ -30,12 +30,22 @@ NEVER = "its body never ran on the calibration data"
 def apply_everywhere(step: Pass, graph: gs.Graph, ctx: Context) -> Outcome:
     """Applies a pass to a graph, then to the bodies that are left. Equal weights of two parts become one at the end."""
     data = data_inside(graph, ctx.calibration) if step.inside and ctx.calibration is not None else {}
+    ctx = dataclasses.replace(ctx, shared=_shared(graph))
     outcome = step.apply(graph, ctx)
     for body in bodies(graph) if step.inside else ():
         _take(outcome, _inside(step, body, ctx, data), body.place)
     if outcome.changed:
         share_constants(graph)
     return outcome
+
+
+def _shared(graph: gs.Graph) -> frozenset[int]:
+    """The ids of the values that nodes of more than one part read."""
+    seen: dict[int, set[int]] = {}
+    for part in all_graphs(graph):
+        for tensor in (t for node in part.nodes for t in node.inputs if isinstance(t, gs.Constant)):
+            seen.setdefault(id(tensor._values), set()).add(id(part))
+    return frozenset(key for key, parts in seen.items() if len(parts) > 1)
 
 
 def copy_of(graph: gs.Graph) -> gs.Graph:

@@ -40,7 +40,7 @@ def test_compress_writes_what_it_says(run, tmp_path):
     options = ("--exclude", "/pointwise/*", "--calibrator", "percentile")
     code, out, _ = run(*line, *options)
     assert code == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "report.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "report.html", "report.json"]
     record = json.loads((tmp_path / "out" / "report.json").read_text())
     assert shlex.split(record["command"]) == [str(part) for part in (*line, *options)]
     assert record["steps"][-1]["options"]["calibrator"] == "percentile"

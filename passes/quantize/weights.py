@@ -74,7 +74,9 @@ class Work(QuantizeWeights):
         joint: dict[tuple[str, int], list[Linear]] = {}
         alone = []
         for site in sites:
-            if self.rounder == "gptq" and site.groups == 1 and all(size == 1 for size in site.kernel):
+            if id(site.source._values) in ctx.shared:
+                yield site, None  # whatever the data of a part are, all parts get the same codes
+            elif self.rounder == "gptq" and site.groups == 1 and all(size == 1 for size in site.kernel):
                 joint.setdefault((site.data.name, site.in_axis), []).append(site)
             else:
                 alone.append(site)

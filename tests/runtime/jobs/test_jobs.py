@@ -45,7 +45,7 @@ def compressed(tmp_path_factory) -> tuple[Path, jobs.Record]:
 def test_compress_returns_what_it_wrote(compressed):
     folder, record = compressed
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(record))
-    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "report.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "report.html", "report.json"]
     assert (record["schema"], record["tool"], record["command"]) == (1, f"channelfold {__version__}", "compress")
     assert record["model"]["bytes"] == DIGITS.stat().st_size
     assert record["output"]["bytes"] == (folder / "model.onnx").stat().st_size < 0.4 * record["model"]["bytes"]
@@ -121,7 +121,7 @@ def test_an_interrupted_call_is_taken_up(tmp_path, compressed):
     record = jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION))
     steps = len(record["steps"])
     assert f"{steps} of {steps} steps were done by an earlier, interrupted call" in record["warnings"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "report.html", "report.json"]
     assert (tmp_path / "model.onnx").read_bytes() == (compressed[0] / "model.onnx").read_bytes()
 
 
@@ -130,7 +130,7 @@ def test_a_missed_gate_is_raised_with_the_record_after_everything_is_written(tmp
         jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION), gates=Gates(min_snr=200))
     assert isinstance(caught.value, jobs.GateMissed)
     assert caught.value.record["accuracy"] == json.loads((tmp_path / "report.json").read_text())["accuracy"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "report.html", "report.json"]
 
 
 def test_a_gate_without_anything_to_measure_is_missed(tmp_path):
