@@ -17,7 +17,6 @@ import itertools
 import mmap
 import os
 import re
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +28,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.runtime.errors import ModelError, OutputError, VerificationError, nearest_path
+from channelfold.runtime.io import temporary, wire
 from channelfold.runtime.io import weights as _weights
-from channelfold.runtime.io import wire
 from channelfold.runtime.io.convert import (
     Carried,
     all_graphs,
@@ -133,17 +132,27 @@ def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None
     if not external and size > PROTOBUF_LIMIT:
         raise OutputError(f"Cannot write {path}: {size} bytes are too many for one file", "Let it have external data.")
     streamed = ((proto, packed(c._values)) for proto, c in large)
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as marks, contextlib.ExitStack() as undo:
         with writing(path) as file:
             if external:
-                _write_data(model, streamed, path, undo)
+                _write_data(model, streamed, path, marks, undo)
                 file.write(model.SerializeToString())
             else:
                 wire.write_inline(model, streamed, file)
             stale = _old_data(path)
+            for old in stale:
+                with contextlib.suppress(OSError):  # where it cannot be marked, only a kill can leave it behind
+                    os.link(old, _marked(path, marks))
         undo.pop_all()
-    for old in stale:
-        old.unlink(missing_ok=True)
+        for old in stale:
+            old.unlink(missing_ok=True)
+
+
+def _marked(path: Path, marks: contextlib.ExitStack) -> Path:
+    """A temporary name for a file of weights: a file that has one, and that no model reads, is from a killed run."""
+    mark = temporary.beside(path)
+    marks.callback(mark.unlink, missing_ok=True)
+    return mark
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -158,14 +167,16 @@ def _write_data(
     model: onnx.ModelProto,
     weights: Iterator[tuple[onnx.TensorProto, np.ndarray]],
     path: Path,
+    marks: contextlib.ExitStack,
     undo: contextlib.ExitStack,
 ) -> None:
     """Writes the weights to a new file beside ``path``, to which the model then refers. ``undo`` removes the file."""
-    numbers = (f".{n}" if n else "" for n in itertools.count())
-    name = next(n for n in (f"{path.name}{number}.data" for number in numbers) if not path.with_name(n).exists())
-    if not _is_text(name):
-        raise OutputError(f"Cannot write {path}: ONNX cannot refer to {name!r}", "Give another output path.")
-    with path.with_name(name).open("xb") as file:
+    if not _is_text(path.name):
+        raise OutputError(f"Cannot write {path}: ONNX cannot refer to {path.name!r}", "Give another output path.")
+    mark = _marked(path, marks)
+    with mark.open("xb") as file:
+        temporary.hold(file.fileno())
+        name = _named_data(mark, path)
         undo.callback(path.with_name(name).unlink, missing_ok=True)
         for proto, values in weights:
             if values.nbytes >= SPILL_LIMIT:  # on a page of its own, a weight can be mapped where it lies
@@ -175,6 +186,22 @@ def _write_data(
             model.graph.initializer.append(proto)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _named_data(mark: Path, path: Path) -> str:
+    """Gives the file ``mark`` the first free name for weights of the model ``path``."""
+    for number in itertools.count():
+        name = f"{path.name}.{number}.data" if number else f"{path.name}.data"
+        try:
+            os.link(mark, path.with_name(name))
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without links
+            if path.with_name(name).exists():
+                continue
+            mark.rename(path.with_name(name))
+        return name
+    raise AssertionError
 
 
 def _refer(proto: onnx.TensorProto, location: str, offset: int, length: int) -> None:
@@ -208,7 +235,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises OutputError for anything the file system refuses.
     """
     given, path = Path(path), _target(path)
-    temporary = path.parent / f".channelfold-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    new = temporary.beside(path)
     remove_leftovers(path.parent)
     try:
         if path != given and Path("/dev") in (given.absolute().parent, path.parent):
@@ -216,13 +243,14 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if path.exists() and not path.is_file():
             what = "a folder" if path.is_dir() else "not a regular file"
             raise OutputError(f"Cannot write {path}: it is {what}", "Give the path of a file.")
-        with temporary.open("wb") as file:
+        with new.open("wb") as file:
+            temporary.hold(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
+            shutil.copymode(path, new)
+        new.replace(path)
     except OSError as error:
         hint = "Give another output path."
         if error.errno == errno.ENOSPC:
@@ -232,16 +260,31 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         raise OutputError(f"Cannot write {path} ({error.strerror or error})", hint) from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            new.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the unfinished files of processes that were killed."""
+    """Removes the unfinished files of processes that were killed, and files of weights that no model came to read."""
     with contextlib.suppress(OSError):
-        for file in folder.glob(".channelfold-*-*.tmp"):
-            owner = file.name.split("-")[1]
-            if owner.isdigit() and not Path("/proc", owner).exists() and Path("/proc/self").exists():
-                file.unlink(missing_ok=True)
+        for file in temporary.abandoned(folder):
+            if file.stat().st_nlink > 1:
+                for other in folder.glob("*.data"):
+                    if other.samefile(file) and not _is_read(other):
+                        other.unlink()
+            file.unlink(missing_ok=True)
+
+
+def _is_read(data: Path) -> bool:
+    """Whether the model reads the file of weights, to go by the name that ``save`` gave the file."""
+    name = data.name.removesuffix(".data")
+    for model in {data.with_name(name), data.with_name(re.sub(r"\.\d+$", "", name))}:
+        if model.exists():
+            try:
+                if data.name in locations(model):
+                    return True
+            except ModelError:
+                return True
+    return False
 
 
 def constant(graph: gs.Graph, name: str, values: np.ndarray) -> gs.Constant:

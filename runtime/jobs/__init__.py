@@ -39,8 +39,7 @@ from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
-from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder
-from channelfold.runtime.report import terminal
+from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder, write_report
 from channelfold.runtime.stats.compare import Gates
 
 PathLike = str | Path
@@ -85,10 +84,10 @@ def compress(
     job.open_both()
     job.check_output(out_dir / "report.json", "a report")
     job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
-    terminal.write_json(job.record, out_dir / "report.json")
+    write_report(job.record, out_dir / "report.json")
     for sm in sms:
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
-    terminal.write_json(job.record, out_dir / "report.json")
+    write_report(job.record, out_dir / "report.json")
     clear(out_dir / "checkpoint")
     job.check_share(require_share)
     job.check(gates)

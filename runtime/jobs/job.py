@@ -28,7 +28,7 @@ from channelfold.runtime.engine.squeeze import (
     squeezes_without_axes,
 )
 from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
-from channelfold.runtime.io import files
+from channelfold.runtime.io import files, temporary
 from channelfold.runtime.io.bodies import share_constants
 from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.edit import see_through_identities, take_defaults
@@ -36,6 +36,7 @@ from channelfold.runtime.io.facts import computes_as_written, external_files, mo
 from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Session, TensorSpec
 from channelfold.runtime.jobs import inspect_model as inspection
+from channelfold.runtime.report.terminal import to_json
 from channelfold.runtime.stats import compare
 from channelfold.runtime.stats.compare import Gates
 
@@ -299,8 +300,8 @@ class Job:
             yield model
             return
         self.warn(*(f"engine: {sentence}" for sentence in sentences))
-        with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
-            copy = Path(folder, model.name)
+        with temporary.folder() as folder:
+            copy = folder / model.name
             files.save(graph, copy)
             yield copy
 
@@ -372,6 +373,13 @@ def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
         "backend": f"{engine.backend} {engine.version}",
         "plan": plan,
     }
+
+
+def write_report(record: Mapping[str, Any], path: Path) -> None:
+    """Writes a record as JSON, whole or not at all. Raises OutputError."""
+    text = to_json(record) + "\n"
+    with files.writing(path) as file:
+        file.write(text.encode())
 
 
 def check_folder(folder: Path) -> None:
