@@ -14,11 +14,13 @@ from channelfold.tests.fuzz.seeds import seeds
 HUGE = (0, -1, 1, 2, 3, 7, 255, 1 << 20, (1 << 31) - 1, 1 << 31, 1 << 40, (1 << 63) - 1, -(1 << 31), -(1 << 63))
 NAMES = ("", " ", "x", "a\nerror: forged", "\x1b[31mred\x1b[0m", "é" * 30, "n" * 5000, "../up", "a/b/c", "%s{0}", "\0")
 OPS = (
-    "Conv MatMul Gemm Add Mul Relu Reshape Transpose Concat Slice Gather Cast "
-    "If Loop Identity Softmax BatchNormalization LayerNormalization Split Squeeze Unsqueeze Pad Resize QuantizeLinear "
-    "DequantizeLinear Shape Expand Tile Range Constant ConstantOfShape Einsum LSTM NotAnOp Scan Where "
-    "ReduceMean ConvTranspose TopK Clip Dropout RandomNormal NonZero MaxPool Flatten Attention OneHot CumSum GRU Div Sub"
-).split()
+    "Conv", "MatMul", "Gemm", "Add", "Mul", "Relu", "Reshape", "Transpose", "Concat",
+    "Slice", "Gather", "Cast", "If", "Loop", "Identity", "Softmax", "BatchNormalization", "LayerNormalization",
+    "Split", "Squeeze", "Unsqueeze", "Pad", "Resize", "QuantizeLinear", "DequantizeLinear", "Shape", "Expand",
+    "Tile", "Range", "Constant", "ConstantOfShape", "Einsum", "LSTM", "NotAnOp", "Scan", "Where",
+    "ReduceMean", "ConvTranspose", "TopK", "Clip", "Dropout", "RandomNormal", "NonZero", "MaxPool", "Flatten",
+    "Attention", "OneHot", "CumSum", "GRU", "Div", "Sub",
+)  # fmt: skip
 Mutation = Callable[["Mutator"], None]
 
 
