@@ -54,16 +54,19 @@ class Case:
 def run_all(cases: Iterable[Case], judge: Callable[[Case, Path], None] | None = None) -> collections.Counter:
     """Runs the cases, two at a time; raises AssertionError with the faults, else counts the exit codes."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as root, ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(lambda case: (judge or run)(case, Path(root, case.name)) or case, cases))
+        done = list(pool.map(lambda case: _noted(case, judge or run, Path(root, case.name)), cases))
     counts = collections.Counter(case.code for case in done)
     bad = [f"{case.name}: {fault}" for case in done for fault in case.faults]
-    report = os.environ.get("CHANNELFOLD_FUZZ_REPORT")
-    if report:
-        with Path(report).open("a") as file:
-            file.writelines(f"{case.name}\t{case.code}\t{case.error}\t{case.faults}\n" for case in done)
-            file.write(f"# {len(done)} cases, exit codes {dict(counts)}, {len(bad)} faults\n")
     assert not bad, f"{len(bad)} faults in {len(done)} cases:\n" + "\n".join(bad)
     return counts
+
+
+def _noted(case: Case, judge: Callable[[Case, Path], None], folder: Path) -> Case:
+    judge(case, folder)
+    if report := os.environ.get("CHANNELFOLD_FUZZ_REPORT"):
+        with Path(report).open("a") as file:
+            file.write(f"{case.name}\t{case.code}\t{case.error}\t{case.faults}\n")
+    return case
 
 
 def run(case: Case, folder: Path) -> None:
