@@ -11,7 +11,6 @@ import contextlib
 import math
 import weakref
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import IO
 
 import numpy as np
 
-from channelfold.runtime.errors import DataError, OutputError
+from channelfold.runtime.errors import ChannelfoldError, DataError, OutputError
 from channelfold.runtime.io import temporary
 
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 _PICKLED = "Store plain numbers; samples of different shapes go into a folder, one file each"
 
 
@@ -90,7 +88,9 @@ def _failures(path: Path) -> Iterator[None]:
     """Turns the exceptions of numpy and zipfile for a bad file into a DataError that says what the file is."""
     try:
         yield
-    except _DAMAGE as error:
+    except ChannelfoldError:
+        raise
+    except Exception as error:  # a file can be wrong in more ways than numpy and zipfile have exceptions for
         raise DataError(_diagnosis(path, error), "Write it again with numpy.save or numpy.savez") from None
 
 

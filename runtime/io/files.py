@@ -465,7 +465,8 @@ def open_model(
         model.graph.initializer.append(proto)
     skeleton = io.BytesIO()
     wire.write_inline(model, inline, skeleton)
-    return Session(skeleton.getvalue(), folder=root, **options)
+    size = skeleton.tell() + sum(values.nbytes for _, values in weights)
+    return Session(skeleton.getvalue(), folder=root, size=size, **options)
 
 
 def is_known(domain: str | None, op: str) -> bool:

@@ -35,6 +35,7 @@ from channelfold.runtime.io.edit import see_through_identities, take_defaults
 from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Session, TensorSpec
+from channelfold.runtime.io.shapes import check_sizes
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.report.terminal import to_json
 from channelfold.runtime.stats import compare
@@ -95,6 +96,7 @@ class Job:
             "latency": [],
             "warnings": [],
         }
+        check_sizes(self.graph, self.record["model"]["bytes"])
         if stale := files.drop_stale_shapes(self.graph):
             self.warn(f"The file contradicts itself, so the shapes that its value_info names were not used: {stale}")
 
@@ -131,7 +133,8 @@ class Job:
         """
         self.check_output(out, "an ONNX file")
         exact = all(step.kind == "exact" for step in passes)
-        if (self.evaluation or not exact) and self.record["model"]["bytes"] <= verify.LARGE:
+        compared = (self.evaluation or not exact) and self.record["model"]["bytes"] <= verify.LARGE
+        if compared:
             self._session(self.model, optimize=False)  # a model that cannot be compared must show before the work
         if counted:
             self.record["model"] |= inspection.costs(self.graph)
@@ -143,6 +146,8 @@ class Job:
             self.warn(f"{resumed} of {len(steps)} steps were done by an earlier, interrupted call")
         self.warn(*pipeline.warnings(steps))
         self.progress("save", 0, 0)
+        if compared and not unknown(graph):
+            files.session(graph, optimize=False)  # what ONNX Runtime cannot open must not take the place of a file
         files.save(graph, out)
         del graph, self.graph
         gc.collect()  # nodes and tensors refer to each other, and their mapped weights count as memory while they live

@@ -135,7 +135,7 @@ def _archive(rng: Rng) -> bytes:
         "long": {"n" * 3000 + ".npy": x},
         "many": {f"{i}.npy": x for i in range(800)},
         "nested": {"x.npy": npz({"x.npy": x})},
-        "bomb": {"x.npy": npy(np.zeros((1 << 20, 8), np.float32))},
+        "bomb": {"x.npy": npy(np.zeros((1 << 14, 8), np.float32))},
         "empty": {},
         "dot": {".npy": x},
         "bad": {"x.npy": _headers(rng)},
