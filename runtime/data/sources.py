@@ -28,7 +28,7 @@ from channelfold.runtime.errors import ChannelfoldError, DataError, UsageError, 
 from channelfold.runtime.io import limits
 from channelfold.runtime.io.session import Feed, TensorSpec
 
-RANDOM_LIMIT = 1 << 30  # bytes of an input of random data
+RANDOM_LIMIT = 1 << 28  # bytes of an input of random data
 
 
 @dataclass(eq=False)

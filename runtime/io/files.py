@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,14 +41,14 @@ from channelfold.runtime.io.convert import (
 )
 from channelfold.runtime.io.names import reads
 from channelfold.runtime.io.opset import raise_opset
-from channelfold.runtime.io.session import Feed, Session
+from channelfold.runtime.io.session import Session
 from channelfold.runtime.io.validate import validate
 from channelfold.runtime.io.weights import SPILL_LIMIT, MappedFile, MappedValues, Scratch, packed, read
 
 __all__ = [
-    "Carried", "MappedValues", "all_graphs", "alone", "carried", "check", "constant", "drop_stale_shapes", "export",
+    "Carried", "MappedValues", "all_graphs", "carried", "check", "constant", "drop_stale_shapes", "export",
     "free_name", "import_model", "infer_shapes", "is_known", "load", "open_model", "packed", "raise_opset", "read",
-    "remove_leftovers", "save", "session", "stored", "weightless", "writing",
+    "remove_leftovers", "save", "saving", "session", "stored", "weightless", "writing",
 ]  # fmt: skip
 
 EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data
@@ -123,7 +123,17 @@ def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None
     ``external``: whether the weights go into a file beside the model (``NAME.data``); by default from 1.8 GB on.
     Raises OutputError when a file cannot be written; the folder is then as it was before.
     """
-    path = _target(path)
+    with saving(graph, path, external):
+        pass
+
+
+@contextlib.contextmanager
+def saving(graph: gs.Graph, path: str | os.PathLike[str], external: bool | None = None) -> Iterator[Path]:
+    """Writes ``graph`` beside ``path``. The file replaces ``path`` when the context ends without an error.
+
+    The context holds no reference to the graph.
+    """
+    given, path = path, _target(path)
     model, large = export_skeleton(graph)
     size = sum(_weights.packed_nbytes(proto) for proto, _ in large)
     size += model.ByteSize()
@@ -133,12 +143,15 @@ def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None
         raise OutputError(f"Cannot write {path}: {size} bytes are too many for one file", "Let it have external data.")
     streamed = ((proto, packed(c._values)) for proto, c in large)
     with contextlib.ExitStack() as marks, contextlib.ExitStack() as undo:
-        with writing(path) as file:
+        with writing(given) as file:
             if external:
                 _write_data(model, streamed, path, marks, undo)
                 file.write(model.SerializeToString())
             else:
                 wire.write_inline(model, streamed, file)
+            file.flush()
+            del graph, model, large, streamed
+            yield Path(file.name)
             stale = _old_data(path)
             for old in stale:
                 with contextlib.suppress(OSError):  # where it cannot be marked, only a kill can leave it behind
@@ -410,25 +423,6 @@ def drop_stale_shapes(graph: gs.Graph) -> str:
 def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -> Session:
     """An ONNX Runtime session on a graph. ``outputs`` names any tensors of the graph. Weights in files stay there."""
     return open_model(*export(graph), outputs, **options)
-
-
-def alone(
-    graph: gs.Graph, node: gs.Node, feed: Mapping[int, np.ndarray], kinds: Sequence[np.dtype]
-) -> tuple[gs.Graph, Feed]:
-    """A graph that holds a copy of one node, and the feed for this graph.
-
-    ``feed``: the values of the node's inputs by position; the node runs without its other inputs. ``kinds``: the types
-    of the first outputs, which are named ``o0``, ``o1`` …
-    """
-    named = {f"i{place}": np.ascontiguousarray(values) for place, values in feed.items()}
-    inputs = [
-        gs.Variable(f"i{place}", feed[place].dtype, feed[place].shape) if place in feed else gs.Variable.empty()
-        for place in range(len(node.inputs))
-    ]
-    outputs = [gs.Variable(f"o{place}", kind) for place, kind in enumerate(kinds)]
-    copy = gs.Node(node.op, node.name, dict(node.attrs), inputs, outputs, node.domain)
-    given = [inputs[place] for place in feed]
-    return gs.Graph([copy], given, outputs, opset=graph.opset, import_domains=graph.import_domains), named
 
 
 def open_model(

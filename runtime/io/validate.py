@@ -45,8 +45,9 @@ def _unwritten(model: onnx.ModelProto) -> Iterator[str]:
 
 
 def _faults(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> Iterator[str]:
-    if "" in opsets and opsets[""] < 1:
-        yield f"its opset is {opsets['']}"
+    for domain, version in opsets.items():
+        if version < (not domain) or version >> 31:
+            yield f"its opset {f'of {domain!r} ' if domain else ''}is {version}"
     yield from (f"it lists two initializers {name!r}" for name in _doubles(t.name for t in graph.initializer))
     yield from (f"it lists the input {name!r} twice" for name in _doubles(v.name for v in graph.input))
     written = {t.name for t in graph.initializer} | {v.name for v in graph.input}
@@ -85,6 +86,9 @@ def _cycles(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def _misuses(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Iterator[str]:
+    if strange := [text for text in (node.op_type, node.domain) if isinstance(text, bytes)]:
+        yield f"{_named(node)}: the name {strange[0]!r} is not UTF-8"
+        return
     yield from (f"{_named(node)} has the attribute {name!r} twice" for name in _doubles(a.name for a in node.attribute))
     domain = "" if node.domain in _STANDARD else node.domain
     version = opsets.get(domain)

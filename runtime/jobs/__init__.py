@@ -270,12 +270,13 @@ def inspect(
     """
     job = Job("inspect", Path(model), progress, source)
     data = job.open("calibration", source.calibration)
-    job.record["inspection"] = inspection.inspect(job.model, job.graph, data, progress)
-    job.record["weights"] = account.to_json(account.account(job.graph))
-    if idle:
-        job.record["ffns"] = idle_channels.idle(job.graph, data, progress)
-    if groups:
-        job.record["groups"] = channel_groups.describe(job.graph, source.seed)
+    with job.blaming():
+        job.record["inspection"] = inspection.inspect(job.model, job.graph, data, progress)
+        job.record["weights"] = account.to_json(account.account(job.graph))
+        if idle:
+            job.record["ffns"] = idle_channels.idle(job.graph, data, progress)
+        if groups:
+            job.record["groups"] = channel_groups.describe(job.graph, source.seed)
     return job.record
 
 

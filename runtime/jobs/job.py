@@ -27,7 +27,16 @@ from channelfold.runtime.engine.squeeze import (
     put_codes_inside,
     squeezes_without_axes,
 )
-from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
+from channelfold.runtime.errors import (
+    ChannelfoldError,
+    DataError,
+    DependencyError,
+    GateError,
+    ModelError,
+    OutputError,
+    UsageError,
+    nearest,
+)
 from channelfold.runtime.io import files, temporary
 from channelfold.runtime.io.bodies import share_constants
 from channelfold.runtime.io.convert import carried
@@ -133,30 +142,42 @@ class Job:
         """
         self.check_output(out, "an ONNX file")
         exact = all(step.kind == "exact" for step in passes)
-        compared = (self.evaluation or not exact) and self.record["model"]["bytes"] <= verify.LARGE
-        if compared:
+        if (self.evaluation or not exact) and self.record["model"]["bytes"] <= verify.LARGE:
             self._session(self.model, optimize=False)  # a model that cannot be compared must show before the work
         if counted:
             self.record["model"] |= inspection.costs(self.graph)
         passes = [*self._prepared(), *passes]
         context = Context(self.calibration, self.progress, self.source.seed)
-        graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
+        with self.blaming():
+            graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
         self.record["steps"] = steps
         if resumed := sum(step.get("resumed", False) for step in steps):
             self.warn(f"{resumed} of {len(steps)} steps were done by an earlier, interrupted call")
         self.warn(*pipeline.warnings(steps))
         self.progress("save", 0, 0)
-        if compared and not unknown(graph):
-            files.session(graph, optimize=False)  # what ONNX Runtime cannot open must not take the place of a file
-        files.save(graph, out)
-        del graph, self.graph
-        gc.collect()  # nodes and tensors refer to each other, and their mapped weights count as memory while they live
-        written = files.load(out)
-        self.record["output"] = model_facts(out, written) | (inspection.costs(written) if counted else {})
-        self._account(written, nothing)
-        del written
-        if self.evaluation or not exact or (gated and self.calibration):
-            self.prove(out)
+        with files.saving(graph, out) as candidate:
+            del graph, self.graph
+            gc.collect()  # nodes and tensors refer to each other; their mapped weights count as memory while they live
+            written = files.load(candidate)
+            facts = inspection.costs(written) if counted else {}
+            self.record["output"] = model_facts(candidate, written) | {"path": str(out)} | facts
+            self._account(written, nothing)
+            del written
+            if self.evaluation or not exact or (gated and self.calibration):
+                self.prove(candidate)
+
+    @contextlib.contextmanager
+    def blaming(self) -> Iterator[None]:
+        """Where work on a model that ONNX Runtime cannot run goes wrong, the error is that of ONNX Runtime."""
+        try:
+            yield
+        except ChannelfoldError:
+            raise
+        except Exception:
+            with contextlib.suppress(DependencyError, DataError):
+                session = self._session(self.model, optimize=False)
+                session.run(next(iter(random_data(self.inputs, 1, seed=self.source.seed))))
+            raise
 
     def _prepared(self) -> list[Pass]:
         """Passes that show all weights to the others: makes inputs with defaults constants, and inlines functions."""

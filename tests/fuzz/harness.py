@@ -232,13 +232,15 @@ def _wrong(folder: str, args: list[str]) -> str:
     out = out / "model.onnx" if args[0] == "compress" else out
     if not out.is_file():
         return f"there is no {out.name}"
-    from channelfold.runtime.errors import ChannelfoldError
+    from channelfold.runtime.errors import ChannelfoldError, LimitError
     from channelfold.runtime.io.session import Session
 
     exact = args[0] in EXACT or "--dead" in args or (args[0] == "compress" and "fold" in args)
     for feed in _feeds(Path(args[1])):
         try:
             before = Session(args[1], optimize=False).run(feed)
+        except LimitError:
+            return ""
         except ChannelfoldError:
             continue
         try:
