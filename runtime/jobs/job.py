@@ -35,6 +35,7 @@ from channelfold.runtime.errors import (
     ModelError,
     OutputError,
     UsageError,
+    VerificationError,
     nearest,
 )
 from channelfold.runtime.io import files, temporary
@@ -171,9 +172,9 @@ class Job:
         """Where work on a model that ONNX Runtime cannot run goes wrong, the error is that of ONNX Runtime."""
         try:
             yield
-        except ChannelfoldError:
-            raise
-        except Exception:
+        except Exception as error:
+            if isinstance(error, ChannelfoldError) and not isinstance(error, VerificationError):
+                raise
             with contextlib.suppress(DependencyError, DataError):
                 session = self._session(self.model, optimize=False)
                 session.run(next(iter(random_data(self.inputs, 1, seed=self.source.seed))))

@@ -68,8 +68,12 @@ def _undisturbed(name: str, old: bool, root: Path) -> tuple[int, Counter]:
 
 
 def _names(folder: Path) -> Counter:
-    """The names of the files. Which of its names for weights a model has depends on the names that were taken."""
-    return Counter(re.sub(r"\.\d+\.data$", ".data", name) for name in contents(folder))
+    """The names of the files. Which of its names for weights a model has depends on the names that were taken.
+
+    Python itself tries out the temporary folder with a file that has eight letters for a name.
+    """
+    names = (re.sub(r"\.\d+\.data$", ".data", name) for name in contents(folder))
+    return Counter(name for name in names if not re.fullmatch(r"tmp/\w{8}", name))
 
 
 def _sound(path: Path) -> bool:
