@@ -100,7 +100,7 @@ def _command(example: str) -> Callable[[Callable[..., Any]], click.Command]:
 def _deliver(record: dict[str, Any], as_json: bool, html: str | None) -> None:
     """Prints the record, and writes it as a web page."""
     if html:
-        importlib.import_module("channelfold.runtime.report.terminal").write_html(record, html)
+        importlib.import_module("channelfold.runtime.jobs.job").write_page(record, Path(html))
     _print(record, as_json)
 
 
@@ -137,6 +137,15 @@ def _say(label: str, text: str, color: str) -> None:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The console script: ends the process with the exit code of the command, and never with a traceback."""
+    for handle in range(
+        3
+    ):  # a closed one would be given to the next file opened, which the report would then end up in
+        try:
+            os.fstat(handle)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show must not end a command

@@ -5,6 +5,7 @@ Exceptions, all of which end a command with one clear line and an exit code::
     ChannelfoldError            1   something failed; the message ends with the next step
     ├── UsageError              2   an option, a recipe or a name is wrong
     ├── ModelError              1   a model file cannot be read, or is not what it should be
+    ├── LimitError              1   a model takes more memory or time than it may
     ├── DataError               1   calibration or evaluation data do not fit the model
     ├── OutputError             1   a result cannot be written
     ├── DependencyError         1   an optional package (ONNX Runtime, TensorRT) is missing or broken
@@ -34,6 +35,10 @@ class UsageError(ChannelfoldError):
 
 
 class ModelError(ChannelfoldError):
+    pass
+
+
+class LimitError(ChannelfoldError):
     pass
 
 

@@ -26,7 +26,7 @@ from channelfold.passes.layers.linear import blocks, view
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
-from channelfold.runtime.io.files import alone, export, session
+from channelfold.runtime.io.files import export, session
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class ConstantChannels:
     def _run(self, node: gs.Node, feed: dict[int, np.ndarray]) -> np.ndarray | None:
         """The first output of a node for the inputs in ``feed``, None where nothing can run the node."""
         kind = node.outputs[0].dtype or next(iter(feed.values())).dtype
-        part, named = alone(self._graph, node, feed, [kind])
+        part, named = edit.alone(self._graph, node, feed, [kind])
         try:
             return np.asarray(session(part, optimize=False).run(named)["o0"])
         except ModelError:  # ONNX Runtime has no kernel for this type

@@ -32,7 +32,7 @@ from channelfold.passes.layers.affine import batch_norm
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
-from channelfold.runtime.io.files import alone, free_name, session
+from channelfold.runtime.io.files import free_name, session
 from channelfold.runtime.io.shapes import LazyShapes
 
 NOWHERE = -1  # the place of a constant that is moved together with data
@@ -317,7 +317,7 @@ class Reader:
 
     def run(self, node: gs.Node, feed: Mapping[int, np.ndarray]) -> list[np.ndarray]:
         """The outputs of one node for integer inputs, by position."""
-        part, named = alone(self.graph, node, feed, [np.dtype(np.int64)] * len(node.outputs))
+        part, named = edit.alone(self.graph, node, feed, [np.dtype(np.int64)] * len(node.outputs))
         return list(session(part, optimize=False).run(named).values())
 
     # ---- what does not depend on the roots ---------------------------------------------------------------------------

@@ -9,7 +9,6 @@ run, so that a machine that slows down meanwhile makes no difference.
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from channelfold.passes.prune.costs import Keeps
 from channelfold.passes.prune.importance import RankedGroups
 from channelfold.runtime.data.probes import random_feeds
 from channelfold.runtime.errors import DataError, ModelError
+from channelfold.runtime.io import temporary
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import save
 from channelfold.runtime.io.session import Feed, Session
@@ -53,8 +53,8 @@ def within_latency(
     """
     sizes = ranked.sizes
     whole = [group.units for group in sizes]
-    with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
-        paths = Path(folder, "uncut.onnx"), Path(folder, "cut.onnx")
+    with temporary.folder() as folder:
+        paths = folder / "uncut.onnx", folder / "cut.onnx"
         _write(copies, {}, paths[0])
 
         def share_of(kept: list[int], rounds: int, seconds: float) -> float:

@@ -162,7 +162,7 @@ def _sparsified(
         "zeros": zeros,
         "sparsity": zeros / layer.size,
         "energy_kept": kept,
-        "deflated_bytes": [round(dense), round(layer.deflated())],
+        "deflated_bytes": {"before": round(dense), "after": round(layer.deflated())},
     }
 
 
@@ -176,7 +176,7 @@ def _summary(facts: Sequence[dict[str, Any]], untouched: int) -> dict[str, Any]:
         "weights": weights,
         "zeros": zeros,
         "sparsity": zeros / weights if weights else 0.0,
-        "deflated_bytes": [sum(fact["deflated_bytes"][i] for fact in facts) for i in (0, 1)],
+        "deflated_bytes": {when: sum(fact["deflated_bytes"][when] for fact in facts) for when in ("before", "after")},
     }
 
 
@@ -184,7 +184,7 @@ def worth(facts: Mapping[str, Any], pattern: str) -> list[str]:
     """The use of the zeros, in sentences for the end of a report, from the ``facts`` of an Outcome."""
     if not facts["zeros"]:
         return ["No weight was set to zero: the result computes with the weights that the model had"]
-    before, after = (bytes_ / 1e6 for bytes_ in facts["deflated_bytes"])
+    before, after = (facts["deflated_bytes"][when] / 1e6 for when in ("before", "after"))
     size = f"the file keeps its size, but compresses better: these weights to about {after:.1f} MB from {before:.1f} MB"
     if pattern == "2:4":
         faster = "TensorRT can use them from SM 80 on, in float16 and int8: channelfold build --sparse-weights"

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 import weakref
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,9 @@ from typing import IO
 
 import numpy as np
 
-from channelfold.runtime.errors import DataError, OutputError
+from channelfold.runtime.errors import ChannelfoldError, DataError, OutputError
+from channelfold.runtime.io import temporary
 
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 _PICKLED = "Store plain numbers; samples of different shapes go into a folder, one file each"
 
 
@@ -90,7 +88,9 @@ def _failures(path: Path) -> Iterator[None]:
     """Turns the exceptions of numpy and zipfile for a bad file into a DataError that says what the file is."""
     try:
         yield
-    except _DAMAGE as error:
+    except ChannelfoldError:
+        raise
+    except Exception as error:  # a file can be wrong in more ways than numpy and zipfile have exceptions for
         raise DataError(_diagnosis(path, error), "Write it again with numpy.save or numpy.savez") from None
 
 
@@ -160,11 +160,11 @@ class Spill:
     """A temporary ``.npz`` for feeds from a source that can be read only once. The file is removed with this object."""
 
     def __init__(self) -> None:
-        with tempfile.NamedTemporaryFile(prefix="channelfold-", suffix=".npz", delete=False) as file:
-            self.path = Path(file.name)
-        self._archive = zipfile.ZipFile(self.path, "w")
+        self._file = file = temporary.opened(".npz")
+        self.path = Path(file.name)
+        self._archive = zipfile.ZipFile(file, "w")
         self._feeds = 0
-        weakref.finalize(self, _discard, self._archive, self.path)
+        weakref.finalize(self, _discard, self._archive, file)
 
     def add(self, feed: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """Writes one feed; returns its arrays as Stored. Raises OutputError when the disk is full."""
@@ -186,8 +186,10 @@ class Spill:
     def close(self) -> None:
         """Completes the archive. Nothing can be read before."""
         self._archive.close()
+        self._file.flush()
 
 
-def _discard(archive: zipfile.ZipFile, path: Path) -> None:
+def _discard(archive: zipfile.ZipFile, file: IO[bytes]) -> None:
     archive.close()
-    path.unlink(missing_ok=True)
+    file.close()
+    Path(file.name).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import itertools
+import math
 import os
 import re
 import sys
@@ -24,7 +25,10 @@ import numpy as np
 from channelfold.runtime.data.feeds import Batch, Feeds, batch_size, describe
 from channelfold.runtime.data.npz import Spill, read_headers
 from channelfold.runtime.errors import ChannelfoldError, DataError, UsageError, nearest, nearest_path
+from channelfold.runtime.io import limits
 from channelfold.runtime.io.session import Feed, TensorSpec
+
+RANDOM_LIMIT = 1 << 28  # bytes of an input of random data
 
 
 @dataclass(eq=False)
@@ -125,6 +129,12 @@ def random_data(
             raise DataError(f"Input {spec.name!r} takes strings, which cannot be random", "Give real data")
     dims = {spec.shape[0]: 1 for spec in inputs if spec.shape and isinstance(spec.shape[0], str)} | dims
     shapes = {spec.name: _random_shape(spec, dims, size) for spec in inputs}
+    for spec in inputs:
+        if (taken := math.prod(shapes[spec.name]) * np.dtype(spec.dtype).itemsize) > RANDOM_LIMIT and limits.are_on():
+            what = (
+                f"One random sample of the input {spec} takes {taken / 1e9:,.1f} GB, {RANDOM_LIMIT / 1e9:.1f} at most"
+            )
+            raise DataError(what, "Give real data")
 
     def feeds() -> Iterator[Feed]:
         for index in range(n):

@@ -6,7 +6,7 @@ outermost graph: its nodes are in topological order, and its subgraphs (bodies o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from channelfold.runtime.errors import UsageError, nearest
 from channelfold.runtime.io.convert import all_graphs, carried
 from channelfold.runtime.io.files import constant, read, stored
+from channelfold.runtime.io.session import Feed
 
 _STANDARD = (None, "", "ai.onnx")
 
@@ -293,3 +294,22 @@ def _unlink(nodes: list[gs.Node], node: gs.Node) -> None:
         if other is node:
             list.__delitem__(nodes, index)
             return
+
+
+def alone(
+    graph: gs.Graph, node: gs.Node, feed: Mapping[int, np.ndarray], kinds: Sequence[np.dtype]
+) -> tuple[gs.Graph, Feed]:
+    """A graph that holds a copy of one node, and the feed for this graph.
+
+    ``feed``: the values of the node's inputs by position; the node runs without its other inputs. ``kinds``: the types
+    of the first outputs, which are named ``o0``, ``o1`` …
+    """
+    named = {f"i{place}": np.ascontiguousarray(values) for place, values in feed.items()}
+    inputs = [
+        gs.Variable(f"i{place}", feed[place].dtype, feed[place].shape) if place in feed else gs.Variable.empty()
+        for place in range(len(node.inputs))
+    ]
+    outputs = [gs.Variable(f"o{place}", kind) for place, kind in enumerate(kinds)]
+    copy = gs.Node(node.op, node.name, dict(node.attrs), inputs, outputs, node.domain)
+    given = [inputs[place] for place in feed]
+    return gs.Graph([copy], given, outputs, opset=graph.opset, import_domains=graph.import_domains), named

@@ -17,10 +17,9 @@ import itertools
 import mmap
 import os
 import re
-import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,8 +28,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.runtime.errors import ModelError, OutputError, VerificationError, nearest_path
+from channelfold.runtime.io import temporary, wire
 from channelfold.runtime.io import weights as _weights
-from channelfold.runtime.io import wire
 from channelfold.runtime.io.convert import (
     Carried,
     all_graphs,
@@ -42,14 +41,14 @@ from channelfold.runtime.io.convert import (
 )
 from channelfold.runtime.io.names import reads
 from channelfold.runtime.io.opset import raise_opset
-from channelfold.runtime.io.session import Feed, Session
+from channelfold.runtime.io.session import Session
 from channelfold.runtime.io.validate import validate
 from channelfold.runtime.io.weights import SPILL_LIMIT, MappedFile, MappedValues, Scratch, packed, read
 
 __all__ = [
-    "Carried", "MappedValues", "all_graphs", "alone", "carried", "check", "constant", "drop_stale_shapes", "export",
+    "Carried", "MappedValues", "all_graphs", "carried", "check", "constant", "drop_stale_shapes", "export",
     "free_name", "import_model", "infer_shapes", "is_known", "load", "open_model", "packed", "raise_opset", "read",
-    "remove_leftovers", "save", "session", "stored", "weightless", "writing",
+    "remove_leftovers", "save", "saving", "session", "stored", "weightless", "writing",
 ]  # fmt: skip
 
 EXTERNAL_LIMIT = 1_800_000_000  # bytes above which a file gets external data
@@ -126,7 +125,17 @@ def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None
     ``external``: whether the weights go into a file beside the model (``NAME.data``); by default from 1.8 GB on.
     Raises OutputError when a file cannot be written; the folder is then as it was before.
     """
-    path = _target(path)
+    with saving(graph, path, external):
+        pass
+
+
+@contextlib.contextmanager
+def saving(graph: gs.Graph, path: str | os.PathLike[str], external: bool | None = None) -> Iterator[Path]:
+    """Writes ``graph`` beside ``path``. The file replaces ``path`` when the context ends without an error.
+
+    The context holds no reference to the graph.
+    """
+    given, path = path, _target(path)
     model, large = export_skeleton(graph)
     size = sum(_weights.packed_nbytes(proto) for proto, _ in large)
     size += model.ByteSize()
@@ -135,17 +144,30 @@ def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None
     if not external and size > PROTOBUF_LIMIT:
         raise OutputError(f"Cannot write {path}: {size} bytes are too many for one file", "Let it have external data.")
     streamed = ((proto, packed(c._values)) for proto, c in large)
-    with contextlib.ExitStack() as undo:
-        with writing(path) as file:
+    with contextlib.ExitStack() as marks, contextlib.ExitStack() as undo:
+        with writing(given) as file:
             if external:
-                _write_data(model, streamed, path, undo)
+                _write_data(model, streamed, path, marks, undo)
                 file.write(model.SerializeToString())
             else:
                 wire.write_inline(model, streamed, file)
+            file.flush()
+            del graph, model, large, streamed
+            yield Path(file.name)
             stale = _old_data(path)
+            for old in stale:
+                with contextlib.suppress(OSError):  # where it cannot be marked, only a kill can leave it behind
+                    os.link(old, _marked(path, marks))
         undo.pop_all()
-    for old in stale:
-        old.unlink(missing_ok=True)
+        for old in stale:
+            old.unlink(missing_ok=True)
+
+
+def _marked(path: Path, marks: contextlib.ExitStack) -> Path:
+    """A temporary name for a file of weights: a file that has one, and that no model reads, is from a killed run."""
+    mark = temporary.beside(path)
+    marks.callback(mark.unlink, missing_ok=True)
+    return mark
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -160,14 +182,16 @@ def _write_data(
     model: onnx.ModelProto,
     weights: Iterator[tuple[onnx.TensorProto, np.ndarray]],
     path: Path,
+    marks: contextlib.ExitStack,
     undo: contextlib.ExitStack,
 ) -> None:
     """Writes the weights to a new file beside ``path``, to which the model then refers. ``undo`` removes the file."""
-    numbers = (f".{n}" if n else "" for n in itertools.count())
-    name = next(n for n in (f"{path.name}{number}.data" for number in numbers) if not path.with_name(n).exists())
-    if not _is_text(name):
-        raise OutputError(f"Cannot write {path}: ONNX cannot refer to {name!r}", "Give another output path.")
-    with path.with_name(name).open("xb") as file:
+    if not _is_text(path.name):
+        raise OutputError(f"Cannot write {path}: ONNX cannot refer to {path.name!r}", "Give another output path.")
+    mark = _marked(path, marks)
+    with mark.open("xb") as file:
+        temporary.hold(file.fileno())
+        name = _named_data(mark, path)
         undo.callback(path.with_name(name).unlink, missing_ok=True)
         for proto, values in weights:
             if values.nbytes >= SPILL_LIMIT:  # on a page of its own, a weight can be mapped where it lies
@@ -177,6 +201,22 @@ def _write_data(
             model.graph.initializer.append(proto)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _named_data(mark: Path, path: Path) -> str:
+    """Gives the file ``mark`` the first free name for weights of the model ``path``."""
+    for number in itertools.count():
+        name = f"{path.name}.{number}.data" if number else f"{path.name}.data"
+        try:
+            os.link(mark, path.with_name(name))
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without links
+            if path.with_name(name).exists():
+                continue
+            mark.rename(path.with_name(name))
+        return name
+    raise AssertionError
 
 
 def _refer(proto: onnx.TensorProto, location: str, offset: int, length: int) -> None:
@@ -210,7 +250,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises OutputError for anything the file system refuses.
     """
     given, path = Path(path), _target(path)
-    temporary = path.parent / f".channelfold-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    new = temporary.beside(path)
     remove_leftovers(path.parent)
     try:
         if path != given and Path("/dev") in (given.absolute().parent, path.parent):
@@ -218,13 +258,14 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if path.exists() and not path.is_file():
             what = "a folder" if path.is_dir() else "not a regular file"
             raise OutputError(f"Cannot write {path}: it is {what}", "Give the path of a file.")
-        with temporary.open("wb") as file:
+        with new.open("wb") as file:
+            temporary.hold(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
+            shutil.copymode(path, new)
+        new.replace(path)
     except OSError as error:
         hint = "Give another output path."
         if error.errno == errno.ENOSPC:
@@ -234,16 +275,31 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         raise OutputError(f"Cannot write {path} ({error.strerror or error})", hint) from error
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            new.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the unfinished files of processes that were killed."""
+    """Removes the unfinished files of processes that were killed, and files of weights that no model came to read."""
     with contextlib.suppress(OSError):
-        for file in folder.glob(".channelfold-*-*.tmp"):
-            owner = file.name.split("-")[1]
-            if owner.isdigit() and not Path("/proc", owner).exists() and Path("/proc/self").exists():
-                file.unlink(missing_ok=True)
+        for file in temporary.abandoned(folder):
+            if file.stat().st_nlink > 1:
+                for other in folder.glob("*.data"):
+                    if other.samefile(file) and not _is_read(other):
+                        other.unlink()
+            file.unlink(missing_ok=True)
+
+
+def _is_read(data: Path) -> bool:
+    """Whether the model reads the file of weights, to go by the name that ``save`` gave the file."""
+    name = data.name.removesuffix(".data")
+    for model in {data.with_name(name), data.with_name(re.sub(r"\.\d+$", "", name))}:
+        if model.exists():
+            try:
+                if data.name in locations(model):
+                    return True
+            except ModelError:
+                return True
+    return False
 
 
 def constant(graph: gs.Graph, name: str, values: np.ndarray) -> gs.Constant:
@@ -371,25 +427,6 @@ def session(graph: gs.Graph, outputs: list[str] | None = None, **options: Any) -
     return open_model(*export(graph), outputs, **options)
 
 
-def alone(
-    graph: gs.Graph, node: gs.Node, feed: Mapping[int, np.ndarray], kinds: Sequence[np.dtype]
-) -> tuple[gs.Graph, Feed]:
-    """A graph that holds a copy of one node, and the feed for this graph.
-
-    ``feed``: the values of the node's inputs by position; the node runs without its other inputs. ``kinds``: the types
-    of the first outputs, which are named ``o0``, ``o1`` …
-    """
-    named = {f"i{place}": np.ascontiguousarray(values) for place, values in feed.items()}
-    inputs = [
-        gs.Variable(f"i{place}", feed[place].dtype, feed[place].shape) if place in feed else gs.Variable.empty()
-        for place in range(len(node.inputs))
-    ]
-    outputs = [gs.Variable(f"o{place}", kind) for place, kind in enumerate(kinds)]
-    copy = gs.Node(node.op, node.name, dict(node.attrs), inputs, outputs, node.domain)
-    given = [inputs[place] for place in feed]
-    return gs.Graph([copy], given, outputs, opset=graph.opset, import_domains=graph.import_domains), named
-
-
 def open_model(
     model: onnx.ModelProto,
     weights: list[tuple[onnx.TensorProto, np.ndarray]],
@@ -424,7 +461,8 @@ def open_model(
         model.graph.initializer.append(proto)
     skeleton = io.BytesIO()
     wire.write_inline(model, inline, skeleton)
-    return Session(skeleton.getvalue(), folder=root, **options)
+    size = skeleton.tell() + sum(values.nbytes for _, values in weights)
+    return Session(skeleton.getvalue(), folder=root, size=size, **options)
 
 
 def is_known(domain: str | None, op: str) -> bool:

@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from channelfold.runtime.errors import DependencyError, ModelError
+from channelfold.runtime.errors import DependencyError, LimitError, ModelError
+from channelfold.runtime.io import limits
 
 _EXACT = "session.x64quantprecision"  # on x86 without VNNI: u8 x u8 products, which do not saturate
 _FOLDER = "session.model_external_initializers_file_folder_path"  # heeded with a model in memory, from 1.22 on
 _WEIGHTS = "session.optimized_model_external_initializers_file_name"
 _LEAST = "session.optimized_model_external_initializers_min_size_in_bytes"
 _AS_STORED = "session.disable_prepacking"
+
+_NAMES = 1 << 26  # bytes; a larger file holds its weights
 
 Feed = dict[str, np.ndarray]
 
@@ -82,6 +85,7 @@ class Session:
 
     ``model`` is the path of its file; or, for a graph that is in no file, the serialized model without its large
     weights, whose external data lie in files below ``folder``. ONNX Runtime maps external data, it does not copy them.
+    ``size``: the bytes of the model with its weights, on which the limits of a run depend.
     ``optimize=False`` switches graph optimization off. ``exact`` keeps int8 products from saturating on x86 processors
     without VNNI, so that a measurement is of the file and not of this machine. ``optimized`` is where ONNX Runtime
     writes the graph that it makes of the model, weights beside it. ``providers`` defaults to the CPU.
@@ -94,6 +98,7 @@ class Session:
         model: str | Path | bytes,
         *,
         folder: str | Path | None = None,
+        size: int | None = None,
         optimize: bool = True,
         exact: bool = False,
         optimized: Path | None = None,
@@ -101,6 +106,11 @@ class Session:
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ):
         ort = onnxruntime()
+        self._run_options, self._size, self._before = (
+            ort.RunOptions(),
+            _size(model) if size is None else size,
+            limits.memory(),
+        )
         options = ort.SessionOptions()
         options.log_severity_level = 4
         if not optimize:
@@ -140,9 +150,25 @@ class Session:
         """Runs one feed and returns outputs by name: the named outputs, by default all outputs. Raises ModelError."""
         names = list(outputs) if outputs is not None else [spec.name for spec in self.outputs]
         try:
-            return dict(zip(names, self._session.run(names, dict(feed)), strict=True))
+            with limits.watch().over(self._run_options, self._size, self._before):
+                return dict(zip(names, self._session.run(names, dict(feed), self._run_options), strict=True))
+        except LimitError:
+            raise
         except Exception as error:
             raise ModelError(f"ONNX Runtime failed while running the model: {_first_line(error)}") from None
+
+
+def _size(model: str | Path | bytes) -> int:
+    """Bytes of a model, with those of the files beside it that it names."""
+    if isinstance(model, bytes):
+        return len(model)
+    path = Path(model)
+    try:
+        data = path.read_bytes() if path.stat().st_size < _NAMES else b""
+        others = (other for other in path.parent.iterdir() if other.name.encode(errors="replace") in data)
+        return path.stat().st_size + sum(other.stat().st_size for other in others if other.is_file())
+    except OSError:
+        return 0
 
 
 def _spec(value: Any) -> TensorSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -9,11 +10,14 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.runtime.errors import ModelError
+from channelfold.runtime.io import limits
 from channelfold.runtime.io.files import export, inferred, open_model, weightless
 from channelfold.runtime.io.front import behind_of, unknown
 from channelfold.runtime.io.session import Feed
+from channelfold.runtime.io.weights import bits
 
 Shape = tuple[int, ...]
+_TYPE = onnx.TensorProto
 
 
 def shapes_on(graph: gs.Graph, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -88,3 +92,11 @@ class LazyShapes:
             return measured_shapes(self.graph, self.feed)
         except ModelError:
             return {}
+
+
+def check_sizes(graph: gs.Graph, size: int) -> None:
+    """Raises LimitError where a tensor of known shape is too large for a model of ``size`` bytes."""
+    types = _types_on(graph, {})
+    kinds = {name: types[name].tensor_type.elem_type for name in _known(types)}
+    sized = {name: bits(kind) for name, kind in kinds.items() if kind not in (_TYPE.UNDEFINED, _TYPE.STRING)}
+    limits.check(((name, math.prod(shape) * sized.get(name, 8) // 8) for name, shape in _known(types).items()), size)

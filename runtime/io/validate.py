@@ -1,7 +1,7 @@
 """The faults for which every runtime refuses a model, found before any work: a sentence for each, with the node.
 
     opsets        the opset of ONNX is 1 or higher
-    names         each tensor is written once; initializers, inputs and outputs are listed once
+    names         each tensor is written once; initializers, inputs and outputs are listed once; outputs are written
     order         no node depends on itself
     operators     the numbers of inputs and outputs, and the attributes, are those of the operator
 
@@ -10,6 +10,7 @@ The ONNX checker has more rules. ONNX Runtime and TensorRT accept many models ag
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,14 +27,27 @@ _STANDARD = ("", "ai.onnx")
 def validate(model: onnx.ModelProto, path: Path) -> None:
     """Raises ModelError with the first fault of a model."""
     opsets = {"" if o.domain in _STANDARD else o.domain: o.version for o in model.opset_import}
-    fault = next(_faults(model.graph, opsets), None)
+    fault = next(itertools.chain(_faults(model.graph, opsets), _unwritten(model)), None)
     if fault:
         raise ModelError(f"{path} is not a valid model: {fault[:300]}", "Export it again, or mend what made it.")
 
 
+def _unwritten(model: onnx.ModelProto) -> Iterator[str]:
+    """Outputs of the model, and of its functions, that nothing computes."""
+    graph = model.graph
+    given = {v.name for v in (*graph.input, *graph.initializer)} | {s.values.name for s in graph.sparse_initializer}
+    written = given | {name for node in graph.node for name in node.output}
+    yield from (f"nothing computes its output {v.name!r}" for v in graph.output if v.name not in written)
+    for function in model.functions:
+        written = {*function.input, *(name for node in function.node for name in node.output)}
+        missing = [name for name in function.output if name not in written]
+        yield from (f"nothing computes the output {name!r} of its function {function.name!r}" for name in missing)
+
+
 def _faults(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> Iterator[str]:
-    if "" in opsets and opsets[""] < 1:
-        yield f"its opset is {opsets['']}"
+    for domain, version in opsets.items():
+        if version < (not domain) or version >> 31:
+            yield f"its opset {f'of {domain!r} ' if domain else ''}is {version}"
     yield from (f"it lists two initializers {name!r}" for name in _doubles(t.name for t in graph.initializer))
     yield from (f"it lists the input {name!r} twice" for name in _doubles(v.name for v in graph.input))
     written = {t.name for t in graph.initializer} | {v.name for v in graph.input}
@@ -72,6 +86,9 @@ def _cycles(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def _misuses(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Iterator[str]:
+    if strange := [text for text in (node.op_type, node.domain) if isinstance(text, bytes)]:
+        yield f"{_named(node)}: the name {strange[0]!r} is not UTF-8"
+        return
     yield from (f"{_named(node)} has the attribute {name!r} twice" for name in _doubles(a.name for a in node.attribute))
     domain = "" if node.domain in _STANDARD else node.domain
     version = opsets.get(domain)

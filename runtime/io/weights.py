@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from channelfold.runtime.errors import ModelError, OutputError
-from channelfold.runtime.io import wire
+from channelfold.runtime.io import temporary, wire
 
 OWN_FILE = ":"  # the location of the model's own file; no other location may have a colon
 SPILL_LIMIT = 1 << 20  # bytes; a new weight at least this large goes to disk at once
@@ -58,10 +58,9 @@ class Scratch:
     """A temporary file for new weights. The file is removed with its last weight."""
 
     def __init__(self):
-        handle, name = tempfile.mkstemp(prefix="channelfold-")
-        self.path = Path(name)
+        self._file = temporary.opened()
+        self.path = Path(self._file.name)
         self.data: mmap.mmap | bytes = b""
-        self._file = os.fdopen(handle, "wb")
         self._end = 0
         weakref.finalize(self, _discard, self._file, self.path)
 

@@ -40,8 +40,16 @@ from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
-from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder, check_kind
-from channelfold.runtime.report import terminal
+from channelfold.runtime.jobs.job import (
+    Job,
+    Progress,
+    Record,
+    Source,
+    check_folder,
+    check_kind,
+    write_page,
+    write_reports,
+)
 from channelfold.runtime.stats.compare import Gates
 
 PathLike = str | Path
@@ -88,10 +96,10 @@ def compress(
     job.open_both()
     job.check_output(out_dir / "report.json", "a report")
     job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
-    terminal.write_both(job.record, out_dir)
+    write_reports(job.record, out_dir)
     for sm in sms:
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
-    terminal.write_both(job.record, out_dir)
+    write_reports(job.record, out_dir)
     clear(out_dir / "checkpoint")
     job.check_share(require_share)
     job.check(gates)
@@ -281,12 +289,13 @@ def inspect(
     """
     job = Job("inspect", Path(model), progress, source)
     data = job.open("calibration", source.calibration)
-    job.record["inspection"] = inspection.inspect(job.model, job.graph, data, progress)
-    job.record["weights"] = account.to_json(account.account(job.graph))
-    if idle:
-        job.record["ffns"] = idle_channels.idle(job.graph, data, progress)
-    if groups:
-        job.record["groups"] = channel_groups.describe(job.graph, source.seed)
+    with job.blaming():
+        job.record["inspection"] = inspection.inspect(job.model, job.graph, data, progress)
+        job.record["weights"] = account.to_json(account.account(job.graph))
+        if idle:
+            job.record["ffns"] = idle_channels.idle(job.graph, data, progress)
+        if groups:
+            job.record["groups"] = channel_groups.describe(job.graph, source.seed)
     return job.record
 
 
@@ -307,7 +316,7 @@ def page_beside(record: Record, path: PathLike) -> Path:
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     page = folder / ("comparison.html" if "runs" in record else "report.html")
     check_kind(page, "a web page")
-    terminal.write_html(record, page)
+    write_page(record, page)
     return page
 
 

@@ -29,15 +29,27 @@ from channelfold.runtime.engine.squeeze import (
     put_codes_inside,
     squeezes_without_axes,
 )
-from channelfold.runtime.errors import DataError, GateError, ModelError, OutputError, UsageError, nearest
-from channelfold.runtime.io import files
+from channelfold.runtime.errors import (
+    ChannelfoldError,
+    DataError,
+    DependencyError,
+    GateError,
+    ModelError,
+    OutputError,
+    UsageError,
+    VerificationError,
+    nearest,
+)
+from channelfold.runtime.io import files, temporary
 from channelfold.runtime.io.bodies import share_constants
 from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.edit import fix_inputs, see_through_identities, take_defaults
 from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Feed, Session, TensorSpec
+from channelfold.runtime.io.shapes import check_sizes
 from channelfold.runtime.jobs import inspect_model as inspection
+from channelfold.runtime.report.terminal import to_html, to_json
 from channelfold.runtime.stats import compare
 from channelfold.runtime.stats.bench import latencies
 from channelfold.runtime.stats.compare import Gates, Runner
@@ -112,6 +124,7 @@ class Job:
             "latency": [],
             "warnings": [],
         }
+        check_sizes(self.graph, self.record["model"]["bytes"])
         if stale := files.drop_stale_shapes(self.graph):
             self.warn(f"The file contradicts itself, so the shapes that its value_info names were not used: {stale}")
 
@@ -154,23 +167,38 @@ class Job:
             self.record["model"] |= inspection.costs(self.graph)
         passes = [*self._prepared(), *passes]
         context = Context(self.calibration, self.progress, self.source.seed)
-        graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
+        with self.blaming():
+            graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
         self.record["steps"] = steps
         if resumed := sum(step.get("resumed", False) for step in steps):
             self.warn(f"{resumed} of {len(steps)} steps were done by an earlier, interrupted call")
         self.warn(*pipeline.warnings(steps))
         self.progress("save", 0, 0)
-        files.save(graph, out)
-        del graph, self.graph
-        gc.collect()  # nodes and tensors refer to each other, and their mapped weights count as memory while they live
-        written = files.load(out)
-        self.record["output"] = model_facts(out, written) | (inspection.costs(written) if counted else {})
-        self._account(written, nothing)
-        del written
-        if self.evaluation or not exact or self.fixed or (gated and self.calibration):
-            self.prove(out)
-        if any(step["changed"] and step["options"].get("target") == "onnxruntime" for step in steps):
-            self.time(out)
+        with files.saving(graph, out) as candidate:
+            del graph, self.graph
+            gc.collect()  # nodes and tensors refer to each other; their mapped weights count as memory while they live
+            written = files.load(candidate)
+            facts = inspection.costs(written) if counted else {}
+            self.record["output"] = model_facts(candidate, written) | {"path": str(out)} | facts
+            self._account(written, nothing)
+            del written
+            if self.evaluation or not exact or self.fixed or (gated and self.calibration):
+                self.prove(candidate)
+            if any(step["changed"] and step["options"].get("target") == "onnxruntime" for step in steps):
+                self.time(candidate)
+
+    @contextlib.contextmanager
+    def blaming(self) -> Iterator[None]:
+        """Where work on a model that ONNX Runtime cannot run goes wrong, the error is that of ONNX Runtime."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, ChannelfoldError) and not isinstance(error, VerificationError):
+                raise
+            with contextlib.suppress(DependencyError, DataError):
+                session = self._session(self.model, optimize=False)
+                session.run(next(iter(random_data(self.inputs, 1, seed=self.source.seed))))
+            raise
 
     def time(self, candidate: Path) -> None:
         """Measures the latency of both models, in turns, on one sample of the proof; warns of a slower candidate."""
@@ -331,8 +359,8 @@ class Job:
             yield model
             return
         self.warn(*(f"engine: {sentence}" for sentence in sentences))
-        with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
-            copy = Path(folder, model.name)
+        with temporary.folder() as folder:
+            copy = folder / model.name
             files.save(graph, copy)
             yield copy
 
@@ -413,6 +441,27 @@ def check_kind(out: Path, kind: str) -> None:
     if out.is_file() and not files.is_of_kind(out, kind):
         raise OutputError(f"{out} is there, and is not {kind}", "Remove it, or give another output")
     check_folder(out.parent)
+
+
+def write_reports(record: Mapping[str, Any], folder: Path) -> None:
+    """Writes report.json and report.html into a folder. Raises OutputError."""
+    write_report(record, folder / "report.json")
+    write_page(record, folder / "report.html")
+
+
+def write_report(record: Mapping[str, Any], path: Path) -> None:
+    """Writes a record as JSON. Raises OutputError."""
+    _write(to_json(record) + "\n", path)
+
+
+def write_page(record: Mapping[str, Any], path: Path) -> None:
+    """Writes a record as a web page. Raises OutputError."""
+    _write(to_html(record), path)
+
+
+def _write(text: str, path: Path) -> None:
+    with files.writing(path) as file:  # whole or not at all
+        file.write(text.encode())
 
 
 def check_folder(folder: Path) -> None:

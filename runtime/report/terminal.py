@@ -36,7 +36,6 @@ A number that JSON cannot hold is the string "inf" or "-inf", or null for NaN.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from channelfold.runtime.errors import OutputError
 from channelfold.runtime.report import demo, inspection, runs, steps, web
 from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 from channelfold.runtime.stats.compare import json_number
@@ -52,37 +50,6 @@ from channelfold.runtime.stats.compare import json_number
 _EXCEPTIONS = 12
 _LEAST = 0.002  # share of all weight bytes below which a row is not shown
 _LEVELS = {"ok": "green", "degraded": "yellow", "collapsed": "bold red"}
-
-
-def write_json(record: Mapping[str, Any], path: str | Path) -> None:
-    """Writes the record as JSON, whole or not at all. Numpy scalars and arrays, paths and tuples are accepted.
-
-    Raises OutputError when the file cannot be written.
-    """
-    _write(to_json(record) + "\n", path)
-
-
-def write_html(record: Mapping[str, Any], path: str | Path) -> None:
-    """Writes the record as a web page, see ``web``, whole or not at all. Raises OutputError."""
-    _write(to_html(record), path)
-
-
-def write_both(record: Mapping[str, Any], folder: Path) -> None:
-    """Writes report.json and report.html into a folder. Raises OutputError."""
-    write_json(record, folder / "report.json")
-    write_html(record, folder / "report.html")
-
-
-def _write(text: str, path: str | Path) -> None:
-    path = Path(os.path.realpath(path))
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror})", "Choose another file") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def to_json(record: Mapping[str, Any]) -> str:

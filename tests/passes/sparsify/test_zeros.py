@@ -365,7 +365,7 @@ def test_good_options():
 def test_what_it_is_worth_is_said():
     graph = build(TOKENS, MLP, kind="float", A=(32, 64), B=(64, 32))
     facts = sparsify(graph).facts
-    dense, sparse = facts["deflated_bytes"]
+    dense, sparse = facts["deflated_bytes"].values()
     assert dense > 0.85 * 4 * facts["weights"]
     assert sparse < 0.75 * dense
     (sentence,) = worth(facts, "2:4")

@@ -19,7 +19,7 @@ from rich.console import Console
 from channelfold import models
 from channelfold.runtime import jobs
 from channelfold.runtime.errors import ChannelfoldError
-from channelfold.runtime.report.terminal import render, to_html, write_html
+from channelfold.runtime.report.terminal import render, to_html
 from channelfold.tests.runtime.report.test_terminal import record
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\"'><b>"
@@ -151,7 +151,7 @@ def test_compress_writes_it_and_report_shows_both(real, tmp_path):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_in_a_browser(real, tmp_path):
     """The script runs under the page's policy: headings are buttons, a link marks its node, nothing is logged."""
-    write_html(real, tmp_path / "page.html")
+    (tmp_path / "page.html").write_text(to_html(real), encoding="utf-8")
     node = next(site["node"] for step in real["steps"] for site in step["facts"].get("sites", ()))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
     url = f"{(tmp_path / 'page.html').as_uri()}#node:{node}"
