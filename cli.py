@@ -233,11 +233,12 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
 @_command("channelfold fold model.onnx -o folded.onnx")
 @opt.model
 @opt.output
-@opt.seed
+@opt.source
 def fold(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
     """Fold normalizations and channel-wise scales into weights.
 
-    The result computes the same function, with fewer nodes; every step is checked by running it.
+    The result computes the same function, with fewer nodes; every step is checked by running it, on data where there
+    are any.
     """
     return jobs.fold(model, output, source=_source(jobs, options), progress=progress)
 

@@ -96,10 +96,8 @@ def compress(
 
 
 def fold(model: PathLike, out: PathLike, *, source: Source = Source(), progress: Progress = no_progress) -> Record:
-    """Applies the exact folds: the same function in fewer nodes. Writes ``out``."""
-    job = Job("fold", Path(model), progress, source)
-    job.transform(recipes.load_recipe("fold").passes, Path(out))
-    return job.record
+    """Applies the exact folds: the same function in fewer nodes. Writes ``out``. Data serve the proof alone."""
+    return _transformed("fold", model, out, recipes.load_recipe("fold").passes, source, progress).record
 
 
 def smooth(
