@@ -107,7 +107,7 @@ def random_data(
             feed = next(steps, None)
             yield step.feed(np.random.default_rng([seed, index])) if feed is None else feed
 
-    kind = "step of random rollouts" if run is not None and rolls(inputs) else "random sample"
+    kind = "rollout step" if run is not None and rolls(inputs) else "random sample"
     description = f"{describe(n, batch_size(inputs), kind)} (seed {seed})"
     notes = ("The inputs are random: neither ranges nor accuracy say anything about real data",)
     return Data(inputs, n, feeds, description, notes=notes, synthetic=True)
@@ -153,19 +153,15 @@ class _Step:
     def __init__(
         self, inputs: Sequence[TensorSpec], dims: Mapping[str, int], past: int, new: int, size: int, continues: bool
     ):
-        tokens = [spec for spec in inputs if _meaning(spec).kind in ("ids", "position") and spec.shape]
-        fixed = [spec.shape[-1] for spec in tokens if isinstance(spec.shape[-1], int)]
         caches = [spec for spec in inputs if _grows(spec)]
         lengths = [spec.shape[_axis(spec)] for spec in caches]
+        tokens = _tokens(inputs) if caches else []
+        masks = [spec.shape[-1] for spec in inputs if caches and _meaning(spec).kind == "mask" and spec.shape]
         self.inputs, self.size, self.continues = inputs, size, continues
         self.past = next((dim for dim in lengths if isinstance(dim, int)), past)
-        self.new = fixed[0] if fixed and caches else new
-        sizes: dict[Any, int] = {}
-        if caches:
-            sizes |= dict.fromkeys(lengths, self.past)
-            sizes = dict.fromkeys((spec.shape[-1] for spec in tokens), self.new) | sizes
-            masks = [spec.shape[-1] for spec in inputs if _meaning(spec).kind == "mask" and spec.shape]
-            sizes = dict.fromkeys(masks, self.past + self.new) | sizes
+        self.new = next((dim for dim in tokens if isinstance(dim, int)), new)
+        sizes = dict.fromkeys(masks, self.past + self.new) | dict.fromkeys(tokens, self.new)
+        sizes |= dict.fromkeys(lengths, self.past)
         self.dims = {name: known for name, known in sizes.items() if isinstance(name, str)} | dict(dims)
 
     def feed(self, rng: np.random.Generator) -> Feed:
@@ -197,6 +193,14 @@ class _Step:
 
 def _meaning(spec: TensorSpec) -> Meaning:
     return spec.meaning or _NONE
+
+
+def _tokens(inputs: Sequence[TensorSpec]) -> list[int | str | None]:
+    """The sizes of the axes that count new tokens: those of ids and positions, or else of embeddings."""
+    named = [spec.shape[-1] for spec in inputs if _meaning(spec).kind in ("ids", "position") and spec.shape]
+    kept = {dim for spec in inputs if _meaning(spec).kind == "past" for dim in spec.shape}
+    embedded = [spec.shape[1] for spec in inputs if spec.meaning is None and len(spec.shape) == 3]
+    return named or [dim for dim in embedded if dim not in kept]
 
 
 def _grows(spec: TensorSpec) -> bool:

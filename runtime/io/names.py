@@ -30,9 +30,15 @@ class NodeNames:
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The names that a node and the nodes of its subgraphs read."""
+    """The names that a node reads, and its subgraphs read of the graphs around them.
+
+    A subgraph may give its own tensors the names of outer ones: optimum names the results of both branches of an If as
+    the outputs of the If.
+    """
     yield from node.input
     for attribute in node.attribute:
-        yield from (output.name for output in attribute.g.output)
-        for inner in attribute.g.node:
-            yield from reads(inner)
+        body = attribute.g
+        own = {value.name for value in (*body.initializer, *body.input)}
+        own |= {name for inner in body.node for name in inner.output}
+        read = (*(output.name for output in body.output), *(name for inner in body.node for name in reads(inner)))
+        yield from (name for name in read if name not in own)

@@ -71,3 +71,12 @@ def test_what_runs_is_not_refused(tmp_path):
     made.graph.node.add(op_type="Vendor", input=["x"], output=["v"], name="v")
     (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
     assert len(load(tmp_path / "m.onnx", strict=True).nodes) == 5
+
+
+def test_a_branch_may_name_its_tensors_as_the_if_names_its_outputs(tmp_path):
+    text = """<ir_version: 8, opset_import: ["" : 17]> m (float[4] x, bool c) => (float[4] y) {
+        y = If (c) <then_branch = p () => (float[4] y) { y = Neg(x) },
+                    else_branch = q () => (float[4] y) { y = Abs(x) }>
+    }"""
+    (tmp_path / "m.onnx").write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    assert [node.op for node in load(tmp_path / "m.onnx", strict=True).nodes] == ["If"]
