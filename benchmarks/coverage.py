@@ -24,6 +24,7 @@ from typing import Any
 from harness import HERE, parser, table, write
 from open_set import DEFAULT
 
+ENOUGH = 0.95  # share of the weight bytes
 LIMIT = 600  # seconds for one export and all commands
 SAMPLES, MANY = 8, 128  # random samples; fits need as many positions as a layer has channels
 TORCH = (
@@ -112,8 +113,9 @@ def faults(found: Mapping[str, Row]) -> list[str]:
         if command in ("tensorrt", "onnxruntime", "int4") and not row["compared"]:
             said.append(f"{command}: not compared")
         if command in ("tensorrt", "onnxruntime", "int4"):
-            silent = [f"{op} {size} bytes in {place}" for op, place, size, reason in row["left"] if not reason]
-            if silent and row["share"] < 0.95:
+            told = " ".join(row["warnings"])
+            silent = [f"{op} {size} bytes" for op, _, size, reason in row["left"] if not reason and op not in told]
+            if silent and row["share"] < ENOUGH:
                 said.append(f"{command}: no reason for {'; '.join(silent[:3])}")
         if command != "inspect" and not row["changed"] and not row["warnings"] and not row["refused"]:
             said.append(f"{command}: silent")

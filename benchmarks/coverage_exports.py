@@ -362,14 +362,15 @@ def by_optimum(name: str, path: Path) -> None:
 
 
 def by_genai(name: str, kind: str, path: Path) -> None:
-    from onnxruntime_genai.models.builder import create_model
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
     folder = path.with_suffix("")
     model = hf.LlamaForCausalLM(llama_config())
     lively(model)
     model.save_pretrained(folder / "hf")
     tokenizer(folder / "hf")
-    create_model(None, str(folder / "hf"), str(folder / "out"), kind, "cpu", str(folder / "cache"))
+    where = (None, str(folder / "hf"), str(folder / "out"), kind, "cpu", str(folder / "cache"))
+    create_model(*where, **parse_extra_options(*where, []))
     import onnx
 
     onnx.save(onnx.load(folder / "out/model.onnx"), path)

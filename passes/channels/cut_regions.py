@@ -187,6 +187,9 @@ class _Tracer(Classes):
         key = (id(node), port, axis)
         if key not in self.held:
             self.held[key] = (node, self._spread(at, labels, node.inputs[port].shape[axis]))
+            readers = edit.consumers(node.inputs[port])
+            if not all(edit.in_graph(self.table.graph, reader) for reader in readers):  # which would need a copy
+                self.pin(labels, "another part of the model reads the same weight")
         else:
             known = self.held[key][1]
             self.merge(known if at is None else known[at], labels)
