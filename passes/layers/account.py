@@ -150,7 +150,7 @@ def _count(
     shape = tuple(tensor.shape)
     reader, scale = _reader(node, tensor)
     if edit.is_float_type(dtype):
-        if node.op in ("DequantizeLinear", "QuantizeLinear"):
+        if node.op in ("DequantizeLinear", "QuantizeLinear") or any(part in node.op for part in _INTEGER):
             return  # a scale: it comes with the codes
         reason = reasons.get(reader.name if place == MAIN else located(reader.name, place), "")
         if math.prod(shape) == max(shape, default=1):

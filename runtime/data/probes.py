@@ -162,6 +162,7 @@ class _Step:
         self.new = next((dim for dim in tokens if isinstance(dim, int)), new)
         sizes = dict.fromkeys(masks, self.past + self.new) | dict.fromkeys(tokens, self.new)
         sizes |= dict.fromkeys(lengths, self.past)
+        sizes |= {spec.shape[-1]: width for spec in caches if (width := _meaning(spec).width)}
         self.dims = {name: known for name, known in sizes.items() if isinstance(name, str)} | dict(dims)
 
     def feed(self, rng: np.random.Generator) -> Feed:

@@ -131,9 +131,9 @@ def _caches(graph: gs.Graph) -> dict[str, Meaning]:
     inputs = {id(tensor): tensor for tensor in graph.inputs}
     found: dict[str, Meaning] = {}
     for output in graph.outputs:
-        for past, axis in _pasts(output):
+        for past, axis, width in _pasts(output):
             if id(past) in inputs and past.name not in found and _may_grow(past, axis):
-                found[past.name] = Meaning("past", present=output.name, axis=axis)
+                found[past.name] = Meaning("past", present=output.name, axis=axis, width=width)
     presents = {meaning.present for meaning in found.values()}
     others = {t.name: t for t in graph.outputs if t.name not in presents}
     for tensor in graph.inputs:
@@ -144,8 +144,8 @@ def _caches(graph: gs.Graph) -> dict[str, Meaning]:
     return found
 
 
-def _pasts(tensor: gs.Tensor) -> Iterator[tuple[gs.Tensor, int | None]]:
-    """(tensor, the axis along which it grows or None) for each tensor of which an output is the continuation."""
+def _pasts(tensor: gs.Tensor) -> Iterator[tuple[gs.Tensor, int | None, int | None]]:
+    """(tensor, the axis along which it grows or None, its width or None) for each that an output continues."""
     node = edit.producer(tensor)
     if node is None:
         return
@@ -154,7 +154,7 @@ def _pasts(tensor: gs.Tensor) -> Iterator[tuple[gs.Tensor, int | None]]:
     if (domain, node.op) in _CACHED:
         for past, present, axis in _CACHED[domain, node.op]:
             if place == present and edit.has_input(node, past):
-                yield _source(node.inputs[past]), axis
+                yield _source(node.inputs[past]), axis, _head_width(node)
     elif domain:
         return
     elif node.op in ("Identity", "Cast"):
@@ -163,9 +163,23 @@ def _pasts(tensor: gs.Tensor) -> Iterator[tuple[gs.Tensor, int | None]]:
         for body in (node.attrs["then_branch"], node.attrs["else_branch"]):
             yield from _pasts(body.outputs[place])
     elif node.op == "Concat":
-        yield _source(node.inputs[0]), int(node.attrs["axis"])
+        yield _source(node.inputs[0]), int(node.attrs["axis"]), None
     elif node.op in ("TensorScatter", "ScatterND", "ScatterElements"):
-        yield _source(node.inputs[0]), None
+        yield _source(node.inputs[0]), None, None
+
+
+def _head_width(node: gs.Node) -> int | None:
+    """The channels of a head of an attention operator of Microsoft, from those of its queries or of all it packs."""
+    heads = int(node.attrs.get("num_heads", 0))
+    if not heads or node.op == "Attention":
+        return None
+    if not edit.has_input(node, 1):
+        heads += 2 * int(node.attrs.get("kv_num_heads", heads))
+    query = node.inputs[0]
+    before = edit.producer(query)
+    weights = [t for t in before.inputs if isinstance(t, gs.Constant) and t.shape] if before is not None else []
+    known = [query.shape[-1]] if query.shape else [weight.shape[-1] for weight in weights]
+    return next((size // heads for size in known if isinstance(size, int)), None)
 
 
 def _may_grow(past: gs.Tensor, axis: int | None) -> bool:

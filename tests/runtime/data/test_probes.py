@@ -112,12 +112,13 @@ def test_ids_may_index_several_tables_and_masks_are_ones():
 
 
 def test_grouped_query_attention_is_a_cache():
-    graph = graph_of("""m (float[b,s,32] q, float[b,s,16] k, float[b,s,16] v, float[b,2,p,8] a, float[b,2,p,8] c,
+    graph = graph_of("""m (float[b,s,32] q, float[b,s,16] k, float[b,s,16] v, float[b,2,p,w] a, float[b,2,p,w] c,
         int32[b] lengths, int32 total) => (float[b,s,32] y, float[b,2,u,8] d, float[b,2,u,8] e)
         { y, d, e = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>
           (q, k, v, a, c, lengths, total) }""")
     said = {spec.name: spec.meaning for spec in required_inputs(graph)}
     assert [(said[name].present, said[name].axis) for name in "ac"] == [("d", 2), ("e", 2)]
+    assert said["a"].width == 8  # the input leaves the size open, and the operator takes no other
     assert (said["lengths"].kind, said["total"].kind) == ("last_position", "total_length")
     feeds = list(random_data(required_inputs(graph), 3, run=session(graph).run))
     assert [(int(feed["lengths"][0]), int(feed["total"])) for feed in feeds] == [(15, 16), (16, 17), (17, 18)]
