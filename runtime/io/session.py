@@ -33,8 +33,8 @@ class Meaning:
     ``kind``: ``ids`` (integers below ``below``), ``position`` (where in the sequence the new tokens are), ``mask`` (1:
     takes part), ``zeros``, ``branch`` (whether there is a past), ``past_length``, ``total_length`` (past and new
     tokens), ``last_position`` (the total less one), or ``past``: the cache of the tokens before, which the output
-    ``present`` continues. It grows along ``axis`` or, where that is None, keeps its size. ``width``: the size of the last
-    axis of a cache, where the operator that reads it knows more than the input says.
+    ``present`` continues. It grows along ``axis`` or, where that is None, keeps its size. ``width``: the size of the
+    last axis of a cache, where the operator that reads it knows more than the input says.
     """
 
     kind: str
