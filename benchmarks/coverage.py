@@ -38,7 +38,15 @@ OTHERS = {
     "fused32": ("bert", "gpt2"),
     "fused16": ("bert", "gpt2"),
 }
+INTRODUCTION = """# Exports and commands
+
+Written by `python benchmarks/coverage.py DIR --export --write`. Tiny networks with random weights; a decoder with a
+cache is calibrated and compared on steps of rollouts. Quantized: share of the weight bytes, and SNR of the worst
+output. fold and smooth: the sites that changed, all verified. prune (`--ratio .3`) and reparam (`--approximate
+--keep-hidden .5`): the parameters that are left, and the SNR. legacy17, dynamo18 and dynamo23 are torch's exporters and
+their opsets, fused32 and fused16 ONNX Runtime's transformer optimizer, genai the builder of onnxruntime-genai."""
 LEFT = "biases, norms and scales stay float"
+QUANTIZED = ("tensorrt", "onnxruntime", "int4")
 Row = dict[str, Any]
 
 
@@ -110,9 +118,9 @@ def faults(found: Mapping[str, Row]) -> list[str]:
         if row["exit"] != 0:
             continue
         said += [f"{command}: not verified: {reason[:200]}" for reason in row["unverified"][:1]]
-        if command in ("tensorrt", "onnxruntime", "int4") and not row["compared"]:
+        if command in QUANTIZED and not row["compared"]:
             said.append(f"{command}: not compared")
-        if command in ("tensorrt", "onnxruntime", "int4"):
+        if command in QUANTIZED:
             told = " ".join(row["warnings"])
             silent = [f"{op} {size} bytes" for op, _, size, reason in row["left"] if not reason and op not in told]
             if silent and row["share"] < ENOUGH:
@@ -127,28 +135,54 @@ def cell(command: str, row: Row | None) -> str:
     if row is None:
         return "-"
     if row["exit"] != 0:
-        return f"{row['exit']}"
+        return f"exit {row['exit']}"
+    verified = "" if not row["unverified"] else ", not verified"
     if command == "inspect":
         return "ok"
-    if command in ("tensorrt", "onnxruntime", "int4"):
-        return f"{row['share']:.0%} {_db(row['snr'])}"
+    if command in QUANTIZED:
+        return f"{row['share']:.0%}, {_db(row['snr'])}"
     if command in ("fold", "smooth"):
-        return f"{row['changed']}" + ("" if not row["unverified"] else " not verified")
+        return f"{row['changed']}{verified}"
     before, after = row["parameters"]
-    kept = f"{after / before:.0%}" if before and after else "?"
-    return f"{kept} {_db(row['snr'])}" if row["changed"] else "0"
+    done = row["snr"] not in (None, float("inf"))
+    return f"{after / before:.0%}, {_db(row['snr'])}{verified}" if done and before and after else f"none{verified}"
 
 
 def _db(snr: float | None) -> str:
-    return "" if snr is None else f"{snr:.0f} dB"
+    return "not compared" if snr is None else f"{snr:.0f} dB"
 
 
-def page(rows: Mapping[str, Mapping[str, Row]]) -> str:
-    columns = [
-        "inspect", "fold", "smooth", "tensorrt", "onnxruntime", "int4", "prune", "reparam",
-    ]  # fmt: skip
+def page(rows: Mapping[str, Mapping[str, Row]]) -> list[str]:
+    """The table, what stays float and why, the sites that are refused, and the faults."""
+    columns = ["inspect", "fold", "smooth", *QUANTIZED, "prune", "reparam"]
     cells = [[name, *(cell(column, found.get(column)) for column in columns)] for name, found in rows.items()]
-    return table(["export", *columns], cells)
+    left = [
+        [name, "; ".join(f"{op} {size:,} bytes ({reason or f'no weight of {op} is quantized'})"
+                         for op, _, size, reason in found[command]["left"]), command]
+        for name, found in rows.items()
+        for command in QUANTIZED
+        if found.get(command, {"exit": 1})["exit"] == 0 and found[command]["share"] < ENOUGH
+    ]  # fmt: skip
+    none = [
+        [name, "; ".join(dict.fromkeys(found[command]["refused"])) or "; ".join(found[command]["warnings"]), command]
+        for name, found in rows.items()
+        for command in ("smooth", "prune", "reparam")
+        if found.get(command, {"exit": 1})["exit"] == 0 and cell(command, found[command]) in ("0", "none")
+    ]
+    ended = [
+        [name, row["error"].strip().splitlines()[-1], command]
+        for name, found in rows.items()
+        for command, row in found.items()
+        if row["exit"] != 0
+    ]
+    wrong = [f"- {name}: {text}" for name, found in rows.items() for text in faults(found)]
+    return [
+        table(["export", *columns], cells),
+        f"## Below {ENOUGH:.0%} of the weight bytes\n\n" + table(["export", "what stays float", "command"], left),
+        "## Nothing to scale or to cut\n\n" + table(["export", "why", "command"], none),
+        "## Ended with an error\n\n" + table(["export", "error", "command"], ended),
+        "## Faults\n\n" + ("\n".join(wrong) or "None."),
+    ]
 
 
 def main() -> int:
@@ -180,10 +214,10 @@ def main() -> int:
         found = faults(rows[name])
         said += found
         print(name, *(f"\n    {text}" for text in found), flush=True)
-    text = page(rows)
-    print(text)
+    parts = page(rows)
+    print("\n\n".join(parts))
     if args.write:
-        write("coverage.md", "# Exports and commands", text)
+        write("coverage.md", INTRODUCTION, *parts)
     return int(bool(said))
 
 
