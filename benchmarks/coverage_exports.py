@@ -70,7 +70,7 @@ Made = tuple[nn.Module, tuple[torch.Tensor, ...], list[str], list[str], dict[str
 
 
 def causal(config: Any) -> Made:
-    config._attn_implementation, config._experts_implementation = "sdpa", "eager"
+    config._attn_implementation, config._experts_implementation = "sdpa", "batched_mm"
     model = hf.AutoModelForCausalLM.from_config(config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
