@@ -225,8 +225,8 @@ def sam() -> Made:
     return plain(hf.SamModel(config), args, ["iou_scores", "pred_masks"])
 
 
-def image(config: Any, size: int = 32) -> Made:
-    return plain(hf.AutoModelForImageClassification.from_config(config), {"pixel_values": pixels(size)}, ["logits"])
+def image(model: nn.Module, size: int = 32) -> Made:
+    return plain(model, {"pixel_values": pixels(size)}, ["logits"])
 
 
 def unet() -> Made:
@@ -291,15 +291,21 @@ NETWORKS: dict[str, Callable[[], Made]] = {
     "clip": clip,
     "detr": detr,
     "sam": sam,
-    "vit": lambda: image(hf.ViTConfig(**IMAGE)),
-    "deit": lambda: image(hf.DeiTConfig(**IMAGE)),
+    "vit": lambda: image(hf.ViTForImageClassification(hf.ViTConfig(**IMAGE))),
+    "deit": lambda: image(hf.DeiTForImageClassification(hf.DeiTConfig(**IMAGE))),
     "swin": lambda: image(
-        hf.SwinConfig(image_size=32, patch_size=4, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4)
+        hf.SwinForImageClassification(
+            hf.SwinConfig(image_size=32, patch_size=4, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4)
+        )
     ),
-    "convnext": lambda: image(hf.ConvNextConfig(hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1])),
+    "convnext": lambda: image(
+        hf.ConvNextForImageClassification(hf.ConvNextConfig(hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1]))
+    ),
     "efficientnet": lambda: image(
-        hf.EfficientNetConfig(
-            width_coefficient=0.25, depth_coefficient=0.25, image_size=64, hidden_dim=320, dropout_rate=0.0
+        hf.EfficientNetForImageClassification(
+            hf.EfficientNetConfig(
+                width_coefficient=0.25, depth_coefficient=0.25, image_size=64, hidden_dim=320, dropout_rate=0.0
+            )
         ),
         64,
     ),
