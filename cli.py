@@ -255,11 +255,12 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
 @opt.model
 @opt.output
 @opt.fixed
-@opt.seed
+@opt.source
 def fold(jobs: Any, progress: Any, model: str, output: str, fixed: dict[str, str], **options: Any) -> Any:
     """Fold normalizations and channel-wise scales into weights.
 
-    The result computes the same function, with fewer nodes; every step is checked by running it.
+    The result computes the same function, with fewer nodes; every step is checked by running it, on data where there
+    are any.
     """
     return jobs.fold(model, output, source=_source(jobs, options), fixed=fixed, progress=progress)
 

@@ -1,8 +1,9 @@
 """The proof that an exact pass is exact: the outputs of the graph before and after the pass, on probe inputs.
 
 Probes are up to two samples of the available data and one random feed of the same shapes. Without data, probes are two
-random feeds, of two sizes where the model leaves sizes open; a model of more than 1 GB then has no probes. ONNX Runtime
-runs both graphs without optimization, node by node, so that its own fusions neither hide nor cause a difference.
+random feeds, of two sizes where the model leaves sizes open; a model of more than 1 GB then has no probes. In place of
+random feeds a decoder with a cache has the nine steps of a rollout (``runtime.data.probes``). ONNX Runtime runs both
+graphs without optimization, node by node, so that its own fusions neither hide nor cause a difference.
 
 The error of an output is max |before - after| / max |before|. The limit is the tolerance of the coarsest float type in
 the graph. Integers, and the places of NaN and Inf, must be the same.
@@ -33,9 +34,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from channelfold.runtime.data.probes import SAMPLES, random_feeds
+from channelfold.runtime.data.probes import SAMPLES, STEPS, random_feeds, rolls
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, ModelError, VerificationError
+from channelfold.runtime.io.facts import with_meanings
 from channelfold.runtime.io.names import reads
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.snapshot import Snapshot
@@ -163,21 +165,22 @@ class Verifier:
             if self._feeds:
                 self._reference = _run(session, self._feeds)
             else:
-                self._feeds, self._reference = self._choose(session)
+                self._feeds, self._reference = self._choose(graph, session)
         except (ModelError, _NoProbe) as error:
             hint = "" if self._probes is not None else f"; {_WANTED}"
             self._hopeless = f"the model cannot be run on any probe: {error}{hint}"
             raise _NoProbe(self._hopeless) from None
         self._of = graph
 
-    def _choose(self, session: Session) -> tuple[list[Feed], list[Outputs]]:
+    def _choose(self, graph: Snapshot, session: Session) -> tuple[list[Feed], list[Outputs]]:
         """(feeds on which the model runs and gives finite numbers, the outputs for these feeds)."""
+        inputs = with_meanings(graph.graph(), session.inputs)
         reasons: list[str] = []
         samples = list(_running(session, islice(self._probes or (), SAMPLES), SAMPLES, reasons))
         shapes = samples[0][0] if samples else None
-        wanted = 1 if samples else SAMPLES
+        wanted = 1 + STEPS if rolls(inputs) else 1 if samples else SAMPLES
         try:
-            samples += _running(session, random_feeds(session.inputs, self._seed, shapes), wanted, reasons)
+            samples += _running(session, random_feeds(inputs, self._seed, shapes, session.run), wanted, reasons)
         except DataError as error:
             reasons.append(str(error))
         if not samples:

@@ -184,8 +184,11 @@ class _Tracer(Classes):
         key = (id(node), port, axis)
         if key in self.held:
             self._meet(self.held[key][1], at, labels)
-        else:
-            self.held[key] = node, self._spread(at, labels, node.inputs[port].shape[axis])
+            return
+        self.held[key] = node, self._spread(at, labels, node.inputs[port].shape[axis])
+        readers = edit.consumers(node.inputs[port])
+        if not all(edit.in_graph(self.table.graph, reader) for reader in readers):  # which would need a copy
+            self.pin(labels, "another part of the model reads the same weight")
 
     def _meet(self, known: np.ndarray, at: np.ndarray | None, labels: np.ndarray) -> None:
         self.merge(known if at is None else known[at], labels)

@@ -22,7 +22,8 @@ from channelfold.passes.channels.cones import Cone, cone
 from channelfold.passes.channels.functions import CONSTANT, Function, Functions, Reader, UnknownShape
 from channelfold.passes.layers.linear import Linear, view
 from channelfold.passes.operators import operator
-from channelfold.runtime.data.sources import Data, random_data
+from channelfold.runtime.data.probes import random_data
+from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.facts import required_inputs

@@ -138,7 +138,8 @@ def _state(
     if _is_code(node, tensor):
         width = (scale.itemsize if scale is not None else 4) * 8 // int(node.attrs.get("bits", 8))  # several to a byte
         return reader.op, dtype.name, "", width
-    if not edit.is_float_type(dtype) or node.op in ("DequantizeLinear", "QuantizeLinear"):
+    with_codes = node.op in ("DequantizeLinear", "QuantizeLinear") or any(part in node.op for part in _INTEGER)
+    if not edit.is_float_type(dtype) or with_codes:
         return None  # a scale comes with its codes
     reason = reasons.get(reader.name if place == MAIN else located(reader.name, place), "")
     vector = math.prod(tensor.shape) == max(tensor.shape, default=1)

@@ -29,7 +29,7 @@ from channelfold.passes.channels.scale_regions import End, Region, Shape, trace
 from channelfold.passes.layers.linear import check_growth, linears, view
 from channelfold.passes.operators import operator
 from channelfold.passes.smooth import ReorderChannels
-from channelfold.runtime.data.sources import random_data
+from channelfold.runtime.data.probes import random_data
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import infer_shapes

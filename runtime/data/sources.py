@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import itertools
-import math
 import os
 import re
 import sys
@@ -22,13 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from channelfold.runtime.data.feeds import Batch, Feeds, batch_size, describe
+from channelfold.runtime.data.feeds import Batch, Feeds
 from channelfold.runtime.data.npz import Spill, read_headers
-from channelfold.runtime.errors import ChannelfoldError, DataError, UsageError, nearest, nearest_path
-from channelfold.runtime.io import limits
+from channelfold.runtime.errors import ChannelfoldError, DataError, nearest, nearest_path
 from channelfold.runtime.io.session import Feed, TensorSpec
-
-RANDOM_LIMIT = 1 << 28  # bytes of an input of random data
 
 
 @dataclass(eq=False)
@@ -86,7 +82,7 @@ def open_data(source: Any, inputs: Sequence[TensorSpec]) -> Data:
 
     Raises DataError, which names the file, the key, the expected and the found arrays.
     """
-    _check_inputs(inputs)
+    check_inputs(inputs)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         batches, notes = _file_batches(path, inputs)
@@ -100,62 +96,12 @@ def load_script(path: str | Path, inputs: Sequence[TensorSpec]) -> Data:
 
     Raises DataError when there is no such function, and, with the line of the script, when the script fails.
     """
-    _check_inputs(inputs)
+    check_inputs(inputs)
     path = Path(path)
     if not path.is_file():
         raise DataError(f"There is no {path}", nearest_path(path))
     batches, _ = _object_batches(_run_script(path), inputs)
     return _assemble(inputs, batches, f"load_data() in {path.name}", [])
-
-
-def random_data(
-    inputs: Sequence[TensorSpec], n: int, *, seed: int = 0, dims: Mapping[str, int] | None = None, size: int = 32
-) -> Data:
-    """``n`` random feeds: floats from the standard normal distribution, integers 0 or 1 (safe as indices).
-
-    A symbolic dimension has the size given in ``dims``, else 1 where it leads a shape, else ``size``; a name has one
-    size wherever it appears. Raises UsageError for n < 1 or an unknown dimension, DataError for inputs of strings.
-    """
-    _check_inputs(inputs)
-    if n < 1:
-        raise UsageError(f"{n} random samples were asked for", "Ask for at least 1")
-    dims = dict(dims or {})
-    symbols = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
-    for name in sorted(dims.keys() - symbols):
-        known = nearest(name, symbols) if symbols else "All its dimensions are fixed"
-        raise UsageError(f"The model has no dimension {name!r}", known)
-    for spec in inputs:
-        if spec.dtype == np.dtype(object):
-            raise DataError(f"Input {spec.name!r} takes strings, which cannot be random", "Give real data")
-    dims = {spec.shape[0]: 1 for spec in inputs if spec.shape and isinstance(spec.shape[0], str)} | dims
-    shapes = {spec.name: _random_shape(spec, dims, size) for spec in inputs}
-    for spec in inputs:
-        if (taken := math.prod(shapes[spec.name]) * np.dtype(spec.dtype).itemsize) > RANDOM_LIMIT and limits.are_on():
-            what = (
-                f"One random sample of the input {spec} takes {taken / 1e9:,.1f} GB, {RANDOM_LIMIT / 1e9:.1f} at most"
-            )
-            raise DataError(what, "Give real data")
-
-    def feeds() -> Iterator[Feed]:
-        for index in range(n):
-            rng = np.random.default_rng([seed, index])
-            yield {spec.name: _random_array(spec, shapes[spec.name], rng) for spec in inputs}
-
-    description = f"{describe(n, batch_size(inputs), 'random sample')} (seed {seed})"
-    notes = ("The inputs are random: neither ranges nor accuracy say anything about real data",)
-    return Data(inputs, n, feeds, description, notes=notes, synthetic=True)
-
-
-def _random_shape(spec: TensorSpec, dims: Mapping[str, int], size: int) -> tuple[int, ...]:
-    open_sizes = (1 if axis == 0 and dim is None else dims.get(str(dim), size) for axis, dim in enumerate(spec.shape))
-    return tuple(dim if isinstance(dim, int) else found for dim, found in zip(spec.shape, open_sizes, strict=True))
-
-
-def _random_array(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    dtype = np.dtype(spec.dtype)
-    if dtype.kind == "f":
-        return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
-    return rng.integers(0, 2, shape).astype(dtype)
 
 
 def _assemble(inputs: Sequence[TensorSpec], batches: Sequence[Batch], origin: str, notes: Sequence[str]) -> Data:
@@ -164,7 +110,8 @@ def _assemble(inputs: Sequence[TensorSpec], batches: Sequence[Batch], origin: st
     return Data(inputs, len(feeds), feeds.__iter__, description, notes=(*notes, *feeds.notes))
 
 
-def _check_inputs(inputs: Sequence[TensorSpec]) -> None:
+def check_inputs(inputs: Sequence[TensorSpec]) -> None:
+    """Raises DataError where a model has no inputs, or inputs of types that numpy has no arrays for."""
     for spec in inputs:
         if spec.dtype is None:
             raise DataError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.runtime.io.files import all_graphs, locations
+from channelfold.runtime.io.meanings import meanings
 from channelfold.runtime.io.session import TensorSpec
 
 _INTEGER = ("ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QAttention", "QGemm", "DynamicQuantizeMatMul")
@@ -19,7 +22,13 @@ def required_inputs(graph: gs.Graph) -> tuple[TensorSpec, ...]:
     """The inputs without a default value, which a feed must have, described as ONNX Runtime would describe them."""
     carried = vars(graph).get("carried")
     defaults = {tensor.name for tensor in carried.graph.initializer} if carried else set()
-    return tuple(one for one in map(spec, graph.inputs) if one.name not in defaults)
+    return with_meanings(graph, [one for one in map(spec, graph.inputs) if one.name not in defaults])
+
+
+def with_meanings(graph: gs.Graph, specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Descriptions of inputs with what the graph says of their values."""
+    known = meanings(graph)
+    return tuple(dataclasses.replace(one, meaning=known.get(one.name)) for one in specs)
 
 
 def computes_as_written(graph: gs.Graph) -> bool:

@@ -465,11 +465,16 @@ def open_model(
     return Session(skeleton.getvalue(), folder=root, size=size, **options)
 
 
+# operators of ONNX Runtime that are in the domain of ONNX
+_MISPLACED = ("SimplifiedLayerNormalization", "Affine", "Crop", "DynamicSlice", "ImageScaler", "ParametricSoftplus",
+              "ScaledTanh")  # fmt: skip
+
+
 def is_known(domain: str | None, op: str) -> bool:
     """Whether ONNX or ONNX Runtime defines an operator, and not a vendor or a function of the model."""
     domain = "" if domain in (None, "ai.onnx") else domain
     if domain in ("", "ai.onnx.ml"):
-        return onnx.defs.has(op, domain)
+        return onnx.defs.has(op, domain) or op in _MISPLACED
     return domain.startswith(("com.microsoft", "com.ms.", "ai.onnx.", "org.pytorch."))
 
 

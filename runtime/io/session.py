@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,35 @@ _NUMPY_TYPES = {
 
 
 @dataclass(frozen=True)
+class Meaning:
+    """What the values of an input mean.
+
+    ``kind``: ``ids`` (integers below ``below``), ``position`` (where in the sequence the new tokens are), ``mask`` (1:
+    takes part), ``zeros``, ``branch`` (whether there is a past), ``past_length``, ``total_length`` (past and new
+    tokens), ``last_position`` (the total less one), or ``past``: the cache of the tokens before, which the output
+    ``present`` continues. It grows along ``axis`` or, where that is None, keeps its size. ``width``: the size of the
+    last axis of a cache, where the operator that reads it knows more than the input says.
+    """
+
+    kind: str
+    below: int = 2
+    present: str = ""
+    axis: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """Name, numpy dtype and shape of a model input or output. A symbolic dimension is a string, an unknown one None.
 
-    ``dtype`` is None where numpy has no such type (sequences, optionals, bfloat16 …).
+    ``dtype`` is None where numpy has no such type (sequences, optionals, bfloat16 …). ``meaning`` is what the graph
+    says of the values of an input, where that is known.
     """
 
     name: str
     dtype: np.dtype | None
     shape: tuple[int | str | None, ...]
+    meaning: Meaning | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         dims = ", ".join("?" if d is None else str(d) for d in self.shape)

@@ -114,8 +114,12 @@ def fold(
     fixed: Mapping[str, str] | None = None,
     progress: Progress = no_progress,
 ) -> Record:
-    """Applies the exact folds: the same function in fewer nodes. Writes ``out``. ``fixed``: as for ``compress``."""
+    """Applies the exact folds: the same function in fewer nodes. Writes ``out``. Data serve the proof alone.
+
+    ``fixed``: as for ``compress``.
+    """
     job = Job("fold", Path(model), progress, source, fixed)
+    job.open_both()
     job.transform(recipes.load_recipe("fold").passes, Path(out))
     return job.record
 

@@ -18,7 +18,8 @@ from channelfold.passes import pipeline, verify
 from channelfold.passes.base import Context, Pass
 from channelfold.passes.fold import InlineFunctions
 from channelfold.passes.layers import account
-from channelfold.runtime.data.sources import Data, load_script, open_data, random_data
+from channelfold.runtime.data.probes import STEPS, random_data, rolls
+from channelfold.runtime.data.sources import Data, load_script, open_data
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.engine.run import EngineSession
@@ -132,7 +133,7 @@ class Job:
         """The data for a role, from a source or ``random`` samples; None without both."""
         if random and source is not None:
             raise UsageError(f"Both {role} data and --random were given", "Give one of them")
-        data = random_data(self.inputs, random, seed=self.source.seed) if random else self._opened(source)
+        data = self._random(random) if random else self._opened(source)
         if data is not None:
             self.record["data"][role] = data.description
             self.warn(*(f"{role} data: {note}" for note in data.notes))
@@ -390,6 +391,11 @@ class Job:
             return load_script(source, self.inputs)
         return open_data(source, self.inputs)
 
+    def _random(self, n: int) -> Data:
+        """Random samples; the steps of rollouts of the original where the model is a decoder."""
+        opened = functools.cache(self._original)
+        return random_data(self.inputs, n, seed=self.source.seed, run=lambda feed: opened().run(feed))
+
     def _probes(self) -> Data | None:
         """Random samples for the comparison; None, with a warning, where the original does not run on them."""
         hint = "Give --calibration or --evaluation to have them compared"
@@ -397,7 +403,7 @@ class Job:
             self.warn(f"The outputs were not compared, because there are no data and the model is large. {hint}")
             return None
         try:
-            probes = random_data(self.inputs, PROBES, seed=self.source.seed)
+            probes = self._random(1 + STEPS if rolls(self.inputs) else PROBES)
             self._original().run(next(iter(probes)))
         except (DataError, ModelError) as error:
             self.warn(f"The outputs were not compared, because the model does not run on random inputs: {error} {hint}")

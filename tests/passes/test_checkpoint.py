@@ -13,7 +13,7 @@ import pytest
 
 from channelfold.passes import checkpoint, pipeline
 from channelfold.passes.base import Context, Outcome, Pass
-from channelfold.runtime.data.sources import random_data
+from channelfold.runtime.data.probes import random_data
 from channelfold.runtime.errors import OutputError
 from channelfold.runtime.io import files
 from channelfold.runtime.io.session import TensorSpec

@@ -10,7 +10,7 @@ from channelfold.passes.base import Context, Refused
 from channelfold.passes.channels.rescale import rescale
 from channelfold.passes.channels.scale_regions import reach, trace
 from channelfold.passes.layers.linear import linears
-from channelfold.runtime.data.sources import random_data
+from channelfold.runtime.data.probes import random_data
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.tests.graphs import assert_same, build, feeds, positive, run

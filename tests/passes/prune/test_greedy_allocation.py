@@ -7,7 +7,7 @@ import pytest
 
 from channelfold.passes.base import Context
 from channelfold.passes.prune import Prune
-from channelfold.runtime.data.sources import random_data
+from channelfold.runtime.data.probes import random_data
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io.files import check, session
 from channelfold.tests.graphs import build, random, run

@@ -11,7 +11,7 @@ import pytest
 from channelfold.passes.base import Context
 from channelfold.passes.prune import Prune
 from channelfold.passes.prune import latency as latency_budget
-from channelfold.runtime.data.sources import random_data
+from channelfold.runtime.data.probes import random_data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import check, session
 from channelfold.tests.graphs import build, feeds, run

@@ -9,7 +9,8 @@ import pytest
 from channelfold.passes.base import Context, Refused
 from channelfold.passes.smooth import MergeChannels, SplitChannels
 from channelfold.passes.smooth.merge import _paired
-from channelfold.runtime.data.sources import Data, random_data
+from channelfold.runtime.data.probes import random_data
+from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import check

@@ -11,7 +11,8 @@ from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.recipe import make
 from channelfold.passes.smooth import SplitChannels
-from channelfold.runtime.data.sources import Data, random_data
+from channelfold.runtime.data.probes import random_data
+from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.stats.channels import ChannelStatistics

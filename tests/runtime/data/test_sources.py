@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from channelfold.runtime.data.npz import read_headers
-from channelfold.runtime.data.sources import Data, load_script, open_data, random_data
+from channelfold.runtime.data.probes import random_data
+from channelfold.runtime.data.sources import Data, load_script, open_data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.session import TensorSpec
 

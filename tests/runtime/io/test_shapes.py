@@ -126,3 +126,9 @@ def test_operators_that_nobody_knows_have_no_shapes_and_functions_of_the_file_do
     graph = files.import_model(onnx.parser.parse_model(text))
     shapes = measured_shapes(graph, {"x": np.zeros((3, 4), np.float32)})
     assert shapes == {"x": (3, 4), "a": (3, 4), "r": (3, 4), "z": (3, 4)}
+
+
+def test_what_the_runtime_defines_in_the_domain_of_onnx_is_measured():
+    body = "n = SimplifiedLayerNormalization<axis = -1>(x, g) y = MatMul(n, W)"
+    graph = build("(float[N,4] x) => (float[] y)", body, kind="float", g=4, W=(4, 3))
+    assert measured_shapes(graph, {"x": np.ones((2, 4), np.float32)}) == {"x": (2, 4), "n": (2, 4), "y": (2, 3)}
