@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from channelfold.runtime import jobs
-from channelfold.runtime.data.sources import random_data
+from channelfold.runtime.data.probes import random_data
 from channelfold.runtime.errors import DataError, LimitError
 from channelfold.runtime.io import limits
 from channelfold.runtime.io.session import Session, TensorSpec

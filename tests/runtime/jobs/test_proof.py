@@ -144,8 +144,8 @@ def test_an_int8_weight_of_several_nodes(tmp_path):
 @pytest.mark.parametrize(("milliseconds", "said"), [((2, 3), "1.50x"), ((3, 2), ""), ((2, 2), "")])
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
 def test_a_file_slower_than_float_is_said_to_be(target, milliseconds, said, monkeypatch, tmp_path):
-    """The clock is a stub: a run of the float model takes the first time, a run of the INT8 file the second."""
-    now, times = [0.0], dict(zip(("float", "INT8"), milliseconds, strict=True))
+    """The clock is a stub: a run of the float model takes the first time, a run of the quantized file the second."""
+    now, times = [0.0], dict(zip(("float", "quantized"), milliseconds, strict=True))
 
     def timed(runs, **options):
         def advancing(name, run):
