@@ -59,16 +59,16 @@ def _faults(
                 yield f"{_named(node)} writes {name!r}, which is written before"
             written.add(name)
     known = outer | written | {sparse.values.name for sparse in graph.sparse_initializer}
-    for node in graph.node:
-        yield from (
-            f"{_named(node)} reads {name!r}, which nothing computes" for name in node.input if name not in known
-        )
     yield from _cycles(graph)
     for node in graph.node:
         yield from _misuses(node, opsets)
         for attribute in node.attribute:
             for part in (attribute.g, *attribute.graphs):
                 yield from _faults(part, opsets, known)
+    for node in graph.node:
+        yield from (
+            f"{_named(node)} reads {name!r}, which nothing computes" for name in node.input if name not in known
+        )
 
 
 def _doubles(names: Iterable[str]) -> list[str]:
