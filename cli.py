@@ -17,6 +17,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -68,29 +69,39 @@ def cli() -> None:
 def _command(example: str) -> Callable[[Callable[..., Any]], click.Command]:
     """Makes a command of a function that returns a record. The help ends with the example.
 
-    The command also has --json and --debug, and passes ``jobs`` and ``progress`` to the function.
+    The command also has --json, --html and --debug, and passes ``jobs`` and ``progress`` to the function.
     """
 
     def register(function: Callable[..., Any]) -> click.Command:
         @functools.wraps(function)
-        def run(as_json: bool, debug: bool, **options: Any) -> None:
+        def run(as_json: bool, html: str | None, debug: bool, **options: Any) -> None:
             jobs = importlib.import_module("channelfold.runtime.jobs")
+            if html:
+                importlib.import_module("channelfold.runtime.jobs.job").check_kind(Path(html), "a web page")
             try:
                 with Progress() as progress, contextlib.redirect_stdout(sys.stderr):
                     record = function(jobs, progress=progress, **options)
             except jobs.GateMissed as missed:
-                _print(missed.record, as_json)
+                _deliver(missed.record, as_json, html)
                 raise
-            _print(record, as_json)
+            _deliver(record, as_json, html)
 
         command = cli.command(name=function.__name__, epilog=f"\b\nExample:\n  {example}")(run)
         command.params += [
             click.Option(["--json", "as_json"], is_flag=True, help="Print the report as JSON."),
+            click.Option(["--html"], metavar="FILE", type=click.Path(), help="Also write the report as a web page."),
             click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
         ]
         return command
 
     return register
+
+
+def _deliver(record: dict[str, Any], as_json: bool, html: str | None) -> None:
+    """Prints the record, and writes it as a web page."""
+    if html:
+        importlib.import_module("channelfold.runtime.report.terminal").write_html(record, html)
+    _print(record, as_json)
 
 
 def _print(record: dict[str, Any], as_json: bool) -> None:
@@ -226,6 +237,7 @@ def _gates(jobs: Any, options: dict[str, Any]) -> Any:
 @opt.shape
 @opt.gates
 @opt.require_share
+@opt.fixed
 @opt.of("quantize")
 def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **options: Any) -> Any:
     """Run a recipe on MODEL, compare with the original, build engines.
@@ -233,7 +245,7 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
     Writes DIR/model.onnx, DIR/model.sm89.engine for --sm 89, and DIR/report.json. A repeated command continues where
     an interrupted one stopped. Options of passes replace those in the recipe.
     """
-    settings = {name: options.pop(name) for name in ("sms", "shapes", "require_share")}
+    settings = {name: options.pop(name) for name in ("sms", "shapes", "require_share", "fixed")}
     settings |= {"source": _source(jobs, options), "gates": _gates(jobs, options), "overrides": _given(options)}
     command = shlex.join(click.get_current_context().obj)
     return jobs.compress(model, output, recipe, command=command, progress=progress, **settings)
@@ -242,13 +254,14 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
 @_command("channelfold fold model.onnx -o folded.onnx")
 @opt.model
 @opt.output
+@opt.fixed
 @opt.seed
-def fold(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
+def fold(jobs: Any, progress: Any, model: str, output: str, fixed: dict[str, str], **options: Any) -> Any:
     """Fold normalizations and channel-wise scales into weights.
 
     The result computes the same function, with fewer nodes; every step is checked by running it.
     """
-    return jobs.fold(model, output, source=_source(jobs, options), progress=progress)
+    return jobs.fold(model, output, source=_source(jobs, options), fixed=fixed, progress=progress)
 
 
 @_command("channelfold smooth model.onnx -o smooth.onnx --calibration samples.npz")
@@ -402,6 +415,21 @@ def build(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> 
 def diff(jobs: Any, progress: Any, a: str, b: str, **options: Any) -> Any:
     """Compare the outputs of B with those of A on the same samples."""
     return jobs.diff(a, b, source=_source(jobs, options), gates=_gates(jobs, options), progress=progress)
+
+
+@_command("channelfold report out --open")
+@click.argument("first", metavar="DIR", type=click.Path())
+@click.argument("second", metavar="[DIR2]", required=False, type=click.Path())
+@click.option("--open", "show", is_flag=True, help="Write the web page beside the report, and show it in a browser.")
+def report(jobs: Any, progress: Any, first: str, second: str | None, show: bool) -> Any:
+    """Show the report in DIR again, or the figures of DIR and DIR2 side by side.
+
+    DIR is a folder that compress has written, or a report.json.
+    """
+    record = jobs.report(first, second, progress=progress)
+    if show:
+        click.launch(str(jobs.page_beside(record, first)))
+    return record
 
 
 @_command("channelfold inspect model.onnx")

@@ -28,6 +28,7 @@ import numpy as np
 from accuracy import SUBJECTS, calibration, evaluate
 from harness import add_results, keep, known, parser, table, write
 from open_set import in_environment
+from slopes import slopes
 from smoothing import decibels, held_out
 
 TASKS = {"minilm": "recall_at_1", "imgfocus": "iou", "smol": "perplexity"}
@@ -102,6 +103,7 @@ class Bench:
 
     def load(self) -> None:
         """The graph as it was, to be cut again."""
+        from channelfold.passes.base import Outcome
         from channelfold.passes.ffn.blocks import find_ffns
         from channelfold.runtime.data.sources import open_data
         from channelfold.runtime.io import files
@@ -112,12 +114,12 @@ class Bench:
         files.infer_shapes(self.graph)
         data = open_data(calibration(self.folder, self.task), required_inputs(self.graph))
         self.shapes = measured_shapes(self.graph, next(iter(data)))
-        self.ffns = find_ffns(self.graph, self.shapes, [])
+        self.ffns = find_ffns(self.graph, self.shapes, Outcome())
 
     def moments(self, source: Path) -> list[Any]:
         from channelfold.runtime.data.sources import open_data
         from channelfold.runtime.io.facts import required_inputs
-        from channelfold.runtime.stats.moments import Moments, collect
+        from channelfold.runtime.stats.covariance import Moments, collect
 
         data = open_data(source, required_inputs(self.graph))
         axes = [{f.ups[0].data.name: f.ups[0].in_axis, f.down.data.name: f.down.in_axis} for f in self.ffns]
@@ -183,9 +185,7 @@ class Bench:
 
 def simpler(ffn: Any, moments: Any, gone: np.ndarray, plan: Any, method: str) -> Any:
     """The plan of a method without reconstruction, for the same channels; any other plan as it is."""
-    from channelfold.passes.numeric.least_squares import slopes
-
-    if method not in ("plain", "slopes") or (method == "slopes" and ffn.gated):
+    if method not in ("plain", "slopes") or (method == "slopes" and len(ffn.ups) > 1):
         return plan
     matrix, first, mean = ffn.matrix(), ffn.inputs, moments.mean
     offset, dense = matrix[:, gone] @ mean[first + gone], None

@@ -8,7 +8,7 @@
     logits = session.run({model.input: evaluation[model.input]})[model.output]
     correct = (logits.argmax(axis=1) == evaluation[model.label]).sum()  # model.correct of model.samples
 
-The card ``<name>.md`` says what a model is, which script beside it made it, and under which licences it stands.
+The card ``<name>.md`` describes a model, names the script beside it that made the model, and the licences.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Model:
 
 
 def _digits(name: str, description: str, correct: int) -> Model:
-    """A network for the 8x8 digits, which share their data."""
+    """A network for the 8x8 digits. All of them share the data."""
     return Model(
         name=name,
         description=description,
@@ -91,7 +91,7 @@ MODELS = {
 
 
 def path(name: str) -> Path:
-    """Where the shipped file ``name`` (``digits_cnn.onnx`` …) lies. Raises UsageError when no such file ships."""
+    """The path of the shipped file ``name`` (``digits_cnn.onnx`` …). Raises UsageError where no such file ships."""
     shipped = [file for model in MODELS.values() for file in model.files]
     if name not in shipped:
         raise UsageError(f"No file {name!r} ships with channelfold", nearest(name, shipped))

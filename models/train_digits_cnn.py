@@ -1,9 +1,9 @@
 """Trains ``digits_cnn``, the network that ships with the package, and writes its three files.
 
-Run ``python -m channelfold.models.train_digits_cnn [--out DIR]`` with the extras ``train`` and ``cpu`` installed; it
-takes under a minute on two cores. Seed, split, schedule and thread count are fixed, so two runs with the same PyTorch
-on the same kind of processor give the same weights. Nothing is selected on the evaluation samples: the schedule has a
-fixed length and the last weights are kept.
+Run ``python -m channelfold.models.train_digits_cnn [--out DIR]`` with the extras ``train`` and ``cpu`` installed. The
+training takes under a minute on two cores. Seed, split, schedule and thread count are fixed, so two runs with the same
+PyTorch on the same kind of processor give the same weights. Nothing is selected on the evaluation samples: the schedule
+has a fixed length, and the last weights are kept.
 
 The network, for ``image`` float32 [N, 1, 8, 8] with pixel values 0..16::
 
@@ -17,8 +17,8 @@ The network, for ``image`` float32 [N, 1, 8, 8] with pixel values 0..16::
     pointwise   Conv 1x1                   + BN + ReLU   [N, 96, 3, 3]
     head        GlobalAveragePool, Flatten, Gemm         [N, 10] ``logits``
 
-The stem has no padding so that the subtraction of the mean folds into its bias exactly: a zero-padded border would see
-0 where the normalized image has -mean / std.
+The stem has no padding, so that the subtraction of the mean folds into its bias exactly: a padded border has 0 where
+the normalized image has -mean / std.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import importlib.util
 import io
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ METADATA = {
 
 @dataclass(frozen=True)
 class Split:
-    """Row numbers of the data set. ``calibration`` is part of ``train``; ``evaluation`` shares no row with it."""
+    """Row numbers of the data set. ``calibration`` is part of ``train``; ``evaluation`` and ``train`` share no row."""
 
     train: np.ndarray
     calibration: np.ndarray
@@ -105,7 +106,7 @@ def network(mean: np.ndarray, std: np.ndarray) -> Any:
             super().__init__()
             self.first = block(channels, channels)
             self.second = block(channels, channels)
-            del self.second.relu  # it comes after the Add
+            del self.second.relu  # the Relu comes after the Add
             self.relu = nn.ReLU()
 
         def forward(self, x):
@@ -150,23 +151,44 @@ def train(images: np.ndarray, labels: np.ndarray) -> Any:
     optimizer = torch.optim.SGD(
         [{"params": decayed, "weight_decay": 5e-4}, {"params": undecayed}], lr=PEAK_RATE, momentum=0.9, nesterov=True
     )
+
+    def penalty() -> Any:
+        return SPARSITY * sum(norm.weight.abs().sum() for norm in norms)
+
+    return fitted(model, optimizer, images, labels, penalty, epochs=EPOCHS, max_lr=PEAK_RATE)
+
+
+def fitted(
+    model: Any,
+    optimizer: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    penalty: Callable[[], Any] | None = None,
+    *,
+    epochs: int,
+    **schedule: float,
+) -> Any:
+    """The model after ``epochs`` epochs of cross entropy + ``penalty`` on jittered images, in eval mode."""
+    import torch
+    from torch import nn
+
     steps = len(images) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=EPOCHS * steps)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, total_steps=epochs * steps, **schedule)
     loss_of = nn.CrossEntropyLoss(label_smoothing=0.05)
     image, label = torch.from_numpy(images), torch.from_numpy(labels)
     model.train()
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for rows in torch.randperm(len(image))[: steps * BATCH].view(steps, BATCH):
             optimizer.zero_grad()
-            sparsity = sum(norm.weight.abs().sum() for norm in norms)
-            (loss_of(model(jitter(image[rows])), label[rows]) + SPARSITY * sparsity).backward()
+            loss = loss_of(model(jitter(image[rows])), label[rows])
+            (loss if penalty is None else loss + penalty()).backward()
             optimizer.step()
-            schedule.step()
+            rates.step()
     return model.eval()
 
 
 def jitter(images: Any) -> Any:
-    """Every image moved by up to 0.75 pixels, turned by up to 0.2 rad and scaled by up to 10 %, the outside black."""
+    """Images moved by up to 0.75 pixels, turned by up to 0.2 rad and scaled by up to 10 %; the outside is black."""
     import torch
     from torch.nn import functional
 
@@ -209,7 +231,7 @@ def export(model: Any) -> onnx.ModelProto:
 
 
 def logits_of(model: Any, proto: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
-    """The logits float32 [N, 10] that ONNX Runtime computes; raises ModelError when PyTorch's differ."""
+    """The logits float32 [N, 10] that ONNX Runtime computes. Raises ModelError where those of PyTorch differ."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ The three differ in the FFN alone. With H = 4 C hidden channels and k = H / 4 of
     digits_repavit      fc2(BN2(idle(fc1(BN1(x)))))        idle(h) = [gelu(h_1 .. h_k), h_k+1 .. h_H]
     digits_repavit_ln   fc2(idle(fc1(LN(x))))
 
-BN1 and BN2 take their statistics over samples and tokens. All of it is exported as it was trained.
+BN1 and BN2 take their statistics over samples and tokens. The export folds nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from channelfold.models.train_digits_cnn import METADATA, SEED, jitter, load, logits_of, replace, split
+from channelfold.models.train_digits_cnn import METADATA, SEED, fitted, load, logits_of, replace, split
 
 CHANNELS = 48
 DEPTH = 4
@@ -42,7 +42,6 @@ HEADS = 3
 HIDDEN = 4 * CHANNELS
 ACTIVE = HIDDEN // 4  # the first of the hidden channels: theta = 0.75
 EPOCHS = 240
-BATCH = 64
 PEAK_RATE = 2e-3
 DECAY = 0.05
 
@@ -120,7 +119,6 @@ def network(name: str, mean: np.ndarray, std: np.ndarray) -> Any:
 def train(name: str, images: np.ndarray, labels: np.ndarray) -> Any:
     """The network after ``EPOCHS`` epochs on ``images`` float32 [N, 1, 8, 8] and ``labels`` int64 [N], in eval mode."""
     import torch
-    from torch import nn
 
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
@@ -131,18 +129,7 @@ def train(name: str, images: np.ndarray, labels: np.ndarray) -> Any:
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}], lr=PEAK_RATE
     )
-    steps = len(images) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=EPOCHS * steps, pct_start=0.1)
-    loss_of = nn.CrossEntropyLoss(label_smoothing=0.05)
-    image, label = torch.from_numpy(images), torch.from_numpy(labels)
-    model.train()
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(image))[: steps * BATCH].view(steps, BATCH):
-            optimizer.zero_grad()
-            loss_of(model(jitter(image[rows])), label[rows]).backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
+    return fitted(model, optimizer, images, labels, epochs=EPOCHS, max_lr=PEAK_RATE, pct_start=0.1)
 
 
 def export(name: str, model: Any) -> onnx.ModelProto:
@@ -163,7 +150,7 @@ def export(name: str, model: Any) -> onnx.ModelProto:
         )
     assert program is not None
     proto = program.model_proto
-    # what the exporter notes beside nodes and values (stack traces, sources) is longer than the graph
+    # the exporter's notes on nodes and values (stack traces, sources) are longer than the graph
     for noted in (proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         del noted.metadata_props[:]
     for tensor in proto.graph.initializer:

@@ -20,6 +20,7 @@ from channelfold.passes.fold import (
     MergeMoves,
     RemoveIdentities,
     RewriteEinsum,
+    TakeBranch,
 )
 from channelfold.passes.prune import Prune, RemoveDeadChannels
 from channelfold.passes.quantize import ClipWeights, Quantize, QuantizeWeights
@@ -29,14 +30,14 @@ from channelfold.passes.sparsify import Sparsify
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
     for cls in (
-        *(FoldConstants, InlineFunctions, RewriteEinsum, FoldShapes, RemoveIdentities, MergeMoves, MergeEqual),
-        *(FoldPad, FoldAffine, ReparameterizeFfn, Equalize, AbsorbBias, Smooth, MergeConvs, SplitChannels),
-        *(MergeChannels, ReorderChannels, ClipWeights, RemoveDeadChannels, Prune, Sparsify, ApproximateFfn),
-        *(Quantize, QuantizeWeights),
+        *(FoldConstants, TakeBranch, InlineFunctions, RewriteEinsum, FoldShapes, RemoveIdentities, MergeMoves),
+        *(MergeEqual, FoldPad, FoldAffine, ReparameterizeFfn, Equalize, AbsorbBias, Smooth, MergeConvs),
+        *(SplitChannels, MergeChannels, ReorderChannels, ClipWeights, RemoveDeadChannels, Prune, Sparsify),
+        *(ApproximateFfn, Quantize, QuantizeWeights),
     )
 }
 
-_FIRST = ("rewrite-einsum", "fold-constants", "fold-shapes", "remove-identities")
+_FIRST = ("rewrite-einsum", "fold-constants", "take-branch", "fold-shapes", "remove-identities")
 _LAST = ("fold-pad", "fold-affine", "merge-moves", "merge-equal")
 _FOLD = (*_FIRST, *_LAST)
 _REPARAM = (*_FIRST, "reparameterize-ffn", *_LAST)

@@ -1,4 +1,4 @@
-"""The parts of every pass: outcomes, refusals, the context and the pass itself."""
+"""What all passes share: outcomes, refusals, the context and the base class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Refusal:
-    """One site left alone: the node and the reason. ``code`` groups refusals of one kind in a report."""
+    """One site that stays as it is: the node and the reason. ``code`` groups refusals of one kind in a report."""
 
     node: str
     reason: str
@@ -57,7 +57,7 @@ class Outcome:
 
     @contextlib.contextmanager
     def refusing(self, node: str, site: str) -> Iterator[None]:
-        """Records the refusal of a site, in words ``site``, where the block raises Refused."""
+        """Refuses a site, described by ``site``, where the block raises Refused."""
         try:
             yield
         except Refused as error:
@@ -140,10 +140,10 @@ class Pass:
     after every run), ``calibrated`` (data-driven, approximate) or ``lossy``.
 
     ``apply`` edits ``graph`` in place and keeps no state. It rewrites a site fully, or refuses the site with a reason.
-    ``needs_opset`` is the lowest opset that the pass supports, ``least_opset`` the lowest opset for
-    one graph; the pipeline raises the graph to this opset beforehand. ``needs_data`` names, for the error message, the
-    work that needs calibration data. A pass is applied to the bodies of If, Loop and Scan as well, each as a graph
-    of its own, unless ``inside`` is False.
+    ``needs_opset`` is the lowest opset that the pass supports, and ``least_opset`` the lowest opset for one graph; the
+    pipeline first raises the graph to this opset. ``needs_data`` describes the pass in the error message for missing
+    calibration data. A pass is applied to the bodies of If, Loop and Scan as well, each as a graph of its own, unless
+    ``inside`` is False.
 
     The class stands in the face of its family, ``passes/<family>/__init__.py``, which imports nothing heavy. The class
     ``Work`` in the file ``does_it`` beside the face is derived from the class and does the work; only a run imports it.

@@ -18,7 +18,7 @@ from channelfold.passes.operators import operator
 from channelfold.passes.verify import Verdict, Verifier, Violation
 from channelfold.runtime.data.bodies import reaching
 from channelfold.runtime.data.sources import Data
-from channelfold.runtime.errors import ModelError
+from channelfold.runtime.errors import ChannelfoldError, ModelError
 from channelfold.runtime.io.bodies import Body, bodies, located, share_constants
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.files import session
@@ -29,9 +29,9 @@ NEVER = "its body never ran on the calibration data"
 
 def apply_everywhere(step: Pass, graph: gs.Graph, ctx: Context) -> Outcome:
     """Applies a pass to a graph, then to the bodies that are left. Equal weights of two parts become one at the end."""
-    data = _data(graph, ctx.calibration) if step.inside and ctx.calibration is not None else {}
+    data = data_inside(graph, ctx.calibration) if step.inside and ctx.calibration is not None else {}
     outcome = step.apply(graph, ctx)
-    for body in bodies(graph):
+    for body in bodies(graph) if step.inside else ():
         _take(outcome, _inside(step, body, ctx, data), body.place)
     if outcome.changed:
         share_constants(graph)
@@ -78,8 +78,8 @@ def _pairs(before: list[Body], after: list[Body]) -> list[tuple[Body, Body]]:
     return [(body, known[body.place]) for body in before if body.place in known]
 
 
-def _data(graph: gs.Graph, data: Data) -> dict[int, Data]:
-    """What reaches every body, by the id of its graph."""
+def data_inside(graph: gs.Graph, data: Data) -> dict[int, Data]:
+    """What reaches every body when the graph as it is now runs on ``data``, by the id of the graph of the body."""
     found: dict[int, Data] = {}
     here = bodies(graph)
     pending = [(*pair, data) for pair in zip(here, bodies(copy_of(graph)) if here else [], strict=True)]
@@ -92,18 +92,26 @@ def _data(graph: gs.Graph, data: Data) -> dict[int, Data]:
 
 def _inside(step: Pass, body: Body, ctx: Context, data: dict[int, Data]) -> Outcome:
     """Applies a pass to a body, and to the bodies in it."""
-    mine = data.get(id(body.graph))
-    why = "" if step.inside else f"{step.name} works on the main graph alone"
-    if step.inside and ctx.calibration is not None:
-        why = _why_not_run(body, mine)
-        mine = None if why else mine
-    if why and (step.needs_data or not step.inside):
+    mine, why = data.get(id(body.graph)), ""
+    if ctx.calibration is not None and (why := _why_not_run(body, mine)):
+        mine = None
+    try:
+        if why and step.needs_data:
+            return _refused(step, body, why)
+        with body.apart() as graph:
+            outcome = step.apply(graph, dataclasses.replace(ctx, calibration=mine))
+    except ChannelfoldError:
+        if not why:
+            raise
         return _refused(step, body, why)
-    with body.apart() as graph:
-        outcome = step.apply(graph, dataclasses.replace(ctx, calibration=mine))
     for inner in body.bodies():
         _take(outcome, _inside(step, inner, ctx, data), inner.place)
     return outcome
+
+
+def runs_on(body: Body, data: Data | None) -> Data | None:
+    """The data, where the body runs on them."""
+    return None if _why_not_run(body, data) else data
 
 
 def _why_not_run(body: Body, data: Data | None) -> str:
@@ -113,7 +121,7 @@ def _why_not_run(body: Body, data: Data | None) -> str:
         if feed is None:
             return NEVER
         with body.apart() as graph:
-            opened = session(graph)
+            opened = session(graph, optimize=False)
         opened.run(opened.accepted(feed))
     except ModelError as error:
         return str(error)
@@ -122,8 +130,7 @@ def _why_not_run(body: Body, data: Data | None) -> str:
 
 def _refused(step: Pass, body: Body, why: str) -> Outcome:
     outcome = Outcome(facts=step.left(body.graph))
-    silent = step.kind == "exact" and not step.needs_data
-    for node in [] if silent else [node for part in all_graphs(body.graph) for node in part.nodes]:
+    for node in (node for part in all_graphs(body.graph) for node in part.nodes):
         held = [t for t in node.inputs if isinstance(t, gs.Constant) and t.dtype is not None]
         size = sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in held)
         if operator(node).weights and size:
@@ -142,7 +149,9 @@ def _take(outcome: Outcome, other: Outcome, place: str) -> None:
 def _join(facts: dict[str, Any], others: Mapping[str, Any], place: str) -> None:
     for key, value in others.items():
         old = facts.get(key)
-        if isinstance(value, list):
+        if isinstance(value, list) and isinstance(old, list) and all(type(v) is int for v in (*value, *old)):
+            facts[key] = [a + b for a, b in zip(old, value, strict=True)]
+        elif isinstance(value, list):
             facts[key] = [*(old or []), *(_placed(entry, place) for entry in value)]
         elif isinstance(old, dict) and isinstance(value, dict):
             _join(old, value, place)

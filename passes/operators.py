@@ -234,32 +234,6 @@ OPERATORS = {
 }
 _UNKNOWN = Operator()
 
-NOT_LOOKED_AT = {  # by domain; the table knows nothing about these operators, and passes refuse them by name
-    "": (
-        "AffineGrid BitCast BitShift BlackmanWindow CastLike CausalConvWithState CenterCropPad Col2Im Compress "
-        "ConcatFromSequence Constant ConvInteger CumProd DFT DeformConv Det EyeLike HammingWindow HannWindow If "
-        "ImageDecoder LinearAttention Loop MatMulInteger MaxUnpool MeanVarianceNormalization MelWeightMatrix "
-        "NegativeLogLikelihoodLoss NonMaxSuppression NonZero OneHot Optional OptionalGetElement OptionalHasElement "
-        "QLinearConv QLinearMatMul Range RegexFullMatch ReverseSequence STFT Scan Scatter SequenceAt SequenceConstruct "
-        "SequenceEmpty SequenceErase SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss SplitToSequence "
-        "StringConcat StringNormalizer StringSplit SwiGLU TensorScatter TfIdfVectorizer Trilu Unique"
-    ),
-    "com.microsoft": (
-        "BiasAdd BiasDropout BiasSoftmax BiasSplitGelu BitmaskBiasDropout BitmaskDropout CDist ComplexMul "
-        "ConvTransposeWithDynamicPads CropAndResize DecoderAttention DecoderMaskedMultiHeadAttention "
-        "DecoderMaskedSelfAttention DynamicQuantizeLSTM DynamicQuantizeMatMul ExpandDims "
-        "FusedMatMulActivation GatedRelativePositionBias GatherBlockQuantized GatherND GemmFastGelu "
-        "GemmFloat8 GemmaRotaryEmbedding GridSample GroupNorm Inverse LongformerAttention MatMulBnb4 MatMulFpQ4 "
-        "MatMulInteger16 MatMulIntegerToFloat MatMulNBits MoE MulInteger NhwcConv NhwcFusedConv NhwcMaxPool "
-        "PackedAttention PackedMultiHeadAttention Pad PagedAttention QAttention QEmbedLayerNormalization QGemm "
-        "QLinearAdd QLinearAveragePool QLinearConcat QLinearConv QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul "
-        "QLinearReduceMean QLinearSigmoid QLinearSoftmax QLinearWhere QMoE QOrderedAttention QOrderedGelu "
-        "QOrderedLayerNormalization QOrderedLongformerAttention QOrderedMatMul QuantizeWithOrder DequantizeWithOrder "
-        "Range ReduceSumInteger RelativePositionBias RemovePadding RestorePadding SkipGroupNorm SparseAttention "
-        "SparseToDenseMatMul TransposeMatMul Trilu Unique"
-    ),
-}
-
 
 def operator(node: gs.Node) -> Operator:
     """The row of the operator of a node; an empty row for an unknown operator, such as a function of the model."""

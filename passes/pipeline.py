@@ -42,7 +42,7 @@ WHOLE = "(whole graph)"  # the node of a record where no single node is to blame
 
 @dataclass(frozen=True)
 class RaiseOpset(Pass):
-    """Raises the graph to an opset with ONNX's version converter, in front of a pass that needs the opset."""
+    """Raises the graph to the opset of the next pass with ONNX's version converter."""
 
     name, kind = "raise-opset", "exact"
 
@@ -156,9 +156,10 @@ class _Runner:
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}, line {frame.lineno}"
-            raise _broken(step, f"it failed with {type(error).__name__}: {error} ({where})") from error
+            what = f"it failed with {type(error).__name__}: {error} ({where})"
+            raise VerificationError(_blame(step, what)) from error
         if broken := _breach(outcome, self._state, after):
-            raise _broken(step, broken)
+            raise VerificationError(_blame(step, broken))
         return outcome, after
 
     def _accept(self, step: Pass, outcome: Outcome, after: Snapshot) -> tuple[dict[str, Any] | None, list[str]]:
@@ -187,7 +188,7 @@ class _Runner:
                 check(original)
             except VerificationError:
                 return [f"{error}. It was not before the step either, so the step is not held responsible"]
-            raise _broken(step, str(error)) from None
+            raise VerificationError(_blame(step, str(error))) from None
         return []
 
 
@@ -248,10 +249,6 @@ def _refines(old: _Spec, new: _Spec) -> bool:
 
 def _listed(specs: list) -> str:
     return ", ".join(f"{name}: {kind}{'' if dims is None else list(dims)}" for name, kind, dims in specs) or "none"
-
-
-def _broken(step: Pass, what: str) -> VerificationError:
-    return VerificationError(_blame(step, what))
 
 
 def _blame(step: Pass, what: str) -> str:

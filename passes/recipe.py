@@ -7,7 +7,7 @@
 
     [[pass]]
     name = "quantize"
-    calibrator = "entropy"             # every field of the pass is a key; what is left out keeps its default
+    calibrator = "entropy"             # every option of the pass is a key; missing keys keep their defaults
     exclude = ["/head/*"]
 
 Passes run from top to bottom. A good order is
@@ -84,23 +84,21 @@ def load_recipe(source: str | Path) -> Recipe:
     try:
         text = path.read_bytes().decode()
     except FileNotFoundError:
-        known = f"Built in: {', '.join(BUILT_IN)}; anything else is the path of a TOML file"
         close = nearest(str(source), BUILT_IN)
-        raise UsageError(
-            f"There is no recipe {str(source)!r}", f"{close} {known}" if close.startswith("Did") else known
-        ) from None
+        hint = f"Built in: {', '.join(BUILT_IN)}; anything else is the path of a TOML file"
+        hint = f"{close} {hint}" if close.startswith("Did") else hint
+        raise UsageError(f"There is no recipe {str(source)!r}", hint) from None
     except OSError as error:
         raise UsageError(f"The recipe {path} cannot be read ({error.strerror})", "Give the path of a file") from None
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"The recipe {path} is not TOML: byte {error.start} is not UTF-8", "Save it as UTF-8"
-        ) from None
+        what = f"The recipe {path} is not TOML: byte {error.start} is not UTF-8"
+        raise UsageError(what, "Save it as UTF-8") from None
     return loads(text, str(path))
 
 
 def loads(text: str, source: str = "recipe.toml") -> Recipe:
     """The recipe in a TOML text; messages name the file ``source``. Raises UsageError."""
-    import tomllib  # which help has no use for
+    import tomllib  # not needed for help
 
     try:
         table = tomllib.loads(text)
@@ -170,7 +168,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def reference(name: str) -> str:
-    """A pass and its options as Markdown."""
+    """The Markdown reference of a pass and its options."""
     found, lines = describe(name), []
     for one in options_of(PASSES[name]).values():
         usual = _toml(one.default) if one.item is bool else one.usual

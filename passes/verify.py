@@ -55,8 +55,8 @@ _EDGES = {
     "GreaterOrEqual", "Hardmax", "Less", "LessOrEqual", "Mod", "NonMaxSuppression", "NonZero", "QuantizeLinear",
     "Round", "Sign", "TopK", "Unique",
 }  # fmt: skip
-AMPLIFIED = 4  # times the change that rounding the weights otherwise makes: what a model that amplifies it may be off
-_FETCHED = 256  # tensors in one run when all of them are compared
+AMPLIFIED = 4  # an output may differ by this multiple of the change that rounding the weights causes
+_FETCHED = 256  # tensors that are fetched in one run
 _COMPARABLE = {
     _TYPE.UNDEFINED, _TYPE.FLOAT, _TYPE.DOUBLE, _TYPE.FLOAT16, _TYPE.BOOL, _TYPE.INT8, _TYPE.INT16, _TYPE.INT32,
     _TYPE.INT64, _TYPE.UINT8, _TYPE.UINT16, _TYPE.UINT32, _TYPE.UINT64,
@@ -84,7 +84,7 @@ class Verdict:
 
 
 class _NoProbe(Exception):
-    """Why a model cannot be verified."""
+    """The reason why a model cannot be verified."""
 
 
 class Verifier:
@@ -104,7 +104,7 @@ class Verifier:
         return Data([], len(self._feeds), lambda: iter(self._feeds), "probes")
 
     def verify(self, before: Snapshot, after: Snapshot) -> Verdict:
-        """Raises Violation where ``after`` is not the same function as ``before``, or cannot be run."""
+        """Raises Violation where ``after`` computes another function than ``before``, or cannot run."""
         started = time.perf_counter()
         try:
             self._refer_to(before)
@@ -124,7 +124,7 @@ class Verifier:
     def _compare(
         self, index: int, before: Snapshot, after: Snapshot, outputs: Outputs, tolerance: float
     ) -> tuple[float, str]:
-        """(the largest error of an output on a probe that counts as rounding, a warning or ""). Raises Violation."""
+        """(the largest error on a probe that counts as rounding, a warning or ""). Raises Violation."""
         errors = _errors(self._reference[index], outputs)
         off = [name for name, (error, _) in errors.items() if error > tolerance]
         worst = max((error for name, (error, _) in errors.items() if name not in off), default=0.0)

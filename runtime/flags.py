@@ -126,6 +126,23 @@ shape = click.option(
     help="Shapes of a dynamic input in an engine, such as image:1x3x224x224:8x3x224x224:16x3x224x224. "
     "Repeatable.  [default: as in the data]",
 )
+
+
+def _pairs(ctx: click.Context, param: click.Parameter, given: Iterable[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in given]
+    if wrong := next((name for name, equals, value in pairs if not (name and equals and value)), None):
+        raise click.BadParameter(f"{wrong!r} is not of the form NAME=VALUE", ctx, param)
+    return {name: value for name, _, value in pairs}
+
+
+fixed = click.option(
+    "--set",
+    "fixed",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_pairs,
+    help="Make an input a constant, such as use_cache_branch=true, which leaves of an If one branch. Repeatable.",
+)
 require_share = click.option(
     "--require-share",
     type=click.FloatRange(0, 1),

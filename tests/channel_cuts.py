@@ -1,4 +1,4 @@
-"""Cutting channels in tests: what may go, and whether what is left computes what silencing the rest does.
+"""Cutting channels in tests: what may go, and whether the cut computes the same as a mask.
 
 c1 4/4                      of the 4 units that the node writing c1 makes, 4 may go
 q 2/3 x8: Gather picks it 1  a unit is 8 channels; one stays, with the reason
@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.channels.cut import Cut, cut, mask
 from channelfold.passes.channels.cut_regions import Region
-from channelfold.passes.channels.groups import Group, find_groups
+from channelfold.passes.channels.groups import Group, find_groups, regions_of
 from channelfold.runtime.io.files import check, infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.tests.graphs import assert_same, build, feeds, random, run
@@ -78,10 +78,6 @@ def _line(group: Group) -> str:
     stays = f": {reasons}" if reasons else ""
     reduced = " reduced" if group.region.reduced and group.free.any() else ""
     return f"{written(group)} {int(group.free.sum())}/{group.units}{many}{reduced}{stays}"
-
-
-def regions_of(groups: list[Group]) -> list[Region]:
-    return list({id(group.region): group.region for group in groups}.values())
 
 
 def random_keep(region: Region, rng: np.random.Generator, ratio: float) -> np.ndarray:

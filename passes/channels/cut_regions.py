@@ -170,26 +170,25 @@ class _Tracer(Classes):
 
     def _reach(self, tensor: gs.Tensor, axis: int, at: np.ndarray | None, labels: np.ndarray) -> None:
         """Gives labels to the positions ``at`` along an axis of an activation."""
-        key = (id(tensor), axis)
         shape = self.table.shape(tensor)
         if shape is None:
             self.pin(labels, f"the shape of {tensor.name!r} is unknown")
-            return
-        if key not in self.axes:
-            self.axes[key] = (tensor, self._spread(at, labels, shape[axis]))
-            self.pending.append(key)
+        elif (id(tensor), axis) in self.axes:
+            self._meet(self.axes[id(tensor), axis][1], at, labels)
         else:
-            known = self.axes[key][1]
-            self.merge(known if at is None else known[at], labels)
+            self.axes[id(tensor), axis] = tensor, self._spread(at, labels, shape[axis])
+            self.pending.append((id(tensor), axis))
 
     def _hold(self, node: gs.Node, port: int, axis: int, at: np.ndarray | None, labels: np.ndarray) -> None:
         """Gives labels to the positions ``at`` along an axis of a constant."""
         key = (id(node), port, axis)
-        if key not in self.held:
-            self.held[key] = (node, self._spread(at, labels, node.inputs[port].shape[axis]))
+        if key in self.held:
+            self._meet(self.held[key][1], at, labels)
         else:
-            known = self.held[key][1]
-            self.merge(known if at is None else known[at], labels)
+            self.held[key] = node, self._spread(at, labels, node.inputs[port].shape[axis])
+
+    def _meet(self, known: np.ndarray, at: np.ndarray | None, labels: np.ndarray) -> None:
+        self.merge(known if at is None else known[at], labels)
 
     def _spread(self, at: np.ndarray | None, labels: np.ndarray, size: int) -> np.ndarray:
         """Labels along a whole axis: ``labels`` at positions ``at``, fresh labels elsewhere."""

@@ -32,7 +32,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels import attention, link_moves
 from channelfold.passes.channels.maps import Shape
-from channelfold.passes.channels.ports import Links, Ports, Rules, known_shape
+from channelfold.passes.channels.ports import Links, Ports, Rules, known_shape, shape_of
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 
@@ -78,7 +78,7 @@ class LinkTable:
             return Links()
 
     def shape(self, tensor: gs.Tensor) -> Shape | None:
-        return tuple(tensor.shape) if isinstance(tensor, gs.Constant) else self.shapes.get(tensor.name)
+        return shape_of(tensor, self.shapes)
 
     def known_shape(self, tensor: gs.Tensor) -> Shape:
         """The shape of a tensor. Raises Refused where the shape is unknown."""

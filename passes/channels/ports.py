@@ -46,13 +46,17 @@ class Links:
     edits: list[Edit] = field(default_factory=list)
 
 
+def shape_of(tensor: gs.Tensor, shapes: Mapping[str, Shape]) -> Shape | None:
+    """The shape of a constant, or of a tensor whose name is in ``shapes``; None for any other tensor."""
+    return tuple(tensor.shape) if isinstance(tensor, gs.Constant) else shapes.get(tensor.name)
+
+
 def known_shape(tensor: gs.Tensor, shapes: Mapping[str, Shape]) -> Shape:
-    """The shape of a constant, or of a tensor whose name is in ``shapes``. Raises Refused for any other tensor."""
-    if isinstance(tensor, gs.Constant):
-        return tuple(tensor.shape)
-    if tensor.name not in shapes:
+    """``shape_of`` a tensor. Raises Refused where the shape is unknown."""
+    shape = shape_of(tensor, shapes)
+    if shape is None:
         raise Refused(f"the shape of {tensor.name!r} is unknown")
-    return shapes[tensor.name]
+    return shape
 
 
 def tensor_at(node: gs.Node, port: int) -> gs.Tensor:
@@ -87,7 +91,7 @@ class Ports:
         return known_shape(self.tensor(port), self._shapes)
 
     def shape_of(self, tensor: gs.Tensor) -> Shape | None:
-        return tuple(tensor.shape) if isinstance(tensor, gs.Constant) else self._shapes.get(tensor.name)
+        return shape_of(tensor, self._shapes)
 
     def is_static(self, port: int, axis: int) -> bool:
         """Whether an axis has the same length for all inputs of the model, as far as the graph says."""

@@ -79,25 +79,21 @@ def _source(node: gs.Node, port: int, element: int, shape_of: ShapeOf) -> Source
     found = None
     if before.op == "Where":
         found = _chosen(before, element, shape_of)
-    elif (origin := _origin(before, element, shape_of)) is not None:
-        found = _source(before, *origin, shape_of)
+    elif element < len(origins := _origins(before, shape_of) or ()):
+        found = _source(before, *origins[element], shape_of)
     return replace(found, ports=(port, *found.ports)) if isinstance(found, Written) else found
 
 
-def _origin(node: gs.Node, element: int, shape_of: ShapeOf) -> tuple[int, int] | None:
-    """(input, element of the input) that a node moves to an element of its result."""
-    if operator(node).copies:
-        return 0, element
+def _origins(node: gs.Node, shape_of: ShapeOf) -> list[tuple[int, int]] | None:
+    """(input, element of the input) of each element of the result of a node that moves elements; None for others."""
+    sizes = [_length(tensor, shape_of) for tensor in node.inputs]
     if node.op == "Concat":
-        for k, piece in enumerate(node.inputs):
-            size = _length(piece, shape_of)
-            if size is None or element < size:
-                return None if size is None else (k, element)
-            element -= size
+        known = [size for size in sizes if size is not None]
+        return [(k, i) for k, size in enumerate(known) for i in range(size)] if len(known) == len(sizes) else None
+    if sizes[0] is None:
         return None
-    size = _length(node.inputs[0], shape_of)
-    taken = None if size is None else _taken(node, size)
-    return None if taken is None or element >= taken.size else (0, int(taken[element]))
+    taken = np.arange(sizes[0]) if operator(node).copies else _taken(node, sizes[0])
+    return None if taken is None else [(0, i) for i in taken.tolist()]
 
 
 def _taken(node: gs.Node, size: int) -> np.ndarray | None:
@@ -162,17 +158,10 @@ def _moved(node: gs.Node, port: int, element: int, shape_of: ShapeOf) -> list[in
     """The elements of its result that a node copies from an element of an input; None where the node computes."""
     if node.op == "Shape" or (node.op == "Equal" and _is_negative(node.inputs[1 - port])):
         return []
-    if operator(node).copies and port == 0:
+    if node.op == "Where" and len({_length(tensor, shape_of) for tensor in node.inputs}) == 1:
         return [element]
-    sizes = [_length(tensor, shape_of) for tensor in node.inputs]
-    if node.op == "Where" and len(set(sizes)) == 1:
-        return [element]
-    if node.op == "Concat" and None not in sizes[:port]:
-        return [sum(size for size in sizes[:port] if size is not None) + element]
-    if node.op in ("Gather", "Slice") and port == 0 and sizes[0] is not None:
-        taken = _taken(node, sizes[0])
-        return None if taken is None else np.flatnonzero(taken == element).tolist()
-    return None
+    origins = _origins(node, shape_of) if port == 0 or node.op == "Concat" else None
+    return None if origins is None else [place for place, origin in enumerate(origins) if origin == (port, element)]
 
 
 def _length(tensor: gs.Tensor, shape_of: ShapeOf) -> int | None:

@@ -20,7 +20,7 @@ class ReparameterizeFfn(Pass):
     """Folds FFN channels that bypass the activation into one dense layer beside the others."""
 
     name, kind, does_it = "reparameterize-ffn", "exact", "reparameterize"
-    needs_opset = 7  # before it, constants broadcast by attributes, and norms train by default
+    needs_opset = 7  # earlier opsets broadcast by attributes, and norms are in training by default
 
     always: bool = option(False, "Fold also where too few channels are idle for it to save anything.")
 

@@ -1,21 +1,20 @@
-"""FFN channels replaced by the best linear stand-in, on networks that were never trained for it.
+"""Hidden channels of FFNs replaced by the best linear stand-in, without training.
 
     y = W2 a + b2,   a = act(W1 x + b1)      (or with a gate)
-    ~ (W2_K + N) a_K + M x + (b2 + m)        K: the hidden channels that stay, S: those that go
+    ~ (W2_K + N) a_K + M x + (b2 + m)        K: the hidden channels that stay, S: the channels that go
 
-[M N] is the ridge regression of W2_S a_S on [x; a_K] over the calibration data (``least_squares``), m makes the mean
-right. M = 0 is pruning with compensation, M = N = 0 plain pruning, and idling every channel of S by itself, the fold of
-RePaViT, is one M among all: none of them is better for the same channels. What M costs, inputs x outputs, must be worth
-more than the hidden channels it costs as much as; where a linear already lies beside the FFN, it is free.
+[M N] is the ridge regression of W2_S a_S on [x; a_K] over the calibration data (``least_squares``), and m corrects the
+mean. M = 0 is pruning with reconstruction, M = N = 0 plain pruning, and the fold of RePaViT, which idles each channel
+of S, is one choice of M. For the same channels no choice has a smaller reconstruction error. M costs inputs x outputs
+MACs, which must be worth more than hidden channels at the same cost. Beside a parallel linear M costs nothing.
 
-S is chosen channel by channel, the one that adds the least error to what is refitted. How many channels each FFN keeps
-follows from one budget: its error curve, times how much of its error reaches the outputs of the model (measured, see
-``output_error``), against its multiplications; the sum of what is left of the errors is made as small as the budget
-allows (``knapsack``). The moments are those of the original model and take one run where they fit into memory, two
-where they do not.
+S grows channel by channel, always by the channel that adds the least reconstruction error. One budget decides how many
+channels each FFN keeps: ``knapsack`` minimizes the sum of the errors of all FFNs at the outputs of the model, where the
+error of an FFN is multiplied by its measured sensitivity (``output_error``). The covariances are those of the original
+model. They take one run over the data where they fit into memory, and two runs otherwise.
 
-The regression has as many unknowns for each output as there are channels: with fewer than ten positions for each the
-error on other data is a multiple of that seen here. The default ridge grows with what is missing.
+The regression has as many unknowns per output as there are channels. With fewer than ten positions per channel the
+error on other data is a multiple of the error on the calibration data; the default ridge is then larger.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.ffn import ApproximateFfn
-from channelfold.passes.ffn.blocks import Ffn, find_ffns
+from channelfold.passes.ffn.blocks import Ffn, StandIn, find_ffns
 from channelfold.passes.layers.linear import view
 from channelfold.passes.layers.output_error import Outputs, replaced
 from channelfold.passes.numeric import least_squares
@@ -39,10 +38,10 @@ from channelfold.passes.numeric.knapsack import knapsack
 from channelfold.passes.numeric.least_squares import Removal
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
-from channelfold.runtime.stats.moments import LIMIT, Moments, bytes_of, collect
+from channelfold.runtime.stats.covariance import LIMIT, Moments, bytes_of, collect
 
-_NOTHING = 1e-10  # of the energy: too small an error to measure its consequences
-RIDGE = 0.3  # times features / positions: measured on a BERT with 2,900 and 34,600 positions
+_NOTHING = 1e-10  # of the energy: a smaller error is too small to measure a sensitivity
+RIDGE = 0.3  # times features / positions; measured on a BERT with 2,900 and 34,600 positions
 
 
 class Work(ApproximateFfn):
@@ -83,7 +82,7 @@ class Work(ApproximateFfn):
         return outcome
 
     def _ffns(self, graph: gs.Graph, shapes: dict[str, Shape], outcome: Outcome) -> Iterator[Ffn]:
-        for ffn in find_ffns(graph, shapes, outcome.refused):
+        for ffn in find_ffns(graph, shapes, outcome):
             if reason := self.patterns.why_not(ffn.name):
                 outcome.refuse(ffn.name, reason, "excluded")
             elif self.branch == "always" and ffn.no_branch:
@@ -92,7 +91,7 @@ class Work(ApproximateFfn):
                 yield ffn
 
     def _seen(self, graph: gs.Graph, ffns: list[Ffn], ctx: Context) -> Iterator[tuple[Ffn, Moments]]:
-        """The moments of [x; a] of each FFN, of a alone where it gets no branch."""
+        """Each FFN with the moments of [x; a], or of a alone where the FFN gets no branch."""
 
         def wanted(ffn: Ffn) -> tuple[Moments, int]:
             up, branched = ffn.ups[0], self.branch != "never" and not ffn.no_branch
@@ -105,7 +104,7 @@ class Work(ApproximateFfn):
                 yield next(remaining), group.pop(0)
 
     def _study(self, ffn: Ffn, moments: Moments) -> _Site:
-        """The error curves of an FFN. Raises Refused where the data do not suffice."""
+        """The error curves of an FFN. Raises Refused where the data are too few."""
         if moments.count < ffn.hidden:
             raise Refused(f"{moments.count} positions were seen, too few for {ffn.hidden} hidden channels")
         covariance, matrix = moments.covariance, ffn.matrix()
@@ -129,7 +128,7 @@ class Work(ApproximateFfn):
         return RIDGE * (ffn.inputs + ffn.hidden) / moments.count if self.ridge is None else self.ridge
 
     def _choose(self, sites: list[_Site]) -> list[_Choice]:
-        """What each FFN keeps, so that the errors at the outputs are least, or the multiplications."""
+        """The choice for each FFN, with the least error at the outputs for a budget, or the least MACs for an error."""
         options = [list(site.choices(self.align, self.branch, self.keep_hidden is not None)) for site in sites]
         if self.max_error is not None:
             budget, priced = self.max_error**2, [[(-c.macs, c.harm) for c in choices] for choices in options]
@@ -142,21 +141,10 @@ class Work(ApproximateFfn):
         return [choices[place] for choices, place in zip(options, knapsack(priced, budget), strict=True)]
 
 
-@dataclass(frozen=True)
-class StandIn:
-    """W2' (outputs, kept), b2' - b2 (outputs,), M (outputs, inputs) or None, and E |y' - y|^2 on what it was fitted."""
-
-    kept: np.ndarray
-    matrix: np.ndarray
-    offset: np.ndarray
-    dense: np.ndarray | None
-    error: float
-
-
 def stand_in(moments: Moments, matrix: np.ndarray, removed: np.ndarray, branch: bool, ridge: float) -> StandIn:
-    """The best stand-in for the channels ``removed`` of what ``matrix`` (outputs, hidden) reads.
+    """The best stand-in for the channels ``removed`` that ``matrix`` (outputs, hidden) reads.
 
-    ``moments``: of the hidden channels, with those of the input in front of them where there is to be a ``branch``.
+    ``moments`` holds the hidden channels, and before them the input channels, which a ``branch`` needs.
     """
     covariance, mean, hidden = moments.covariance, moments.mean, matrix.shape[1]
     first = len(mean) - hidden
@@ -174,7 +162,7 @@ def stand_in(moments: Moments, matrix: np.ndarray, removed: np.ndarray, branch: 
 
 @dataclass(frozen=True)
 class _Choice:
-    """So many hidden channels with a branch or without; ``harm``: the squared error it makes of the model's outputs."""
+    """An FFN with ``kept`` hidden channels; ``harm`` is the squared error that it makes at the outputs of the model."""
 
     kept: int
     branch: bool
@@ -185,7 +173,7 @@ class _Choice:
 
 @dataclass
 class _Site:
-    """An FFN with its error curves (squared), the energy of its output, and a stand-in to measure what errors cost."""
+    """An FFN, the energy of its output, its curves of squared errors, and a stand-in that measures the sensitivity."""
 
     ffn: Ffn
     energy: float
@@ -195,7 +183,7 @@ class _Site:
     sensitivity: float = 1.0
 
     def measure(self, graph: gs.Graph, reference: Outputs) -> None:
-        """Lets the trial compute the outputs of the model. Raises ModelError."""
+        """Measures the sensitivity with the outputs of the model. Raises ModelError."""
         down = view(graph, self.ffn.down.node)
         weight = np.zeros((self.ffn.outputs, self.ffn.hidden))
         weight[:, self.trial.kept] = self.trial.matrix
@@ -208,7 +196,7 @@ class _Site:
             self.sensitivity = reference.error(graph) * self.energy / error
 
     def choices(self, align: int, branch: str, by_channels: bool) -> Iterator[_Choice]:
-        """All that may be kept. ``by_channels``: one for each number of them, with a branch where that pays."""
+        """All choices; ``by_channels`` yields one choice for each number of channels, with a branch where it pays."""
         hidden = self.ffn.hidden
         yield self._choice(hidden, False)
         for kept in range(min(align, hidden), hidden, align):
@@ -233,12 +221,12 @@ class _Site:
         return curve.order[: self.ffn.hidden - choice.kept]
 
     def cut(self, choice: _Choice, plan: StandIn, shapes: dict[str, Shape], outcome: Outcome) -> dict[str, Any]:
-        """Applies a plan; returns the facts about it."""
+        """Applies a plan; returns its facts."""
         ffn, before = self.ffn, self.ffn.hidden
         macs, error = [ffn.macs(before), ffn.macs(before)], 0.0
         if choice.kept < before:
             try:
-                ffn.cut(plan.kept, plan.matrix, plan.offset, plan.dense, shapes)
+                ffn.cut(plan, shapes)
                 macs[1], error = choice.macs, math.sqrt(plan.error / self.energy)
                 into = f"{ffn.parallel.name} beside it" if ffn.parallel is not None else "a dense branch"
                 with_branch = f" and {into}" if choice.branch else ""

@@ -1,19 +1,20 @@
-"""Feed-forward networks in a graph, found by what they compute, and cut.
+"""Feed-forward networks in a graph: found by their function, and cut.
 
     plain      y = W2 act(W1 x + b1) + b2
     gated      y = W2 (act(W1 x + b1) * (W3 x + b3)) + b2
 
-W1, W2, W3 are MatMul, Gemm or Conv with a kernel of one point; act is anything that treats every channel alike, in
-however many nodes. Nobody else reads the hidden channels: ``widths`` finds the tensors that have them.
+W1, W2, W3 are MatMul, Gemm or Conv with a kernel of one point; act is any number of nodes that treat every channel
+alike. Only W2 reads the hidden channels; ``widths`` finds the tensors that hold them.
 
     cut        y = W2' act(W1_K x + b1_K) + M x + b2'
 
-keeps the hidden channels K and gives y another W2 and b2, and with M a dense branch: a linear beside the FFN, whose
-result is added to y; or, where another linear already reads x and is added to y, a part of that one's weight.
+keeps the hidden channels K, replaces W2 and b2, and adds a dense branch M: a linear beside the FFN whose result is
+added to y. Where a parallel linear already reads x and is added to y, M is added to the weight of this linear.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import DoesNotFit, Refusal, Refused, TwoActivations
+from channelfold.passes.base import Outcome, Refused, TwoActivations
 from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.channels.widths import Width, read_by
 from channelfold.passes.layers.linear import Linear, cast, check_growth, live_linears, view
@@ -30,11 +31,23 @@ from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """W2' (outputs, kept), b2' - b2 (outputs,), M (outputs, inputs) or None, and E |y' - y|^2 on the fitted data."""
+
+    kept: np.ndarray
+    matrix: np.ndarray
+    offset: np.ndarray
+    dense: np.ndarray | None
+    error: float
+
+
 @dataclass
 class Ffn:
-    """One FFN. ``down`` reads the hidden channels; ``positions``: how many there are in the sample that was measured.
+    """An FFN that ends in the linear ``down``; ``positions`` is the number of positions in the measured sample.
 
-    ``parallel``: the linear beside it whose output is added to its own. ``no_branch``: why it can have no dense branch.
+    The output of the linear ``parallel`` is added to the output of the FFN. ``no_branch`` gives the reason why the FFN
+    can have no dense branch.
     """
 
     width: Width
@@ -63,45 +76,30 @@ class Ffn:
     def outputs(self) -> int:
         return self.down.channels[0]
 
-    @property
-    def gated(self) -> bool:
-        return len(self.ups) > 1
-
     def matrix(self) -> np.ndarray:
         """W2, (outputs, hidden) float64."""
         return self.down.weight().reshape(self.outputs, -1).astype(np.float64)
 
     def macs(self, kept: int, dense: bool = False) -> int:
-        """Multiplications with so many hidden channels, and with a dense branch or without, for the sample measured."""
+        """MACs on the measured sample with ``kept`` hidden channels, and with a dense branch if ``dense``."""
         each = len(self.ups) * self.inputs + self.outputs
         branch = self.inputs * self.outputs if dense and self.parallel is None else 0
         return self.positions * (kept * each + branch)
 
-    def cut(
-        self,
-        kept: np.ndarray,
-        matrix: np.ndarray,
-        offset: np.ndarray,
-        dense: np.ndarray | None,
-        shapes: dict[str, Shape],
-    ) -> None:
-        """Keeps the hidden channels ``kept`` (k,), with W2' = ``matrix`` (outputs, k) and b2' = b2 + ``offset``.
+    def cut(self, plan: StandIn, shapes: dict[str, Shape]) -> None:
+        """Keeps the hidden channels of a plan and updates ``shapes``.
 
-        ``dense``: M (outputs, inputs) or None. ``shapes`` are brought up to date. Raises Refused, with nothing changed,
-        where a value does not fit its type.
+        Raises Refused, with nothing changed, where a value does not fit its type.
         """
         down, graph = view(self.down.graph, self.down.node), self.down.graph
         old = down.bias()
-        try:
-            bias = cast(offset if old is None else old + offset, down.dtype)
-            cast(matrix, down.dtype)
-            branch = None if dense is None else self._branch(down, dense)
-        except DoesNotFit as error:
-            raise Refused(str(error)) from None
-        self.width = read_by(graph, down, shapes)  # an FFN that ends where this one begins may have a new bias by now
-        self.width.repeat(np.isin(np.arange(self.hidden), kept), shapes)
+        bias = cast(plan.offset if old is None else old + plan.offset, down.dtype)
+        cast(plan.matrix, down.dtype)
+        branch = None if plan.dense is None else self._branch(down, plan.dense)
+        self.width = read_by(graph, down, shapes)  # an FFN that ends here may have a new bias
+        self.width.repeat(np.isin(np.arange(self.hidden), plan.kept), shapes)
         self.down = view(graph, self.down.node)
-        self.down.set_weight(matrix.reshape(*matrix.shape, *[1] * len(down.kernel)))
+        self.down.set_weight(plan.matrix.reshape(*plan.matrix.shape, *[1] * len(down.kernel)))
         self.down.set_bias(bias)
         shapes[self.down.node.outputs[0].name] = shapes[self.down.output.name]
         if branch is not None and self.parallel is not None:
@@ -110,7 +108,7 @@ class Ffn:
             self._add_branch(branch)
 
     def _branch(self, down: Linear, dense: np.ndarray) -> np.ndarray:
-        """The weight of the dense branch, or of the linear that takes it up. Raises Refused, DoesNotFit."""
+        """The weight of the dense branch, or the sum of M and the weight of ``parallel``. Raises Refused."""
         if self.no_branch:
             raise Refused(self.no_branch)
         if self.parallel is None:
@@ -122,7 +120,7 @@ class Ffn:
         return cast(weight.astype(np.float64) + dense.reshape(weight.shape), parallel.dtype)
 
     def _add_branch(self, weight: np.ndarray) -> None:
-        """A linear that reads x, of the same operator as ``down``, added to what that computes."""
+        """Adds a linear of the same operator as ``down`` that reads x, and an Add of both results."""
         graph, down, name = self.down.graph, self.down, f"{self.down.name}_dense"
         inputs = [self.ups[0].data, constant(graph, f"{name}_weight", weight)]
         attrs = {"transB": 1} if down.node.op == "Gemm" else {}
@@ -140,36 +138,32 @@ class Ffn:
         edit.insert_after(graph, linear, gs.Node("Add", own.name, {}, [own, branch], [result]))
 
 
-def find_ffns(graph: gs.Graph, shapes: dict[str, Shape], refused: list[Refusal]) -> list[Ffn]:
-    """Every FFN of the graph, in order. ``refused`` takes up what follows an activation and yet is none, with why.
+def find_ffns(graph: gs.Graph, shapes: dict[str, Shape], outcome: Outcome) -> list[Ffn]:
+    """Every FFN of the graph, in order; refuses a linear behind an activation that ends no FFN.
 
-    ``shapes``: of all tensors for some input, by name. In a chain of linears and activations every linear between two
-    activations ends one FFN and begins another.
+    ``shapes`` holds the shapes of all tensors for one input, by name. In a chain of linears and activations every
+    linear between two activations ends one FFN and begins another FFN.
     """
     found = []
     for node in live_linears(graph):
         if not any(map(_follows_activation, node.inputs[:2])):
             continue
-        try:
+        with outcome.refusing(node.name, node.op), contextlib.suppress(TwoActivations):
             down = view(graph, node)
             if all(size == 1 for size in down.kernel):
                 found.append(_ffn(graph, down, shapes))
-        except TwoActivations:
-            continue
-        except Refused as error:
-            refused.append(Refusal(node.name, f"{node.op}: {error}", error.code))
     begin = {id(up.node) for ffn in found for up in ffn.ups}
     end = {id(ffn.down.node) for ffn in found}
-    for ffn in found:  # a branch would have the hidden channels of the other one, which are cut, too
+    for ffn in found:  # a branch would read or write hidden channels of the other FFN
         if id(ffn.down.node) in begin or any(id(up.node) in end for up in ffn.ups):
             ffn.parallel, ffn.no_branch = None, "another FFN begins where it ends, or ends where it begins"
     return found
 
 
 def _follows_activation(tensor: gs.Tensor) -> bool:
-    """Whether a tensor is made by an operator that treats all channels alike and is not linear, or by an unknown one.
+    """Whether an unknown operator, or an elementwise operator that is not linear, makes a tensor.
 
-    They are looked for through operators that move elements and constants that scale or shift them, and through both
+    The search goes back through operators that move elements, through constant scales and shifts, and through both
     factors of a gate. The root of a variance is no activation.
     """
     pending, seen = [tensor], set()
@@ -190,7 +184,7 @@ def _follows_activation(tensor: gs.Tensor) -> bool:
 
 
 def _is_statistic(node: gs.Node) -> bool:
-    """Whether elementwise operators make a node's result of nothing but reductions."""
+    """Whether elementwise operators make the result of a node from reductions alone."""
     pending, seen = [node], set()
     while pending:
         node = pending.pop()
@@ -206,13 +200,13 @@ def _is_statistic(node: gs.Node) -> bool:
 
 
 def _sources(node: gs.Node) -> list[gs.Tensor]:
-    """The data that a node reads, constants left out."""
+    """The data inputs of a node that are no constants."""
     data = [node.inputs[i] for i in operator(node).inputs(node) if edit.has_input(node, i)]
     return [tensor for tensor in data if not isinstance(tensor, gs.Constant)]
 
 
 def _ffn(graph: gs.Graph, down: Linear, shapes: dict[str, Shape]) -> Ffn:
-    """The FFN that ends in ``down``. Raises Refused with the reason where there is none."""
+    """The FFN that ends in ``down``. Raises Refused where ``down`` ends no FFN."""
     width = read_by(graph, down, shapes, _HIDDEN)
     if len(width.readers) > 1:
         raise Refused(f"{len(width.readers)} linears read the hidden channels")
@@ -221,7 +215,7 @@ def _ffn(graph: gs.Graph, down: Linear, shapes: dict[str, Shape]) -> Ffn:
     if any(up.data is not width.writers[0].data or up.in_axis != width.writers[0].in_axis for up in width.writers):
         raise Refused("the linears that write the hidden channels read different tensors")
     if any(up.node is down.node for up in width.writers):
-        raise Refused("it writes the channels that it reads")
+        raise Refused("it reads the channels that it writes")
     for linear in (*width.writers, down):
         if any(size > 1 for size in linear.kernel) or any(s > 1 for s in linear.node.attrs.get("strides") or ()):
             raise Refused(f"{linear.node.op} {linear.name} sees more than one position, or leaves some out")
@@ -247,7 +241,7 @@ def _why_no_branch(ffn: Ffn, shapes: Mapping[str, Shape]) -> str:
 
 
 def _parallel(graph: gs.Graph, ffn: Ffn) -> Linear | None:
-    """The linear that reads what the FFN reads and whose output is added to the FFN's, where nobody else reads it."""
+    """The linear with the same input as the FFN whose output is added to the output of the FFN, and read only there."""
     add = edit.sole_consumer(graph, ffn.down.output)
     if add is None or add.op != "Add" or not edit.is_standard(add):
         return None
@@ -255,14 +249,12 @@ def _parallel(graph: gs.Graph, ffn: Ffn) -> Linear | None:
         for node in (edit.producer(tensor), *(edit.producer(t) for n in tensor.inputs for t in n.inputs)):
             if node is None or node is ffn.down.node:
                 continue
-            try:
+            with contextlib.suppress(Refused):
                 linear = view(graph, node)
-            except Refused:
-                continue
-            same = linear.data is ffn.ups[0].data and linear.in_axis == ffn.ups[0].in_axis
-            if linear.output is tensor and same and linear.groups == 1 and linear.channels[0] == ffn.outputs:
-                alone = edit.sole_consumer(graph, linear.output) is add and not any(size > 1 for size in linear.kernel)
-                if alone and not linear.padded:
+                same = linear.data is ffn.ups[0].data and linear.in_axis == ffn.ups[0].in_axis
+                pointwise = linear.groups == 1 and all(size == 1 for size in linear.kernel) and not linear.padded
+                alone = linear.output is tensor and edit.sole_consumer(graph, tensor) is add
+                if same and pointwise and alone and linear.channels[0] == ffn.outputs:
                     return linear
     return None
 

@@ -1,14 +1,15 @@
-"""Pairs of linears with functions of single channels between them, and which of the channels are idle.
+"""Pairs of linears with functions of single channels between them, and the idle channels among these.
 
     h = W1 x + b1        y = W2 [scale_j * f_j(h[channel_j]) + shift_j]_j + b2
 
-``Pairs.at`` finds the pair that ends at a node, whatever stands between the linears (see ``functions``). With a
-gate there are two inner linears, and f_j is a function of both: silu(gate_j) * up_j. A channel is *idle* when f_j is
-affine, *dead* when it is constant, else *active*. An FFN is a pair with active channels.
+``Pairs.at`` finds the pair that ends at a node, with any nodes between the linears (see ``functions``). A gate gives a
+pair two inner linears, and f_j is a function of both: silu(gate_j) * up_j. A channel is *idle* where f_j is affine,
+*dead* where f_j is constant, and otherwise *active*. An FFN is a pair with active channels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,16 +29,16 @@ from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.session import Feed, TensorSpec
 from channelfold.runtime.io.shapes import LazyShapes
 
-_SIZES = ((2, 32), (3, 64), (2, 224), (3, 448))  # of open leading axes, and of other open ones
-_READINGS = 2  # how many sizes of the input must agree, where it has one that is open
+_SIZES = ((2, 32), (3, 64), (2, 224), (3, 448))  # of open leading axes, and of other open axes
+_READINGS = 2  # sizes of the input that must agree, where a size is open
 
 
 @dataclass(frozen=True)
 class Pair:
     """Two linears in a row, or three with a gate.
 
-    ``channels``: for each input channel of ``outer`` the number of its function in ``functions``, the channel of
-    ``inner`` it is of, its scale and its shift. ``tensors``: all that depend on these channels in between.
+    ``channels`` gives for each input channel of ``outer`` its function (a place in ``functions``), its channel of
+    ``inner``, its scale and its shift. ``tensors`` lists the tensors in between that depend on these channels.
     """
 
     inner: tuple[Linear, ...]
@@ -60,7 +61,7 @@ class Pair:
 
     @property
     def dead(self) -> np.ndarray:
-        """Which channels are the same whatever the input, (hidden,) bool."""
+        """Which channels are constant, (hidden,) bool."""
         return self.channels["function"] == CONSTANT
 
     @property
@@ -69,7 +70,7 @@ class Pair:
 
     @property
     def activated(self) -> bool:
-        """Whether there is, or was meant to be, an activation between the linears."""
+        """Whether an activation of some or all channels stands between the linears."""
         return self.cone.mixed or not self.cone.linear
 
     @property
@@ -79,19 +80,19 @@ class Pair:
 
     @property
     def folded_macs(self) -> int:
-        """Those that are left when its idle channels are one dense layer."""
+        """MACs per position after the idle channels have become one dense layer."""
         return self.macs_with(int(self.active.sum()))
 
     def macs_with(self, active: int) -> int:
-        """Those of a dense layer beside so many active channels."""
+        """MACs per position of a dense layer beside ``active`` channels."""
         ins, outs = self.inner[0].channels[1], self.outer.channels[0]
         return active * (len(self.inner) * ins + outs) + ins * outs
 
 
 class Pairs:
-    """Finds the pairs of a graph. It may change between two calls, but not the shapes of the tensors that stay.
+    """Finds the pairs of a graph. Between two calls the graph may change, except for the shapes of remaining tensors.
 
-    Masks are computed for some sizes of the input: that of a sample of ``data``, if given, and others.
+    Masks are computed for several sizes of the input: the size of a sample of ``data``, if given, and others.
     """
 
     def __init__(self, graph: gs.Graph, data: Data | None = None):
@@ -100,9 +101,9 @@ class Pairs:
         self._opened: list[Reader] = []
 
     def at(self, node: gs.Node, plain: bool = False) -> Pair | None:
-        """The pair whose second linear a node is, or None; with ``plain`` also one that treats all channels alike.
+        """The pair that a node ends, or None; with ``plain`` also a pair that treats all channels alike.
 
-        Raises Refused where some channels may bypass the activation and nobody can tell which.
+        Raises Refused where some channels may bypass the activation, but cannot be told apart.
         """
         outer = self._pointwise(node)
         inner: dict[int, Linear] = {}
@@ -160,14 +161,14 @@ class Pairs:
         return seen[0], tensors
 
     def _readers(self) -> Iterator[Reader]:
-        """A reader for each size, opened when it is needed: the last sizes are large."""
+        """A reader for each size, opened when it is needed, because the last sizes are large."""
         yield from self._opened
         for feed in self._feeds:
             self._opened.append(Reader(self.graph, LazyShapes(self.graph, feed)))
             yield self._opened[-1]
 
     def _pointwise(self, node: gs.Node) -> Linear | None:
-        """The view of a linear that treats every position alike."""
+        """The view of a linear that treats every position alike, or None."""
         if not operator(node).weighted or not node.outputs:
             return None
         try:
@@ -182,21 +183,19 @@ class Pairs:
         return None if attrs.get("transA", 0) else linear
 
     def _writer(self, tensor: gs.Tensor) -> Linear | None:
-        """The linear whose result, bias included, a tensor is."""
+        """The linear whose result, with the bias, is a tensor; or None."""
         node = edit.producer(tensor)
         for source in () if node is None else (node, *map(edit.producer, node.inputs if node.op == "Add" else ())):
             if source is not None and operator(source).weighted:
-                try:
+                with contextlib.suppress(Refused):
                     linear = view(self.graph, source)
-                except Refused:
-                    continue
-                if linear.output is tensor:
-                    return linear
+                    if linear.output is tensor:
+                        return linear
         return None
 
 
 def _feeds(graph: gs.Graph, data: Data | None) -> Iterator[Feed]:
-    """Feeds of several sizes, one where none is open; first two copies of a sample of the data."""
+    """Feeds of several sizes, or of one size where no size is open; the first feed is two copies of a sample."""
     inputs = [_named(spec) for spec in required_inputs(graph)]
     leading = {spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], str)}
     sample = next(iter(data), None) if data is not None else None
@@ -208,12 +207,12 @@ def _feeds(graph: gs.Graph, data: Data | None) -> Iterator[Feed]:
     try:
         for lead, size in _SIZES[:1] if fixed else _SIZES:
             yield from random_data(inputs, 1, dims=dict.fromkeys(leading, lead), size=size)
-    except DataError:  # inputs that cannot be random, or none
+    except DataError:  # there are no inputs, or random values do not suit them
         if sample is None:
             yield {}
 
 
 def _named(spec: TensorSpec) -> TensorSpec:
-    """An input whose leading axis, if it is open, has a name."""
+    """The input with a name for its leading axis where that axis is open."""
     lead = "batch" if spec.shape[:1] == (None,) else None
     return dataclasses.replace(spec, shape=(lead, *spec.shape[1:])) if lead else spec

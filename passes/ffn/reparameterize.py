@@ -7,19 +7,19 @@
     Wd = W2_j diag(s_j) F1_j + I,    bd = b2 + W2_j (s_j * c1_j + t_j) + W2_i t_i
     y  = Wd x + bd + W2_i diag(s_i) act(F1_i x + c1_i)
 
-a1 and d1 are the norm in front, where it is one at inference (BatchNormalization), and the shortcut goes into Wd where
-it is exactly what feeds that norm. Behind a LayerNormalization neither is possible: there Wd acts on the normalized
-tensor and x is added apart. s and t are what lies between the activation and W2: a second BatchNormalization, factors.
-Without active channels one dense layer is left, as of any two linears in a row.
+a1 and d1 are a norm in front that is affine at inference (BatchNormalization). The shortcut goes into Wd where the
+shortcut is the input of this norm. Behind a LayerNormalization both stay: Wd acts on the normalized tensor, and an Add
+adds x. s and t are scales and shifts between the activation and W2, such as a second BatchNormalization. Without active
+channels one dense layer is left, as of any two linears in a row.
 
-Which channels are idle is not looked up in a pattern but computed (``functions``): whatever the nodes between
-two linears are, their result is a function of one channel for each channel, and the idle ones are those where it is
-affine. A mask must be the same for all tokens and samples, and for two sizes of the input where that is open.
+The pass computes which channels are idle (``functions``): with any nodes between two linears each channel is a function
+of one channel, and a channel with an affine function is idle. A mask must be the same for all tokens and samples, and
+for two sizes of the input where the size is open.
 
-Per position the pair takes C_in H + H C_out multiply-accumulates (MACs), folded with k active channels k (C_in + C_out)
-+ C_in C_out. The fold saves nothing when too few are idle (theta <= 1 / (2 rho) for H = rho C), and is refused then,
-unless ``always``. A LayerScale behind W2 goes into it. ``fold-affine`` may come before or after; after, it has fewer
-weights to rewrite.
+Per position the pair takes C_in H + H C_out multiply-accumulates (MACs), and k (C_in + C_out) + C_in C_out after the
+fold, with k active channels. The fold is refused where too few channels are idle to save MACs (theta <= 1 / (2 rho) for
+H = rho C), unless ``always``. W2 takes up a LayerScale behind it. ``fold-affine`` may run before or after; after the
+fold it rewrites fewer weights.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Work(ReparameterizeFfn):
                     if pair is not None and _has_idle(pair):
                         outcome.change(node.name, self._fold(pairs, pair, outcome))
                 except Refused as error:
-                    if pair is None or pair.activated:  # two linears in a row are no FFN, and no news
+                    if pair is None or pair.activated:  # two linears in a row are no FFN
                         outcome.refuse(node.name, f"{node.op}: {error}", error.code)
         finally:
             if outcome.changed:
@@ -62,7 +62,7 @@ class Work(ReparameterizeFfn):
         return outcome
 
     def _fold(self, pairs: Pairs, pair: Pair, outcome: Outcome) -> str:
-        """Folds the idle channels of a pair; returns what was done. Raises Refused, DoesNotFit, nothing changed."""
+        """Folds the idle channels of a pair; returns a description. Raises Refused, with nothing changed."""
         _check(pairs.graph, pair)
         idle, hidden, macs = int(pair.idle.sum()), pair.idle.size, f"{pair.macs:,} to {pair.folded_macs:,}"
         if pair.folded_macs >= pair.macs and not self.always:
@@ -79,7 +79,7 @@ class Work(ReparameterizeFfn):
 
 
 def _has_idle(pair: Pair) -> bool:
-    """Raises Refused for a gate that is idle: the product is no function of one channel alone."""
+    """Whether channels are idle. Raises Refused for an idle gate: a product of two channels is not affine."""
     if pair.idle.any():
         return True
     kinds = [pair.functions[f] for f in np.unique(pair.channels["function"])]
@@ -92,7 +92,7 @@ def _has_idle(pair: Pair) -> bool:
 
 
 def _check(graph: gs.Graph, pair: Pair) -> None:
-    """Raises Refused where the active channels cannot be computed apart, or something else needs the others."""
+    """Raises Refused where the active channels cannot be computed alone, or other nodes need the idle channels."""
     kinds = np.unique(pair.channels["function"][pair.active])
     if kinds.size > 1 or MIXED in kinds:
         differ = f"have {kinds.size} different activations" if MIXED not in kinds else "each have another activation"
@@ -101,7 +101,7 @@ def _check(graph: gs.Graph, pair: Pair) -> None:
         raise Refused("its linears compute in different types")
     if any(linear.data is not pair.inner[0].data for linear in pair.inner):
         raise Refused("its inner linears read different tensors")
-    for tensor in reversed(pair.tensors):  # the last one that others read says most
+    for tensor in reversed(pair.tensors):  # the last tensor with other readers makes the clearest reason
         if edit.is_output(graph, tensor):
             raise Refused(f"{tensor.name!r} is an output of the graph")
         for node in edit.consumers(tensor):
@@ -111,7 +111,7 @@ def _check(graph: gs.Graph, pair: Pair) -> None:
 
 
 def _is_needed(graph: gs.Graph, node: gs.Node, besides: gs.Node) -> bool:
-    """Whether an output of the graph depends on a node in another way than through ``besides``."""
+    """Whether an output of the graph depends on a node through other nodes than ``besides``."""
     pending, seen = [node], {id(besides)}
     while pending:
         current = pending.pop()
@@ -126,10 +126,10 @@ def _is_needed(graph: gs.Graph, node: gs.Node, besides: gs.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """What surrounds an FFN and is folded with it.
+    """The nodes around an FFN that are folded with it.
 
-    It reads data = ``scale`` * ``source`` + ``shift``; ``tail`` is the map that its output goes through, a LayerScale;
-    ``add`` is the Add of the shortcut, where that is ``source``.
+    The FFN reads ``scale`` * ``source`` + ``shift``. ``tail`` is the affine map behind the FFN, such as a LayerScale,
+    and ``add`` the Add of the shortcut ``source``.
     """
 
     source: gs.Tensor
@@ -140,7 +140,7 @@ class _Surroundings:
 
 
 def _surroundings(pairs: Pairs, pair: Pair, outcome: Outcome) -> _Surroundings:
-    """What can be folded with an FFN; where there is a shortcut that cannot be, it says so."""
+    """The nodes that can be folded with an FFN; refuses a shortcut that cannot be folded."""
     data, tail = pair.inner[0].data, _tail(pairs.graph, pair)
     out = pair.outer.output if tail is None else tail.output
     add = edit.sole_consumer(pairs.graph, out)
@@ -168,7 +168,7 @@ def _surroundings(pairs: Pairs, pair: Pair, outcome: Outcome) -> _Surroundings:
 
 
 def _tail(graph: gs.Graph, pair: Pair) -> Affine | None:
-    """The channel-wise scales and shifts right behind an FFN, as one map."""
+    """The affine map right behind an FFN, or None."""
     tail, tensor = None, pair.outer.output
     while (node := edit.sole_consumer(graph, tensor)) is not None and (more := as_affine(node)) is not None:
         if more.axis not in (None, pair.outer.out_axis % (edit.rank(tensor) or 1)):
@@ -184,7 +184,7 @@ _Weight = tuple[np.ndarray, np.ndarray | None]  # a weight (out, in) and a bias 
 
 @dataclass(frozen=True)
 class _Weights:
-    """The weights of a folded FFN, cast. Without active channels there is ``dense`` alone."""
+    """The weights of a folded FFN in their type. Without active channels ``dense`` is the only weight."""
 
     dense: _Weight
     inner: list[_Weight] = field(default_factory=list)
@@ -192,7 +192,7 @@ class _Weights:
 
 
 def _folded(pair: Pair, around: _Surroundings) -> _Weights:
-    """The algebra at the top of this file, in float64, cast once. Raises DoesNotFit."""
+    """The weights of the docstring of this module, computed in float64 and cast once. Raises DoesNotFit."""
     what, active, kind = pair.channels, pair.active, pair.outer.dtype
     second, last = _matrix(pair.outer), pair.outer.bias()
     bias = (0.0 if last is None else last) + second @ what["shift"]
@@ -222,13 +222,13 @@ def _folded(pair: Pair, around: _Surroundings) -> _Weights:
 
 
 def _matrix(linear: Linear) -> np.ndarray:
-    """The weight of a pointwise linear as (out, in), a float64 array of its own."""
+    """A copy of the weight of a pointwise linear, (out, in) float64."""
     return linear.weight().reshape(linear.channels).astype(np.float64)
 
 
 @dataclass
 class _Writer:
-    """Puts a folded FFN in the place of the old one. Nodes keep the names of those they replace."""
+    """Replaces an FFN by a folded FFN. New nodes take over the names of the old nodes."""
 
     graph: gs.Graph
     pair: Pair
@@ -266,23 +266,17 @@ class _Writer:
         vars(self.nodes[-1])["_graph"] = self.graph
 
     def linear(
-        self,
-        form: Linear,
-        source: gs.Tensor,
-        weights: _Weight,
-        name: str,
-        stored_as: str,
-        result: gs.Tensor | None = None,
+        self, form: Linear, source: gs.Tensor, weights: _Weight, name: str, held: str, result: gs.Tensor | None = None
     ) -> gs.Tensor:
-        """A linear in the form of another with other weights; returns its result, which is ``result`` if given."""
+        """Adds a linear like ``form`` with new weights, the weight called ``held``; returns its result."""
         weight, bias = weights
         values = np.ascontiguousarray(form.unorient(weight.reshape(*weight.shape, *form.kernel)))
-        inputs: list[gs.Tensor] = [source, constant(self.graph, stored_as, values)]
+        inputs: list[gs.Tensor] = [source, constant(self.graph, held, values)]
         if form.weight_input == 0:
             inputs.reverse()
         result = result or self.fresh(source, f"{name}_output", {form.in_axis: len(weight)})
         if bias is not None:
-            offset = constant(self.graph, f"{name}_bias", bias if form.out_axis != -2 else bias[:, None])
+            offset = constant(self.graph, f"{name}_bias", form.shaped_bias(bias))
             if form.node.op == "MatMul":
                 product = self.fresh(source, f"{name}_product", {form.in_axis: len(weight)})
                 self.node("MatMul", name, inputs, product)
@@ -295,7 +289,7 @@ class _Writer:
         return result
 
     def value(self, function: Function, hidden: list[gs.Tensor]) -> gs.Tensor:
-        """The nodes that compute a function of the active channels."""
+        """Adds the nodes of a function of the active channels; returns their result."""
         if function.root is not None:
             return hidden[function.root]
         if id(function) not in self.made:
@@ -311,7 +305,7 @@ class _Writer:
         return self.made[id(function)]
 
     def fresh(self, near: gs.Tensor, name: str, sizes: dict[int, int]) -> gs.Variable:
-        """A new tensor of the type and shape of another, but for the sizes of some axes."""
+        """A new tensor with the type and shape of another tensor, except for the sizes of some axes."""
         shape = None if near.shape is None else list(near.shape)
         if shape is not None:
             for axis, size in sizes.items():

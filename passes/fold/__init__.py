@@ -3,6 +3,7 @@
 rewrite-einsum      Einsum = Transpose, Mul or MatMul
 inline-functions    y = f(x)  ->  the nodes of f
 fold-constants      f(c1, c2, …) = c
+take-branch         If(true) {then: f(x), else: g(x)} = f(x)
 fold-shapes         Reshape(x, Concat(Shape(x)[0], 6, 64)) = Reshape(x, [0, 6, 64])
 remove-identities   Identity(x), x + 0, x * 1, … = x
 merge-moves         Transpose(Transpose(x, p), q) = Transpose(x, p[q])
@@ -39,6 +40,13 @@ class FoldConstants(Pass):
     """Replaces nodes that depend on constants alone by their values."""
 
     name, kind, does_it = "fold-constants", "exact", "constants"
+
+
+@dataclass(frozen=True)
+class TakeBranch(Pass):
+    """Replaces an If whose condition is constant by the nodes of the branch that it takes."""
+
+    name, kind, does_it = "take-branch", "exact", "branches"
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def _is_product(node: gs.Node) -> bool:
     return operator(node).multiplies and not any(isinstance(tensor, gs.Constant) for tensor in node.inputs)
 
 
-def _is_normalized(tensor: gs.Tensor) -> bool:
+def is_normalized(tensor: gs.Tensor) -> bool:
     """Whether a tensor is x / root or x * (1 / root), where root is the square root of a variance or of a sum."""
     node = edit.producer(tensor)
     if node is None or not _is_product(node):
@@ -161,7 +161,7 @@ def _origin(tensor: gs.Tensor, op: str) -> gs.Node | None:
 
 def _fold(graph: gs.Graph, site: Affine) -> str:
     """Moves as much of a map as possible; returns a description. Raises Refused, with nothing changed."""
-    if site.axis is not None and _is_normalized(site.input) and site.nodes[0].op != "BatchNormalization":
+    if site.axis is not None and is_normalized(site.input) and site.nodes[0].op != "BatchNormalization":
         return _shorten(graph, site, "it is the gamma or beta of a norm")
     back, forth = _backward(graph, site), _forward(graph, site)
     reasons = []

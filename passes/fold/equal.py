@@ -51,9 +51,10 @@ def _key(node: gs.Node) -> Hashable | None:
     if known.random or known.kind in ("quantize", "dynamic_quantize"):
         return None
     attributes = tuple((name, _frozen(value)) for name, value in sorted(node.attrs.items()))
+    carried = tuple(a.SerializeToString() for a in node.carried.attribute) if "carried" in vars(node) else ()
     if any(value is None for _, value in attributes):
         return None
-    return node.op, attributes, tuple(map(_source, node.inputs)), tuple(t.is_empty() for t in node.outputs)
+    return node.op, attributes, carried, tuple(map(_source, node.inputs)), tuple(t.is_empty() for t in node.outputs)
 
 
 def _frozen(value: Any) -> Hashable | None:

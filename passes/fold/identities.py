@@ -4,7 +4,8 @@
     Pad by nothing, Concat / Sum / Max / Min / Mean of one tensor, x + 0, x - 0, x * 1, x / 1, x ** 1,
     x and True, x or False, x xor False        =  x
 
-A node stays where callers use the names of both its input and its output (an input passed to an output).
+A node stays where callers use the names of both its input and its output (an input passed to an output). So do gamma
+and beta of a norm that are one and zero: runtimes fuse norms that have both.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.fold import RemoveIdentities
+from channelfold.passes.fold.affine import is_normalized
 from channelfold.passes.operators import EVERY, operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
@@ -99,12 +101,14 @@ def _beside_neutral(node: gs.Node) -> gs.Tensor | None:
         constant, x = node.inputs[index], node.inputs[1 - index]
         if not isinstance(constant, gs.Constant) or isinstance(x, gs.Constant):
             continue
-        shape, wide = tuple(constant.shape), x.shape
-        fits = (
-            wide is not None
-            and len(shape) <= len(wide)
-            and all(d in (1, w) for d, w in zip(shape[::-1], wide[::-1], strict=False))
-        )
-        if (not shape or fits) and 0 < np.prod(shape) <= _SIZE_LIMIT:
+        shape, wide = tuple(constant.shape), x.shape or ()
+        fits = len(shape) <= len(wide) and all(d in (1, w) for d, w in zip(shape[::-1], wide[::-1], strict=False))
+        if (not shape or fits) and 0 < np.prod(shape) <= _SIZE_LIMIT and not (np.prod(shape) > 1 and _is_of_norm(x)):
             return x if np.all(edit.value(constant) == neutral) else None
     return None
+
+
+def _is_of_norm(x: gs.Tensor) -> bool:
+    """Whether what follows a tensor is the gamma or beta of a norm, without which runtimes do not fuse the norm."""
+    node = edit.producer(x)
+    return is_normalized(x) or (node is not None and node.op == "Mul" and any(map(is_normalized, node.inputs)))

@@ -30,7 +30,7 @@ class Work(FoldShapes):
         while more := _Sweep(graph).run().changed:  # a shape that is constant now makes other sizes known
             outcome.changed += more
             edit.remove_dead(graph)
-            outcome.changed += FoldConstants().apply(graph, ctx).changed
+            outcome.changed += FoldConstants().work().apply(graph, ctx).changed
         return outcome
 
 
@@ -40,6 +40,7 @@ class _Sweep:
     def __init__(self, graph: gs.Graph):
         infer_shapes(graph)
         self.graph, self.sizes, self.outcome = graph, Sizes(graph), Outcome()
+        self.sizes.tell()
         self.same: dict[tuple, gs.Tensor] = {}  # by type, shape and sizes
         self.axes: dict[object, tuple[gs.Tensor, int]] = {}  # a Shape that holds the size, and the place there
 

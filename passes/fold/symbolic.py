@@ -33,7 +33,7 @@ class Sizes:
     """What is known about every tensor of a graph whose shapes are inferred (``infer_shapes``), bodies left out."""
 
     def __init__(self, graph: gs.Graph):
-        self._opset, self._domains = graph.opset, graph.import_domains
+        self._graph, self._opset = graph, graph.opset
         self._shapes: dict[int, Shape | None] = {}
         self._values: dict[int, np.ndarray | None] = {}
         self._texts: dict[str, Size] = {}
@@ -52,6 +52,14 @@ class Sizes:
         if id(tensor) not in self._values:
             self._values[id(tensor)] = _constant(tensor)
         return self._values[id(tensor)]
+
+    def tell(self) -> None:
+        """Gives the tensors inside the graph the sizes that ONNX's inference of the whole graph has not found."""
+        for tensor in self._kept:
+            found = self._shapes[id(tensor)]
+            if tensor.inputs and found is not None and not edit.is_output(self._graph, tensor):
+                known = tensor.shape if edit.rank(tensor) == len(found) else [None] * len(found)
+                tensor.shape = [d if s.known is None else s.known for d, s in zip(known, found, strict=True)]
 
     def learn(self, tensor: gs.Tensor, sizes: Shape) -> np.ndarray:
         """Takes a tensor as the Shape of something that has these sizes; returns its elements."""

@@ -1,1 +1,1 @@
-"""Linear layers and affine maps: what they are in a graph."""
+"""Linear layers, affine maps, weight formats and quantization errors."""

@@ -1,9 +1,8 @@
-"""Where the weight bytes of a model are: which operator reads them, in which part of the model, in which type.
+"""The account of the weight bytes of a model: by operator, by part of the model, and by type.
 
-A *weight* is a constant of floating point numbers, or of the integer codes that stand for some. Its bytes are counted
-as if all of it were stored in the floating point type it is computed in, so that quantizing moves bytes from one row
-to another and leaves the sum alone. A constant is read by the first operator behind it that does more than move,
-convert or dequantize.
+A *weight* is a constant of floating point numbers, or of integer codes of such numbers. The bytes of a code are counted
+in the floating point type of the computation, so that quantization moves bytes from one row to another and the sum
+stays. A constant counts for the first operator that does more than move, convert or dequantize the constant.
 """
 
 from __future__ import annotations
@@ -26,26 +25,17 @@ MAIN = "main graph"
 FLOAT = "float"
 VECTOR = "biases, norms and scales stay float"
 _THROUGH = ("DequantizeLinear", "Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
-_INTEGER = (
-    "Integer",
-    "QLinear",
-    "NBits",
-    "QAttention",
-    "QGemm",
-    "BlockQuantized",
-    "QMoE",
-    "QOrdered",
-    "QEmbed",
-    "BnbQ",
-)
+_INTEGER = (  # parts of the names of operators on integer codes
+    "Integer", "QLinear", "NBits", "QAttention", "QGemm", "BlockQuantized", "QMoE", "QOrdered", "QEmbed", "BnbQ",
+)  # fmt: skip
 
 
 @dataclass
 class Row:
     """``bytes`` of ``tensors`` weights in one ``place``, read by one ``op``, in one ``state``, for one ``reason``.
 
-    ``state``: float, or the type of the stored codes. ``largest``: the name of the largest of them, and ``most`` its
-    bytes. ``reason``: why they are float.
+    ``state`` is "float" or the type of the codes, and ``reason`` says why the weights are float. ``largest`` is the
+    name of the largest weight, and ``most`` its bytes.
     """
 
     place: str
@@ -67,9 +57,13 @@ class Row:
 def account(graph: gs.Graph, reasons: Mapping[str, str] | None = None) -> list[Row]:
     """The rows of a graph, the largest first.
 
-    ``reasons``: why nodes were left in float, by the name of the node, which ``located`` gives for nodes in bodies.
+    ``reasons`` says why nodes stay float, by the name of the node, which ``located`` gives for nodes in bodies.
     """
-    rows: dict[tuple[str, str, str, str], Row] = {}
+    rows: dict[tuple[str, ...], Row] = {}
+
+    def add(place: str, op: str, state: str, reason: str, name: str, size: int) -> None:
+        rows.setdefault((place, op, state, reason), Row(place, op, state, reason)).add(name, size)
+
     readers: dict[int, tuple[gs.Constant, list[tuple[str, gs.Node]]]] = {}
     for place, part in _places(bodies(graph), MAIN, graph):
         for node in part.nodes:
@@ -77,20 +71,24 @@ def account(graph: gs.Graph, reasons: Mapping[str, str] | None = None) -> list[R
                 if isinstance(tensor, gs.Constant):
                     readers.setdefault(id(tensor), (tensor, []))[1].append((place, node))
     for tensor, found in readers.values():
-        place, node = min(found, key=lambda reader: _rank(*_reader(reader[1], tensor)))
-        _count(rows, place, node, tensor, reasons or {})
+        place, node = min(found, key=lambda reader: _rank(_reader(reader[1], tensor)[0]))
+        if state := _state(place, node, tensor, reasons or {}):
+            reader, kind, reason, width = state
+            add(place, reader, kind, reason, tensor.name, math.prod(tensor.shape) * width)
     own = carried(graph)
-    for tensor in own.graph.initializer if own else ():
-        _add(rows, MAIN, "graph input", tensor.name, _dtype(tensor.data_type), tuple(tensor.dims), "may be overridden")
+    held = [(MAIN, "graph input", "may be overridden", t.name, t) for t in (own.graph.initializer if own else ())]
     for function in own.header.functions if own else ():
-        for name, tensor in _constants_of(function):
-            where = f"function {function.name}"
-            _add(rows, where, "", name, _dtype(tensor.data_type), tuple(tensor.dims), "inside a local function")
+        where = f"function {function.name}"
+        held += [(where, "", "inside a local function", name, tensor) for name, tensor in _constants_of(function)]
+    for place, op, reason, name, proto in held:
+        kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type))
+        if edit.is_float_type(kind):
+            add(place, op, FLOAT, reason, name, math.prod(proto.dims) * kind.itemsize)
     return sorted(rows.values(), key=lambda row: -row.bytes)
 
 
-ASKED = ("excluded by", "not included", "int8 changes its outputs most")  # how the reasons begin that a user gave
-WARNED = 0.05  # share of the bytes that may stay float without a word
+ASKED = ("excluded by", "not included", "int8 changes its outputs most")  # beginnings of the reasons that users give
+WARNED = 0.05  # a greater share of float bytes causes a warning
 
 
 def to_json(rows: Sequence[Row]) -> dict[str, Any]:
@@ -101,32 +99,24 @@ def to_json(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def unasked(rows: Sequence[Row]) -> str:
-    """A sentence about the bytes that stay float although nobody asked for it, the largest named; "" for a few."""
+    """A sentence about the bytes that stay float unasked, with the largest rows; "" for a small share."""
     counted = [row for row in rows if row.reason != VECTOR]
     left = [row for row in counted if row.state == FLOAT and not row.reason.startswith(ASKED)]
     part = sum(row.bytes for row in left) / max(1, sum(row.bytes for row in counted))
     if part <= WARNED:
         return ""
-    told = ", ".join(f"{_size(row.bytes)} read by {_who(row)} ({_why(row)})" for row in left[:3])
-    return f"{part:.0%} of the weight bytes stay float: {told}" + (
-        f" and {len(left) - 3} more" if len(left) > 3 else ""
-    )
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return f"{part:.0%} of the weight bytes stay float: {', '.join(map(_told, left[:3]))}{more}"
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
-
-
-def _who(row: Row) -> str:
-    return f"{row.op or row.place} such as {row.largest}" if row.place == MAIN else f"{row.op} in the {row.place}"
-
-
-def _why(row: Row) -> str:
-    return row.reason or f"no weight of {row.op} is quantized"
+def _told(row: Row) -> str:
+    size = f"{row.bytes / 1e6:.1f} MB" if row.bytes >= 1e6 else f"{row.bytes / 1e3:.1f} kB"
+    where = f" such as {row.largest}" if row.place == MAIN else f" in the {row.place}"
+    return f"{size} read by {row.op}{where} ({row.reason or f'no weight of {row.op} is quantized'})"
 
 
 def share(rows: Sequence[Row]) -> float:
-    """The share of the bytes that is not float, 1.0 where there are none; vectors do not count."""
+    """The share of the bytes that are not float, without vectors; 1.0 where there are no bytes."""
     counted = [row for row in rows if row.reason != VECTOR]
     total = sum(row.bytes for row in counted)
     return sum(row.bytes for row in counted if row.state != FLOAT) / total if total else 1.0
@@ -139,49 +129,24 @@ def _places(inside: Sequence[Body], place: str, graph: gs.Graph) -> Iterator[tup
         yield from _places(body.bodies(), where, body.graph)
 
 
-def _count(
-    rows: dict[tuple[str, str, str, str], Row],
-    place: str,
-    node: gs.Node,
-    tensor: gs.Constant,
-    reasons: Mapping[str, str],
-) -> None:
+def _state(
+    place: str, node: gs.Node, tensor: gs.Constant, reasons: Mapping[str, str]
+) -> tuple[str, str, str, int] | None:
+    """(operator, state, reason, bytes of an element) of a constant that a node reads; None where it is no weight."""
     dtype = np.dtype(tensor.dtype) if tensor.dtype is not None else np.dtype(object)
-    shape = tuple(tensor.shape)
     reader, scale = _reader(node, tensor)
-    if edit.is_float_type(dtype):
-        if node.op in ("DequantizeLinear", "QuantizeLinear"):
-            return  # a scale: it comes with the codes
-        reason = reasons.get(reader.name if place == MAIN else located(reader.name, place), "")
-        if math.prod(shape) == max(shape, default=1):
-            reason = VECTOR
-        elif not reason:
-            reason = "" if place == MAIN else f"inside {place.split(' ')[2]}"
-        _add(rows, place, reader.op, tensor.name, dtype, shape, reason)
-    elif _is_code(node, tensor):
+    if _is_code(node, tensor):
         width = (scale.itemsize if scale is not None else 4) * 8 // int(node.attrs.get("bits", 8))  # several to a byte
-        _add(rows, place, reader.op, tensor.name, dtype, shape, "", width)
-
-
-def _add(
-    rows: dict[tuple[str, str, str, str], Row],
-    place: str,
-    op: str,
-    name: str,
-    dtype: np.dtype,
-    shape: tuple[int, ...],
-    reason: str,
-    width: int = 0,
-) -> None:
-    if not width and not edit.is_float_type(dtype):
-        return
-    state = dtype.name if width else FLOAT
-    row = rows.setdefault((place, op, state, reason), Row(place, op, state, reason))
-    row.add(name, math.prod(shape) * (width or dtype.itemsize))
+        return reader.op, dtype.name, "", width
+    if not edit.is_float_type(dtype) or node.op in ("DequantizeLinear", "QuantizeLinear"):
+        return None  # a scale comes with its codes
+    reason = reasons.get(reader.name if place == MAIN else located(reader.name, place), "")
+    vector = math.prod(tensor.shape) == max(tensor.shape, default=1)
+    return reader.op, FLOAT, VECTOR if vector else reason, dtype.itemsize
 
 
 def _reader(node: gs.Node, tensor: gs.Tensor) -> tuple[gs.Node, np.dtype | None]:
-    """The operator that uses a constant, and the type that it is dequantized to on the way."""
+    """(the operator that uses a constant, the type that the constant is dequantized to on the way)."""
     scale = None
     for _ in range(len(_THROUGH)):
         if node.op not in _THROUGH or not edit.is_standard(node) or node.inputs[0] is not tensor:
@@ -195,8 +160,8 @@ def _reader(node: gs.Node, tensor: gs.Tensor) -> tuple[gs.Node, np.dtype | None]
     return node, scale
 
 
-def _rank(reader: gs.Node, scale: np.dtype | None) -> int:
-    """Of several readers, which one a constant is counted for: the lowest."""
+def _rank(reader: gs.Node) -> int:
+    """A constant counts for the reader of the lowest rank."""
     return 2 if operator(reader).asks_shape else int(not operator(reader).weighted)
 
 
@@ -206,10 +171,6 @@ def _is_code(node: gs.Node, tensor: gs.Constant) -> bool:
         return node.inputs[0] is tensor
     known = any(part in node.op for part in _INTEGER) or operator(node).kind == "gather"
     return known and len(tensor.shape) > 1 and np.dtype(tensor.dtype).itemsize == 1
-
-
-def _dtype(kind: int) -> np.dtype:
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
 
 
 def _constants_of(function: onnx.FunctionProto) -> Iterator[tuple[str, Any]]:

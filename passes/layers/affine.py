@@ -7,7 +7,7 @@ all this map; a run of such nodes is one map. ``Affine`` is this run. ``before``
 side of an operator that commutes with the map:
 
     any scale and shift    Identity, Dropout, Transpose, Reshape, Flatten, Squeeze, Unsqueeze; pooling by averages;
-                           Slice and ReduceMean along other axes; Pad that repeats what is there
+                           Slice and ReduceMean along other axes; Pad that repeats elements
     any scale              Pad with zeros; AveragePool that counts its zero padding; Neg; ReduceSum
     scale >= 0, any shift  MaxPool, GlobalMaxPool, ReduceMax, ReduceMin
     scale >= 0             Relu, LeakyRelu and PRelu of any slope; Abs, LpPool, ReduceL2
@@ -15,6 +15,7 @@ side of an operator that commutes with the map:
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -57,9 +58,9 @@ class Affine:
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a map at another tensor: along ``axis``, every channel ``repeat`` times, the whole ``tile`` times.
+    """A map on another tensor: along ``axis`` each channel ``repeat`` times, and all channels ``tile`` times.
 
-    ``no_negative`` names the operator that stops negative scales, ``no_shift`` the reason why a shift does not pass.
+    ``no_negative`` names the operator that no negative scale passes; ``no_shift`` says why no shift passes.
     """
 
     axis: int | None
@@ -73,11 +74,10 @@ class Layout:
 
 
 def as_affine(node: gs.Node) -> Affine | None:
-    """The map that one node computes, or None; never raises Refused."""
-    try:
+    """The map that one node computes, or None also where ``find_affine`` raises Refused."""
+    with contextlib.suppress(Refused):
         return find_affine(node)
-    except Refused:
-        return None
+    return None
 
 
 def find_affine(node: gs.Node) -> Affine | None:
@@ -209,7 +209,7 @@ def readers(graph: gs.Graph, tensor: gs.Tensor, layout: Layout) -> list[tuple[Li
 
 
 def check_axis(tensor: gs.Tensor, axis: int | None, channels: int, op: str) -> None:
-    """Raises Refused unless ``axis`` of a tensor is ``channels``, the axis of the channels of an operator."""
+    """Raises Refused unless ``axis`` of a tensor is ``channels``, the channel axis of an operator."""
     size = edit.rank(tensor)
     if axis is not None and axis != (channels + size if channels < 0 and size is not None else channels):
         raise Refused(f"its channels lie along axis {axis}, not along the channel axis of {op}")
@@ -282,11 +282,9 @@ def _axis_before(node: gs.Node, axis: int) -> int:
     if size is None:
         raise Refused(f"the shape in front of {node.op} is unknown")
     for candidate in range(size):
-        try:
+        with contextlib.suppress(Refused):
             if _axis_after(node, candidate) == (axis, 1, 1):
                 return candidate
-        except Refused:
-            continue
     raise Refused(f"{node.op} does not keep the channels on one axis")
 
 
@@ -336,6 +334,6 @@ def _axis_after_removal(node: gs.Node, axis: int, size: int) -> int:
 
 
 def _volume(shape) -> tuple[int, Counter]:
-    """(product of the known sizes, the unknown ones), comparable between shapes."""
+    """(product of the known sizes, the unknown sizes), comparable between shapes."""
     unknown = Counter(d if isinstance(d, str) else object() for d in shape if not isinstance(d, int) or d < 0)
     return math.prod(d for d in shape if isinstance(d, int) and d >= 0), unknown

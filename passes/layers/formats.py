@@ -128,6 +128,7 @@ def chunks(weight: np.ndarray) -> list[slice]:
 
 
 INT8 = Format()
+INT7 = Format(7)  # stored as int8
 FORMATS = {
     "int8": INT8,
     "int4": Format(4, 128, opset=21),

@@ -16,6 +16,7 @@ Gather keeps E.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Linear:
 
     @property
     def channels(self) -> tuple[int, int]:
-        """(output channels, input channels)."""
+        """The numbers of output channels and input channels."""
         shape = self._oriented_shape()
         return shape[0], shape[1] * self.groups
 
@@ -311,10 +312,8 @@ def linears(graph: gs.Graph) -> list[Linear]:
     """Every linear node of the graph that has a view, in order."""
     found = []
     for node in graph.nodes:
-        try:
+        with contextlib.suppress(Refused):
             found.append(view(graph, node))
-        except Refused:
-            continue
     return found
 
 
@@ -430,7 +429,7 @@ def live_linears(graph: gs.Graph) -> list[gs.Node]:
 
 
 def _holds_weight(node: gs.Node) -> bool:
-    """Whether an operator without a view multiplies by a constant, as recurrent cells and packed attention do."""
+    """Whether an operator without a view multiplies by a constant, such as a recurrent cell or packed attention."""
     known = operator(node)
     held = (node.inputs[i] for i in known.weights if edit.has_input(node, i))
     return known.kind != "embedding" and any(isinstance(tensor, gs.Constant) for tensor in held)

@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.channels.groups import Group, Region
 from channelfold.passes.channels.maps import Shape
+from channelfold.passes.channels.ports import shape_of
 from channelfold.passes.operators import operator
 from channelfold.passes.prune.allocation import Term
 from channelfold.runtime.io import edit
@@ -88,7 +89,7 @@ class GroupCosts:
                     yield math.prod(tensor.shape), list(self._constants.get((id(node), port), {}).values())
 
     def _macs(self, node: gs.Node) -> Iterator[tuple[float, list[_Axis]]]:
-        left, right, result = (self._shape(t) for t in (node.inputs[0], node.inputs[1], node.outputs[0]))
+        left, right, result = (shape_of(t, self._shapes) for t in (*node.inputs[:2], node.outputs[0]))
         if left is None or right is None or result is None:
             return
         if operator(node).kind == "conv":
@@ -100,6 +101,3 @@ class GroupCosts:
         axes = [self._axes[place] for place in places if place in self._axes]
         inner = self._axes.get((id(node.inputs[0]), summed)) or self._constants.get((id(node), 0), {}).get(summed)
         yield math.prod(result) * left[summed], [*axes, *([inner] if inner is not None else [])]
-
-    def _shape(self, tensor: gs.Tensor) -> Shape | None:
-        return tuple(tensor.shape) if isinstance(tensor, gs.Constant) else self._shapes.get(tensor.name)

@@ -27,7 +27,7 @@ from channelfold.passes.prune.importance import MeanCovariance, ReadAxis
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError
 from channelfold.runtime.stats.channels import ChannelMoments
-from channelfold.runtime.stats.moments import LIMIT, Moments, bytes_of, collect
+from channelfold.runtime.stats.covariance import LIMIT, Moments, bytes_of, collect
 from channelfold.runtime.stats.observe import by_name, observe
 
 MAX_FEATURES = 8192  # of one activation; covariances of more features would take gigabytes, so their variances are used

@@ -33,6 +33,9 @@ class Quantize(Pass):
     )
     percentile: float = option(99.999, "Of the calibrator percentile.", above=0, high=100, metavar="P")
     correct_bias: bool = option(True, "Make up in the biases for the mean error of rounded weights.")
+    reduce_range: Literal["auto", "on", "off"] = option(
+        "auto", "Weights of 7 bits; auto: for onnxruntime, where products of 8 bits saturate on this machine."
+    )
     embeddings: bool = option(True, "Store the tables from which Gather takes rows like the weights.")
     float_share: float = option(
         0.0, "Share of the linear nodes that may stay float because int8 changes their outputs most.", low=0, high=1

@@ -9,7 +9,8 @@ tensorrt      int8, z = 0; a pair of nodes in front of the quantized operators o
 onnxruntime   uint8, z free; around convolutions *every* reader of a quantized tensor reads it through its pair, and the
               results of Conv and of the operators between convolutions are quantized too: that is what its integer
               kernels fuse. With int8 it fuses nothing around a tensor that has two readers. Products of matrices write
-              float, and only they read through the pair.
+              float, and only they read through the pair. Of MatMul and Add it makes a float Gemm before it looks for
+              QDQ nodes; see ``Inserter.fusable``.
 
 A Q or DQ without a zero point would be uint8 by the ONNX specification, which TensorRT clamps to half its range, so the
 zero point is always written. A scale is never zero: a dead channel gets a small number.
@@ -100,12 +101,20 @@ def summary(graph: gs.Graph, kept: list[Linear]) -> dict[str, Any]:
     }
 
 
-class Inserter:
-    """Makes QDQ nodes and remembers them, so that readers of one tensor, or of one weight, share them."""
+Codes = dict[str, tuple[np.ndarray, np.ndarray]]  # codes and scales by the name of the linear node
 
-    def __init__(self, graph: gs.Graph, symmetric: bool = True):
+
+class Inserter:
+    """Makes QDQ nodes and remembers them, so that readers of one tensor, or of one weight, share them.
+
+    ``codes`` are those of an inserter on a copy of the graph, so that no weight is rounded twice.
+    """
+
+    def __init__(self, graph: gs.Graph, symmetric: bool = True, codes: Codes | None = None, format: Format = INT8):
         self.graph = graph
         self.symmetric = symmetric
+        self.format = format
+        self._codes = {} if codes is None else codes
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
         self._pairs: dict[int, gs.Variable] = {}
@@ -145,8 +154,11 @@ class Inserter:
         With the ``mean`` of each input channel the bias takes back what rounding the weight does on average,
         b' = b - (W_q - W) E[x], wherever the node has a bias or a place for one.
         """
-        values, scales = INT8.codes(linear.weight(), linear.dtype, self._smallest_scale(linear, seen))
-        self.store(linear, values, scales[:, None], INT8, mean, scales.tobytes())
+        if linear.name not in self._codes:
+            floor = self._smallest_scale(linear, seen)
+            self._codes[linear.name] = self.format.codes(linear.weight(), linear.dtype, floor)
+        values, scales = self._codes[linear.name]
+        self.store(linear, values, scales[:, None], self.format, mean, scales.tobytes())
         return scales
 
     def store(
@@ -216,16 +228,48 @@ class Inserter:
         if seen is None or bias is None:
             return 0.0
         step = float(seen.parameters(self.symmetric, np.dtype(np.float32))[0])
-        by_way_of_half = linear.dtype == np.float16 and not self.symmetric  # so ONNX Runtime makes int32 of the bias
-        return np.abs(bias) / ((60_000.0 if by_way_of_half else 2.0**30) * step)
+        return np.abs(bias) / (2.0**30 * step)
+
+    def fusable(self, linear: Linear) -> None:
+        """Gives a MatMul in front of an Add a form that ONNX Runtime multiplies in integers.
+
+        ONNX Runtime makes a float Gemm of both, where the matrix has two axes or the bias has one. So the product of
+        two-dimensional matrices becomes a Gemm here, whose bias is int32; elsewhere the bias gets three axes.
+        """
+        node, size = linear.node, edit.rank(linear.data)
+        adds = [reader for reader in edit.consumers(node.outputs[0]) if reader.op == "Add"]
+        if node.op != "MatMul" or not adds or size is None:
+            return
+        bias = linear.bias()
+        if size > 2 and bias is not None and linear.out_axis == -1:
+            linear.set_bias(bias.reshape(1, 1, -1))
+        if size != 2:
+            return
+        if linear.bias_node is not None and bias is not None:
+            result = linear.output
+            edit.detach(linear.bias_node)
+            edit.set_output(node, 0, result)
+            edit.set_constant(self.graph, node, 2, bias.astype(linear.dtype), f"{linear.name}_bias")
+        node.op, linear.bias_node = "Gemm", None
+
+    def keep_apart(self, tensor: gs.Variable) -> None:
+        """Puts a Sum of one term behind the node that writes a tensor, which ONNX Runtime does not see through.
+
+        ONNX Runtime does not fuse a product whose result is read by QuantizeLinear and by others; and it moves a
+        QuantizeLinear in front of a float MaxPool, which takes thirty times as long in uint8. Every other operator that
+        does nothing it removes.
+        """
+        node = edit.producer(tensor)
+        assert node is not None
+        term = gs.Variable(free_name(self.graph, f"{tensor.name}_term"), tensor.dtype, tensor.shape)
+        edit.set_output(node, 0, term)
+        name = free_name(self.graph, f"{tensor.name}_Sum")
+        edit.insert_after(self.graph, node, gs.Node("Sum", name, inputs=[term], outputs=[tensor]))
 
     def bias(self, linear: Linear, scales: np.ndarray, seen: Range) -> None:
-        """Puts an int32 bias behind DequantizeLinear at a float32 Conv or Gemm that has one.
-
-        In float16 it stays as it is: s_x * s_W is too small for that type.
-        """
+        """Puts an int32 bias behind DequantizeLinear at a Conv or Gemm that has one."""
         bias = linear.bias()
-        if bias is None or linear.node.op == "MatMul" or linear.dtype != np.float32:
+        if bias is None or linear.node.op == "MatMul":
             return
         step = float(seen.parameters(self.symmetric, scales.dtype)[0])
         combined = np.maximum(scales.astype(np.float64) * step, 1e-30)

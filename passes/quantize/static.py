@@ -13,19 +13,20 @@ Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
-from channelfold.passes.layers.formats import INT8
+from channelfold.passes.layers.formats import INT7, INT8
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
 from channelfold.passes.quantize import Quantize, calibrators
 from channelfold.passes.quantize.qdq import (
     MIN_CHANNELS,
+    Codes,
     Inserter,
     Range,
     excluded,
@@ -34,9 +35,13 @@ from channelfold.passes.quantize.qdq import (
     why_not_int8,
 )
 from channelfold.passes.quantize.tables import quantize_tables
+from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.io.snapshot import Snapshot
+from channelfold.runtime.stats import saturation
 from channelfold.runtime.stats.channels import ChannelStatistics
+from channelfold.runtime.stats.fusions import EXPANDS, readers_of_integers
 from channelfold.runtime.stats.histograms import TensorStatistics
 from channelfold.runtime.stats.observe import by_name, observe
 
@@ -53,6 +58,7 @@ _BETWEEN = (
     "LeakyRelu",
     "Sigmoid",
 )
+_EXPANDED = "ONNX Runtime would expand its int8 weight to float on every call"
 _FUSED_ACTIVATIONS = ("Relu", "Clip")  # by onnxruntime, into what precedes them
 # What onnxruntime carries out on int8 as it is, where the scale before and behind is the same.
 _MOVING = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
@@ -91,19 +97,32 @@ class Work(Quantize):
                 detail = name if snr is None else f"{name}: {snr} dB, {self.min_activation_snr:g} wanted"
                 outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({detail})", reason)
                 continue
-            limit = max(-ranges[name].low, ranges[name].high)
-            outcome.change(site.name, f"{site.node.op}: int8, activation {name} up to {limit:.4g}")
             kept.append(site)
         poor = {name for name, reason in reasons.items() if reason or statistics[name].masked}
         means = (
             {(name, axis): statistics[name].channel_mean for name, axis in axes.items()} if self.correct_bias else {}
         )
-        inserter = Inserter(graph, symmetric=not integers)
-        _insert(inserter, kept, poor, ranges, means)
+        says = {site.name: f"{site.node.op}: int8, activation {site.data.name}" for site in kept}
+        limits = {site.name: max(-ranges[site.data.name].low, ranges[site.data.name].high) for site in kept}
+        format, codes = INT7 if self.reduce_range == "on" else INT8, Codes()
+
+        def insert(into: gs.Graph, sites: list[Linear]) -> Inserter:
+            inserter = Inserter(into, not integers, codes, format)
+            _insert(inserter, sites, poor, ranges, means)
+            return inserter
+
+        if integers:
+            kept, trial = _fused(graph, kept, outcome, insert)
+            if self.reduce_range == "auto" and kept and (lost := saturation.lost(graph, trial, ctx.data)):
+                format, codes = INT7, Codes()
+                outcome.warnings.append(f"Weights have 7 bits, for with 8 {lost}")
+        inserter = insert(graph, kept)
+        for site in kept:
+            outcome.change(site.name, f"{says[site.name]} up to {limits[site.name]:.4g}")
         if quantize_tables(inserter, outcome, INT8, self) or kept:
             inserter.finish()
             edit.remove_dead(graph)
-        outcome.facts = summary(graph, kept) | {"activations": facts}
+        outcome.facts = summary(graph, kept) | {"activations": facts, "weight_bits": format.bits}
         return outcome
 
     def left(self, graph: gs.Graph) -> dict[str, Any]:
@@ -124,6 +143,8 @@ class Work(Quantize):
             return "its weight is the left operand"
         if min(outs, ins) < MIN_CHANNELS:
             return f"fewer than {MIN_CHANNELS} channels"
+        if self.target == "onnxruntime" and linear.dtype == np.float16:
+            return "ONNX Runtime has no integer kernels for float16"
         return why_not_int8(linear)
 
     def _worst(self, graph: gs.Graph, sites: list[Linear], rows: Mapping[str, ChannelStatistics]) -> dict[int, float]:
@@ -193,6 +214,43 @@ def _lower_snr(facts: Mapping[str, Any]) -> float | None:
     return min(known, default=None)
 
 
+def _fused(
+    graph: gs.Graph, sites: list[Linear], outcome: Outcome, insert: Callable[[gs.Graph, list[Linear]], Inserter]
+) -> tuple[list[Linear], gs.Graph]:
+    """The sites whose weight ONNX Runtime reads as it is stored, once ``insert`` has put QDQ nodes around them alone.
+
+    The others are refused. All is tried out on copies of the graph; the last of them is returned as well.
+    """
+    before, trial = Snapshot.of(graph), graph
+    while sites:
+        trial = gs.Graph()
+        before.restore(trial)
+        infer_shapes(trial)
+        views = {linear.name: linear for linear in linears(trial)}
+        tried = [views[site.name] for site in sites]
+        insert(trial, tried).finish()
+        edit.remove_dead(trial)
+        lost = _expanded(trial, tried, outcome)
+        for site in sites:
+            if site.name in lost:
+                outcome.refuse(site.name, f"{site.node.op} stays float: {_EXPANDED}", _EXPANDED)
+        sites = [site for site in sites if site.name not in lost]
+        if not lost:
+            break
+    return sites, trial
+
+
+def _expanded(graph: gs.Graph, sites: list[Linear], outcome: Outcome) -> set[str]:
+    """The names of the sites whose weight ONNX Runtime would expand to float on every call."""
+    try:
+        readers = readers_of_integers(graph)
+    except ModelError as error:
+        outcome.warnings.append(f"Which nodes ONNX Runtime computes in integers is not known: {error}")
+        return set()
+    behind = {site.name: edit.producer(site.node.inputs[site.weight_input]) for site in sites}
+    return {name for name, node in behind.items() if node and EXPANDS in readers.get(node.inputs[0].name, ())}
+
+
 def _integers(graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset()) -> tuple[list[gs.Variable], set[int]]:
     """What onnxruntime wants in uint8 around convolutions: (results to quantize, ids of what all read as uint8).
 
@@ -246,10 +304,19 @@ def _insert(
         site.data.dtype = site.dtype  # where shape inference could not tell
         scales = inserter.weight(site, ranges[site.data.name], means.get((site.data.name, site.in_axis)))
         if integers:
+            inserter.fusable(site)
             inserter.bias(site, scales, ranges[site.data.name])
+    products = {id(site.node) for site in sites if integers and not site.is_conv}
+    pools = [node for node in graph.nodes if integers and node.op == "MaxPool" and id(node.inputs[0]) not in tensors]
+    floats = {id(node) for node in pools}
     for key, tensor in tensors.items():
         own = [node for node in edit.consumers(tensor) if edit.in_graph(graph, node)]  # a body has pairs of its own
-        inserter.activation(tensor, ranges[tensor.name], own if key in everywhere else readers[key])
+        chosen = own if key in everywhere else readers[key]
+        others = edit.is_output(graph, tensor) or len(edit.consumers(tensor)) > len(chosen)
+        source = id(edit.producer(tensor))
+        if source in floats or (others and source in products):
+            inserter.keep_apart(tensor)
+        inserter.activation(tensor, ranges[tensor.name], chosen)
 
 
 def _unified(graph: gs.Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:

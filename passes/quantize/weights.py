@@ -32,7 +32,7 @@ from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.stats.channels import ChannelMoments
-from channelfold.runtime.stats.moments import Moments, collect
+from channelfold.runtime.stats.covariance import Moments, collect
 from channelfold.runtime.stats.observe import by_name, observe
 
 

@@ -60,7 +60,7 @@ class Work(AbsorbBias):
                 size = edit.rank(activation)
                 if axis < 0 and size is None:
                     raise Refused(f"the rank of {activation.name!r} is unknown")
-                axis += size or 0 if axis < 0 else 0
+                axis = axis % size if size else axis
                 yield _Site(linear, activation, axis, _readers(graph, activation, axis))
 
 

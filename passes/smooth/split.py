@@ -39,7 +39,7 @@ from channelfold.runtime.stats.channels import ChannelStatistics
 from channelfold.runtime.stats.observe import by_name, observe
 
 _STEPS = 100  # of the threshold
-_OUTPUTS = 1024  # the error is measured on at most so many outputs
+_OUTPUTS = 1024  # the greatest number of outputs that the error is measured on
 _WORTH_NODES = 3.0  # dB
 
 

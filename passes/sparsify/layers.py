@@ -1,11 +1,11 @@
-"""Layers as sparsity sees them: a weight with the linears that read it, and what each of its entries is worth.
+"""Layers: a weight with the linears that read the weight, and the score of each of its entries.
 
     magnitude   s_ij = |w_ij|
     wanda       s_ij = |w_ij| rms(x_j)        the norm of x_j over the calibration data, up to a common factor
 
-The squares of the latter add up to the energy of the outputs as if channels were uncorrelated, so the part of it that
-is dropped estimates the error. Linears that share one weight are one layer: its error is the sum of theirs, so that
-rms(x_j)^2 is the sum over all of them, and they share the sparse weight afterwards as well.
+The squared wanda scores add up to the energy of the outputs for uncorrelated channels, so the dropped part of the sum
+estimates the error. Linears that share one weight are one layer and share the sparse weight afterwards. The error of
+the layer is the sum of their errors: rms(x_j)^2 is the sum over these linears.
 
 Source: Sun et al., Wanda, ICLR 2024, section 3.
 """
@@ -26,13 +26,15 @@ from channelfold.runtime.io import edit
 from channelfold.runtime.stats.channels import ChannelMoments
 from channelfold.runtime.stats.observe import by_name
 
-_QUIET = 1e-6  # of the loudest channel: what a silent one counts as, so that its weights still differ by magnitude
-_SAMPLE = 1 << 20  # bytes of a weight that are compressed to tell how well it does
+_QUIET = (
+    1e-6  # of the largest rms: the least rms of a channel, so that weights of silent channels still differ by magnitude
+)
+_SAMPLE = 1 << 20  # bytes of a weight that are compressed to estimate the size of the whole
 
 
 @dataclass
 class Layer:
-    """One weight and the ``linears`` that read it in one layout; ``power``: of what each reads, once observed."""
+    """One weight and the ``linears`` that read it in one layout; ``power`` observes the input of each linear."""
 
     linears: list[Linear]
     power: list[ChannelMoments] = field(default_factory=list)
@@ -63,7 +65,7 @@ class Layer:
             check_growth(first)
 
     def _alone(self) -> bool:
-        """Whether nothing but these linears reads the weight."""
+        """Whether these linears alone read the weight."""
         first = self.linears[0]
         known = {id(node) for node in first.chain} | {id(linear.node) for linear in self.linears}
         tensors = [first.source, *(node.outputs[0] for node in first.chain)]
@@ -71,7 +73,7 @@ class Layer:
         return all(id(r) in known for r in readers) and not any(edit.is_output(first.graph, t) for t in tensors)
 
     def scores(self, wanda: bool) -> np.ndarray:
-        """What each weight is worth, float32 (out, in / groups, *kernel)."""
+        """The score of each weight, float32 (out, in / groups, *kernel)."""
         first = self.linears[0]
         scores = np.abs(first.weight().astype(np.float32))
         if wanda:
@@ -84,11 +86,10 @@ class Layer:
         return scores.reshape(self.shape)
 
     def keep(self, mask: np.ndarray, correct_bias: bool) -> None:
-        """Sets to zero what ``mask`` does not keep.
+        """Sets the weights to zero that ``mask`` does not keep.
 
-        With ``correct_bias`` the bias takes up what the dropped weights have given on average, b' = b + (W - W') E[x],
-        where there is one or a place for it. A kernel has none of this: what it sees at the border, or of a signal
-        shorter than itself, has another mean than in the middle.
+        With ``correct_bias`` a bias takes up the mean of the lost products, b' = b + (W - W') E[x]. Layers with a
+        kernel keep their bias, because the mean of the input differs between the border and the middle of an image.
         """
         first, *others = self.linears
         weight = first.weight()
@@ -104,7 +105,7 @@ class Layer:
                 linear.node.attrs["alpha"] = 1.0
 
     def deflated(self) -> float:
-        """Bytes that the weight takes in a compressed archive, estimated on a part of it."""
+        """The bytes of the weight in a compressed archive, estimated on a part of the weight."""
         first = self.linears[0]
         stored = first.unorient(first.weight())
         rows = max(1, min(len(stored), _SAMPLE * len(stored) // max(1, stored.nbytes)))
@@ -113,7 +114,7 @@ class Layer:
 
 
 def shared(linears: Sequence[Linear]) -> Iterator[Layer]:
-    """The linears as layers, in order: those that read one weight in one layout are together."""
+    """The layers of linears, in order. Linears that read one weight in one layout are one layer."""
     layers: dict[tuple, Layer] = {}
     for linear in linears:
         node = linear.node
@@ -130,7 +131,7 @@ def shared(linears: Sequence[Linear]) -> Iterator[Layer]:
 
 
 def observers(layers: Sequence[Layer]) -> dict[str, list[ChannelMoments]]:
-    """What to show ``observe``: an observer for each tensor and axis that the layers read, which they then know."""
+    """The observers for ``observe``, one for each tensor and axis that layers read; sets ``power`` of the layers."""
     made: dict[tuple[str, int], ChannelMoments] = {}
     for layer in layers:
         layer.power = [made.setdefault((x.data.name, x.in_axis), ChannelMoments(x.in_axis)) for x in layer.linears]
@@ -146,5 +147,5 @@ def _add_to_bias(linear: Linear, more: np.ndarray) -> None:
 
 
 def weights_of(layers: Sequence[Layer]) -> list[gs.Constant]:
-    """The constant that each layer's weight is made from."""
+    """The constant that holds the weight of each layer."""
     return [layer.linears[0].source for layer in layers]

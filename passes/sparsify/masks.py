@@ -1,10 +1,10 @@
-"""Which weights stay: masks over a weight (out, in / groups, *kernel), True where it is kept.
+"""Masks over a weight (out, in / groups, *kernel): True for the entries that are kept.
 
     n_of_m      the best n of every m consecutive input channels, for each output channel and place of the kernel
     Tiles       squares of outputs x inputs, for each place of the kernel, kept or dropped as a whole
     by_row      the best of each output channel's weights
 
-Scores are not negative; of equal ones the first is kept, so that a mask depends on the scores alone.
+Scores are not negative. Of equal scores the first is kept, so that a mask depends on the scores alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def n_of_m(scores: np.ndarray, n: int, m: int) -> np.ndarray:
-    """Exactly ``n`` of each aligned group of ``m`` along axis 1, which ``m`` divides."""
+    """The mask of exactly ``n`` entries of each aligned group of ``m`` along axis 1; ``m`` divides the axis."""
     groups = np.moveaxis(scores, 1, -1)
     groups = groups.reshape(*groups.shape[:-1], -1, m)
     kept = np.zeros(groups.shape, bool)
@@ -25,7 +25,7 @@ def n_of_m(scores: np.ndarray, n: int, m: int) -> np.ndarray:
 
 
 def by_row(scores: np.ndarray, count: int) -> np.ndarray:
-    """``count`` weights in all, shared equally by the output channels (axis 0), to one more or less."""
+    """The mask of ``count`` weights, as many of every output channel (axis 0), up to one more or less."""
     rows = scores.reshape(len(scores), -1)
     kept = np.zeros(rows.shape, bool)
     each, more = divmod(count, len(rows))
@@ -41,14 +41,14 @@ def by_row(scores: np.ndarray, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of a weight of ``shape``: ``block`` x ``block``, at its ends what is left."""
+    """The tiles of a weight of ``shape``: ``block`` x ``block``, smaller at the ends of the axes."""
 
     shape: tuple[int, ...]
     block: int
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Tiles along each axis."""
+        """The number of tiles along each axis."""
         outs, ins, *kernel = self.shape
         return -(-outs // self.block), -(-ins // self.block), *kernel
 
@@ -62,12 +62,12 @@ class Tiles:
         return np.add.reduceat(np.add.reduceat(values, starts[0], axis=0, dtype=np.float64), starts[1], axis=1)
 
     def sizes(self) -> np.ndarray:
-        """Weights in each tile, of the shape of ``grid``."""
+        """The number of weights in each tile, in the shape of ``grid``."""
         rows, columns = ([min(self.block, n - i) for i in range(0, n, self.block)] for n in self.shape[:2])
         return np.broadcast_to(np.outer(rows, columns).reshape(self.grid[:2] + (1,) * len(self.grid[2:])), self.grid)
 
     def best(self, values: np.ndarray, count: int) -> np.ndarray:
-        """The mask that keeps the ``count`` tiles with the largest mean value; ``values`` one for each weight."""
+        """The mask of the ``count`` tiles with the largest mean of ``values``, which has one value a weight."""
         means = (self.sums(values) / self.sizes()).reshape(-1)
         kept = np.zeros(means.size, bool)
         kept[np.argsort(-means, kind="stable")[:count]] = True

@@ -1,20 +1,20 @@
 """Weights set to zero in a pattern, with the shape of the graph as it was.
 
-    W' = M * W        M of zeros and ones,  by the scores  s = |w_ij|  or  |w_ij| rms(x_j)   (sparse_layers)
+    W' = M * W        M of zeros and ones,  by the scores  s = |w_ij|  or  |w_ij| rms(x_j)   (``layers``)
     b' = b + (W - W') E[x]                  with data, without a kernel: the outputs keep their mean
 
     N:M            the best N of every M consecutive *input* channels, for each output channel and place of the kernel:
-                   2:4 along the sum is what sparse tensor cores read
-    block          the best tiles of block x block, as many of each layer as a common slope of the error asks for
-    unstructured   the best weights of each output channel, as many of each layer as ``ratios`` says   (layer_ratios)
+                   sparse tensor cores read 2:4 along the sum
+    block          the best tiles of block x block, as many of each layer as ``ratios`` says
+    unstructured   the best weights of each output channel, as many of each layer as ``ratios`` says
 
-What it buys is said without flattery. ONNX Runtime multiplies by the zeros: no pattern saves time there. TensorRT has
-kernels for 2:4 on the tensor cores of SM 80 and later, for Conv and MatMul in float16 and int8, takes them only when
-told to (``build --sparse-weights``), and then only where they are faster than the dense ones; TensorRT-RTX (1.7) takes
-the flag and builds the same plan, byte for byte, on SM 80, 86, 89 and 120. Blocks and unstructured zeros need a runtime
-made for them. The file keeps its size until it is compressed.
+The gain is modest. ONNX Runtime multiplies by the zeros: no pattern saves time there. TensorRT has kernels for 2:4 on
+the tensor cores of SM 80 and later, for Conv and MatMul in float16 and int8; it uses them on request alone
+(``build --sparse-weights``), and only where they are faster than the dense kernels. TensorRT-RTX (1.7) accepts the flag
+and builds the same plan, byte for byte, on SM 80, 86, 89 and 120. Blocks and unstructured zeros need a runtime made for
+them. The file keeps its size until it is compressed.
 
-Quantization may follow, since zero is exact in int8, and so may passes that scale channels.
+Quantization may follow, because zero is exact in int8, and so may passes that scale channels.
 
 Sources: Sun et al., Wanda, ICLR 2024; Mishra et al., Accelerating Sparse Deep Neural Networks, 2021; Xu et al., LPViT,
 ECCV 2024; Sung et al., ECoFLaP, ICLR 2024.
@@ -105,13 +105,13 @@ class Work(Sparsify):
         return "" if linear.weight().size else "its weight is empty"
 
     def _counts(self, graph: gs.Graph, layers: Sequence[Layer], wanda: bool, ctx: Context) -> list[int]:
-        """How many weights, or tiles, each layer keeps."""
+        """The number of weights, or tiles, that each layer keeps."""
         block = self.pattern == "block"
         sizes = [Tiles(layer.shape, self.block).count if block else layer.size for layer in layers]
         dropped = round(self.share * sum(sizes))
         most = 1.0 if self.shared_by == "uniform" else self.max_layer_sparsity
         least = [max(1, size - math.floor(most * size)) for size in sizes]
-        dropped = min(dropped, sum(sizes) - sum(least))  # a layer of one tile keeps it
+        dropped = min(dropped, sum(sizes) - sum(least))  # a layer of one tile keeps the tile
         if self.shared_by == "equal-slope":
             costs = [_tile_costs(layer, self.block, layer.scores(wanda)) for layer in layers]
             return layer_ratios.equal_slope(dropped, costs, least)
@@ -131,7 +131,7 @@ class Work(Sparsify):
 
 
 def _tile_costs(layer: Layer, block: int, scores: np.ndarray) -> np.ndarray:
-    """The share of a layer's energy that each tile has, for each of its weights, (tiles,)."""
+    """The share of the energy of a layer in each tile, divided by the weights of the tile, (tiles,)."""
     tiles = Tiles(layer.shape, block)
     energies = tiles.sums(np.square(scores))
     total = float(energies.sum())
@@ -146,7 +146,7 @@ def _refuse(layer: Layer, reason: str, outcome: Outcome) -> None:
 def _sparsified(
     layer: Layer, scores: np.ndarray, mask: np.ndarray, correct_bias: bool, outcome: Outcome
 ) -> dict[str, Any]:
-    """Drops what the mask does not keep, and says so. ``energy_kept``: of the sum of the squared scores."""
+    """Drops the weights that the mask does not keep; ``energy_kept`` is the kept share of the squared scores."""
     energy = np.square(scores, dtype=np.float64)
     total = float(energy.sum())
     kept = float(energy.sum(where=mask)) / total if total > 0 else 1.0
@@ -167,9 +167,9 @@ def _sparsified(
 
 
 def _summary(facts: Sequence[dict[str, Any]], untouched: int) -> dict[str, Any]:
-    """Sums over the layers, with the number of weights in those left untouched.
+    """Sums over all layers; ``untouched`` counts the weights of unchanged layers.
 
-    ``deflated_bytes``: what the weights of the others take in a compressed archive, before and after.
+    ``deflated_bytes``: the bytes of the changed weights in a compressed archive, before and after.
     """
     weights, zeros = untouched + sum(fact["size"] for fact in facts), sum(fact["zeros"] for fact in facts)
     return {
@@ -181,7 +181,7 @@ def _summary(facts: Sequence[dict[str, Any]], untouched: int) -> dict[str, Any]:
 
 
 def worth(facts: Mapping[str, Any], pattern: str) -> list[str]:
-    """What the zeros are good for, in sentences for the end of a report; ``facts`` of an Outcome."""
+    """The use of the zeros, in sentences for the end of a report, from the ``facts`` of an Outcome."""
     if not facts["zeros"]:
         return ["No weight was set to zero: the result computes with the weights that the model had"]
     before, after = (facts["deflated_bytes"][when] / 1e6 for when in ("before", "after"))

@@ -31,7 +31,7 @@ def reaching(body: Body, data: Data, always: bool = False) -> Data:
 
     The graph must stay as it is. With ``always`` what would reach the body comes as well: a branch gets its feeds when
     the other branch is taken too, and a Loop makes one iteration at least. Iterating raises ModelError for a node that
-    runs its body in another way than If, Loop and Scan, and where something other than tensors reaches the body.
+    runs its body in a way that is not known here, and where something other than tensors reaches the body.
     """
     run = _Reaching(body, data, always)
     with body.apart() as graph:
@@ -48,12 +48,12 @@ class _Reaching:
     def feeds(self) -> Iterator[Feed]:
         walk = _WALKS.get(self.body.node.op)
         if walk is None or not edit.is_standard(self.body.node):
-            raise ModelError(f"how {self.body.node.op} runs its bodies is not known", "Leave the node as it is.")
+            raise ModelError(f"how {self.body.node.op} runs its bodies is not known")
         later: list[Feed] = []  # those of a branch that was not taken
         for feed in self.data:
             for taken, found in walk(self, self._values(feed)):
                 if not all(isinstance(value, np.ndarray) for value in found.values()):
-                    raise ModelError("what reaches it are no tensors", "Leave the node as it is.")
+                    raise ModelError("what reaches it are no tensors")
                 if taken:
                     yield found
                 elif self.always and len(later) < 2:
@@ -118,7 +118,7 @@ def _scan(run: _Reaching, values: list[Any]) -> Iterator[tuple[bool, Feed]]:
     given = values[: len(node.inputs)]
     states, sequences = given[: len(given) - count], given[len(given) - count :]
     if len(given) != len(run.body.graph.inputs):
-        raise ModelError("a Scan of opset 8 counts batches of its own", "Raise the opset of the model.")
+        raise ModelError("a Scan of opset 8 counts batches of its own")
     axes = node.attrs.get("scan_input_axes") or [0] * count
     backward = node.attrs.get("scan_input_directions") or [0] * count
     for index in range(min(sequences[0].shape[axes[0]], ITERATIONS)):
@@ -129,6 +129,13 @@ def _scan(run: _Reaching, values: list[Any]) -> Iterator[tuple[bool, Feed]]:
         feed = _named(run.body.graph.inputs, [*states, *slices]) | run.outside(values)
         yield True, feed
         states = _step(run, feed, len(states))
+
+
+def _map(run: _Reaching, values: list[Any]) -> Iterator[tuple[bool, Feed]]:
+    given = values[: len(run.body.node.inputs)]
+    for index in range(min(len(given[0]), ITERATIONS)):
+        elements = [value[index] if isinstance(value, list) else value for value in given]
+        yield True, _named(run.body.graph.inputs, elements) | run.outside(values)
 
 
 def _named(inputs: list[gs.Tensor], values: list[Any]) -> Feed:
@@ -148,4 +155,5 @@ _WALKS: dict[str, Callable[[_Reaching, list[Any]], Iterator[tuple[bool, Feed]]]]
     "If": _branch,
     "Loop": _loop,
     "Scan": _scan,
+    "SequenceMap": _map,
 }

@@ -1,4 +1,4 @@
-"""From stored arrays to feeds: which axis counts samples, where to cut, and whether every value fits the model.
+"""Stored arrays as feeds: finds the axis of the samples, cuts, and checks that every value fits the model.
 
 A *feed* is one set of inputs for one run. Feeds are cut to single samples wherever the model allows it, so that no
 result depends on how samples were stored. For a model with the inputs ``ids`` and ``mask``, both int64[batch, seq]:
@@ -48,7 +48,7 @@ class _Layout:
 
 
 class Feeds:
-    """All feeds in some batches: ``len()``, repeated iteration, ``notes`` on what was done, a ``description``.
+    """All feeds in some batches: ``len()``, repeated iteration, ``notes`` on changes to the data, a ``description``.
 
     Raises DataError when the batches do not fit ``inputs`` (at once) or their values do not (while iterating).
     """

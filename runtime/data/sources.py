@@ -1,6 +1,6 @@
-"""Calibration and evaluation data: where feeds come from, and the promise that every feed fits the model.
+"""Calibration and evaluation data from files, Python objects and scripts. Every feed fits the model.
 
-Feeds are cut to single samples wherever the model allows it: see feeds.py for the rules.
+Feeds are single samples wherever the model allows this; feeds.py has the rules.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Data:
     """Feeds for a model. They can be iterated any number of times, always with the same values.
 
     ``inputs``: the model inputs that the feeds fit. ``count``: the number of feeds. ``feeds`` begins an iteration.
-    ``description``: for reports, such as "64 samples from calib.npz". ``notes``: what was done to the data on the way
-    (casts, ignored keys, dropped samples), one sentence each. ``synthetic``: True for random data, which prove nothing
+    ``description``: for reports, such as "64 samples from calib.npz". ``notes``: changes to the data (casts,
+    ignored keys, dropped samples), one sentence each. ``synthetic``: True for random data, which prove nothing
     about accuracy.
 
     Iterating raises DataError when a file is damaged or a value is not finite or does not fit its input's dtype.
@@ -215,7 +215,7 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
     images = [file for file in everything if file.suffix.lower() in _IMAGES]
     if not files and images:
         raise DataError(
-            f"The folder {path} holds {len(images)} images and no .npz: how they are scaled and normalized is not said",
+            f"The folder {path} holds {len(images)} images and no .npz: their scaling and normalization are unknown",
             "Prepare them as in training, in the form of the model's input, and write them with numpy.savez",
         )
     if not files:
@@ -279,7 +279,7 @@ def _run_script(path: Path) -> Iterator[Any]:
     except (
         Exception,
         SystemExit,
-    ) as error:  # after sys.exit() in a script, the command must not end as if all were done
+    ) as error:  # after sys.exit() in a script the command must fail
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         raise DataError(f"{where}: {type(error).__name__}: {error}", "Mend the script") from None

@@ -47,7 +47,7 @@ from channelfold.runtime.errors import (
 )
 from channelfold.runtime.io.session import Feed, TensorSpec
 
-_SIZES = 64  # an input with more integers than this holds no sizes, but indices or tokens
+_SIZES = 64  # integers of an input that may hold sizes; longer inputs hold indices or tokens
 
 Progress = Callable[[str, int, int], None]
 Dims = Sequence[int | str | None]
@@ -117,10 +117,10 @@ def parse_shape(text: str) -> tuple[str, ShapeRange]:
 
 
 def default_shapes(inputs: Sequence[TensorSpec], samples: Iterable[Feed] | None) -> dict[str, ShapeRange]:
-    """The range of every dynamic input, axis by axis from the feeds: smallest, median, largest size seen.
+    """The range of every dynamic input: the smallest, median and largest size of each axis in the feeds.
 
-    A dynamic axis 0 is taken for the batch and may always shrink to 1. Raises UsageError, with an example of the
-    option to give, when there are dynamic inputs and no feeds; DataError for a feed that does not fit.
+    A dynamic axis 0 counts as the batch and may always shrink to 1. Raises UsageError, with an example of the option to
+    give, for dynamic inputs without feeds; DataError for a feed that does not fit.
     """
     dynamic = {spec.name: spec.shape for spec in inputs if not all(isinstance(dim, int) for dim in spec.shape)}
     seen: dict[str, list[tuple[int, ...]]] = {name: [] for name in dynamic}
@@ -159,7 +159,7 @@ def _range(rows: list[tuple[int, ...]], batch: bool = False) -> ShapeRange:
 def no_shapes(dynamic: Mapping[str, Dims], sizes: Sequence[str] = ()) -> UsageError:
     """The error for inputs without a range of shapes, with an option to copy.
 
-    ``sizes``: the inputs that are shapes, whose option takes values.
+    ``sizes``: the inputs that are shapes; their option takes values instead of shapes.
     """
     listed = ", ".join(f"{name!r} {dims_text(dims)}" for name, dims in dynamic.items())
     name, dims = next(iter(dynamic.items()))
@@ -190,7 +190,7 @@ def dims_text(dims: Dims) -> str:
 
 @dataclass(frozen=True)
 class Backend:
-    """The package that builds an engine. ``reason`` says, for messages, why this package was chosen.
+    """The package that builds an engine. ``reason`` is the reason for this choice, for messages.
 
     ``target``: an SM, "gpu" (that of this machine) or None (tensorrt_rtx's portable engine for SM 80 and later).
     """

@@ -63,7 +63,7 @@ def _build_here(request: dict[str, Any], say: Say) -> dict[str, Any]:
     try:
         builder, network = CreateNetwork(strongly_typed=typed)()
     except Exception as error:
-        # The bindings answer a missing driver with a bare TypeError; the reason is in the log.
+        # Without a driver the bindings raise a bare TypeError; the reason is in the log.
         reason = _clean(log.errors[0] if log.errors and isinstance(error, TypeError) else str(error))
         raise DependencyError(
             f"{trt.__name__} {trt.__version__} cannot start: {reason}",
@@ -112,7 +112,7 @@ def _config(trt: Any, target: int | str | None, monitor: Any) -> Callable[..., A
 
 
 def _monitor(trt: Any, say: Say, every: float = 0.1) -> Any:
-    """Tells TensorRT's phases, and their steps at most ten times a second."""
+    """A monitor that reports the phases of TensorRT, and their steps at most ten times a second."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -288,7 +288,7 @@ def _clean(text: str) -> str:
 
 
 def _worth_telling(warnings: list[str]) -> list[str]:
-    """TensorRT's warnings, without the routine warnings. The worst warnings are in plain words."""
+    """The warnings of TensorRT without the routine ones; the worst warnings in plain words."""
     told = []
     for text in warnings:
         if "UINT8 zero_point" in text:

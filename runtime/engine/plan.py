@@ -1,7 +1,8 @@
 """Reading a TensorRT plan back: in which arithmetic does each Conv, Gemm and MatMul of the ONNX file really run?
 
-A quantized ONNX node does not always become a quantized kernel: one scale of shape [1] instead of a scalar, or a weight
-scale on the wrong axis, and TensorRT dequantizes everything and convolves in float without a word. Two sources tell:
+A quantized ONNX node does not always become a quantized kernel: with a scale of shape [1] instead of a scalar, or a
+weight scale on the wrong axis, TensorRT dequantizes everything and convolves in float without a warning. Two sources
+tell:
 
 ``read_plan``       needs no GPU. A TensorRT-RTX plan holds its compiled programs as text (tensorrt_rtx 1.7.1)::
 
@@ -18,8 +19,8 @@ scale on the wrong axis, and TensorRT dequantizes everything and convolves in fl
 ``read_inspector``  reads the JSON that TensorRT's EngineInspector writes on a machine with a GPU (see
     ``tensorrt.inspect``).
 
-An ONNX node's arithmetic is the type of the two operands that are multiplied, not of the weight in memory: an int8
-weight that is dequantized before a float MatMul counts as float.
+The arithmetic of an ONNX node is the type of the two operands that are multiplied, not the type of the weight in
+memory: an int8 weight that is dequantized before a float MatMul counts as float.
 """
 
 from __future__ import annotations

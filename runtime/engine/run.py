@@ -1,6 +1,6 @@
-"""Running an engine on this machine's GPU, behind the same ``run`` as an ONNX Runtime session.
+"""Engines run on the GPU of this machine, with the same ``run`` as an ONNX Runtime session.
 
-The engine runs in a process of its own, as the build does (``tensorrt``). Feeds and results cross the pipe as ``.npz``
+The engine runs in a process of its own, as the build does (``build``). Feeds and results cross the pipe as ``.npz``
 archives, each behind its length (8 bytes, little endian); an archive with the one key ``error`` reports a failure.
 """
 
@@ -88,7 +88,7 @@ def serve(infer: Callable[[Feed], Mapping[str, Any]], feeds: IO[bytes], results:
     while (feed := receive(feeds)) is not None:
         try:
             reply = {name: np.asarray(value) for name, value in infer(feed).items()}
-        except Exception as error:  # whatever TensorRT raises is the user's to read, and the next feed may be fine
+        except Exception as error:  # the user reads the error, and the next feed may be fine
             reply = {"error": np.array(str(error)[:300])}
         send(results, reply)
 

@@ -1,7 +1,8 @@
-"""Repairs for TensorRT: Squeeze nodes without axes, unequal sizes of one name, codes in front of a body."""
+"""Repairs for TensorRT: Squeeze nodes without axes, unequal sizes of one name, codes and names of bodies."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.io import edit
+from channelfold.runtime.io.bodies import bodies, located
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.files import constant, free_name
 from channelfold.runtime.io.shapes import Shape, shapes_on
@@ -77,4 +79,20 @@ def put_codes_inside(graph: gs.Graph) -> bool:
                 part.nodes.insert(next(i for i, other in enumerate(part.nodes) if other is node), held)
                 edit.set_input(node, 0, inside)
                 found = True
+    return found
+
+
+def name_apart(graph: gs.Graph) -> bool:
+    """Adds the place to the names that nodes of several parts share. Returns whether there were such names.
+
+    The branches of a merged decoder are alike to their names, and TensorRT answers for one node of a name.
+    """
+    counts = Counter(node.name for part in all_graphs(graph) for node in part.nodes)
+    pending, found = bodies(graph), False
+    while pending:
+        body = pending.pop()
+        pending += body.bodies()
+        for node in body.graph.nodes:
+            if node.name and counts[node.name] > 1:
+                node.name, found = located(node.name, body.place), True
     return found

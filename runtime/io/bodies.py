@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.convert import Carried, all_graphs, carried
-from channelfold.runtime.io.files import taken_names
+from channelfold.runtime.io.files import infer_shapes, taken_names
 from channelfold.runtime.io.weights import is_large, packed
 
 
@@ -57,6 +57,9 @@ class Body:
     @contextlib.contextmanager
     def apart(self) -> Iterator[gs.Graph]:
         """The body as a graph of its own, for as long as the context lasts. What is done to the graph stays."""
+        if any(tensor.dtype is None for tensor in self.captured()):
+            with self.parent.apart() if self.parent is not None else contextlib.nullcontext(self.root) as outer:
+                infer_shapes(outer)
         graph, root, own = self.graph, carried(self.root), carried(self.graph)
         outside = {id(t) for part in all_graphs(self.root) if part is not graph for t in part.outputs}
         read = (t for part in all_graphs(graph) for node in part.nodes for t in node.inputs)

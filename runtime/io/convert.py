@@ -1,16 +1,16 @@
-"""ModelProto to gs.Graph and back, without losing anything.
+"""ModelProto to gs.Graph and back, without a loss.
 
-GraphSurgeon's own importer and exporter drop metadata, quantization annotations, attribute kinds and value types they
-have no word for, copy an initializer of an outer graph into every subgraph that reads it, and crash on optional and map
-types. Here the graph gets what GraphSurgeon represents well; the rest is *carried* beside it, on the object it belongs
-to, and put back on export:
+GraphSurgeon's own importer and exporter drop metadata, quantization annotations and some kinds of attributes and
+values, copy an initializer of an outer graph into every subgraph that reads the initializer, and crash on optional and
+map types. Here the graph gets all parts that GraphSurgeon can represent. The other parts are *carried* on the object
+that they belong to, and put back on export:
 
     graph.carried    Carried: the model's header, the graph's metadata, defaults of inputs that a caller may override
     node.carried     NodeProto: documentation, metadata, and the attributes gs cannot hold
     tensor.carried   the ValueInfoProto of the file, and the dtype and shape it gave the tensor
 
-A graph, node or tensor without ``carried`` (made by hand) exports as well. Constant nodes become initializers, so a
-weight has one form.
+A graph, node or tensor made by hand has no ``carried`` and exports as well. Constant nodes become initializers, so that
+weights have one form.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _LIFTED = {"value": None, "value_float": np.float32, "value_floats": np.float32,
 
 @dataclass
 class Carried:
-    """What an ONNX file says beyond GraphSurgeon's graph.
+    """The parts of an ONNX file that GraphSurgeon's graph cannot hold.
 
     ``header`` has no graph and no opsets. ``graph`` has metadata, quantization annotations and, as initializers, the
     defaults of inputs and the tensors that only annotations name. ``path`` is the model's file. ``scratch`` takes new
@@ -81,10 +81,10 @@ def import_model(
 ) -> gs.Graph:
     """The graph of a ModelProto.
 
-    ``path``: the model's file, beside which external data lie. ``file``: the same file, if open already. ``weights``:
-    by name, the values of the initializers that ``export_skeleton`` has left out of the main graph.
+    ``path``: the file of the model; external data lie beside it. ``file``: the same file, if already open. ``weights``:
+    the values, by name, of the initializers that ``export_skeleton`` has left out of the main graph.
 
-    Raises ModelError for a model that makes no sense.
+    Raises ModelError for an invalid model.
     """
     what = str(path or "The model")
     if not model.HasField("graph") or not model.opset_import:
@@ -183,7 +183,7 @@ class _Importer:
         return node
 
     def _attribute(self, proto: onnx.AttributeProto, scope: ChainMap) -> Any:
-        """The value of an attribute as gs holds it; None for what gs cannot hold."""
+        """The value of an attribute in the form of gs; None where gs has no form."""
         if proto.ref_attr_name:
             return None
         match proto.type:
@@ -207,7 +207,7 @@ class _Importer:
         return None
 
     def _inlined(self, message: Any) -> Any:
-        """The message, with the external data of every tensor in it brought inside."""
+        """The message with the external data of all its tensors inside."""
         for tensor in _tensors(message):
             tensor.CopyFrom(self.folder.inlined(tensor))
         return message
@@ -435,7 +435,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _value_info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
-    """The declared type of a tensor: the file's while dtype and shape are the file's, else made from both."""
+    """The declared type of a tensor: that of the file while dtype and shape are unchanged, else made from both."""
     if _still_holds(tensor):
         out = deepcopy(tensor.carried[0])
         out.name = tensor.name
@@ -449,7 +449,7 @@ def _value_info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
 
 
 def _named(out: onnx.ValueInfoProto, tensor: gs.Tensor) -> onnx.ValueInfoProto:
-    """A fresh type with the documentation and metadata the file gave the tensor."""
+    """A new type with the documentation and metadata of the tensor in the file."""
     if "carried" in vars(tensor):
         old = tensor.carried[0]
         _set(out, doc_string=old.doc_string)

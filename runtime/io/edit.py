@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from channelfold.runtime.errors import UsageError, nearest
 from channelfold.runtime.io.convert import all_graphs, carried
 from channelfold.runtime.io.files import constant, read, stored
 from channelfold.runtime.io.session import Feed
@@ -164,14 +165,43 @@ def take_defaults(graph: gs.Graph) -> list[str]:
     for proto in defaults:
         tensor = inputs[proto.name]
         new = gs.Constant(proto.name, stored(graph, onnx.numpy_helper.to_array(proto), proto.name))
-        for node in consumers(tensor):
-            for index, other in enumerate(node.inputs):
-                if other is tensor:
-                    set_input(node, index, new)
-        graph.outputs = [new if output is tensor else output for output in graph.outputs]
-        graph.inputs = [other for other in graph.inputs if other is not tensor]
+        _replace_input(graph, tensor, new)
         own.graph.initializer.remove(proto)
     return [proto.name for proto in defaults]
+
+
+def fix_inputs(graph: gs.Graph, given: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Makes constants of inputs, of every element the value that a text says. Returns the values by name.
+
+    Raises UsageError for an unknown input, and for a value that the type of the input does not have.
+    """
+    values: dict[str, np.ndarray] = {}
+    for name, text in given.items():
+        tensor = next((tensor for tensor in graph.inputs if tensor.name == name), None)
+        if tensor is None:
+            raise UsageError(f"--set names {name!r}, which is no input", nearest(name, {t.name for t in graph.inputs}))
+        kind, shape = dtype(tensor), [d if isinstance(d, int) else 1 for d in tensor.shape or ()]
+        try:
+            number = _BOOLS[text.lower()] if kind == np.bool_ else (float if is_float(tensor) else int)(text)
+            values[name] = np.full(shape, number, kind)
+        except (KeyError, ValueError, TypeError, OverflowError):
+            raise UsageError(f"--set gives {name!r} the value {text!r}", f"Expected a value of type {kind}") from None
+        new = gs.Constant(name, stored(graph, values[name], name))
+        _replace_input(graph, tensor, new)
+    return values
+
+
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _replace_input(graph: gs.Graph, tensor: gs.Tensor, new: gs.Constant) -> None:
+    """Lets everything that reads an input read a constant, and takes the input away."""
+    for node in consumers(tensor):
+        for index, other in enumerate(node.inputs):
+            if other is tensor:
+                set_input(node, index, new)
+    graph.outputs = [new if output is tensor else output for output in graph.outputs]
+    graph.inputs = [other for other in graph.inputs if other is not tensor]
 
 
 def set_output(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
@@ -186,6 +216,8 @@ def rewrite(node: gs.Node, op: str, inputs: list[gs.Tensor]) -> None:
     output = node.outputs[0]
     detach(node)
     node.op, node.domain, node.attrs = op, None, {}
+    if (kept := vars(node).get("carried")) is not None:
+        vars(node)["carried"] = onnx.NodeProto(doc_string=kept.doc_string, metadata_props=kept.metadata_props)
     node.inputs.extend(inputs)
     node.outputs.append(output)
 

@@ -100,7 +100,7 @@ _FOREIGN = (b"PK", b"\x93NUMPY", b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", 
 
 
 def is_of_kind(path: Path, kind: str) -> bool:
-    """Whether an output of a kind (``an ONNX file``, ``an engine``, ``a report``) may replace a file.
+    """Whether an output of a kind (``an ONNX file``, ``an engine``, ``a report``, ``a web page``) may replace a file.
 
     The file must be of that kind, or empty.
     """
@@ -108,6 +108,8 @@ def is_of_kind(path: Path, kind: str) -> bool:
         return True
     with path.open("rb") as file:
         start = file.read(4096)
+    if kind == "a web page":
+        return start.lower().startswith(b"<!doctype html>")
     if kind == "a report":
         return b'"schema"' in start and b'"tool"' in start
     try:

@@ -30,9 +30,15 @@ class NodeNames:
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The names that a node and the nodes of its subgraphs read."""
+    """The names that a node reads, and those that its subgraphs read outside of themselves.
+
+    A tensor in a subgraph may have the name of a tensor outside: exporters that merge decoders call the outputs of
+    both branches of an If as its own.
+    """
     yield from node.input
-    for attribute in node.attribute:
-        yield from (output.name for output in attribute.g.output)
-        for inner in attribute.g.node:
-            yield from reads(inner)
+    for graph in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
+        own = {tensor.name for tensor in (*graph.input, *graph.initializer)}
+        own |= {sparse.values.name for sparse in graph.sparse_initializer}
+        own |= {name for inner in graph.node for name in inner.output}
+        read = (name for inner in graph.node for name in reads(inner))
+        yield from (name for name in (*read, *(output.name for output in graph.output)) if name not in own)

@@ -17,6 +17,9 @@ from channelfold.runtime.io import limits
 
 _EXACT = "session.x64quantprecision"  # on x86 without VNNI: u8 x u8 products, which do not saturate
 _FOLDER = "session.model_external_initializers_file_folder_path"  # heeded with a model in memory, from 1.22 on
+_WEIGHTS = "session.optimized_model_external_initializers_file_name"
+_LEAST = "session.optimized_model_external_initializers_min_size_in_bytes"
+_AS_STORED = "session.disable_prepacking"
 
 _NAMES = 1 << 26  # bytes; a larger file holds its weights
 
@@ -84,7 +87,8 @@ class Session:
     weights, whose external data lie in files below ``folder``. ONNX Runtime maps external data, it does not copy them.
     ``size``: the bytes of the model with its weights, on which the limits of a run depend.
     ``optimize=False`` switches graph optimization off. ``exact`` keeps int8 products from saturating on x86 processors
-    without VNNI, so that a measurement is of the file and not of this machine. ``providers`` defaults to the CPU.
+    without VNNI, so that a measurement is of the file and not of this machine. ``optimized`` is where ONNX Runtime
+    writes the graph that it makes of the model, weights beside it. ``providers`` defaults to the CPU.
 
     Raises ModelError when ONNX Runtime refuses the model.
     """
@@ -97,6 +101,7 @@ class Session:
         size: int | None = None,
         optimize: bool = True,
         exact: bool = False,
+        optimized: Path | None = None,
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ):
@@ -112,6 +117,11 @@ class Session:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if exact:
             options.add_session_config_entry(_EXACT, "1")
+        if optimized:
+            options.optimized_model_filepath = str(optimized)
+            options.add_session_config_entry(_WEIGHTS, f"{optimized.name}.data")
+            options.add_session_config_entry(_LEAST, "1024")
+            options.add_session_config_entry(_AS_STORED, "1")  # nothing will run
         if threads:
             options.intra_op_num_threads = threads
         if folder is not None:

@@ -1,7 +1,7 @@
-"""The values of constants: mapped from the file they lie in when they are read, spilled to disk when they are made.
+"""The values of constants: old values are mapped from their file, new values are spilled to disk.
 
-A large weight is a ``MappedValues``: a place in a file, no memory. Files are opened once and stay readable through
-their mapping, whatever happens to their path later (saving in place, for one).
+A large weight is a ``MappedValues``, a place in a file, and takes no memory. Files are opened once and stay readable
+through their mapping, even when their path is overwritten later.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from channelfold.runtime.errors import ModelError, OutputError
 from channelfold.runtime.io import temporary, wire
 
-OWN_FILE = ":"  # as a location: the model's own file; no other location may have a colon
+OWN_FILE = ":"  # the location of the model's own file; no other location may have a colon
 SPILL_LIMIT = 1 << 20  # bytes; a new weight at least this large goes to disk at once
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
@@ -46,7 +46,7 @@ class MappedFile:
             self.data = file.read() if small else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def is_at_its_path(self) -> bool:
-        """Whether opening the path again would still lead to these bytes."""
+        """Whether the path still leads to these bytes."""
         try:
             now = self.path.stat()
         except OSError:
@@ -55,7 +55,7 @@ class MappedFile:
 
 
 class Scratch:
-    """A temporary file to which new weights are appended. The file is removed when its last weight is."""
+    """A temporary file for new weights. The file is removed with its last weight."""
 
     def __init__(self):
         self._file = temporary.opened()
@@ -112,14 +112,14 @@ class MappedValues(LazyValues):
         return self.raw().view(self.dtype).reshape(self.shape)
 
     def raw(self) -> np.ndarray:
-        """The bytes as they lie in the file: uint8[nbytes]."""
+        """The bytes in the file: uint8[nbytes]."""
         return np.frombuffer(self.file.data, np.uint8, self.nbytes, self.offset)
 
 
 class DataFolder:
     """Finds the values of tensors in a model file and in the files beside it, each opened once.
 
-    ``model`` is the path of the model (None: it has no files), ``own`` the model's file where it is open already.
+    ``model`` is the path of the model (None: a model without files), ``own`` the file of the model if already open.
     """
 
     def __init__(self, model: Path | None, own: MappedFile | None = None):
@@ -127,7 +127,7 @@ class DataFolder:
         self._files = {OWN_FILE: own} if own is not None else {}
 
     def values(self, proto: onnx.TensorProto) -> Values:
-        """Large external data mapped, everything else as an array.
+        """The values of a tensor: large external data mapped, all other values as an array.
 
         Raises ModelError for values that do not fit the tensor's type and dims, and for external data that are missing,
         too short, or lie outside the model's folder.
@@ -245,7 +245,7 @@ def _dense(proto: onnx.SparseTensorProto) -> np.ndarray:
 
 
 def is_large(values: Values) -> bool:
-    """Whether values are kept out of the protobuf message."""
+    """Whether values stay outside the protobuf message."""
     if isinstance(values, np.ndarray):
         return values.nbytes >= wire.INLINE_LIMIT and values.dtype != object
     return isinstance(values, MappedValues)
@@ -273,12 +273,12 @@ def described(values: Values, name: str) -> onnx.TensorProto:
 
 
 def stored(scratch: Scratch, values: np.ndarray, name: str = "") -> MappedValues:
-    """``values`` in a scratch file. Raises OutputError when its disk is full."""
+    """Puts values into a scratch file. Raises OutputError where the disk is full."""
     return MappedValues(described(values, name), scratch, spill(scratch, packed(values)))
 
 
 def spill(scratch: Scratch, values: np.ndarray) -> int:
-    """Appends the bytes of an array to a scratch file; their offset. Raises OutputError when its disk is full."""
+    """Appends the bytes of an array to a scratch file, returns their offset. Raises OutputError: the disk is full."""
     try:
         return scratch.append(values)
     except OSError as error:
@@ -304,11 +304,11 @@ def packed(values: Values) -> np.ndarray:
 
 
 def packed_nbytes(proto: onnx.TensorProto) -> int:
-    """Bytes that a tensor of this type and these dims takes in a file; ValueError or KeyError: no such type."""
+    """The bytes of a tensor of this type and these dims in a file. Raises ValueError or KeyError for unknown types."""
     return (math.prod(proto.dims) * bits(proto.data_type) + 7) // 8
 
 
 def bits(data_type: int) -> int:
-    """Bits of one element of an ONNX data type in a file."""
+    """The bits of one element of an ONNX data type in a file."""
     name = onnx.TensorProto.DataType.Name(data_type)  # pyright: ignore
     return _BITS.get(name) or onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize * 8

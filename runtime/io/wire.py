@@ -2,8 +2,8 @@
 
 An ONNX file is one protobuf message. Parsing it whole copies every weight at least twice; a file of 2 GB or more cannot
 be parsed at all. ``skeleton`` walks the length-prefixed fields of the wire format instead and replaces the bytes of
-every large tensor by a reference (file, offset, length) in ONNX's own external-data form, so a weight inside the file
-and a weight beside it become the same thing. ``write_inline`` is its inverse.
+every large tensor by a reference (file, offset, length) in ONNX's own form of external data, so that weights inside and
+beside the file are alike. ``write_inline`` is the inverse of ``skeleton``.
 
 Wire format: https://protobuf.dev/programming-guides/encoding; field numbers: onnx.proto.
 """
@@ -17,7 +17,7 @@ from typing import IO
 import numpy as np
 import onnx
 
-INLINE_LIMIT = 1024  # bytes; tensors below it are parsed with the rest of the message
+INLINE_LIMIT = 1024  # bytes; smaller tensors are parsed with the rest of the message
 _DEPTH_LIMIT = 100  # nested messages; protobuf's own parsers stop there too
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -47,7 +47,7 @@ def skeleton(data: Buffer, location: str) -> bytes:
 def write_inline(
     model: onnx.ModelProto, weights: Iterable[tuple[onnx.TensorProto, np.ndarray]], file: IO[bytes]
 ) -> None:
-    """Writes ``model`` with extra initializers: (name, type and dims; values as ``raw_data`` holds them), streamed."""
+    """Streams ``model`` with more initializers: (name, type and dims; values in the form of ``raw_data``)."""
     graph = model.graph.SerializeToString()
     rest = onnx.ModelProto()
     rest.CopyFrom(model)
@@ -65,7 +65,7 @@ def write_inline(
 
 
 def write_array(values: np.ndarray, file: IO[bytes], chunk: int = 1 << 24) -> None:
-    """Writes the bytes of an array piece by piece, so that a memory-mapped one never becomes resident whole."""
+    """Writes the bytes of an array piece by piece, so that a memory-mapped array is never whole in memory."""
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     for start in range(0, flat.size, chunk):
         file.write(flat[start : start + chunk].data)
@@ -89,7 +89,7 @@ def _rewrite(data: Buffer, start: int, end: int, message: dict, location: str, d
             yield _key(number, _BYTES) + _varint(len(inner)) + inner
             copied = stop
     yield data[copied:end]
-    yield references  # last, for a later field of the tensor (a data_location of its own) would win
+    yield references  # last, because the last of equal fields wins
 
 
 def _fields(data: Buffer, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:

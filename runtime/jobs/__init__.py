@@ -16,6 +16,7 @@ compared only on evaluation data or for a gate. Data are a path, a Python object
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
-from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder, write_report
+from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder, check_kind
+from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.compare import Gates
 
 PathLike = str | Path
@@ -57,15 +59,17 @@ def compress(
     shapes: Shapes = (),
     gates: Gates | None = None,
     require_share: float | None = None,
+    fixed: Mapping[str, str] | None = None,
     command: str = "compress",
     progress: Progress = no_progress,
 ) -> Record:
-    """Runs a recipe; writes ``out_dir``/model.onnx, model.smNN.engine for each of ``sms``, and report.json.
+    """Runs a recipe; writes ``out_dir``/model.onnx, model.smNN.engine for each of ``sms``, report.json and report.html.
 
     ``recipe``: a name or the path of a TOML file. ``overrides``: pass options by name (``calibrator``, ``exclude`` …),
     set on every pass of the recipe that has them. ``shapes``: ranges of dynamic inputs for the engines, by default from
-    the calibration data. ``require_share``: a gate, the least quantized share of the weight bytes. ``command``: the
-    command line for the report. A repeated call continues where an interrupted one stopped.
+    the calibration data. ``require_share``: a gate, the least quantized share of the weight bytes. ``fixed``: inputs
+    that become constants, and their values as texts. ``command``: the command line for the report. A repeated call
+    continues where an interrupted one stopped.
 
     Raises GateMissed after all files are written.
     """
@@ -78,25 +82,32 @@ def compress(
         tensorrt.backend(sm)
     check_folder(out_dir)
     out = out_dir / "model.onnx"
-    job = Job(command, model, progress, source)
+    job = Job(command, model, progress, source, fixed)
     job.warn(*loaded.warnings)
     job.sources.append(Path(recipe))
     job.open_both()
     job.check_output(out_dir / "report.json", "a report")
     job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
-    write_report(job.record, out_dir / "report.json")
+    terminal.write_both(job.record, out_dir)
     for sm in sms:
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
-    write_report(job.record, out_dir / "report.json")
+    terminal.write_both(job.record, out_dir)
     clear(out_dir / "checkpoint")
     job.check_share(require_share)
     job.check(gates)
     return job.record
 
 
-def fold(model: PathLike, out: PathLike, *, source: Source = Source(), progress: Progress = no_progress) -> Record:
-    """Applies the exact folds: the same function in fewer nodes. Writes ``out``."""
-    job = Job("fold", Path(model), progress, source)
+def fold(
+    model: PathLike,
+    out: PathLike,
+    *,
+    source: Source = Source(),
+    fixed: Mapping[str, str] | None = None,
+    progress: Progress = no_progress,
+) -> Record:
+    """Applies the exact folds: the same function in fewer nodes. Writes ``out``. ``fixed``: as for ``compress``."""
+    job = Job("fold", Path(model), progress, source, fixed)
     job.transform(recipes.load_recipe("fold").passes, Path(out))
     return job.record
 
@@ -278,6 +289,41 @@ def inspect(
         if groups:
             job.record["groups"] = channel_groups.describe(job.graph, source.seed)
     return job.record
+
+
+def report(first: PathLike, second: PathLike | None = None, *, progress: Progress = no_progress) -> Record:
+    """The record in a report.json or in a folder that holds one; with ``second``, the figures of both side by side.
+
+    Raises UsageError for what is no report.
+    """
+    records = [_record_in(Path(path)) for path in (first, second) if path is not None]
+    if second is None:
+        return records[0]
+    return {"schema": 1, "tool": records[0]["tool"], "command": f"report {first} {second}", "runs": records,
+            "warnings": []}  # fmt: skip
+
+
+def page_beside(record: Record, path: PathLike) -> Path:
+    """Writes the web page of a record beside the report in ``path``; the path of the page."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    page = folder / ("comparison.html" if "runs" in record else "report.html")
+    check_kind(page, "a web page")
+    terminal.write_html(record, page)
+    return page
+
+
+def _record_in(path: Path) -> Record:
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = "Give a report.json, or the folder of compress that holds one"
+        raise UsageError(f"{path} cannot be read ({error.strerror})", hint) from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({error})", "Give a report.json") from None
+    if not isinstance(record, dict) or record.get("schema") != 1 or "tool" not in record:
+        raise UsageError(f"{path} is no report of channelfold", "Give a report.json")
+    return record | {"warnings": record.get("warnings", [])}
 
 
 def demo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Outcome, Refused
+from channelfold.passes.bodies import data_inside, runs_on
 from channelfold.passes.layers.linear import Linear, linears, view
 from channelfold.passes.operators import operator
 from channelfold.passes.quantize.static import Work
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
 from channelfold.runtime.io import edit
+from channelfold.runtime.io.bodies import bodies, located
 from channelfold.runtime.io.facts import external_files, spec
 from channelfold.runtime.io.files import all_graphs, infer_shapes
 from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
@@ -48,12 +50,35 @@ def inspect(
 ) -> dict[str, Any]:
     """The ``inspection`` entry of a report record.
 
-    ``linears``: one entry a Conv, ConvTranspose, Gemm or MatMul, with ``shape`` (out, in / groups, *kernel), ``macs``
-    for one sample (a symbolic first dimension counts as 1; None where a shape is unknown), and the ``reason`` where the
-    pass ``quantize`` would leave the node in float. With ``data`` an entry has ``outlier_ratio``: the largest magnitude
-    of the channels of the input against the median; None for a product of two activations. ``parameters`` counts the
-    elements of constants that are not int32, int64, bool or strings. Fills in the shapes of ``graph``.
+    ``linears``: one entry a Conv, ConvTranspose, Gemm or MatMul, in bodies of If, Loop and Scan too, with ``shape``
+    (out, in / groups, *kernel), ``macs`` for one sample (a symbolic first dimension counts as 1; None where a shape is
+    unknown), and the ``reason`` where the pass ``quantize`` would leave the node in float. With ``data`` an entry has
+    ``outlier_ratio``: the largest magnitude of the channels of the input against the median; None for a product of two
+    activations. ``parameters`` counts the elements of constants that are not int32, int64, bool or strings. Fills in
+    the shapes of ``graph``.
     """
+    entries = _linears(graph, data, progress)
+    inside = data_inside(graph, data) if data is not None and bodies(graph) else {}
+    pending = bodies(graph)
+    while pending:
+        body = pending.pop(0)
+        pending = body.bodies() + pending
+        mine = runs_on(body, inside.get(id(body.graph)))
+        with body.apart() as part:
+            found = _linears(part, mine, progress)
+        entries += [entry | {"node": located(entry["node"], body.place)} for entry in found]
+    norms = Counter(n.op for part in all_graphs(graph) for n in part.nodes if n.op.endswith("Normalization"))
+    return {
+        "inputs": [str(spec(tensor)) for tensor in graph.inputs],
+        "outputs": [str(spec(tensor)) for tensor in graph.outputs],
+        **costs(graph),
+        "norms": dict(norms),
+        "external_data": [{"path": str(f), "bytes": f.stat().st_size} for f in external_files(path)],
+        "linears": entries,
+    }
+
+
+def _linears(graph: gs.Graph, data: Data | None, progress: Callable[[str, int, int], None]) -> list[dict[str, Any]]:
     infer_shapes(graph)
     refused = Outcome()
     quantizable = {id(site.node) for site in Work().sites(graph, refused)}
@@ -66,23 +91,20 @@ def inspect(
     if data is not None:
         ratios = _outlier_ratios(graph, data, progress)
         entries = [entry | {"outlier_ratio": ratios.get(entry["node"])} for entry in entries]
-    norms = Counter(n.op for part in all_graphs(graph) for n in part.nodes if n.op.endswith("Normalization"))
-    return {
-        "inputs": [str(spec(tensor)) for tensor in graph.inputs],
-        "outputs": [str(spec(tensor)) for tensor in graph.outputs],
-        **costs(graph),
-        "norms": dict(norms),
-        "external_data": [{"path": str(f), "bytes": f.stat().st_size} for f in external_files(path)],
-        "linears": entries,
-    }
+    return entries
 
 
 def costs(graph: gs.Graph) -> dict[str, int | None]:
-    """``parameters`` and ``macs`` of a graph, as ``inspect`` counts them. Fills in its shapes."""
+    """``parameters`` and ``macs`` of a graph, as ``inspect`` counts them. Fills in its shapes.
+
+    How often the bodies of If, Loop and Scan run is not known, and so neither are the MACs of a graph with such bodies.
+    """
     infer_shapes(graph)
     macs = [_linear(graph, node)["macs"] for node in graph.nodes if operator(node).weighted]
+    macs += [None for part in list(all_graphs(graph))[1:] for node in part.nodes if operator(node).weighted]
+    tensors = {id(tensor): tensor for part in all_graphs(graph) for tensor in part.tensors().values()}
     return {
-        "parameters": sum(_elements(c.shape) or 0 for c in _constants(graph) if _is_parameter(c)),
+        "parameters": sum(_elements(t.shape) or 0 for t in tensors.values() if _is_parameter(t)),
         "macs": sum(macs) if None not in macs else None,
     }
 
@@ -97,27 +119,16 @@ def _outlier_ratios(graph: gs.Graph, data: Data, progress: Callable[[str, int, i
 
 
 def _linear(graph: gs.Graph, node: gs.Node) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "node": node.name,
-        "op": node.op,
-        "shape": None,
-        "groups": 1,
-        "parameters": 0,
-        "macs": None,
-    }
+    entry: dict[str, Any] = {"node": node.name, "op": node.op}
     try:
         linear = view(graph, node)
     except Refused:
-        return entry | {"macs": _product_macs(node)}
+        return entry | {"shape": None, "groups": 1, "parameters": 0, "macs": _product_macs(node)}
     outs, ins = linear.channels
     shape = [outs, ins // linear.groups, *linear.kernel]
-    bias = 0 if linear.bias() is None else outs
-    return entry | {
-        "shape": shape,
-        "groups": linear.groups,
-        "parameters": math.prod(shape) + bias,
-        "macs": _macs(linear, math.prod(shape)),
-    }
+    weights = math.prod(shape)
+    entry |= {"shape": shape, "groups": linear.groups, "parameters": weights + outs * (linear.bias() is not None)}
+    return entry | {"macs": _macs(linear, weights)}
 
 
 def _macs(linear: Linear, weights: int) -> int | None:
@@ -145,10 +156,5 @@ def _elements(shape: Any) -> int | None:
     return math.prod(int(d) for d in dims) if all(isinstance(d, int | np.integer) for d in dims) else None
 
 
-def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
-    found = {id(t): t for part in all_graphs(graph) for t in part.tensors().values() if isinstance(t, gs.Constant)}
-    yield from found.values()
-
-
-def _is_parameter(constant: gs.Constant) -> bool:
-    return str(constant.dtype) not in ("int32", "int64", "bool", "object")
+def _is_parameter(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and str(tensor.dtype) not in ("int32", "int64", "bool", "object")

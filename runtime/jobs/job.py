@@ -22,6 +22,7 @@ from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.engine.run import EngineSession
 from channelfold.runtime.engine.squeeze import (
+    name_apart,
     name_squeezed_axes,
     name_unequal_sizes,
     put_codes_inside,
@@ -41,15 +42,14 @@ from channelfold.runtime.errors import (
 from channelfold.runtime.io import files, temporary
 from channelfold.runtime.io.bodies import share_constants
 from channelfold.runtime.io.convert import carried
-from channelfold.runtime.io.edit import see_through_identities, take_defaults
+from channelfold.runtime.io.edit import fix_inputs, see_through_identities, take_defaults
 from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
-from channelfold.runtime.io.session import Session, TensorSpec
+from channelfold.runtime.io.session import Feed, Session, TensorSpec
 from channelfold.runtime.io.shapes import check_sizes
 from channelfold.runtime.jobs import inspect_model as inspection
-from channelfold.runtime.report.terminal import to_json
 from channelfold.runtime.stats import compare
-from channelfold.runtime.stats.compare import Gates
+from channelfold.runtime.stats.compare import Gates, Runner
 
 Record = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -81,13 +81,27 @@ class Source:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class _Fixed:
+    """A model some inputs of which have the same values on every feed."""
+
+    session: Runner
+    values: Mapping[str, Any]
+
+    def run(self, feed: Feed) -> Mapping[str, Any]:
+        return self.session.run({**feed, **self.values})
+
+
 class Job:
     """A command at work. ``record`` is the report so far."""
 
-    def __init__(self, command: str, model: Path, progress: Progress, source: Source):
+    def __init__(
+        self, command: str, model: Path, progress: Progress, source: Source, fixed: Mapping[str, str] | None = None
+    ):
         self.model, self.progress, self.source = model, progress, source
         progress("load", 0, 0)
         self.graph: gs.Graph = files.load(model, strict=True)
+        self.fixed = fix_inputs(self.graph, fixed or {})
         self.inputs = required_inputs(self.graph)
         self.sources = [model, *external_files(model)]  # files that the command reads and must not overwrite
         self.calibration: Data | None = None
@@ -164,7 +178,7 @@ class Job:
             self.record["output"] = model_facts(candidate, written) | {"path": str(out)} | facts
             self._account(written, nothing)
             del written
-            if self.evaluation or not exact or (gated and self.calibration):
+            if self.evaluation or not exact or self.fixed or (gated and self.calibration):
                 self.prove(candidate)
 
     @contextlib.contextmanager
@@ -212,17 +226,13 @@ class Job:
 
     def check_output(self, out: Path, kind: str) -> None:
         """Raises an error, before the work, where the result could not be written or would destroy another file."""
-        if out.is_dir():
-            raise OutputError(f"{out} is a folder", "Give the name of a file")
         for source in filter(Path.exists, self.sources if out.exists() else ()):
             if out.samefile(source):
                 what = "the model itself, which the result is compared with" if source == self.model else "an input"
                 raise UsageError(f"{out} is {what}", "Give another output")
             if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
                 raise UsageError(f"{out} is one of the files in {source}, which are read", "Give another output")
-        if out.is_file() and not files.is_of_kind(out, kind):
-            raise OutputError(f"{out} is there, and is not {kind}", "Remove it, or give another output")
-        check_folder(out.parent)
+        check_kind(out, kind)
 
     def prove(self, candidate: Path) -> None:
         """Compares the outputs of the candidate with those of the original."""
@@ -235,7 +245,7 @@ class Job:
             data = data.first(SEEN)
             self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
         self.record["data"]["evaluation"] = data.description
-        reference, exact = self._session(self.model, exact=True), self._session(candidate, exact=True)
+        reference, exact = self._original(exact=True), self._session(candidate, exact=True)
         if computes_as_written(files.load(candidate)):
             self.comparison = compare.compare(reference, exact, data, self.progress)
             self.record["accuracy"] = self.comparison.to_json()
@@ -248,6 +258,10 @@ class Job:
         level, reasons = compare.verdict(self.comparison)
         if level != "ok":
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+
+    def _original(self, **options: Any) -> Runner:
+        """The original, which is given the values of the inputs that are fixed."""
+        return _Fixed(self._session(self.model, **options), self.fixed)
 
     def _session(self, path: Path, **options: Any) -> Session | Front:
         """The model in ONNX Runtime, or the part in front of the operators that ONNX Runtime does not know."""
@@ -289,7 +303,7 @@ class Job:
                 sparse_weights=sparse_weights,
                 progress=self.progress,
             )
-        entry = _engine_entry(built, inspection.int8_nodes(files.load(model)))
+            entry = _engine_entry(built, inspection.int8_nodes(files.load(source)))
         entry["accuracy"] = self._proved_engine(built)
         self.record["engines"].append(entry)
         self.warn(*(f"{engine.name}: {text}" for text in built.warnings))
@@ -300,7 +314,7 @@ class Job:
         if data is None or tensorrt.local_gpu()[0] is None or built.sm not in (None, tensorrt.local_gpu()[0]):
             return None
         with EngineSession(built.path, built.backend) as engine:
-            found = compare.compare(self._session(self.model, exact=True), engine, data, self.progress)
+            found = compare.compare(self._original(exact=True), engine, data, self.progress)
         level, reasons = compare.verdict(found)
         if level != "ok":
             self.warn(f"THE ENGINE'S OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
@@ -310,9 +324,9 @@ class Job:
     def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:
         """The model in a form that TensorRT accepts: the file itself, or a temporary copy.
 
-        In the copy every Squeeze names its axes, int8 constants that bodies read stand in the bodies, and open sizes of
-        one name with different ranges have different names: TensorRT takes sizes of one name to be equal, and exporters
-        call several sizes ``?`` or ``None``.
+        In the copy every Squeeze names its axes, int8 constants that bodies read stand in the bodies, nodes of several
+        parts have names of their own, and open sizes of one name with different ranges have different names: TensorRT
+        takes sizes of one name to be equal, and exporters call several sizes ``?`` or ``None``.
         """
         graph = files.load(model)
         ranges = {s.name: ranges[s.name] for s in self.inputs if s.name in ranges and _is_open(s)}  # others: values
@@ -322,8 +336,7 @@ class Job:
             low = fixed | {name: tuple(seen.min) for name, seen in ranges.items()}
             high = fixed | {name: tuple(seen.max) for name, seen in ranges.items()}
             sentences = name_squeezed_axes(graph, low, high)
-        renamed, moved = name_unequal_sizes(graph, ranges), put_codes_inside(graph)
-        if not sentences and not renamed and not moved:
+        if not any([sentences, name_unequal_sizes(graph, ranges), put_codes_inside(graph), name_apart(graph)]):
             yield model
             return
         self.warn(*(f"engine: {sentence}" for sentence in sentences))
@@ -366,7 +379,7 @@ class Job:
             return None
         try:
             probes = random_data(self.inputs, PROBES, seed=self.source.seed)
-            self._session(self.model).run(next(iter(probes)))
+            self._original().run(next(iter(probes)))
         except (DataError, ModelError) as error:
             self.warn(f"The outputs were not compared, because the model does not run on random inputs: {error} {hint}")
             return None
@@ -402,11 +415,13 @@ def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
     }
 
 
-def write_report(record: Mapping[str, Any], path: Path) -> None:
-    """Writes a record as JSON, whole or not at all. Raises OutputError."""
-    text = to_json(record) + "\n"
-    with files.writing(path) as file:
-        file.write(text.encode())
+def check_kind(out: Path, kind: str) -> None:
+    """Raises OutputError where a file of a kind cannot be written, or would replace one that is not of the kind."""
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder", "Give the name of a file")
+    if out.is_file() and not files.is_of_kind(out, kind):
+        raise OutputError(f"{out} is there, and is not {kind}", "Remove it, or give another output")
+    check_folder(out.parent)
 
 
 def check_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The demo's record as a table for the terminal."""
+"""The record of the demo, as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from channelfold.runtime.report.tables import Page
 
 
 def show(record: Mapping[str, Any], page: Page) -> None:
-    """Prints the figures of the networks side by side, and where the files are."""
+    """Prints the figures of the stages side by side, and the folder of the files."""
     demo = record["demo"]
     page.say((f"{demo['model']}: ", "bold"), demo["description"], indent=0)
     page.blank()

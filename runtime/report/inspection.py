@@ -1,4 +1,4 @@
-"""What is in a model, as tables for the terminal."""
+"""The contents of a model, as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _linears(linears: Sequence[Mapping[str, Any]], page: Page) -> None:
     nodes = [linear["node"] for linear in linears]
     page.fill("Linear nodes", list(columns), list(zip(nodes, *columns.values(), strict=True)))
     if "outlier_ratio" in linears[0]:
-        page.note("outliers: the largest channel of what a node reads, against the median channel")
+        page.note("outliers: the largest channel of the input of a node against the median channel")
 
 
 def _ffns(entries: Sequence[Mapping[str, Any]], page: Page) -> None:

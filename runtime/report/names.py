@@ -1,4 +1,4 @@
-"""Names and messages that come from files, made fit for a terminal. Only the standard library: errors need them."""
+"""Names and messages from files, made safe for a terminal. Errors need this module: standard library alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress of a command, on stderr in a terminal. Only the standard library is imported until progress shows."""
+"""The progress of a command, on stderr in a terminal. Imports the standard library alone until progress shows."""
 
 from __future__ import annotations
 

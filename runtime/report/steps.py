@@ -1,4 +1,4 @@
-"""What the steps of a record have changed and refused, as tables for the terminal."""
+"""The changes and refusals of the steps of a record, as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def _sites(step: Mapping[str, Any], page: Page) -> None:
     headings = [heading for heading, _ in used.values()]
     rows = [
         (site["node"], *(form(site[key]) if site.get(key) else "" for key, (_, form) in used.items()))
-        for site in sites[:_SITES]
+        for site in sites[: None if page.whole else _SITES]
     ]
     if "method" in used and page.room(headings, rows) < max(len(name) for name, *_ in rows):
         rows = [(name, method.partition(",")[0], *cells) for name, method, *cells in rows]  # the JSON has its details
     page.blank()
     page.fill(f"By {step['pass']}", headings, rows)
-    if len(sites) > _SITES:
+    if len(sites) > _SITES and not page.whole:
         page.note(f"… and {len(sites) - _SITES} more, with --json")
     if legend := [words for key, words in _LEGEND.items() if key in used]:
         page.note("; ".join(legend))
@@ -79,7 +79,7 @@ def _ffn_site(ffn: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _badness(site: Mapping[str, Any]) -> float:
-    """How bad a site is: the noise of its quantized outputs, or else the differences of its channels."""
+    """The badness of a site: the noise of its quantized outputs, or else the differences of its channels."""
     if "energy_kept" in site:
         return 1 - float(site["energy_kept"])
     for key, sign in (("output_snr_db", -1), ("outlier_ratio", 1), ("bfp_error", 1)):
@@ -103,13 +103,13 @@ _SITE: dict[str, tuple[str, Callable[[Any], str]]] = {
     "inserted": (">nodes", "{:+d}".format),
     "sparsity": (">zeros", "{:.1%}".format),
     "energy_kept": (">energy kept", "{:.2%}".format),
-}  # a key of a site: the heading of its column, and how it is written
+}  # a key of a site: the heading of its column, and the form of its cells
 
 _LEGEND = {
     "outlier_ratio": "outliers: largest channel against the median",
     "output_snr_db": "SNR: of int8 outputs",
     "bfp_error": "error in blocks that share an exponent",
-    "energy_kept": "energy: sum of the squared weights, times those of their inputs where there are data",
+    "energy_kept": "energy: sum of the squared weights, with data times their squared inputs",
 }
 
 

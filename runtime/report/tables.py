@@ -1,6 +1,6 @@
-"""The one way to draw a record: lines, tables and figures, every text of which passes ``safe``.
+"""Lines, tables and figures of a record in a terminal. Every text passes ``safe``.
 
-What renders a record draws on a ``Page`` and never touches the console itself::
+All renderers of records draw on a ``Page`` and never touch the console itself::
 
     page = Page(Console())
     page.fill("Engines", ["<for", ">size"], [("m.engine", "SM 89", size(940))])
@@ -20,7 +20,7 @@ from rich.text import Text
 
 from channelfold.runtime.report.names import safe, shorten, shorten_all
 
-UNKNOWN = "–"  # in the place of a figure
+UNKNOWN = "–"  # in place of a figure
 Cell = str | tuple[str, str]  # a text, or a text and its style
 _WHOLE = "whole names: --json, or pipe the output"
 
@@ -31,6 +31,8 @@ class Page:
     In a terminal, lines fit its width, and names are shortened between their parts. In a file or a pipe nothing is
     shortened or wrapped.
     """
+
+    whole = False  # whether long lists are shown to their end
 
     def __init__(self, console: Console):
         self._console = console
@@ -130,12 +132,12 @@ def number(value: Any, form: str) -> str:
 
 
 def ratio(value: Any) -> str:
-    """How many times as large something is: a number, infinite or "inf", or None."""
+    """A ratio of the record: a number, infinite or "inf", or None."""
     return number(value, "{:.1f}" if value is None or float(value) < 100 else "{:.0f}")
 
 
 def count(value: int | None) -> str:
-    """``1.40 M`` for 1398912; a dash for what is not known."""
+    """``1.40 M`` for 1398912; a dash for None."""
     return UNKNOWN if value is None else _scaled(value, "{:.2f} {}") or str(value)
 
 

@@ -1,13 +1,13 @@
 """The report record, schema 1, and its view in the terminal.
 
-The record is a plain dict that JSON can hold. Every key but ``schema`` and ``tool`` may be absent or empty, and is
-not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
+The record is a plain dict that JSON can hold. All keys except ``schema`` and ``tool`` may be absent or empty; such keys
+are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
 
     schema      1
     tool        "channelfold 0.1.0"
     command     the command line, as one string
-    model       {path, bytes, nodes, ops: {op: count}, opset}     what came in; parameters and macs where they change
-    output      the same of what came out
+    model       {path, bytes, nodes, ops: {op: count}, opset}     of the input; parameters and macs where they change
+    output      the same of the result
     data        {calibration, evaluation}                         Data.description of each
     steps       [{pass, kind, options: {}, seconds,
                   changed: [{node, what}], refused: [{node, reason, code}],
@@ -20,14 +20,15 @@ not shown then. Sizes are bytes, times seconds (latencies milliseconds)::
                                      approximate-ffn {ffns: [{node, branch, error; pairs of before and after: hidden,
                                      macs}]}
     weights     {share: of the bytes that is quantized, bytes,
-                 rows: [{place, op, state, reason, bytes, tensors, largest}]}     of what came out; bytes as in the type
+                 rows: [{place, op, state, reason, bytes, tensors, largest}]}     of the result; bytes as in the type
                                        that the model computes in
     accuracy    Comparison.to_json()   in exact arithmetic; of a file for ONNX Runtime as this machine runs it, and
                                        under ``exact`` in exact arithmetic
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
-    latency     [{name, ms}]         the first one is what the others are measured against
+    latency     [{name, ms}]         the others are compared with the first
     warnings    [str]
+    runs        [record, record]     of a comparison of two runs
 
 A number that JSON cannot hold is the string "inf" or "-inf", or null for NaN.
 """
@@ -42,7 +43,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from channelfold.runtime.report import demo, inspection, steps
+from channelfold.runtime.io.files import writing
+from channelfold.runtime.report import demo, inspection, runs, steps, web
 from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 from channelfold.runtime.stats.compare import json_number
 
@@ -51,9 +53,49 @@ _LEAST = 0.002  # share of all weight bytes below which a row is not shown
 _LEVELS = {"ok": "green", "degraded": "yellow", "collapsed": "bold red"}
 
 
+def write_json(record: Mapping[str, Any], path: str | Path) -> None:
+    """Writes the record as JSON, whole or not at all. Numpy scalars and arrays, paths and tuples are accepted.
+
+    Raises OutputError when the file cannot be written.
+    """
+    _write(to_json(record) + "\n", path)
+
+
+def write_html(record: Mapping[str, Any], path: str | Path) -> None:
+    """Writes the record as a web page, see ``web``, whole or not at all. Raises OutputError."""
+    _write(to_html(record), path)
+
+
+def write_both(record: Mapping[str, Any], folder: Path) -> None:
+    """Writes report.json and report.html into a folder. Raises OutputError."""
+    write_json(record, folder / "report.json")
+    write_html(record, folder / "report.html")
+
+
+def _write(text: str, path: str | Path) -> None:
+    with writing(path) as file:
+        file.writelines([text.encode()])
+
+
 def to_json(record: Mapping[str, Any]) -> str:
     """The record as JSON text."""
     return json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def to_html(record: Mapping[str, Any]) -> str:
+    """The record as a web page that needs no other file."""
+    record, body = plain(record), web.Web()
+    title = f"{record['tool']}  {record.get('command', '')}"
+    sections = {"demo": demo.show} if "demo" in record else _SECTIONS
+    shown = [key for key in sections if record.get(key)]
+    body.section("summary")
+    if accuracy := record.get("accuracy"):
+        _verdict("Accuracy", accuracy, body)
+    web.summary(record, body)
+    for key in shown:
+        body.section(key)
+        sections[key](record, body)
+    return web.page(title, body, ["summary", *shown])
 
 
 def plain(value: Any) -> Any:
@@ -126,12 +168,11 @@ def _weights(record: Mapping[str, Any], page: Page) -> None:
         if row["bytes"] > _LEAST * found["bytes"]
     ]
     page.fill("Weights", ("<read by", "<in", "<stored as", ">bytes", "<because"), rows)
-    page.note("the largest of each kind by name; bytes as in the type the model computes in")
+    page.note("the name is the largest of each kind; bytes as in the type that the model computes in")
 
 
 def _comparison(heading: str, accuracy: Mapping[str, Any], page: Page) -> None:
-    level, reasons = accuracy["verdict"]["level"], accuracy["verdict"]["reasons"]
-    page.say((heading, "bold"), "  ", (level.upper(), _LEVELS[level]), f"  {accuracy['data']}", indent=0)
+    level, reasons = _verdict(heading, accuracy, page)
     columns = (">SNR dB", ">cosine", ">rel. L2", ">max err", ">agree", ">worst sample")
     page.fill("", columns, [(output["name"], *_figures(output)) for output in accuracy["outputs"]])
     page.note("agree: the same argmax, or equal elements where an output is not floating")
@@ -143,6 +184,12 @@ def _comparison(heading: str, accuracy: Mapping[str, Any], page: Page) -> None:
         page.say((f"only the new model has: {', '.join(accuracy['extra'])}", "yellow"))
     for reason in reasons:
         page.say((f"{level}: ", _LEVELS[level]), reason)
+
+
+def _verdict(heading: str, accuracy: Mapping[str, Any], page: Page) -> tuple[str, list[str]]:
+    level, reasons = accuracy["verdict"]["level"], accuracy["verdict"]["reasons"]
+    page.say((heading, "bold"), "  ", (level.upper(), _LEVELS[level]), f"  {accuracy['data']}", indent=0)
+    return level, reasons
 
 
 def _figures(output: Mapping[str, Any]) -> list[str]:
@@ -196,6 +243,7 @@ def _warnings(record: Mapping[str, Any], page: Page) -> None:
 
 
 _SECTIONS = {
+    "runs": runs.show,
     "model": _model,
     "data": _data,
     "steps": steps.show,

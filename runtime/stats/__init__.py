@@ -1,1 +1,1 @@
-"""What is measured on samples."""
+"""Statistics and comparisons of samples."""

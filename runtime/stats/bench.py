@@ -1,4 +1,4 @@
-"""Latency of models side by side, so that a change of the machine's speed affects all models alike.
+"""Latencies of models in alternating runs, so that a change of the machine's speed affects all models alike.
 
 One round runs every model once. Every other round goes in the opposite order, so that no model always runs on a cache
 that its neighbour has warmed. The figure is the median over the rounds: the few rounds in which the operating system

@@ -66,7 +66,7 @@ class OutputComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` found. ``missing`` outputs are only in the reference, ``extra`` ones only in the candidate."""
+    """The result of ``compare``. ``missing`` outputs are in the reference alone, ``extra`` ones in the candidate."""
 
     outputs: tuple[OutputComparison, ...]
     feeds: int
@@ -236,11 +236,11 @@ def verdict(comparison: Comparison) -> Verdict:
     return Verdict(level, (*collapsed, *degraded))
 
 
-SATURATES = 1.0  # dB between exact arithmetic and this machine's from which the machine is to blame
+SATURATES = 1.0  # dB between exact arithmetic and this machine; from here on the machine is the cause
 
 
 def saturation(run: Comparison, exact: Comparison) -> str:
-    """Which outputs lose more to this machine's arithmetic than to the file, and why; empty when none does."""
+    """A sentence on the outputs that lose more to the arithmetic of this machine than to the file; "" without any."""
     pairs = [(here, there) for here in run.outputs for there in exact.outputs if here.name == there.name]
     lost = [
         f"{here.name} has {here.snr:.1f} dB as this machine runs the file, and {there.snr:.1f} dB in exact arithmetic"
@@ -251,7 +251,8 @@ def saturation(run: Comparison, exact: Comparison) -> str:
         return ""
     return (
         f"{'; '.join(lost)}. This processor (x86 without VNNI) adds pairs of uint8 x int8 products in 16 bits, which "
-        "saturates. Weights of 7 bits do not; processors with VNNI, and ARM, give the exact figure as it is"
+        "saturates. Weights of 7 bits (--reduce-range on) do not; processors with VNNI, and ARM, give the exact figure "
+        "as it is"
     )
 
 

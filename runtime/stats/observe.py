@@ -2,7 +2,7 @@
 
 An observer takes up the values of a tensor, one sample (a feed) at a time, and merges with another that has seen other
 samples of the same tensor. The result does not depend on how the samples were split or ordered: for counts and minima
-by nature, for sums because they are exact (``exact``), for covariances up to rounding (``moments``).
+by nature, for sums because they are exact (``exact``), for covariances up to rounding (``covariance``).
 
 One sample's activations are in memory at a time. When these are too large, the tensors are observed in groups, each
 with a run of its own.

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from channelfold.passes.base import Refusal, Refused
+from channelfold.passes.base import Outcome, Refused
 from channelfold.passes.channels.cut_regions import best_trace
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.widths import read_by
@@ -47,9 +47,15 @@ def answer(graph: gs.Graph, column: str) -> str:
         if column == "widths":
             read_by(graph, down, shapes)
         elif column == "ffns":
-            refused: list[Refusal] = []
-            found = find_ffns(graph, shapes, refused)
-            return "" if [ffn.down.node for ffn in found] == [node] else refused[0].reason if refused else "not seen"
+            outcome = Outcome()
+            found = find_ffns(graph, shapes, outcome)
+            return (
+                ""
+                if [ffn.down.node for ffn in found] == [node]
+                else outcome.refused[0].reason
+                if outcome.refused
+                else "not seen"
+            )
         elif Pairs(graph).at(node, plain=True) is None:
             return "not seen"
     except Refused as error:
@@ -100,7 +106,7 @@ def test_projections_behind_a_norm_are_no_ffns():
     """
     constants = {"W0": (8, 8), "W1": (8, 4), "W2": (8, 4), "gamma": 8, "eps": np.array(1e-5)}
     graph = build("(float[6,8] x0) => (float[6,4] y)", body, kind="float", **constants)
-    refused: list[Refusal] = []
+    outcome = Outcome()
     shapes = measured_shapes(graph, {"x0": np.ones((6, 8), np.float32)})
-    assert not find_ffns(graph, shapes, refused)
-    assert [refusal.node for refusal in refused] == [graph.nodes[1].name]  # the one behind Relu
+    assert not find_ffns(graph, shapes, outcome)
+    assert [refusal.node for refusal in outcome.refused] == [graph.nodes[1].name]  # the one behind Relu

@@ -15,7 +15,7 @@ from channelfold.runtime.data.sources import Data, open_data
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import check
 from channelfold.runtime.io.session import TensorSpec
-from channelfold.runtime.stats.moments import Moments
+from channelfold.runtime.stats.covariance import Moments
 from channelfold.tests.graphs import build, changes, listing, random, reasons, run
 
 TOKENS = 64

@@ -11,7 +11,7 @@ import pytest
 from channelfold.passes.base import Context
 from channelfold.passes.fold import FoldAffine
 from channelfold.tests.graphs import build, changes, constants, listing, ops, positive, random, reasons
-from channelfold.tests.passes.fold.maps import BN, IMAGE, NORM, ROWS, TOKENS, affine
+from channelfold.tests.passes.fold.maps import BN, IMAGE, NORM, ROWS, TOKENS, affine, left_after_a_fold
 
 # ---- backward ----------------------------------------------------------------------------------------------------
 
@@ -27,6 +27,74 @@ def test_batchnorm_goes_into_the_conv_before_it(kind, opset):
     assert listing(graph) == "y = Conv<pads=[1, 1, 1, 1]>(x, W, b)"
     assert changes(outcome) == ["BatchNormalization: into what precedes it"]
     assert outcome.changed[0].node == "BatchNormalization_1"
+
+
+FOLDED = {  # inputs, nodes, constants; what is left, and the changes or refusals
+    "a scale along the rows goes into a weight on the left": (
+        "(float[N,4,5] x) => (float[] y)", "t = MatMul(W, x) u = Add(b, t) y = Mul(u, a)",
+        {"W": (3, 4), "b": (3, 1), "a": (3, 1)}, "t = MatMul(W, x)\ny = Add(b, t)", None,
+    ),
+    "a scalar goes into a vector product": (
+        "(float[4] x) => (float[] y)", "t = MatMul(W, x) u = Mul(t, a) y = Add(u, c)",
+        {"W": (3, 4), "a": 2.0, "c": 0.5}, ["MatMul", "Add"], None,
+    ),
+    "the order of operands counts": (
+        IMAGE, "t = Conv(x, W) a = Sub(c, t) b = Div(a, d) e = Neg(b) y = Sub(e, c)",
+        {"W": (4, 4, 1, 1), "c": (4, 1, 1), "d": positive((1, 4, 1, 1))}, ["Conv"],
+        "Sub+Div+Neg+Sub: into what precedes it",
+    ),
+    "a norm without bias takes the scale, and the bias behind it stays": (
+        TOKENS, "n = RMSNormalization(x, p) t = Mul(n, a) u = Add(t, c) y = Sin(u)",
+        {"opset": 23, "kind": "float", "p": 4, "a": 4, "c": 4},
+        "n = RMSNormalization(x, p)\nu = Add(n, Add_2_add)\ny = Sin(u)",
+        "Add: RMSNormalization has no bias; Sin follows it",
+    ),
+    "a scale goes into a norm without bias": (
+        TOKENS, "n = LayerNormalization(x, p) y = Mul(n, a)", {"p": 4, "a": 4}, "y = LayerNormalization(x, p)", None
+    ),
+    "input normalization goes into the first Conv": (
+        IMAGE, "a = Sub(x, m) b = Div(a, d) y = Conv(b, W)",
+        {"W": (3, 4, 2, 2), "m": (1, 4, 1, 1), "d": positive((4, 1, 1))},
+        "y = Conv(x, W, Conv_2_bias)", "Sub+Div: into what follows it",
+    ),
+    "only the scale enters a padded Conv": (
+        IMAGE, f"n = {BN}(x, g, s, m, v) y = Conv<pads=[1,0,0,0]>(n, W)", {"W": (3, 4, 2, 2), **NORM}, ["Add", "Conv"],
+        "Add: an input of the graph precedes it; a shift does not pass the zero padding of Conv",
+    ),
+    "a map goes into every linear that reads it": (
+        ROWS, "n = LayerNormalization(x, p) t = Mul(n, a) u = Add(t, c) q = Gemm(u, A, i) "
+        "k = Gemm<transB=1, alpha=2.0>(u, B) y = Add(q, k)",
+        {"p": 4, "a": 4, "c": 4, "A": (4, 3), "B": (3, 4), "i": 3}, ["LayerNormalization", "Gemm", "Gemm", "Add"],
+        "Mul+Add: into what follows it",
+    ),
+    "shifts are not turned into more nodes": (
+        TOKENS, "u = Add(x, c) q = MatMul(u, A) k = MatMul(u, B) y = Concat<axis=-1>(q, k)",
+        {"c": 4, "A": (4, 3), "B": (4, 3)}, ["Add", "MatMul", "MatMul", "Concat"],
+        "Add: it would take 2 bias Adds behind the MatMuls that read it; an input of the graph precedes it",
+    ),
+    "one shift becomes one bias": (TOKENS, "u = Add(x, c) y = MatMul(u, A)", {"c": 4, "A": (4, 3)},
+                                   ["MatMul", "Add"], None),
+    "layer scale in a residual block": (
+        TOKENS, "a = MatMul(x, A) b = Add(a, p) r = Relu(b) c = MatMul(r, B) d = Add(c, q) s = Mul(g, d) y = Add(x, s)",
+        {"A": (4, 6), "p": 6, "B": (6, 4), "q": 4, "g": 4}, ["MatMul", "Add", "Relu", "MatMul", "Add", "Add"], None,
+    ),
+    "a map behind a gate is no norm": (
+        TOKENS, "s = Sigmoid(x) a = Mul(x, s) b = Mul(a, g) y = MatMul(b, W)", {"g": 4, "W": (4, 3)},
+        ["Sigmoid", "Mul", "MatMul"], None,
+    ),
+    "gamma and beta of a decomposed norm stay": (
+        TOKENS, "m = ReduceMean<axes=[-1]>(x) c = Sub(x, m) q = Pow(c, two) w = ReduceMean<axes=[-1]>(q) "
+        "e = Add(w, eps) r = Sqrt(e) n = Div(c, r) s = Mul(n, g) t = Add(s, b) y = MatMul(t, W)",
+        {"two": 2.0, "eps": 1e-5, "g": 4, "b": 4, "W": (4, 3)},
+        ["ReduceMean", "Sub", "Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul", "Add", "MatMul"],
+        "Mul+Add: it is the gamma or beta of a norm",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_what_is_left(case):
+    left_after_a_fold(*FOLDED[case])
 
 
 # the linear, what stays of a following Mul and Add over its 4 output channels, constants
@@ -66,34 +134,6 @@ def test_a_scale_and_shift_go_into_any_linear_before_them(case):
     assert text == expected
 
 
-def test_a_scale_along_the_rows_goes_into_a_weight_on_the_left():
-    graph = build(
-        "(float[N,4,5] x) => (float[] y)",
-        "t = MatMul(W, x)\n u = Add(b, t)\n y = Mul(u, a)",
-        W=(3, 4),
-        b=(3, 1),
-        a=(3, 1),
-    )
-    affine(graph)
-    assert listing(graph) == "t = MatMul(W, x)\ny = Add(b, t)"
-
-
-def test_a_scalar_goes_into_a_vector_product():
-    graph = build(
-        "(float[4] x) => (float[] y)", "t = MatMul(W, x)\n u = Mul(t, a)\n y = Add(u, c)", W=(3, 4), a=2.0, c=0.5
-    )
-    affine(graph)
-    assert ops(graph) == ["MatMul", "Add"]
-
-
-def test_the_order_of_operands_counts():
-    body = "t = Conv(x, W)\n a = Sub(c, t)\n b = Div(a, d)\n e = Neg(b)\n y = Sub(e, c)"
-    graph = build(IMAGE, body, W=(4, 4, 1, 1), c=(4, 1, 1), d=positive((1, 4, 1, 1)))
-    outcome = affine(graph)
-    assert ops(graph) == ["Conv"]
-    assert changes(outcome) == ["Sub+Div+Neg+Sub: into what precedes it"]
-
-
 @pytest.mark.parametrize(
     ("body", "given", "left"),
     [
@@ -109,20 +149,6 @@ def test_a_map_goes_into_the_norm_before_it(body, given, left):
     affine(graph)
     assert ops(graph) == [left]
     assert set(constants(graph)) == {"p", "q"}
-
-
-def test_a_norm_without_bias_takes_the_scale_and_the_bias_behind_it_stays():
-    body = "n = RMSNormalization(x, p)\n t = Mul(n, a)\n u = Add(t, c)\n y = Sin(u)"
-    graph = build(TOKENS, body, opset=23, kind="float", p=4, a=4, c=4)
-    outcome = affine(graph)
-    assert listing(graph) == "n = RMSNormalization(x, p)\nu = Add(n, Add_2_add)\ny = Sin(u)"
-    assert reasons(outcome) == ["Add: RMSNormalization has no bias; Sin follows it"]
-
-
-def test_a_scale_goes_into_a_norm_without_bias():
-    graph = build(TOKENS, "n = LayerNormalization(x, p)\n y = Mul(n, a)", p=4, a=4)
-    affine(graph)
-    assert listing(graph) == "y = LayerNormalization(x, p)"
 
 
 @pytest.mark.parametrize(
@@ -144,55 +170,6 @@ def test_a_map_along_another_axis_than_a_norms_parameters_stays(norm, p, a):
 # ---- forward -----------------------------------------------------------------------------------------------------
 
 
-def test_input_normalization_goes_into_the_first_conv():
-    graph = build(
-        IMAGE, "a = Sub(x, m)\n b = Div(a, d)\n y = Conv(b, W)", W=(3, 4, 2, 2), m=(1, 4, 1, 1), d=positive((4, 1, 1))
-    )
-    outcome = affine(graph)
-    assert listing(graph) == "y = Conv(x, W, Conv_2_bias)"
-    assert changes(outcome) == ["Sub+Div: into what follows it"]
-
-
-def test_only_the_scale_enters_a_padded_conv():
-    graph = build(IMAGE, f"n = {BN}(x, g, s, m, v)\n y = Conv<pads=[1,0,0,0]>(n, W)", W=(3, 4, 2, 2), **NORM)
-    outcome = affine(graph)
-    assert ops(graph) == ["Add", "Conv"]
-    assert reasons(outcome) == [
-        "Add: an input of the graph precedes it; a shift does not pass the zero padding of Conv"
-    ]
-
-
-def test_a_map_goes_into_every_linear_that_reads_it():
-    body = """
-        n = LayerNormalization(x, p)
-        t = Mul(n, a)
-        u = Add(t, c)
-        q = Gemm(u, A, i)
-        k = Gemm<transB=1, alpha=2.0>(u, B)
-        y = Add(q, k)
-    """
-    graph = build(ROWS, body, p=4, a=4, c=4, A=(4, 3), B=(3, 4), i=3)
-    outcome = affine(graph)
-    assert changes(outcome) == ["Mul+Add: into what follows it"]
-    assert ops(graph) == ["LayerNormalization", "Gemm", "Gemm", "Add"]
-
-
-def test_shifts_are_not_turned_into_more_nodes():
-    body = "u = Add(x, c)  q = MatMul(u, A)  k = MatMul(u, B)  y = Concat<axis=-1>(q, k)"
-    graph = build(TOKENS, body, c=4, A=(4, 3), B=(4, 3))
-    outcome = affine(graph)
-    assert not outcome.changed
-    assert reasons(outcome) == [
-        "Add: it would take 2 bias Adds behind the MatMuls that read it; an input of the graph precedes it"
-    ]
-
-
-def test_one_shift_becomes_one_bias():
-    graph = build(TOKENS, "u = Add(x, c)\n y = MatMul(u, A)", c=4, A=(4, 3))
-    affine(graph)
-    assert ops(graph) == ["MatMul", "Add"]
-
-
 @pytest.mark.parametrize(
     ("readers", "reason"),
     [
@@ -210,41 +187,7 @@ def test_a_reader_that_is_no_linear_keeps_the_map(readers, reason):
     assert reasons(outcome) == [f"{BN}: an input of the graph precedes it; {reason}"]
 
 
-def test_layer_scale_in_a_residual_block():
-    body = """
-        a = MatMul(x, A)
-        b = Add(a, p)
-        r = Relu(b)
-        c = MatMul(r, B)
-        d = Add(c, q)
-        s = Mul(g, d)
-        y = Add(x, s)
-    """
-    graph = build(TOKENS, body, A=(4, 6), p=6, B=(6, 4), q=4, g=4)
-    affine(graph)
-    assert ops(graph) == ["MatMul", "Add", "Relu", "MatMul", "Add", "Add"]
-
-
 # ---- patterns that stay ------------------------------------------------------------------------------------------
-
-
-def test_gamma_and_beta_of_a_decomposed_norm_stay():
-    body = """
-        m = ReduceMean<axes=[-1]>(x)
-        c = Sub(x, m)
-        q = Pow(c, two)
-        w = ReduceMean<axes=[-1]>(q)
-        e = Add(w, eps)
-        r = Sqrt(e)
-        n = Div(c, r)
-        s = Mul(n, g)
-        t = Add(s, b)
-        y = MatMul(t, W)
-    """
-    graph = build(TOKENS, body, two=2.0, eps=1e-5, g=4, b=4, W=(4, 3))
-    outcome = affine(graph)
-    assert not outcome.changed
-    assert reasons(outcome) == ["Mul+Add: it is the gamma or beta of a norm"]
 
 
 @pytest.mark.parametrize(
@@ -270,12 +213,6 @@ def test_gamma_of_a_decomposed_rms_norm_stays(inverse):
     outcome = affine(graph)
     assert not outcome.changed
     assert reasons(outcome) == ["Mul: it is the gamma or beta of a norm"]
-
-
-def test_a_map_behind_a_gate_is_no_norm():
-    graph = build(TOKENS, "s = Sigmoid(x)\n a = Mul(x, s)\n b = Mul(a, g)\n y = MatMul(b, W)", g=4, W=(4, 3))
-    affine(graph)
-    assert ops(graph) == ["Sigmoid", "Mul", "MatMul"]
 
 
 FORMULAS = {

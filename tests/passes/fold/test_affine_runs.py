@@ -22,23 +22,64 @@ from channelfold.tests.graphs import (
     reasons,
     run,
 )
-from channelfold.tests.passes.fold.maps import BN, IMAGE, NORM, ROWS, affine
+from channelfold.tests.passes.fold.maps import BN, IMAGE, NORM, ROWS, affine, left_after_a_fold
+
+W = (4, 4, 1, 1)
+K = (4, 1, 1)
+TWO = "(float[N,4,6,6] x) => (float[] t, float[] y)"
+FOLDED = {  # inputs, nodes, constants; what is left, and the changes or refusals
+    "an output inside a run ends the run": (
+        TWO, "c = Conv(x, W) t = Mul(c, a) y = Add(t, a)", {"W": W, "a": K}, "t = Conv(x, W)\ny = Add(t, a)", None
+    ),
+    "a tensor that is read twice is no run": (
+        IMAGE, "c = Conv(x, W) a = Mul(c, k) y = Add(a, a)", {"W": W, "k": K}, "c = Conv(x, W)\ny = Add(c, c)", None
+    ),
+    "weights that two convs share part ways": (
+        IMAGE, "c = Conv(x, W) n = Mul(c, a) d = Conv(x, W) m = Mul(d, e) y = Add(n, m)", {"W": W, "a": K, "e": K},
+        "c = Conv(x, W_folded)\nd = Conv(x, W)\ny = Add(c, d)", None,
+    ),
+    "one weight on both sides of a map": (
+        ROWS, "a = Gemm(x, W) b = Mul(a, k) c = Gemm(b, W) d = Mul(c, k) y = Sin(d)", {"W": (4, 4), "k": 4},
+        ["Gemm", "Gemm", "Sin"], None,
+    ),
+    "a run that cannot move becomes one Mul and one Add": (
+        IMAGE, "a = Mul(x, k) b = Add(a, k) c = Div(b, k) d = Sub(k, c) y = Sin(d)", {"k": K},
+        "c = Mul(x, Div_2_mul)\nd = Add(c, Sub_3_add)\ny = Sin(d)",
+        "Mul+Add+Div+Sub: 4 nodes merged into 2; they stay: an input of the graph precedes it; Sin follows it",
+    ),
+    "a run along two axes is two maps": (
+        IMAGE, "c = Conv(x, W) a = Mul(c, k) b = Mul(a, two) d = Mul(b, h) y = Sin(d)",
+        {"W": W, "k": K, "two": 2.0, "h": (6, 1)}, ["Conv", "Mul", "Sin"], None,
+    ),
+    "a run that does nothing vanishes": (
+        IMAGE, "r = Sin(x) a = Mul(r, two) b = Add(a, two) c = Sub(b, two) y = Div(c, two)", {"two": 2.0},
+        "y = Sin(x)", None,
+    ),
+    "a run that does nothing between two names becomes an Identity": (
+        IMAGE, "a = Neg(x) y = Neg(a)", {}, "y = Identity(x)", None
+    ),
+    "a result with other readers is not scaled": (
+        IMAGE, f"c = Conv(x, W) n = {BN}(c, g, s, m, v) y = Add(c, n)", {"W": W, **NORM},
+        ["Conv", BN, "Add"], f"{BN}: Conv in front of it has other readers; Add follows it",
+    ),
+    "a result that is an output is not scaled": (
+        TWO, "t = Conv(x, W) y = Mul(t, a)", {"W": W, "a": K}, ["Conv", "Mul"],
+        "Mul: Conv in front of it has other readers; its result is an output of the graph",
+    ),
+    "where one way overflows the other is taken": (
+        ROWS, "a = Gemm(x, A) b = Mul(a, k) y = Gemm(b, B)", {"kind": "float16", "rtol": 4e-3,
+        "A": np.full((4, 4), 100.0), "k": np.full(4, 1e3), "B": np.full((4, 2), 1e-3)},
+        ["Gemm", "Gemm"], "Mul: into what follows it",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_what_is_left(case):
+    left_after_a_fold(*FOLDED[case])
+
 
 # ---- readers, names, subgraphs -----------------------------------------------------------------------------------
-
-
-def test_a_result_with_other_readers_is_not_scaled():
-    graph = build(IMAGE, f"c = Conv(x, W)\n n = {BN}(c, g, s, m, v)\n y = Add(c, n)", W=(4, 4, 1, 1), **NORM)
-    assert reasons(affine(graph)) == [f"{BN}: Conv in front of it has other readers; Add follows it"]
-
-
-def test_a_result_that_is_an_output_is_not_scaled():
-    graph = build(
-        "(float[N,4,6,6] x) => (float[] c, float[] y)", "c = Conv(x, W)\n y = Mul(c, a)", W=(4, 4, 1, 1), a=(4, 1, 1)
-    )
-    assert reasons(affine(graph)) == [
-        "Mul: Conv in front of it has other readers; its result is an output of the graph"
-    ]
 
 
 def test_who_only_asks_for_the_shape_is_no_reader():
@@ -71,17 +112,6 @@ def test_shapes_that_contradict_the_weights_are_refused():
     ]
 
 
-def test_an_output_inside_a_run_ends_it():
-    graph = build(
-        "(float[N,4,6,6] x) => (float[] t, float[] y)",
-        "c = Conv(x, W)\n t = Mul(c, a)\n y = Add(t, a)",
-        W=(4, 4, 1, 1),
-        a=(4, 1, 1),
-    )
-    affine(graph)
-    assert listing(graph) == "t = Conv(x, W)\ny = Add(t, a)"
-
-
 def test_a_subgraph_that_reads_a_map_keeps_it():
     body = """
         n = Mul(x, a)
@@ -112,25 +142,6 @@ def test_a_subgraph_that_reads_a_weight_keeps_it():
     assert graph.nodes[0].inputs[1].name == "W_folded"
 
 
-def test_a_tensor_read_twice_is_no_run():
-    graph = build(IMAGE, "c = Conv(x, W)\n a = Mul(c, k)\n y = Add(a, a)", W=(4, 4, 1, 1), k=(4, 1, 1))
-    affine(graph)
-    assert listing(graph) == "c = Conv(x, W)\ny = Add(c, c)"
-
-
-def test_weights_that_two_convs_share_part_ways():
-    body = "c = Conv(x, W)\n n = Mul(c, a)\n d = Conv(x, W)\n m = Mul(d, e)\n y = Add(n, m)"
-    graph = build(IMAGE, body, W=(4, 4, 1, 1), a=(4, 1, 1), e=(4, 1, 1))
-    affine(graph)
-    assert listing(graph) == "c = Conv(x, W_folded)\nd = Conv(x, W)\ny = Add(c, d)"
-
-
-def test_one_weight_on_both_sides_of_a_map():
-    graph = build(ROWS, "a = Gemm(x, W)\n b = Mul(a, k)\n c = Gemm(b, W)\n d = Mul(c, k)\n y = Sin(d)", W=(4, 4), k=4)
-    affine(graph)
-    assert ops(graph) == ["Gemm", "Gemm", "Sin"]
-
-
 def test_a_large_shared_weight_is_not_copied():
     side = 512
     assert side * side * 8 > GROWTH_LIMIT
@@ -156,40 +167,6 @@ def test_nodes_of_one_name_are_refused_one_by_one():
 
 
 # ---- what becomes of a run ---------------------------------------------------------------------------------------
-
-
-def test_a_run_that_cannot_move_becomes_one_mul_and_one_add():
-    graph = build(IMAGE, "a = Mul(x, k)\n b = Add(a, k)\n c = Div(b, k)\n d = Sub(k, c)\n y = Sin(d)", k=(4, 1, 1))
-    outcome = affine(graph)
-    assert listing(graph) == "c = Mul(x, Div_2_mul)\nd = Add(c, Sub_3_add)\ny = Sin(d)"
-    assert changes(outcome) == [
-        "Mul+Add+Div+Sub: 4 nodes merged into 2; they stay: an input of the graph precedes it; Sin follows it"
-    ]
-
-
-def test_a_run_along_two_axes_is_two_maps():
-    graph = build(
-        IMAGE,
-        "c = Conv(x, W)\n a = Mul(c, k)\n b = Mul(a, two)\n d = Mul(b, h)\n y = Sin(d)",
-        W=(4, 4, 1, 1),
-        k=(4, 1, 1),
-        two=2.0,
-        h=(6, 1),
-    )
-    affine(graph)
-    assert ops(graph) == ["Conv", "Mul", "Sin"]
-
-
-def test_a_run_that_does_nothing_vanishes():
-    graph = build(IMAGE, "r = Sin(x)\n a = Mul(r, two)\n b = Add(a, two)\n c = Sub(b, two)\n y = Div(c, two)", two=2.0)
-    affine(graph)
-    assert listing(graph) == "y = Sin(x)"
-
-
-def test_a_run_that_does_nothing_between_two_names_becomes_an_identity():
-    graph = build(IMAGE, "a = Neg(x)\n y = Neg(a)")
-    affine(graph)
-    assert listing(graph) == "y = Identity(x)"
 
 
 @pytest.mark.parametrize("kind", ["double", "float", "float16"])
@@ -253,19 +230,6 @@ def test_products_out_of_the_range_of_float64_are_refused():
     outcome = FoldAffine().apply(graph, Context())
     assert not outcome.changed
     assert reasons(outcome) == ["Mul+Mul: an input of the graph precedes it; Sin follows it"]
-
-
-def test_where_one_way_overflows_the_other_is_taken():
-    graph = build(
-        ROWS,
-        "a = Gemm(x, A)\n b = Mul(a, k)\n y = Gemm(b, B)",
-        kind="float16",
-        A=np.full((4, 4), 100.0),
-        k=np.full(4, 1e3),
-        B=np.full((4, 2), 1e-3),
-    )
-    outcome = affine(graph, rtol=4e-3)
-    assert changes(outcome) == ["Mul: into what follows it"]
 
 
 def test_nothing_is_half_done_when_the_second_of_two_overflows():

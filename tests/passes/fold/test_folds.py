@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, given, settings
 
-from channelfold.passes.fold import FoldAffine, FoldConstants, FoldPad, RemoveIdentities
+from channelfold.passes.fold import (
+    FoldAffine,
+    FoldConstants,
+    FoldPad,
+    FoldShapes,
+    MergeEqual,
+    MergeMoves,
+    RemoveIdentities,
+)
 from channelfold.tests.graphs import fold
 from channelfold.tests.strategies import graphs
 
-FOLDS = (FoldConstants(), RemoveIdentities(), FoldAffine(), FoldPad(), RemoveIdentities(), FoldAffine())
+FOLDS = (
+    *(FoldConstants(), FoldShapes(), RemoveIdentities(), FoldAffine(), FoldPad(), RemoveIdentities(), FoldAffine()),
+    *(MergeMoves(), MergeEqual()),
+)
 
 
 # 1e-9 of the largest output: what a dozen float64 steps in an ill order may add up to. A wrong fold is off by far more.

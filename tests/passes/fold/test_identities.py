@@ -104,10 +104,7 @@ def test_dropout_whose_mask_is_read_stays():
 
 @pytest.mark.parametrize(
     ("body", "opset"),
-    [
-        ("t = Slice<starts=[0], ends=[2147483647], axes=[1]>(r)", 9),
-        ("t = Pad<pads=[0,0,0,0,0,0]>(r)", 9),
-    ],
+    [("t = Slice<starts=[0], ends=[2147483647], axes=[1]>(r)", 9), ("t = Pad<pads=[0,0,0,0,0,0]>(r)", 9)],
 )
 def test_old_opsets_say_it_in_attributes(body, opset):
     graph = graph_of(BATCH, body, opset=opset)

@@ -68,7 +68,7 @@ def test_bodies_are_places(where):
     info = [helper.make_tensor_value_info("r", TensorProto.FLOAT, ["n", 4])]
 
     def body(weight):
-        node = helper.make_node("MatMul" if weight is value else "Mul", ["x", weight.name], ["r"])
+        node = helper.make_node("MatMul" if weight is value else "Mul", ["x", weight.name], ["r"], "n")
         return helper.make_graph([node], "body", [], info, [weight])
 
     branches = {name: body(value if name == where else other) for name in ("then_branch", "else_branch")}
@@ -83,8 +83,9 @@ def test_bodies_are_places(where):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    found = rows(import_model(model))
-    assert found[f"{where} of If choice", "MatMul", FLOAT].reason == "inside If"
+    found = account(import_model(model), {f"n in {where} of If choice": "too few channels", "n": "another node"})
+    (row,) = (row for row in found if row.op == "MatMul")
+    assert (row.place, row.state, row.reason) == (f"{where} of If choice", FLOAT, "too few channels")
 
 
 def test_functions_and_defaults_are_named():

@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 
 from channelfold.passes.layers.linear import linears
-from channelfold.passes.layers.quantization_error import (
-    SYSTEMATIC,
-    Bits,
-    LayerError,
-    matrix,
-    quantized_activation,
-)
+from channelfold.passes.layers.quantization_error import SYSTEMATIC, Bits, LayerError, matrix, quantized_activation
 from channelfold.tests.graphs import build, feeds, random, run
 
 

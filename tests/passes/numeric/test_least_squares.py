@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from channelfold.passes.numeric.least_squares import energy, fill, order, penalty, regress, residual, slopes
+from channelfold.benchmarks.slopes import slopes
+from channelfold.passes.numeric.least_squares import energy, fill, order, penalty, regress, residual
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.quantize import Quantize
 from channelfold.runtime.data.sources import Data
-from channelfold.runtime.io.files import check
+from channelfold.runtime.io.files import check, session
 from channelfold.tests.graphs import build, random
 from channelfold.tests.graphs import samples as samples_of
 
@@ -37,6 +39,12 @@ def check_counts(outcome: Outcome) -> None:
     assert outcome.facts["quantized"] == len(changed)
     assert changed == outcome.facts["quantized_nodes"]
     assert outcome.facts["linears"] == len(changed) + len(refused)
+
+
+def optimized(graph: gs.Graph, folder: Path) -> list[str]:
+    """The operators that ONNX Runtime makes of a graph."""
+    session(graph, optimized=folder / "optimized.onnx")
+    return [n.op_type for n in onnx.load(folder / "optimized.onnx", load_external_data=False).graph.node]
 
 
 def snr(before: dict, after: dict) -> float:

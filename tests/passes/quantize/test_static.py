@@ -245,14 +245,17 @@ def test_activations_that_are_always_zero(target):
     assert ops(graph) == ["MatMul", "MatMul"]
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
-def test_dead_channels(target):
-    weight = random((24, 16, 1, 1), "W")
+@pytest.mark.parametrize(
+    ("target", "body"),
+    [("tensorrt", "y = Conv(x, W, b)"), ("onnxruntime", "f = Flatten(x) y = Gemm<transB=1>(f, W, b)")],
+)
+def test_dead_channels(target, body):
+    weight = random((24, 16, 1, 1) if target == "tensorrt" else (24, 256), "W")
     weight[[0, 5]] = 0
     weight[7] = 1e-30
     bias = random(24, "b")
     bias[5] = 0
-    graph = build("(float[N,16,4,4] x) => (float[] y)", "y = Conv(x, W, b)", kind="float", W=weight, b=bias)
+    graph = build("(float[N,16,4,4] x) => (float[] y)", body, kind="float", W=weight, b=bias)
     before = run(graph, next(iter(samples(graph))))
     quantize(graph, Quantize(target=target))
     assert (constants(graph)["W_scale"] > 0).all()
@@ -343,11 +346,10 @@ def test_a_tensor_that_a_convolution_and_a_product_read():
     assert snr(before, run(graph, next(iter(samples(graph))))) > 35
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
-def test_float16(target):
+def test_float16():
     graph = build("(float16[N,16,4,4] x) => (float16[] y)", "c = Conv(x, W, b) y = Relu(c)", opset=17, kind="float16",
                   W=random((24, 16, 1, 1), "W").astype(np.float16), b=random(24, "b").astype(np.float16))  # fmt: skip
-    step = Quantize(target=target)
+    step = Quantize()
     assert step.opset_for(graph) == 19
     graph = raise_opset(graph, 19)
     before = session(graph).run(next(iter(samples(graph))))
@@ -375,14 +377,17 @@ def test_inputs_and_outputs_of_the_graph_as_activations(target):
     assert snr(before, session(graph).run(next(iter(samples(graph))))) > 30
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
-def test_the_branch_that_runs_is_quantized(target):
+@pytest.mark.parametrize(
+    ("target", "op", "shapes"), [("tensorrt", "Conv", ("4,4", (1, 1))), ("onnxruntime", "MatMul", ("16", ()))]
+)
+def test_the_branch_that_runs_is_quantized(target, op, shapes):
     def body(name):
-        nodes = [onnx.helper.make_node("Conv", ["h", "W"], [f"{name}_y"], f"{name}_conv")]
+        nodes = [onnx.helper.make_node(op, ["h", "W"], [f"{name}_y"], f"{name}_conv")]
         return onnx.helper.make_graph(nodes, name, [], [onnx.helper.make_tensor_value_info(f"{name}_y", 1, None)])
 
-    graph = build("(float[N,16,4,4] x, bool p) => (float[] y)", "h = Conv(x, W) y = Conv(h, W)", kind="float",
-                  W=(16, 16, 1, 1))  # fmt: skip
+    sizes, kernel = shapes
+    graph = build(f"(float[N,16,{sizes}] x, bool p) => (float[] y)", f"h = {op}(x, W) y = {op}(h, W)", kind="float",
+                  W=(16, 16, *kernel))  # fmt: skip
     model = whole(graph)
     branches = onnx.helper.make_node("If", ["p"], ["i"], "if", then_branch=body("then"), else_branch=body("else"))
     model.graph.node.append(branches)
@@ -395,7 +400,7 @@ def test_the_branch_that_runs_is_quantized(target):
     outcome = quantize(graph, Quantize(target=target), data)
     assert outcome.facts["quantized"] == 3
     branches = node(graph, "If").attrs
-    assert [n.op for n in branches["then_branch"].nodes] == ["Conv"]
+    assert [n.op for n in branches["then_branch"].nodes] == [op]
     taken = branches["else_branch"].nodes[-1]
     assert [edit.producer(tensor).op for tensor in taken.inputs[:2]] == ["DequantizeLinear", "DequantizeLinear"]
     assert [(r.node, r.code) for r in outcome.refused] == [

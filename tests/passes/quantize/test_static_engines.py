@@ -14,21 +14,10 @@ from hypothesis import strategies as st
 
 from channelfold.passes.quantize import Quantize
 from channelfold.runtime.io.files import import_model, load, raise_opset, save, session
-from channelfold.runtime.io.session import Session, onnxruntime
+from channelfold.runtime.io.session import Session
 from channelfold.tests import strategies
-from channelfold.tests.graphs import build, constants, random, reasons, whole
+from channelfold.tests.graphs import build, random, reasons, whole
 from channelfold.tests.passes.quantize.quantized import network, quantize, samples, snr
-
-
-def optimized(graph: gs.Graph, folder: Path) -> list[str]:
-    """The operators that ONNX Runtime makes of a graph."""
-    save(graph, folder / "quantized.onnx")
-    ort = onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.optimized_model_filepath = str(folder / "optimized.onnx")
-    ort.InferenceSession(str(folder / "quantized.onnx"), options, providers=["CPUExecutionProvider"])
-    return [n.op_type for n in onnx.load(folder / "optimized.onnx").graph.node]
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
@@ -44,37 +33,6 @@ def test_accuracy_of_a_network(target, calibrator, tmp_path):
     runner = Session(tmp_path / "quantized.onnx")
     found = [runner.run(feed) for feed in data]
     assert snr({"y": np.stack([b["y"] for b in before])}, {"y": np.stack([f["y"] for f in found])}) > 32
-
-
-def test_onnxruntime_runs_in_integers(tmp_path):
-    graph = network()
-    quantize(graph, Quantize(target="onnxruntime"))
-    stored = constants(graph)
-    assert stored["x_zero_point"].dtype == np.uint8
-    assert stored["Conv_0_bias_quantized"].dtype == np.int32
-    assert stored["Conv_0_bias_scale"] == pytest.approx(stored["x_scale"] * stored["W1_scale"], rel=1e-6)
-    kinds = optimized(graph, tmp_path)
-    assert (kinds.count("QLinearConv"), kinds.count("QLinearAdd"), kinds.count("QGemm")) == (2, 1, 1)
-    assert kinds.count("QLinearGlobalAveragePool") == 1
-    assert {"Conv", "FusedConv", "Gemm", "Add", "MaxPool", "Relu"}.isdisjoint(kinds)
-    assert kinds.count("QuantizeLinear") == 1
-
-
-def test_onnxruntime_multiplies_matrices_in_integers(tmp_path):
-    graph = build("(float[N,4,32] x) => (float[] y)", "h = MatMul(x, W) g = Relu(h) y = MatMul(g, V)", kind="float",
-                  W=(32, 32), V=(32, 16))  # fmt: skip
-    quantize(graph, Quantize(target="onnxruntime"))
-    kinds = optimized(graph, tmp_path)
-    assert "MatMul" not in kinds
-    assert kinds == ["QuantizeLinear", "QLinearMatMul", "MatMulIntegerToFloat"]
-
-
-def test_what_is_refused_leaves_its_result_float_for_onnxruntime():
-    graph = network()
-    outcome = quantize(graph, Quantize(target="onnxruntime", exclude=("Conv_3",)))
-    assert outcome.facts["quantized"] == 2
-    quantized = [n.inputs[0].name for n in graph.nodes if n.op == "QuantizeLinear"]
-    assert quantized == ["x", "r1", "p", "f"]
 
 
 def test_old_models_whose_weights_are_computed_are_refused(tmp_path):
@@ -149,21 +107,3 @@ def test_tensorrt_runs_every_quantized_node_in_int8(tmp_path):
         assert engine.plan.readable, engine.plan.reason
         runs = {n: engine.plan.nodes[n].arithmetic for n in outcome.facts["quantized_nodes"]}
         assert set(runs.values()) == {"int8"}, (name, runs)
-
-
-@pytest.mark.parametrize("bias", [0.5, 20.0])
-def test_a_float16_bias_fits_the_steps_that_onnxruntime_stores_it_in(bias):
-    """ONNX Runtime makes int32 of it by way of float16, where bias / (s_x s_W) must not exceed 65504."""
-    body = "h = Conv<pads=[1,1,1,1]>(x, W, b) r = Relu(h) y = Conv(r, V)"
-    given = {
-        "W": random((32, 16, 3, 3), "W") / 12,
-        "b": bias * random(32, "b"),
-        "V": random((16, 32, 1, 1), "V") / 6,
-    }
-    given = {name: values.astype(np.float16) for name, values in given.items()}
-    graph = build("(float16[N,16,8,8] x) => (float16[] y)", body, opset=19, **given)
-    data = samples(graph)
-    feed = next(iter(data))
-    before = session(graph).run(feed)
-    quantize(graph, Quantize(target="onnxruntime"), data)
-    assert snr(before, session(graph).run(feed)) > 20

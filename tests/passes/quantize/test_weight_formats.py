@@ -12,8 +12,7 @@ from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import load, raise_opset, save, session
 from channelfold.tests.graphs import build, changes, constants, data_from, feeds, listing, random, reasons, run
-from channelfold.tests.passes.quantize.quantized import quantize, samples, snr
-from channelfold.tests.passes.quantize.test_static_engines import optimized
+from channelfold.tests.passes.quantize.quantized import optimized, quantize, samples, snr
 
 FORMS = {
     "matmul": ("float[N,96] x", "y = MatMul(x, W)", {"W": (96, 64)}),

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from channelfold.passes.base import Context
+from channelfold.passes.quantize import QuantizeWeights
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import (
     ShapeRange,
@@ -24,9 +26,12 @@ from channelfold.runtime.engine.build import (
     no_shapes,
     parse_shape,
 )
-from channelfold.runtime.engine.squeeze import name_unequal_sizes
+from channelfold.runtime.engine.squeeze import name_apart, name_unequal_sizes, put_codes_inside
 from channelfold.runtime.errors import BuildError, DataError, DependencyError, ModelError, OutputError, UsageError
+from channelfold.runtime.io.bodies import bodies
+from channelfold.runtime.io.files import check, import_model
 from channelfold.runtime.io.session import TensorSpec
+from channelfold.tests import decoders, graphs
 
 FLOAT = np.dtype("float32")
 
@@ -124,6 +129,27 @@ def test_unequal_sizes_of_one_name_get_names_of_their_own() -> None:
     ranges = {"a": (1, 1, 48, 192), "b": (1, 10), "c": (1, 10)}
     assert name_unequal_sizes(graph, {name: ShapeRange(dims, dims, dims) for name, dims in ranges.items()})
     assert {t.name: t.shape for t in inputs} == {"a": ["N", 1, "?_a_2", "?_a_3"], "b": ["N", "?_b_1"], "c": ["N", "M"]}
+
+
+def test_codes_stand_in_the_bodies_that_read_them_and_nodes_have_names_of_their_own() -> None:
+    graph = import_model(decoders.merged())
+    QuantizeWeights().apply(graph, Context())
+    feed = decoders.steps(1)[0]
+    before = graphs.run(graph, feed)
+    for body in bodies(graph):
+        body.graph.nodes[0].name = "same"
+    assert put_codes_inside(graph)
+    assert name_apart(graph)
+    check(graph)
+    for body in bodies(graph):
+        held = [node for node in body.graph.nodes if node.op == "DequantizeLinear"]
+        assert len(held) == 5
+        assert {node.inputs[0].inputs[0].op for node in held} == {"Constant"}
+        assert body.graph.nodes[1].name == f"same in {body.place}"
+    np.testing.assert_array_equal(before["y"], graphs.run(graph, feed)["y"])
+    assert not name_apart(graph)
+    assert not put_codes_inside(graph)
+    assert not name_apart(import_model(decoders.loop()))
 
 
 def test_dynamic_inputs_without_data_name_the_option_to_give() -> None:

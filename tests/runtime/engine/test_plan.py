@@ -60,6 +60,14 @@ def test_the_types_of_the_two_operands_decide(kind: str, a: str, b: str, arithme
     assert report.nodes == {"conv": NodeRun(arithmetic, kind, (TYPES.get(a, "?"), TYPES.get(b, "?")))}
 
 
+def test_a_node_in_a_body_goes_by_its_name() -> None:
+    names = layers("choice", "fc | then_branch (then_branch) | choice (If)", "a | b")
+    report = plan.read_plan(
+        plan_of(program(TYPES, multiply("fully_connected", "i", "w", names))), {"fc": "y", "a | b": "z"}
+    )
+    assert {name: run.arithmetic for name, run in report.nodes.items()} == {"fc": "int8", "a | b": "int8"}
+
+
 def test_nodes_merged_into_one_product_all_get_its_arithmetic() -> None:
     merged = multiply("fully_connected", "i", "w", layers("/q/MatMul", "dq", "/k/MatMul", "/v/MatMul"))
     report = plan.read_plan(plan_of(program(TYPES, merged)), {f"/{n}/MatMul": n for n in "qkv"})

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.runtime.io import edit
-from channelfold.runtime.io.files import check
+from channelfold.runtime.io.files import check, export, import_model
 from channelfold.tests.graphs import assert_same, build, feeds, listing, node, ops, run
 
 BRANCHES = """
@@ -120,6 +120,20 @@ def test_bypass_renames_the_right_one_of_several_outputs():
     assert edit.bypass(graph, tensor(graph, "b"), [graph.nodes[1]], tensor(graph, "y"))
     edit.sweep(graph)
     assert listing(graph) == "a, y = Split(x, s)"
+
+
+def test_rewrite_drops_attributes_that_are_carried():
+    squeeze = onnx.helper.make_node("Squeeze", ["x"], ["y"], doc_string="said")
+    squeeze.attribute.add(name="axes", type=onnx.AttributeProto.INTS)
+    sides = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in "xy"]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([squeeze], "g", sides[:1], sides[1:]), opset_imports=[onnx.helper.make_opsetid("", 11)]
+    )
+    graph = import_model(model)
+    edit.rewrite(graph.nodes[0], "Relu", [graph.inputs[0]])
+    check(graph)
+    (written,) = export(graph)[0].graph.node
+    assert (written.op_type, list(written.attribute), written.doc_string) == ("Relu", [], "said")
 
 
 def test_rewrite_drops_attributes_and_further_outputs():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import onnx.parser
 import pytest
 from onnx import helper, numpy_helper
 
 from channelfold.runtime.errors import ModelError
+from channelfold.runtime.io import files
 from channelfold.runtime.io.files import load
+from channelfold.runtime.io.names import reads
 from channelfold.tests.graphs import random
 
 
@@ -71,3 +74,22 @@ def test_what_runs_is_not_refused(tmp_path):
     made.graph.node.add(op_type="Vendor", input=["x"], output=["v"], name="v")
     (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
     assert len(load(tmp_path / "m.onnx", strict=True).nodes) == 5
+
+
+def test_branches_may_name_their_outputs_as_those_of_the_if():
+    text = """<ir_version: 10, opset_import: ["" : 17]>
+    g (float[n] x, bool c) => (float[n] y) {
+        h = Relu(x)
+        y = If(c) <
+            then_branch = a () => (float[n] y) { z = Neg(x) y = Exp(z) },
+            else_branch = b () => (float[n] y) { y = Abs(h) }
+        >
+    }"""
+    model = onnx.parser.parse_model(text)
+    (choice,) = (node for node in model.graph.node if node.op_type == "If")
+    assert list(reads(choice)) == ["c", "x", "h"]
+    graph = files.import_model(model)
+    x = np.array([-1, 2], np.float32)
+    for condition, expected in ((True, np.exp(-x)), (False, [0, 2])):
+        found = files.session(graph, optimize=False).run({"x": x, "c": np.array(condition)})
+        np.testing.assert_allclose(found["y"], expected, rtol=1e-6)

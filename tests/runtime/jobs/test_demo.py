@@ -16,7 +16,7 @@ from channelfold.runtime import jobs
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.report.terminal import render
 
-FOLDED = {"digits_repavit": 159, "digits_repavit_ln": 167}  # nodes
+FOLDED = {"digits_repavit": 131, "digits_repavit_ln": 139}  # nodes
 Of = Callable[[str], jobs.Record]
 
 each_model = pytest.mark.parametrize("name", MODELS)

@@ -158,7 +158,7 @@ def test_the_share_left_in_float_is_an_option_of_the_recipe(tmp_path):
 
 def test_the_smooth_recipe_folds_first(tmp_path):
     record = jobs.compress(DIGITS, tmp_path, "int8-smooth", source=jobs.Source(CALIBRATION, evaluation=EVALUATION))
-    assert [step["pass"] for step in record["steps"]][-3:] == ["fold-affine", "smooth", "quantize"]
+    assert [step["pass"] for step in record["steps"]][-3:] == ["merge-equal", "smooth", "quantize"]
     (site, *_) = record["steps"][-2]["facts"]["sites"]
     assert site["output_snr_db"][1] > site["output_snr_db"][0]
     assert record["accuracy"]["outputs"][0]["snr"] > 25

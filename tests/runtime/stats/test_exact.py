@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from channelfold.runtime.stats.channels import ChannelMoments, ChannelStatistics
+from channelfold.runtime.stats.covariance import Moments
 from channelfold.runtime.stats.exact import ExactSum
 from channelfold.runtime.stats.histograms import TensorStatistics
-from channelfold.runtime.stats.moments import Moments
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e300, max_value=1e300)
 

@@ -6,8 +6,8 @@ import pytest
 from channelfold.runtime.data.sources import Data, open_data
 from channelfold.runtime.errors import DataError
 from channelfold.runtime.io.session import TensorSpec
-from channelfold.runtime.stats import moments as module
-from channelfold.runtime.stats.moments import CHUNK, Moments, bytes_of, collect
+from channelfold.runtime.stats import covariance as module
+from channelfold.runtime.stats.covariance import CHUNK, Moments, bytes_of, collect
 from channelfold.tests.graphs import build
 
 

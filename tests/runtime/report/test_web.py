@@ -1,0 +1,162 @@
+"""The web page: the same figures as the terminal, whole names, and no way for a name to be more than a text."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from rich.console import Console
+
+from channelfold import models
+from channelfold.runtime import jobs
+from channelfold.runtime.errors import ChannelfoldError
+from channelfold.runtime.report.terminal import render, to_html, write_html
+from channelfold.tests.runtime.report.test_terminal import record
+
+EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\"'><b>"
+
+
+class Page(HTMLParser):
+    """The texts and the tags of a page."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self._inside: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._inside and self._inside.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self._inside):
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def terminal(shown: dict[str, Any]) -> str:
+    out = io.StringIO()
+    render(shown, Console(file=out, width=10_000))
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> dict[str, Any]:
+    data = models.path("digits_calibration.npz")
+    folder = tmp_path_factory.mktemp("out")
+    jobs.compress(models.path("digits_repavit.onnx"), folder, recipe="int8-smooth", source=jobs.Source(data))
+    return json.loads((folder / "report.json").read_text()) | {"folder": str(folder)}
+
+
+def figures(text: str) -> set[str]:
+    return set(re.findall(r"-?\d[\d,]*\.?\d*(?:e[+-]\d+)?", text))
+
+
+@pytest.mark.parametrize("which", ["made", "real"])
+def test_the_figures_are_those_of_the_terminal(which, real):
+    shown = record() if which == "made" else real
+    page = Page(to_html(shown))
+    printed = figures(re.sub(r"… and \d+ more", "", terminal(shown)))
+    assert len(printed) > 20
+    assert printed <= figures(page.text)
+
+
+def test_nothing_is_left_out(real):
+    """Every refused node and every site, by its whole name."""
+    page = Page(to_html(real))
+    for step in real["steps"]:
+        for refusal in step["refused"]:
+            assert refusal["node"] in page.text
+        for site in step["facts"].get("sites", ()):
+            assert site["node"] in page.text
+
+
+def test_the_page_needs_no_other_file_and_no_network(real):
+    page = Page(to_html(real))
+    assert not [tag for tag, _ in page.tags if tag in ("link", "img", "iframe", "object", "base", "form")]
+    assert not [attrs for _, attrs in page.tags if "src" in attrs]
+    assert all(str(attrs["href"]).startswith("#") for _, attrs in page.tags if "href" in attrs)
+    (policy,) = (str(a["content"]) for t, a in page.tags if t == "meta" and "http-equiv" in a)
+    assert policy.startswith("default-src 'none'")
+    assert re.search(r"script-src 'sha256-[\w+/=]+'$", policy)
+
+
+def planted(value: Any) -> Any:
+    """The record with an evil text at the end of every text."""
+    if isinstance(value, dict):
+        return {k: v if k in ("kind", "level", "schema", "form") else planted(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [planted(entry) for entry in value]
+    return value + EVIL if isinstance(value, str) and value not in ("inf", "-inf") else value
+
+
+def test_names_are_no_more_than_texts(real):
+    known = {tag for tag, _ in Page(to_html(real)).tags}
+    page = Page(to_html(planted(real)))
+    assert {tag for tag, _ in page.tags} <= known
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert EVIL in html.unescape(page.text)
+
+
+def test_links_lead_to_the_nodes(real):
+    page = Page(to_html(real))
+    anchors = [attrs["id"] for _, attrs in page.tags if str(attrs.get("id", "")).startswith("node:")]
+    links = {unquote(str(attrs["href"])[1:]) for tag, attrs in page.tags if tag == "a" and attrs.get("class") == "node"}
+    assert len(anchors) == len(set(anchors)) > 5
+    assert links == set(anchors)
+
+
+def test_the_page_of_a_large_model_is_small():
+    shown = record()
+    names = [f"/model/layers.{i // 12}/attention/block_{i}/MatMul" for i in range(1500)]
+    shown["steps"][0]["refused"] = [
+        {"node": n, "reason": "MatMul: it has no weight", "code": "no weight"} for n in names
+    ]
+    assert len(to_html(shown)) < 2e6
+
+
+def test_compress_writes_it_and_report_shows_both(real, tmp_path):
+    written = Path(real["folder"], "report.html").read_text(encoding="utf-8")
+    assert Page(written).text == Page(to_html(jobs.report(real["folder"]))).text
+    both = jobs.report(real["folder"], real["folder"])
+    assert f"{real['output']['bytes'] / 1e3:.1f} kB" in terminal(both)
+    assert jobs.page_beside(both, real["folder"]).name == "comparison.html"
+    for text, words in (("{", "is not JSON"), ('{"a": 1}', "is no report"), (None, "cannot be read")):
+        if text is not None:
+            (tmp_path / "r.json").write_text(text)
+        path = tmp_path / "r.json" if text is not None else tmp_path / "none"
+        with pytest.raises(ChannelfoldError, match=words):
+            jobs.report(path)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_in_a_browser(real, tmp_path):
+    """The script runs under the page's policy: headings are buttons, a link marks its node, nothing is logged."""
+    write_html(real, tmp_path / "page.html")
+    node = next(site["node"] for step in real["steps"] for site in step["facts"].get("sites", ()))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    url = f"{(tmp_path / 'page.html').as_uri()}#node:{node}"
+    done = subprocess.run([*command, url], capture_output=True, text=True, timeout=60, check=True)
+    assert "CONSOLE" not in done.stderr
+    page = Page(done.stdout)
+    assert any(tag == "button" for tag, _ in page.tags)
+    assert any(attrs.get("class") == "named" for tag, attrs in page.tags if tag == "tr")
