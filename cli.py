@@ -100,7 +100,7 @@ def _command(example: str) -> Callable[[Callable[..., Any]], click.Command]:
 def _deliver(record: dict[str, Any], as_json: bool, html: str | None) -> None:
     """Prints the record, and writes it as a web page."""
     if html:
-        importlib.import_module("channelfold.runtime.jobs.job").write_page(record, Path(html))
+        importlib.import_module("channelfold.runtime.report.terminal").write_html(record, html)
     _print(record, as_json)
 
 

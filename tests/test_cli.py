@@ -257,3 +257,11 @@ def test_gates_that_do_not(gate, run, tmp_path):
 
 def test_a_gate_that_nothing_could_meet(fails):
     assert "give 0.99" in fails(2, "diff", DIGITS, DIGITS, "--random", "1", "--min-agreement", "99")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error_and_do_not_end_up_in_the_model(closed, tmp_path):
+    out = tmp_path / "out.onnx"
+    command = shlex.join([sys.executable, "-m", "channelfold", "fold", str(DIGITS), "-o", str(out)])
+    assert subprocess.run(f"{command} {closed}", shell=True, capture_output=True).returncode == 0
+    onnx.checker.check_model(onnx.load(out))

@@ -133,7 +133,7 @@ class _Importer:
         described = {p.value for a in proto.quantization_annotation for p in a.quant_parameter_tensor_names}
         for tensor in proto.initializer:
             if tensor.name in names | described:
-                keep.initializer.append(self.folder.inlined(tensor))
+                keep.initializer.append(weights.tensor_proto(self.folder.values(tensor), tensor.name))
             if tensor.name not in names:
                 local[tensor.name] = gs.Constant(tensor.name, self.folder.values(tensor))
         for sparse in proto.sparse_initializer:

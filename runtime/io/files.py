@@ -28,7 +28,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.runtime.errors import ModelError, OutputError, VerificationError, nearest_path
-from channelfold.runtime.io import temporary, wire
+from channelfold.runtime.io import limits, temporary, wire
 from channelfold.runtime.io import weights as _weights
 from channelfold.runtime.io.convert import (
     Carried,
@@ -385,7 +385,7 @@ def inferred(model: onnx.ModelProto, anew: bool = False) -> onnx.GraphProto:
             if value.type.HasField("tensor_type"):
                 value.type.tensor_type.ClearField("shape")
     try:
-        return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        return onnx.shape_inference.infer_shapes(model, data_prop=limits.can_propagate(model.graph)).graph
     except Exception:  # an operator that inference chokes on leaves shapes unknown, which every pass copes with
         return onnx.GraphProto()
 

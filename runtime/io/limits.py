@@ -7,6 +7,7 @@ a second for every MB. ``CHANNELFOLD_LIMITS=off`` switches all of that off.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -14,10 +15,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from channelfold.runtime.errors import LimitError
 
 INTERVAL = 0.1  # seconds between two looks at the runs
 _BYTES, _TIMES = 3 << 30, 16
+_VALUES = 1 << 16
 _SECONDS, _PER_SECOND = 40, 1 << 20
 _HINT = "CHANNELFOLD_LIMITS=off lifts this limit"
 
@@ -46,6 +50,18 @@ def check(tensors: Iterable[tuple[str, int]], size: int) -> None:
                 f"{limit / 1e9:.1f} GB",
                 _HINT,
             )
+
+
+def can_propagate(graph: onnx.GraphProto) -> bool:
+    """Whether shape inference may compute with values: a Concat of its own results grows without bound."""
+    lengths = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        found = [lengths.get(name, 1) for name in node.input] or [1]
+        length = sum(found) if node.op_type == "Concat" else max(found)
+        if node.op_type == "Concat" and length > max(_VALUES, *found):
+            return False
+        lengths |= dict.fromkeys(node.output, length)
+    return True
 
 
 class Watch(threading.Thread):

@@ -1,7 +1,7 @@
 """The faults for which every runtime refuses a model, found before any work: a sentence for each, with the node.
 
     opsets        the opset of ONNX is 1 or higher
-    names         each tensor is written once; initializers, inputs and outputs are listed once; outputs are written
+    names         each tensor is written once; initializers, inputs and outputs are listed once; what is read is written
     order         no node depends on itself
     operators     the numbers of inputs and outputs, and the attributes, are those of the operator
 
@@ -44,7 +44,9 @@ def _unwritten(model: onnx.ModelProto) -> Iterator[str]:
         yield from (f"nothing computes the output {name!r} of its function {function.name!r}" for name in missing)
 
 
-def _faults(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> Iterator[str]:
+def _faults(
+    graph: onnx.GraphProto, opsets: Mapping[str, int], outer: frozenset[str] = frozenset(("",))
+) -> Iterator[str]:
     for domain, version in opsets.items():
         if version < (not domain) or version >> 31:
             yield f"its opset {f'of {domain!r} ' if domain else ''}is {version}"
@@ -56,12 +58,17 @@ def _faults(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> Iterator[str]:
             if name in written:
                 yield f"{_named(node)} writes {name!r}, which is written before"
             written.add(name)
+    known = outer | written | {sparse.values.name for sparse in graph.sparse_initializer}
     yield from _cycles(graph)
     for node in graph.node:
         yield from _misuses(node, opsets)
         for attribute in node.attribute:
             for part in (attribute.g, *attribute.graphs):
-                yield from _faults(part, opsets)
+                yield from _faults(part, opsets, known)
+    for node in graph.node:
+        yield from (
+            f"{_named(node)} reads {name!r}, which nothing computes" for name in node.input if name not in known
+        )
 
 
 def _doubles(names: Iterable[str]) -> list[str]:

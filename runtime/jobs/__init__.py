@@ -40,16 +40,8 @@ from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
-from channelfold.runtime.jobs.job import (
-    Job,
-    Progress,
-    Record,
-    Source,
-    check_folder,
-    check_kind,
-    write_page,
-    write_reports,
-)
+from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder, check_kind
+from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.compare import Gates
 
 PathLike = str | Path
@@ -96,10 +88,10 @@ def compress(
     job.open_both()
     job.check_output(out_dir / "report.json", "a report")
     job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
-    write_reports(job.record, out_dir)
+    terminal.write_both(job.record, out_dir)
     for sm in sms:
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
-    write_reports(job.record, out_dir)
+    terminal.write_both(job.record, out_dir)
     clear(out_dir / "checkpoint")
     job.check_share(require_share)
     job.check(gates)
@@ -320,7 +312,7 @@ def page_beside(record: Record, path: PathLike) -> Path:
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     page = folder / ("comparison.html" if "runs" in record else "report.html")
     check_kind(page, "a web page")
-    write_page(record, page)
+    terminal.write_html(record, page)
     return page
 
 

@@ -50,7 +50,6 @@ from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Feed, Session, TensorSpec
 from channelfold.runtime.io.shapes import check_sizes
 from channelfold.runtime.jobs import inspect_model as inspection
-from channelfold.runtime.report.terminal import to_html, to_json
 from channelfold.runtime.stats import compare
 from channelfold.runtime.stats.bench import latencies
 from channelfold.runtime.stats.compare import Gates, Runner
@@ -447,27 +446,6 @@ def check_kind(out: Path, kind: str) -> None:
     if out.is_file() and not files.is_of_kind(out, kind):
         raise OutputError(f"{out} is there, and is not {kind}", "Remove it, or give another output")
     check_folder(out.parent)
-
-
-def write_reports(record: Mapping[str, Any], folder: Path) -> None:
-    """Writes report.json and report.html into a folder. Raises OutputError."""
-    write_report(record, folder / "report.json")
-    write_page(record, folder / "report.html")
-
-
-def write_report(record: Mapping[str, Any], path: Path) -> None:
-    """Writes a record as JSON. Raises OutputError."""
-    _write(to_json(record) + "\n", path)
-
-
-def write_page(record: Mapping[str, Any], path: Path) -> None:
-    """Writes a record as a web page. Raises OutputError."""
-    _write(to_html(record), path)
-
-
-def _write(text: str, path: Path) -> None:
-    with files.writing(path) as file:  # whole or not at all
-        file.write(text.encode())
 
 
 def check_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import model_facts
 from channelfold.runtime.io.session import Session
 from channelfold.runtime.jobs import inspect_model as inspection
-from channelfold.runtime.jobs.job import write_reports
+from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.bench import latencies
 from channelfold.runtime.stats.metrics import ErrorSums
 
@@ -72,7 +72,7 @@ def run(
         "folder": str(folder),
         "no_engines": no_engines,
     }
-    write_reports(record, folder)
+    terminal.write_both(record, folder)
     return record
 
 

