@@ -67,7 +67,8 @@ class Row:
 def account(graph: gs.Graph, reasons: Mapping[str, str] | None = None) -> list[Row]:
     """The rows of a graph, the largest first.
 
-    ``reasons``: why nodes were left in float, by the name of the node, which ``located`` gives for nodes in bodies.
+    ``reasons``: why nodes were left in float, by the name of the node, as ``located`` names nodes in bodies. None where
+    nothing is quantized yet.
     """
     rows: dict[tuple[str, str, str, str], Row] = {}
     readers: dict[int, tuple[gs.Constant, list[tuple[str, gs.Node]]]] = {}
@@ -78,7 +79,7 @@ def account(graph: gs.Graph, reasons: Mapping[str, str] | None = None) -> list[R
                     readers.setdefault(id(tensor), (tensor, []))[1].append((place, node))
     for tensor, found in readers.values():
         place, node = min(found, key=lambda reader: _rank(*_reader(reader[1], tensor)))
-        _count(rows, place, node, tensor, reasons or {})
+        _count(rows, place, node, tensor, reasons)
     own = carried(graph)
     for tensor in own.graph.initializer if own else ():
         _add(rows, MAIN, "graph input", tensor.name, _dtype(tensor.data_type), tuple(tensor.dims), "may be overridden")
@@ -107,7 +108,7 @@ def unasked(rows: Sequence[Row]) -> str:
     part = sum(row.bytes for row in left) / max(1, sum(row.bytes for row in counted))
     if part <= WARNED:
         return ""
-    told = ", ".join(f"{_size(row.bytes)} read by {_who(row)} ({_why(row)})" for row in left[:3])
+    told = ", ".join(f"{_size(row.bytes)} read by {_who(row)} ({row.reason})" for row in left[:3])
     return f"{part:.0%} of the weight bytes stay float: {told}" + (
         f" and {len(left) - 3} more" if len(left) > 3 else ""
     )
@@ -119,10 +120,6 @@ def _size(count: int) -> str:
 
 def _who(row: Row) -> str:
     return f"{row.op or row.place} such as {row.largest}" if row.place == MAIN else f"{row.op} in the {row.place}"
-
-
-def _why(row: Row) -> str:
-    return row.reason or f"no weight of {row.op} is quantized"
 
 
 def share(rows: Sequence[Row]) -> float:
@@ -144,7 +141,7 @@ def _count(
     place: str,
     node: gs.Node,
     tensor: gs.Constant,
-    reasons: Mapping[str, str],
+    reasons: Mapping[str, str] | None,
 ) -> None:
     dtype = np.dtype(tensor.dtype) if tensor.dtype is not None else np.dtype(object)
     shape = tuple(tensor.shape)
@@ -152,11 +149,13 @@ def _count(
     if edit.is_float_type(dtype):
         if node.op in ("DequantizeLinear", "QuantizeLinear") or any(part in node.op for part in _INTEGER):
             return  # a scale: it comes with the codes
-        reason = reasons.get(reader.name if place == MAIN else located(reader.name, place), "")
+        reason = (reasons or {}).get(reader.name if place == MAIN else located(reader.name, place), "")
         if math.prod(shape) == max(shape, default=1):
             reason = VECTOR
-        elif not reason:
-            reason = "" if place == MAIN else f"inside {place.split(' ')[2]}"
+        elif not reason and place != MAIN:
+            reason = f"inside {place.split(' ')[2]}"
+        elif not reason and reasons is not None:
+            reason = f"no weight of {reader.op} is quantized"
         _add(rows, place, reader.op, tensor.name, dtype, shape, reason)
     elif _is_code(node, tensor):
         width = (scale.itemsize if scale is not None else 4) * 8 // int(node.attrs.get("bits", 8))  # several to a byte
