@@ -296,7 +296,7 @@ def _holds_sizes(tensor: gs.Tensor) -> bool:
 def _nothing_known(tensor: gs.Tensor, shape: Shape | None) -> np.ndarray | None:
     if shape is None or not _holds_sizes(tensor) or len(shape) > 1:
         return None
-    numbers = [n for d in shape if (n := d.known) is not None and n <= _LIMIT]
+    numbers = [n for d in shape if (n := d.known) is not None and 0 <= n <= _LIMIT]  # a dead branch may subtract
     return np.full(numbers, None, object) if len(numbers) == len(shape) else None
 
 

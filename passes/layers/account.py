@@ -57,7 +57,8 @@ class Row:
 def account(graph: gs.Graph, reasons: Mapping[str, str] | None = None) -> list[Row]:
     """The rows of a graph, the largest first.
 
-    ``reasons`` says why nodes stay float, by the name of the node, which ``located`` gives for nodes in bodies.
+    ``reasons`` says why nodes stay float, by the name of the node, which ``located`` gives for nodes in bodies. None
+    where nothing is quantized yet.
     """
     rows: dict[tuple[str, ...], Row] = {}
 
@@ -72,7 +73,7 @@ def account(graph: gs.Graph, reasons: Mapping[str, str] | None = None) -> list[R
                     readers.setdefault(id(tensor), (tensor, []))[1].append((place, node))
     for tensor, found in readers.values():
         place, node = min(found, key=lambda reader: _rank(_reader(reader[1], tensor)[0]))
-        if state := _state(place, node, tensor, reasons or {}):
+        if state := _state(place, node, tensor, reasons):
             reader, kind, reason, width = state
             add(place, reader, kind, reason, tensor.name, math.prod(tensor.shape) * width)
     own = carried(graph)
@@ -112,7 +113,7 @@ def unasked(rows: Sequence[Row]) -> str:
 def _told(row: Row) -> str:
     size = f"{row.bytes / 1e6:.1f} MB" if row.bytes >= 1e6 else f"{row.bytes / 1e3:.1f} kB"
     where = f" such as {row.largest}" if row.place == MAIN else f" in the {row.place}"
-    return f"{size} read by {row.op}{where} ({row.reason or f'no weight of {row.op} is quantized'})"
+    return f"{size} read by {row.op}{where} ({row.reason})"
 
 
 def share(rows: Sequence[Row]) -> float:
@@ -130,7 +131,7 @@ def _places(inside: Sequence[Body], place: str, graph: gs.Graph) -> Iterator[tup
 
 
 def _state(
-    place: str, node: gs.Node, tensor: gs.Constant, reasons: Mapping[str, str]
+    place: str, node: gs.Node, tensor: gs.Constant, reasons: Mapping[str, str] | None
 ) -> tuple[str, str, str, int] | None:
     """(operator, state, reason, bytes of an element) of a constant that a node reads; None where it is no weight."""
     dtype = np.dtype(tensor.dtype) if tensor.dtype is not None else np.dtype(object)
@@ -141,7 +142,8 @@ def _state(
     with_codes = node.op in ("DequantizeLinear", "QuantizeLinear") or any(part in node.op for part in _INTEGER)
     if not edit.is_float_type(dtype) or with_codes:
         return None  # a scale comes with its codes
-    reason = reasons.get(reader.name if place == MAIN else located(reader.name, place), "")
+    unknown = "" if reasons is None else f"no weight of {reader.op} is quantized"
+    reason = (reasons or {}).get(reader.name if place == MAIN else located(reader.name, place), unknown)
     vector = math.prod(tensor.shape) == max(tensor.shape, default=1)
     return reader.op, FLOAT, VECTOR if vector else reason, dtype.itemsize
 

@@ -101,10 +101,11 @@ def random_data(
         if spec.dtype == np.dtype(object):
             raise DataError(f"Input {spec.name!r} takes strings, which cannot be random", "Give real data")
     dims = {spec.shape[0]: 1 for spec in inputs if spec.shape and isinstance(spec.shape[0], str)} | dims
+    past = size // 2 if any(map(_grows, inputs)) else 0
+    _Step(inputs, dims, past, size - past, size, False).shapes()  # which may be too large
 
     def feeds() -> Iterator[Feed]:
         steps = _rollouts(inputs, dims, seed, run) if run is not None and rolls(inputs) else iter(())
-        past = size // 2 if any(map(_grows, inputs)) else 0
         for index in range(n):
             step = _Step(inputs, dims, past, size - past, size, bool(index % 2))
             feed = next(steps, None)
@@ -169,7 +170,12 @@ class _Step:
         self.dims = {name: known for name, known in sizes.items() if isinstance(name, str)} | dict(dims)
 
     def feed(self, rng: np.random.Generator) -> Feed:
-        return {spec.name: self._values(spec, self._shape(spec), rng) for spec in self.inputs}
+        shapes = self.shapes()
+        return {spec.name: self._values(spec, shapes[spec.name], rng) for spec in self.inputs}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the inputs. Raises DataError for an input that is too large to be random."""
+        return {spec.name: self._shape(spec) for spec in self.inputs}
 
     def _shape(self, spec: TensorSpec) -> tuple[int, ...]:
         found = (1 if axis == 0 and dim is None else self.dims.get(str(dim), self.size)

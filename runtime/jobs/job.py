@@ -229,7 +229,7 @@ class Job:
         steps = self.record["steps"]
         quantized = [step for step in steps if "quantized" in step["facts"]]
         reasons = {r["node"]: r["code"] or r["reason"] for step in quantized for r in step["refused"]}
-        rows = account.account(graph, reasons)
+        rows = account.account(graph, reasons if quantized else None)
         self.record["weights"] = account.to_json(rows)
         if not any(step["changed"] for step in steps):
             self.warn(f"{nothing}: the result computes with the weights that the model had")
