@@ -319,7 +319,18 @@ class _Negate(Negate):
 
 @pytest.mark.parametrize("samples", [None, decoders.steps(kinds=(True,))], ids=["random", "cache only"])
 def test_a_wrong_rewrite_in_a_branch_that_no_probe_takes_is_found(samples):
-    graph = import_model(decoders.merged())
+    """The condition holds for all values below 1e30, so that no probe reaches the other branch."""
+    model = decoders.merged()
+    asked = [
+        node("Abs", "x", "size"),
+        node("ReduceMax", "size", "largest", keepdims=0),
+        node("Less", "largest huge", "usual"),
+        node("Or", "use_cache_branch usual", "taken"),
+    ]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1e30, np.float32), "huge"))
+    model.graph.node[0].input[0] = "taken"
+    model.graph.node.extend([*asked, model.graph.node.pop(0)])
+    graph = import_model(model)
     before = listing(bodies(graph)[0].graph)
     with pytest.raises(Violation, match=r"Abs 'n_r_else' writes in else_branch of If choice"):
         pipeline.run(graph, [Negate()], Context(data_from(*samples) if samples else None))
