@@ -31,7 +31,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import weights
-from channelfold.runtime.io.names import NodeNames
+from channelfold.runtime.io.names import NodeNames, in_order
 from channelfold.runtime.io.weights import DataFolder, MappedFile, Scratch, Values
 
 G_LOGGER.severity = G_LOGGER.ERROR
@@ -142,11 +142,10 @@ class _Importer:
         info = {value.name: value for value in (*proto.value_info, *proto.output, *inputs)}
         graph_inputs = [_lookup(value.name, local, local, info) for value in inputs]
         names = NodeNames(proto)
-        nodes = [
-            node
-            for index, source in enumerate(proto.node)
-            if (node := self._node(source, names.of(source, index), scope, info)) is not None
-        ]
+        named = [(source, names.of(source, index)) for index, source in enumerate(proto.node)]
+        order = in_order(proto.node)
+        order = order if len(order) == len(named) else range(len(named))  # a node that depends on itself: see validate
+        nodes = [node for i in order if (node := self._node(*named[i], scope, info)) is not None]
         outputs = [_lookup(value.name, local, local, info) for value in proto.output]
         for tensor in outputs:
             if isinstance(tensor, gs.Constant):

@@ -6,8 +6,9 @@ share one.
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx
 
@@ -27,6 +28,29 @@ class NodeNames:
         self._used.add(name)
         self._known.add(name)
         return name
+
+
+def in_order(nodes: Sequence[onnx.NodeProto]) -> list[int]:
+    """The indices of nodes, each behind those that write what the node or its subgraphs read; otherwise as they are.
+
+    Nodes that depend on their own output are left out. ONNX Runtime sorts nodes too, so that files need not be sorted.
+    """
+    writers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    sources = [{writers[name] for name in reads(node) if name in writers} for node in nodes]
+    readers: dict[int, list[int]] = {}
+    for index, found in enumerate(sources):
+        for source in found:
+            readers.setdefault(source, []).append(index)
+    waiting = [len(found) for found in sources]
+    ready = [index for index, count in enumerate(waiting) if not count]  # a heap, being sorted
+    order = []
+    while ready:
+        order.append(heapq.heappop(ready))
+        for reader in readers.get(order[-1], ()):
+            waiting[reader] -= 1
+            if not waiting[reader]:
+                heapq.heappush(ready, reader)
+    return order
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:

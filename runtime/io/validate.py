@@ -18,7 +18,7 @@ from pathlib import Path
 import onnx
 
 from channelfold.runtime.errors import ModelError
-from channelfold.runtime.io.names import reads
+from channelfold.runtime.io.names import in_order
 
 _KIND = onnx.AttributeProto
 _STANDARD = ("", "ai.onnx")
@@ -76,20 +76,8 @@ def _doubles(names: Iterable[str]) -> list[str]:
 
 
 def _cycles(graph: onnx.GraphProto) -> Iterator[str]:
-    writers = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
-    sources = [{writers[name] for name in reads(node) if name in writers} for node in graph.node]
-    readers: dict[int, list[int]] = {}
-    for index, found in enumerate(sources):
-        for source in found:
-            readers.setdefault(source, []).append(index)
-    waiting = [len(found) for found in sources]
-    ready = [index for index, count in enumerate(waiting) if not count]
-    while ready:
-        for reader in readers.get(ready.pop(), ()):
-            waiting[reader] -= 1
-            if not waiting[reader]:
-                ready.append(reader)
-    yield from (f"{_named(graph.node[i])} depends on its own output" for i, count in enumerate(waiting) if count)
+    inside = set(range(len(graph.node))) - set(in_order(graph.node))
+    yield from (f"{_named(graph.node[i])} depends on its own output" for i in sorted(inside))
 
 
 def _misuses(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Iterator[str]:

@@ -93,3 +93,24 @@ def test_branches_may_name_their_outputs_as_those_of_the_if():
     for condition, expected in ((True, np.exp(-x)), (False, [0, 2])):
         found = files.session(graph, optimize=False).run({"x": x, "c": np.array(condition)})
         np.testing.assert_allclose(found["y"], expected, rtol=1e-6)
+
+
+def test_nodes_are_put_in_order():
+    """ONNX Runtime sorts the nodes of a file, those that only a branch reads too, and so does reading it."""
+    text = """<ir_version: 10, opset_import: ["" : 17]>
+    g (float[n] x, bool c) => (float[n] y) {
+        y = If(c) <
+            then_branch = a () => (float[n] t) { t = Neg(h) },
+            else_branch = b () => (float[n] e) { e = Abs(h) }
+        >
+        h = Sub(k, x)
+        k = Exp(x)
+    }"""
+    model = onnx.parser.parse_model(text)
+    graph = files.import_model(model)
+    assert [node.op for node in graph.nodes] == ["Exp", "Sub", "If"]
+    (read,) = graph.nodes[-1].attrs["then_branch"].nodes[0].inputs
+    assert read is graph.nodes[1].outputs[0]
+    feed = {"x": np.array([1, -2], np.float32), "c": np.array(True)}
+    found = files.session(graph, optimize=False).run(feed)
+    np.testing.assert_allclose(found["y"], feed["x"] - np.exp(feed["x"]), rtol=1e-6)
