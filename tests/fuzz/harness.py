@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,19 @@ MEMORY = 4 << 30
 EXACT = ("fold", "smooth", "reparam", "inspect")  # commands whose result computes the same function
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["channelfold.tests.fuzz.preload"])
+
+
+@functools.cache
+def _start_server() -> None:
+    """Starts the process that runs are forked from. Python gives it the import path of this process too late."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def budget(usual: int) -> range:
@@ -138,6 +154,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def started(folder: Path, args: list[str], kill_at: int | None = None) -> dict:
     """Runs a command line in a process forked from one that has everything loaded: what came of it."""
+    _start_server()
     begin = time.monotonic()
     process = FORKS.Process(target=_child, args=(str(folder), list(map(str, args)), kill_at))
     process.start()
