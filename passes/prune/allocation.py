@@ -130,13 +130,17 @@ def under_budget(
 
     counts = [group.counts(align) for group in groups]
     starts = (uniform(groups, costs, budget, align), ranked(groups, values, costs, budget, align))
-    kept = max(starts, key=value)
-    for _ in range(_ROUNDS):
-        better = max(_solutions_near(kept, counts, values, costs, budget), key=value, default=kept)
-        if value(better) <= value(kept):
+    best = max(starts, key=value)
+    for kept in (best, [int(options[0]) for options in counts]):  # the second where the first leads to nothing better
+        for _ in range(_ROUNDS):
+            better = max(_solutions_near(kept, counts, values, costs, budget), key=value, default=kept)
+            if value(better) <= value(kept):
+                break
+            kept = better
+        if value(kept) > value(best):
+            best = kept
             break
-        kept = better
-    return _filled(kept, counts, values, costs, budget)
+    return _filled(best, counts, values, costs, budget)
 
 
 def _switches(group: Group, align: int) -> np.ndarray:
