@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -21,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +29,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 FIRST = int(os.environ.get("CHANNELFOLD_FUZZ_SEED", 0))
 SECONDS = 60
@@ -38,17 +39,14 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["channelfold.tests.fuzz.preload"])
 
 
-@functools.cache
+_STARTING = threading.Lock()
+
+
 def _start_server() -> None:
     """Starts the process that runs are forked from. Python gives it the import path of this process too late."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    try:
+    with _STARTING, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         forkserver.ensure_running()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
 
 
 def budget(usual: int) -> range:
