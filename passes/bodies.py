@@ -48,13 +48,6 @@ def _shared(graph: gs.Graph) -> frozenset[int]:
     return frozenset(key for key, parts in seen.items() if len(parts) > 1)
 
 
-def copy_of(graph: gs.Graph) -> gs.Graph:
-    """A graph of the same nodes and weights that stays as it is when passes change ``graph``."""
-    copy = gs.Graph()
-    Snapshot.of(graph).restore(copy)
-    return copy
-
-
 def verify_bodies(before: Snapshot, after: Snapshot, probes: Data, seed: int) -> Iterator[tuple[str, Verdict]]:
     """(place, verdict) of every body that an exact pass has changed: the body itself, before and after.
 
@@ -94,7 +87,7 @@ def data_inside(graph: gs.Graph, data: Data) -> dict[int, Data]:
     """What reaches every body when the graph as it is now runs on ``data``, by the id of the graph of the body."""
     found: dict[int, Data] = {}
     here = bodies(graph)
-    pending = [(*pair, data) for pair in zip(here, bodies(copy_of(graph)) if here else [], strict=True)]
+    pending = [(*pair, data) for pair in zip(here, bodies(Snapshot.of(graph).graph()) if here else [], strict=True)]
     while pending:
         body, copy, outer = pending.pop()
         found[id(body.graph)] = reaching(copy, outer)

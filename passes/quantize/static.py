@@ -224,8 +224,7 @@ def _fused(
     """
     before, trial = Snapshot.of(graph), graph
     while sites:
-        trial = gs.Graph()
-        before.restore(trial)
+        trial = before.graph()
         infer_shapes(trial)
         views = {linear.name: linear for linear in linears(trial)}
         tried = [views[site.name] for site in sites]
