@@ -182,8 +182,7 @@ class _Runner:
         try:
             check(self._graph)
         except VerificationError as error:
-            original = gs.Graph()
-            self._state.restore(original)
+            original = self._state.graph()
             try:
                 check(original)
             except VerificationError as before:  # an operator that ONNX does not know is no news at every step

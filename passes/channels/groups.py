@@ -90,8 +90,7 @@ class Copies:
 
         The keys of ``keeps`` are the ids of the regions of the original graph.
         """
-        twin = gs.Graph()
-        self._state.restore(twin)
+        twin = self._state.graph()
         nodes, tensors = {node.name: node for node in twin.nodes}, twin.tensors()
         regions = (region for region in self._regions if id(region) in keeps)
         return twin, [(region.copied(nodes, tensors), keeps[id(region)][1]) for region in regions]
