@@ -1,23 +1,10 @@
-"""The command line: parse, call the job of the same name in ``runtime.jobs``, print its record, exit.
-
-The record goes to stdout (tables, or JSON with ``--json``), everything else to stderr. Only click is imported before a
-command runs, so that help is instant and works where nothing else is installed.
-"""
+"""The command line: parse, call the job of the same name in ``runtime.jobs``, which ``runtime.shell`` runs."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import functools
-import importlib
-import io
 import json
-import os
 import shlex
-import sys
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -26,25 +13,13 @@ from channelfold import __version__
 from channelfold.passes import BUILT_IN, PASSES
 from channelfold.passes import recipe as recipes
 from channelfold.runtime import flags as opt
-from channelfold.runtime.errors import ChannelfoldError, OutputError, nearest
-from channelfold.runtime.report.names import one_line, safe
-from channelfold.runtime.report.progress import Progress
+from channelfold.runtime import shell
+from channelfold.runtime.errors import nearest
 
 DEMO_SMS = (86, 89)
 
 
-class _Commands(click.Group):
-    """A group that names the nearest command for a misspelt one."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
-            raise click.UsageError(f"No such command {args[0]!r}. {nearest(args[0], self.commands)}", ctx)
-        return super().resolve_command(ctx, args)
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=shell.Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="channelfold", message="%(prog)s %(version)s")
 def cli() -> None:
     """Compress ONNX models by working on their channels, build TensorRT engines, prove the result.
@@ -63,139 +38,13 @@ def cli() -> None:
     """
 
 
-# ---- running a job -----------------------------------------------------------------------------------------------
-
-
 def _command(example: str) -> Callable[[Callable[..., Any]], click.Command]:
-    """Makes a command of a function that returns a record. The help ends with the example.
-
-    The command also has --json, --html and --debug, and passes ``jobs`` and ``progress`` to the function.
-    """
-
-    def register(function: Callable[..., Any]) -> click.Command:
-        @functools.wraps(function)
-        def run(as_json: bool, html: str | None, debug: bool, **options: Any) -> None:
-            jobs = importlib.import_module("channelfold.runtime.jobs")
-            if html:
-                importlib.import_module("channelfold.runtime.jobs.job").check_kind(Path(html), "a web page")
-            try:
-                with Progress() as progress, contextlib.redirect_stdout(sys.stderr):
-                    record = function(jobs, progress=progress, **options)
-            except jobs.GateMissed as missed:
-                _deliver(missed.record, as_json, html)
-                raise
-            _deliver(record, as_json, html)
-
-        command = cli.command(name=function.__name__, epilog=f"\b\nExample:\n  {example}")(run)
-        command.params += [
-            click.Option(["--json", "as_json"], is_flag=True, help="Print the report as JSON."),
-            click.Option(["--html"], metavar="FILE", type=click.Path(), help="Also write the report as a web page."),
-            click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
-        ]
-        return command
-
-    return register
-
-
-def _deliver(record: dict[str, Any], as_json: bool, html: str | None) -> None:
-    """Prints the record, and writes it as a web page."""
-    if html:
-        importlib.import_module("channelfold.runtime.report.terminal").write_html(record, html)
-    _print(record, as_json)
-
-
-def _print(record: dict[str, Any], as_json: bool) -> None:
-    """Prints the record to stdout. Warnings go to stderr too, unless stdout is a terminal, which shows them already."""
-    from rich.console import Console
-
-    from channelfold.runtime.report.terminal import render, to_json
-
-    try:
-        if as_json:
-            click.echo(to_json(record))
-        else:
-            render(record, Console(width=None if sys.stdout.isatty() else 10_000))
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader (head, less) has ended, which click takes quietly
-        raise
-    except OSError as error:
-        with contextlib.suppress(OSError):  # else Python fails again at exit, on the rest of the buffer
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputError(f"The report cannot be written to stdout ({error.strerror})") from None
-    collapsed = (record.get("accuracy") or {}).get("verdict", {}).get("level") == "collapsed"
-    for warning in record["warnings"]:
-        if as_json or not sys.stdout.isatty() or (collapsed and warning.startswith("THE OUTPUTS")):
-            _say("warning:", warning, "yellow")
-
-
-def _say(label: str, text: str, color: str) -> None:
-    """Prints one line of at most 500 characters, which nothing in ``text`` can break or forge."""
-    plain = "NO_COLOR" in os.environ or not sys.stderr.isatty()
-    line = one_line(text, 499 - len(label))
-    click.echo(f"{label if plain else click.style(label, fg=color, bold=True)} {line}", err=True)
+    return shell.command(cli, example)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The console script: ends the process with the exit code of the command, and never with a traceback."""
-    for handle in range(
-        3
-    ):  # a closed one would be given to the next file opened, which the report would then end up in
-        try:
-            os.fstat(handle)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show must not end a command
-    sys.exit(_main(list(sys.argv[1:] if args is None else args)))
-
-
-def _main(args: list[str]) -> int:
-    try:
-        return cli.main(args or ["--help"], prog_name="channelfold", standalone_mode=False, obj=args) or 0
-    except (KeyboardInterrupt, click.Abort):
-        _say(
-            "interrupted:",
-            "no file is half written; repeat a compress command, and it continues where it stopped",
-            "red",
-        )
-        return 130
-    except Exception as error:
-        if "--debug" in args:
-            # indented, so that no line of a message looks like a line of this program
-            click.echo("\n  ".join(map(safe, traceback.format_exc().splitlines())), err=True)
-        message, code = _explained(error, args)
-        _say("error:", message, "red")
-        return code
-
-
-def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
-    """The message for the user about an error, and the exit code."""
-    match error:
-        case ChannelfoldError():
-            return str(error), error.exit_code
-        case click.UsageError():
-            path = error.ctx.command_path if error.ctx else "channelfold"
-            message = error.format_message()
-            return f"{message if message[-1] in '.?)' else message + '.'} See: {path} --help", error.exit_code
-        case click.ClickException():
-            return error.format_message(), error.exit_code
-        case ImportError():
-            return f"channelfold is not fully installed ({error}). Run: pip install 'channelfold[cpu]'", 1
-        case MemoryError():
-            return "There is not enough memory. Close other programs, or use a machine with more", 1
-        case OSError():
-            where = f"{error.filename}: " if error.filename else ""
-            full = ". Free some space, or set TMPDIR to a larger disk" if error.errno == errno.ENOSPC else ""
-            return f"{where}{error.strerror or error}{full}", 1
-    hint = (
-        "Report it with the traceback above"
-        if "--debug" in args
-        else "Run again with --debug, and report what it shows"
-    )
-    return f"{type(error).__name__}: {error}. This is a bug in channelfold. {hint}", 1
+    shell.main(cli, args)
 
 
 def _source(jobs: Any, options: dict[str, Any]) -> Any:

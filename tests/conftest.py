@@ -11,6 +11,7 @@ from hypothesis import settings
 from onnx import numpy_helper
 
 from channelfold import cli
+from channelfold.runtime import shell
 
 # The same examples every time; --hypothesis-profile=explore draws new ones.
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -25,7 +26,7 @@ def run(capfd, monkeypatch):
 
     def run(*args: str | Path) -> tuple[int, str, str]:
         capfd.readouterr()
-        code = cli._main([str(arg) for arg in args])
+        code = shell.run(cli.cli, [str(arg) for arg in args])
         return code, *capfd.readouterr()
 
     return run

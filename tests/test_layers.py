@@ -22,7 +22,7 @@ STOREYS = (  # from the ground up: a file imports from its own storey and those 
     FAMILIES,
     "passes pipeline checkpoint recipe smooth_methods",
     "report",
-    "jobs flags",
+    "jobs flags shell",
     "cli",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms.split()}

@@ -185,11 +185,12 @@ def _child(folder: str, args: list[str], kill_at: int | None) -> None:
     for name, target in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{folder}/.fuzz.{name}", os.O_WRONLY | os.O_CREAT), target)
     from channelfold import cli
+    from channelfold.runtime import shell
 
     counted = [0]
     if kill_at is not None:
         _count_events(folder, counted, kill_at)
-    code = cli._main(args)
+    code = shell.run(cli.cli, args)
     events, counted[0] = counted[0], -(1 << 40)  # no kill from here on
     result = {"code": code, "events": events, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if code == 0 and kill_at is None:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from channelfold import cli, models
-from channelfold.runtime import jobs, report
+from channelfold.runtime import jobs, report, shell
 from channelfold.runtime.report.names import one_line
 from channelfold.runtime.report.progress import Progress
 from channelfold.runtime.report.tables import Page
@@ -64,7 +64,7 @@ def planted(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command: str, planted: dict[str, Path], capfd):
     options = [str(planted[part[1:-1]]) if part[0] == "{" else part for part in COMMANDS[command].split()]
-    assert cli._main([command, str(planted["model"]), *options]) == 0
+    assert shell.run(cli.cli, [command, str(planted["model"]), *options]) == 0
     out, err = capfd.readouterr()
     assert "?]0;owned??[31m?error: forged" in out
     assert_harmless(out, err)
@@ -85,15 +85,15 @@ def test_commands(command: str, planted: dict[str, Path], capfd):
     ],
 )
 def test_errors(args: list[str], planted: dict[str, Path], capfd):
-    assert cli._main([str(planted.get(arg.strip("{}"), arg)) for arg in args]) in (1, 2)
+    assert shell.run(cli.cli, [str(planted.get(arg.strip("{}"), arg)) for arg in args]) in (1, 2)
     assert_harmless(*capfd.readouterr())
 
 
 def test_an_error_that_nobody_expected(capfd, monkeypatch):
     monkeypatch.setattr(jobs, "fold", lambda *_, **__: (_ for _ in ()).throw(OSError(5, f"why{EVIL}", f"file{EVIL}")))
-    assert cli._main(["fold", "x", "-o", "y"]) == 1
+    assert shell.run(cli.cli, ["fold", "x", "-o", "y"]) == 1
     monkeypatch.setattr(jobs, "fold", lambda *_, **__: (_ for _ in ()).throw(KeyError(f"why{EVIL}" * 100)))
-    assert cli._main(["fold", "x", "-o", "y", "--debug"]) == 1
+    assert shell.run(cli.cli, ["fold", "x", "-o", "y", "--debug"]) == 1
     out, err = capfd.readouterr()
     assert_harmless(out, err)
     assert len(err.splitlines()[-1]) == 500
