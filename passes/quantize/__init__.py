@@ -37,9 +37,20 @@ class Quantize(Pass):
         "auto", "Weights of 7 bits; auto: for onnxruntime, where products of 8 bits saturate on this machine."
     )
     embeddings: bool = option(True, "Store the tables from which Gather takes rows like the weights.")
+    verify_plan: int | None = option(
+        None,
+        "Build for this SM (10 x compute capability), and leave in float what the engine does not compute in int8.",
+        low=75,
+        metavar="SM",
+    )
     float_share: float = option(
         0.0, "Share of the linear nodes that may stay float because int8 changes their outputs most.", low=0, high=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.verify_plan and self.target != "tensorrt":
+            raise UsageError(f"verify_plan is for the target tensorrt, not {self.target}", "Leave it out")
 
 
 @dataclass(frozen=True)

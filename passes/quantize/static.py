@@ -13,7 +13,7 @@ Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from channelfold.passes.layers.formats import INT7, INT8
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
 from channelfold.passes.quantize import Quantize, calibrators
+from channelfold.passes.quantize.proven import expanded, in_int8, planned
 from channelfold.passes.quantize.qdq import (
     MIN_CHANNELS,
     Codes,
@@ -35,13 +36,10 @@ from channelfold.passes.quantize.qdq import (
     why_not_int8,
 )
 from channelfold.passes.quantize.tables import quantize_tables
-from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.stats import saturation
 from channelfold.runtime.stats.channels import ChannelStatistics
-from channelfold.runtime.stats.fusions import EXPANDS, readers_of_integers
 from channelfold.runtime.stats.histograms import TensorStatistics
 from channelfold.runtime.stats.observe import by_name, observe
 
@@ -58,7 +56,6 @@ _BETWEEN = (
     "LeakyRelu",
     "Sigmoid",
 )
-_EXPANDED = "ONNX Runtime would expand its int8 weight to float on every call"
 _REQUANTIZED = ("Conv", "ConvTranspose", "Gemm")  # by onnxruntime itself, where they read a DequantizeLinear
 _FUSED_ACTIVATIONS = ("Relu", "Clip")  # by onnxruntime, into what precedes them
 # What onnxruntime carries out on int8 as it is, where the scale before and behind is the same.
@@ -113,10 +110,12 @@ class Work(Quantize):
             return inserter
 
         if integers:
-            kept, trial = _fused(graph, kept, outcome, insert)
+            kept, trial = in_int8(graph, kept, outcome, insert, expanded(outcome))
             if self.reduce_range == "auto" and kept and (lost := saturation.lost(graph, trial, ctx.data)):
                 format, codes = INT7, Codes()
                 outcome.warnings.append(f"Weights have 7 bits, for with 8 {lost}")
+        elif self.verify_plan:
+            kept, _ = in_int8(graph, kept, outcome, insert, planned(self.verify_plan, ctx, outcome))
         inserter = insert(graph, kept)
         for site in kept:
             outcome.change(site.name, f"{says[site.name]} up to {limits[site.name]:.4g}")
@@ -213,42 +212,6 @@ def _lower_snr(facts: Mapping[str, Any]) -> float | None:
     """The signal-to-noise ratio of a tensor or of its median row, whichever is lower; None where there is no noise."""
     known = [facts[key] for key in ("snr_db", "row_snr_db") if facts[key] is not None]
     return min(known, default=None)
-
-
-def _fused(
-    graph: gs.Graph, sites: list[Linear], outcome: Outcome, insert: Callable[[gs.Graph, list[Linear]], Inserter]
-) -> tuple[list[Linear], gs.Graph]:
-    """The sites whose weight ONNX Runtime reads as it is stored, once ``insert`` has put QDQ nodes around them alone.
-
-    The others are refused. All is tried out on copies of the graph; the last of them is returned as well.
-    """
-    before, trial = Snapshot.of(graph), graph
-    while sites:
-        trial = before.graph()
-        infer_shapes(trial)
-        views = {linear.name: linear for linear in linears(trial)}
-        tried = [views[site.name] for site in sites]
-        insert(trial, tried).finish()
-        edit.remove_dead(trial)
-        lost = _expanded(trial, tried, outcome)
-        for site in sites:
-            if site.name in lost:
-                outcome.refuse(site.name, f"{site.node.op} stays float: {_EXPANDED}", _EXPANDED)
-        sites = [site for site in sites if site.name not in lost]
-        if not lost:
-            break
-    return sites, trial
-
-
-def _expanded(graph: gs.Graph, sites: list[Linear], outcome: Outcome) -> set[str]:
-    """The names of the sites whose weight ONNX Runtime would expand to float on every call."""
-    try:
-        readers = readers_of_integers(graph)
-    except ModelError as error:
-        outcome.warnings.append(f"Which nodes ONNX Runtime computes in integers is not known: {error}")
-        return set()
-    behind = {site.name: edit.producer(site.node.inputs[site.weight_input]) for site in sites}
-    return {name for name, node in behind.items() if node and EXPANDS in readers.get(node.inputs[0].name, ())}
 
 
 def _integers(graph: gs.Graph, sites: list[Linear], poor: Set[str] = frozenset()) -> tuple[list[gs.Variable], set[int]]:

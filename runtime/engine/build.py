@@ -122,7 +122,7 @@ def default_shapes(inputs: Sequence[TensorSpec], samples: Iterable[Feed] | None)
     A dynamic axis 0 counts as the batch and may always shrink to 1. Raises UsageError, with an example of the option to
     give, for dynamic inputs without feeds; DataError for a feed that does not fit.
     """
-    dynamic = {spec.name: spec.shape for spec in inputs if not all(isinstance(dim, int) for dim in spec.shape)}
+    dynamic = {spec.name: spec.shape for spec in inputs if spec.is_open}
     seen: dict[str, list[tuple[int, ...]]] = {name: [] for name in dynamic}
     for feed in (samples or ()) if dynamic else ():
         for name, dims in dynamic.items():

@@ -63,6 +63,11 @@ class TensorSpec:
     shape: tuple[int | str | None, ...]
     meaning: Meaning | None = field(default=None, compare=False)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a size is symbolic or unknown."""
+        return not all(isinstance(dim, int) for dim in self.shape)
+
     def __str__(self) -> str:
         dims = ", ".join("?" if d is None else str(d) for d in self.shape)
         return f"{self.name}: {self.dtype if self.dtype is not None else 'unknown'}[{dims}]"

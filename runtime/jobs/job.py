@@ -22,14 +22,8 @@ from channelfold.runtime.data.probes import STEPS, random_data, rolls
 from channelfold.runtime.data.sources import Data, load_script, open_data
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
+from channelfold.runtime.engine.repair import repaired
 from channelfold.runtime.engine.run import EngineSession
-from channelfold.runtime.engine.squeeze import (
-    name_apart,
-    name_squeezed_axes,
-    name_unequal_sizes,
-    put_codes_inside,
-    squeezes_without_axes,
-)
 from channelfold.runtime.errors import (
     ChannelfoldError,
     DataError,
@@ -41,13 +35,13 @@ from channelfold.runtime.errors import (
     VerificationError,
     nearest,
 )
-from channelfold.runtime.io import files, temporary
+from channelfold.runtime.io import files
 from channelfold.runtime.io.bodies import share_constants
 from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.edit import fix_inputs, see_through_identities, take_defaults
 from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
-from channelfold.runtime.io.session import Feed, Session, TensorSpec
+from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.shapes import check_sizes
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.stats import compare
@@ -312,7 +306,8 @@ class Job:
             )
         open_inputs = [spec for spec in self.inputs if spec.name not in shapes]
         ranges = {**tensorrt.default_shapes(open_inputs, self.calibration), **shapes}
-        with self._repaired(model, ranges) as source:
+        with repaired(model, self.inputs, ranges) as (source, sentences):
+            self.warn(*(f"engine: {sentence}" for sentence in sentences))
             built = tensorrt.build(
                 source,
                 engine,
@@ -338,31 +333,6 @@ class Job:
         if level != "ok":
             self.warn(f"THE ENGINE'S OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
         return found.to_json()
-
-    @contextlib.contextmanager
-    def _repaired(self, model: Path, ranges: Mapping[str, ShapeRange]) -> Iterator[Path]:
-        """The model in a form that TensorRT accepts: the file itself, or a temporary copy.
-
-        In the copy every Squeeze names its axes, int8 constants that bodies read stand in the bodies, nodes of several
-        parts have names of their own, and open sizes of one name with different ranges have different names: TensorRT
-        takes sizes of one name to be equal, and exporters call several sizes ``?`` or ``None``.
-        """
-        graph = files.load(model)
-        ranges = {s.name: ranges[s.name] for s in self.inputs if s.name in ranges and _is_open(s)}  # others: values
-        sentences: list[str] = []
-        if squeezes_without_axes(graph):
-            fixed = {s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in self.inputs if not _is_open(s)}
-            low = fixed | {name: tuple(seen.min) for name, seen in ranges.items()}
-            high = fixed | {name: tuple(seen.max) for name, seen in ranges.items()}
-            sentences = name_squeezed_axes(graph, low, high)
-        if not any([sentences, name_unequal_sizes(graph, ranges), put_codes_inside(graph), name_apart(graph)]):
-            yield model
-            return
-        self.warn(*(f"engine: {sentence}" for sentence in sentences))
-        with temporary.folder() as folder:
-            copy = folder / model.name
-            files.save(graph, copy)
-            yield copy
 
     def check(self, gates: Gates | None) -> None:
         """Raises GateMissed where the comparison misses a gate."""
@@ -412,10 +382,6 @@ class Job:
 
     def warn(self, *texts: str) -> None:
         self.record["warnings"] += [text for text in texts if text not in self.record["warnings"]]
-
-
-def _is_open(spec: TensorSpec) -> bool:
-    return not all(isinstance(dim, int) for dim in spec.shape)
 
 
 def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:

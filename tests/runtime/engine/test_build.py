@@ -26,7 +26,7 @@ from channelfold.runtime.engine.build import (
     no_shapes,
     parse_shape,
 )
-from channelfold.runtime.engine.squeeze import name_apart, name_unequal_sizes, put_codes_inside
+from channelfold.runtime.engine.repair import name_apart, name_unequal_sizes, put_codes_inside
 from channelfold.runtime.errors import BuildError, DataError, DependencyError, ModelError, OutputError, UsageError
 from channelfold.runtime.io.bodies import bodies
 from channelfold.runtime.io.files import check, import_model

@@ -6,7 +6,7 @@ import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 
-from channelfold.runtime.engine.squeeze import name_squeezed_axes, squeezes_without_axes
+from channelfold.runtime.engine.repair import name_squeezed_axes, squeezes_without_axes
 from channelfold.runtime.errors import ChannelfoldError
 from channelfold.runtime.io import files
 from channelfold.runtime.io.shapes import measured_shapes, shapes_on

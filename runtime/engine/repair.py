@@ -2,18 +2,67 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.runtime.engine.build import ShapeRange
-from channelfold.runtime.io import edit
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.engine import build as tensorrt
+from channelfold.runtime.engine.build import Progress, ShapeRange
+from channelfold.runtime.engine.plan import PlanReport
+from channelfold.runtime.errors import no_progress
+from channelfold.runtime.io import edit, files, temporary
 from channelfold.runtime.io.bodies import bodies, located
 from channelfold.runtime.io.convert import all_graphs
-from channelfold.runtime.io.files import constant, free_name
+from channelfold.runtime.io.facts import required_inputs
+from channelfold.runtime.io.session import TensorSpec
 from channelfold.runtime.io.shapes import Shape, shapes_on
+
+
+@contextlib.contextmanager
+def repaired(
+    model: Path, inputs: Sequence[TensorSpec], ranges: Mapping[str, ShapeRange]
+) -> Iterator[tuple[Path, list[str]]]:
+    """A model in a form that TensorRT accepts, the file itself or a temporary copy, and what a user should know of it.
+
+    In the copy every Squeeze names its axes, int8 constants that bodies read stand in the bodies, nodes of several
+    parts have names of their own, and open sizes of one name with different ranges have different names: TensorRT
+    takes sizes of one name to be equal, and exporters call several sizes ``?`` or ``None``.
+    """
+    graph = files.load(model)
+    ranges = {s.name: ranges[s.name] for s in inputs if s.name in ranges and s.is_open}  # others: values
+    sentences: list[str] = []
+    if squeezes_without_axes(graph):
+        fixed = {s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in inputs if not s.is_open}
+        low = fixed | {name: tuple(seen.min) for name, seen in ranges.items()}
+        high = fixed | {name: tuple(seen.max) for name, seen in ranges.items()}
+        sentences = name_squeezed_axes(graph, low, high)
+    if not any([sentences, name_unequal_sizes(graph, ranges), put_codes_inside(graph), name_apart(graph)]):
+        yield model, []
+        return
+    with temporary.folder() as folder:
+        copy = folder / model.name
+        files.save(graph, copy)
+        yield copy, sentences
+
+
+def plan_of(graph: gs.Graph, sm: int, data: Data, progress: Progress = no_progress) -> PlanReport:
+    """How the linear nodes of a graph run in an engine for ``sm``, which is built and thrown away.
+
+    Dynamic inputs take the shapes in ``data``. Raises as ``tensorrt.build``.
+    """
+    with temporary.folder() as folder:
+        path, inputs = folder / "model.onnx", required_inputs(graph)
+        files.save(graph, path)
+        ranges = tensorrt.default_shapes(inputs, data)
+        with repaired(path, inputs, ranges) as (source, _):
+            values = tensorrt.default_values(inputs, data)
+            engine = folder / "model.engine"
+            return tensorrt.build(source, engine, sm=sm, shapes=ranges, values=values, progress=progress).plan
 
 
 def squeezes_without_axes(graph: gs.Graph) -> list[gs.Node]:
@@ -43,7 +92,7 @@ def name_squeezed_axes(graph: gs.Graph, low: Mapping[str, Shape], high: Mapping[
         if graph.opset < 13:
             node.attrs["axes"] = axes
         else:
-            edit.set_input(node, 1, constant(graph, f"{node.name}_axes", np.array(axes, np.int64)))
+            edit.set_input(node, 1, files.constant(graph, f"{node.name}_axes", np.array(axes, np.int64)))
         done.append(f"{node.name} was given axes {axes}, which it removes for every shape of the engine")
     return done
 
@@ -74,7 +123,7 @@ def put_codes_inside(graph: gs.Graph) -> bool:
         for node in [node for node in part.nodes if node.op == "DequantizeLinear"]:
             codes = node.inputs[0]
             if isinstance(codes, gs.Constant):
-                inside = gs.Variable(free_name(graph, f"{codes.name}_inside"), codes.dtype, codes.shape)
+                inside = gs.Variable(files.free_name(graph, f"{codes.name}_inside"), codes.dtype, codes.shape)
                 held = gs.Node("Constant", inside.name, {"value": codes}, [], [inside])
                 part.nodes.insert(next(i for i, other in enumerate(part.nodes) if other is node), held)
                 edit.set_input(node, 0, inside)

@@ -1,0 +1,93 @@
+"""Which sites the target computes in int8 once their QDQ nodes are in, tried on copies of the graph.
+
+onnxruntime  the graph that its optimizer leaves is read (``runtime.stats.fusions``)
+tensorrt     an engine is built and read back (``runtime.engine.plan``), where the option ``verify_plan`` asks for it
+
+A site that stays float inside its QDQ nodes loses accuracy and time and gains nothing, so its nodes are taken back.
+Without them others may fuse differently: the rest is tried again, until all of it is int8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import Context, Outcome
+from channelfold.passes.layers.linear import Linear, linears
+from channelfold.passes.quantize.qdq import Inserter
+from channelfold.runtime.engine.repair import plan_of
+from channelfold.runtime.errors import BuildError, ModelError
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.io.snapshot import Snapshot
+from channelfold.runtime.stats.fusions import EXPANDS, readers_of_integers
+
+_EXPANDED = "ONNX Runtime would expand its int8 weight to float on every call"
+
+Insert = Callable[[gs.Graph, list[Linear]], Inserter]
+WhyFloat = Callable[[gs.Graph, list[Linear]], dict[str, str]]
+
+
+def in_int8(
+    graph: gs.Graph, sites: list[Linear], outcome: Outcome, insert: Insert, why_float: WhyFloat
+) -> tuple[list[Linear], gs.Graph]:
+    """The sites that are int8 once ``insert`` has put QDQ nodes around them alone, and the last copy tried.
+
+    The others are refused for the reason that ``why_float`` gives by name of the site.
+    """
+    before, trial = Snapshot.of(graph), graph
+    while sites:
+        trial = before.graph()
+        infer_shapes(trial)
+        views = {linear.name: linear for linear in linears(trial)}
+        tried = [views[site.name] for site in sites]
+        insert(trial, tried).finish()
+        edit.remove_dead(trial)
+        lost = why_float(trial, tried)
+        for site in sites:
+            if reason := lost.get(site.name):
+                outcome.refuse(site.name, f"{site.node.op} stays float: {reason}", reason)
+        sites = [site for site in sites if site.name not in lost]
+        if not lost:
+            break
+    return sites, trial
+
+
+def expanded(outcome: Outcome) -> WhyFloat:
+    """Finds the sites whose weight ONNX Runtime would expand to float on every call."""
+
+    def why_float(graph: gs.Graph, sites: list[Linear]) -> dict[str, str]:
+        try:
+            readers = readers_of_integers(graph)
+        except ModelError as error:
+            outcome.warnings.append(f"Which nodes ONNX Runtime computes in integers is not known: {error}")
+            return {}
+        behind = {site.name: edit.producer(site.node.inputs[site.weight_input]) for site in sites}
+        return {
+            name: _EXPANDED for name, node in behind.items() if node and EXPANDS in readers.get(node.inputs[0].name, ())
+        }
+
+    return why_float
+
+
+def planned(sm: int, ctx: Context, outcome: Outcome) -> WhyFloat:
+    """Finds the sites that an engine for ``sm`` computes in float."""
+
+    def why_float(graph: gs.Graph, sites: list[Linear]) -> dict[str, str]:
+        try:
+            plan = plan_of(graph, sm, ctx.data, ctx.progress)
+            reason = plan.reason
+        except (BuildError, ModelError) as error:
+            plan, reason = None, str(error)
+        if plan is None or not plan.readable:
+            outcome.warnings.append(f"Which nodes the engine computes in int8 is not known: {reason}")
+            return {}
+        runs = {site.name: plan.nodes[site.name].arithmetic for site in sites if site.name in plan.nodes}
+        return {
+            name: f"the engine for SM {sm} computes it in {kind} behind its QDQ nodes"
+            for name, kind in runs.items()
+            if kind not in ("int8", "unknown")
+        }
+
+    return why_float
