@@ -36,6 +36,9 @@ class Quantize(Pass):
     reduce_range: Literal["auto", "on", "off"] = option(
         "auto", "Weights of 7 bits; auto: for onnxruntime, where products of 8 bits saturate on this machine."
     )
+    center: bool = option(
+        True, "For tensorrt: center the ranges of inputs that are not, such as those behind ReLU, by way of biases."
+    )
     embeddings: bool = option(True, "Store the tables from which Gather takes rows like the weights.")
     verify_plan: int | None = option(
         None,

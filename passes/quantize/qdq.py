@@ -38,17 +38,36 @@ MIN_CHANNELS = 16  # TensorRT runs narrower operators in float, or slower than f
 
 @dataclass(frozen=True)
 class Range:
-    """What 8 bits cover of a tensor, in its units; zero is always inside."""
+    """What 8 bits cover of a tensor, in its units; zero is always inside.
+
+    Where the range is ``free``, its ends are those of the 8 bits; otherwise zero is in the middle of them.
+    """
 
     low: float
     high: float
+    free: bool = False
 
     def parameters(self, symmetric: bool, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """(scale in ``dtype``, zero point), scalars: int8 and 0 where ``symmetric``, else uint8."""
-        if symmetric:
+        """(scale in ``dtype``, zero point), scalars: int8 and 0 where ``symmetric``, else uint8.
+
+        A symmetric quantizer of a free range reads x - ``offset``.
+        """
+        if symmetric and not self.free:
             return positive_scale(max(-self.low, self.high), 127, dtype), np.array(0, np.int8)
         scale = positive_scale(self.high - self.low, 255, dtype)
+        if symmetric:
+            return scale, np.array(0, np.int8)
         return scale, np.array(np.clip(np.rint(-self.low / float(scale)), 0, 255), np.uint8)
+
+    def offset(self, dtype: np.dtype) -> float:
+        """c, a number of ``dtype`` and a whole number of steps, so that x = 0 is one of the values of DQ(Q(x - c))."""
+        scale, zero_point = self.parameters(False, dtype)
+        return float(np.asarray((128 - float(zero_point)) * float(scale), dtype)) if self.free else 0.0
+
+    @property
+    def step(self) -> float:
+        """The width of a step."""
+        return (self.high - self.low) / 255 if self.free else max(-self.low, self.high) / 127
 
 
 def opset_of_scales(graph: gs.Graph) -> int:
@@ -120,6 +139,7 @@ class Inserter:
         self._pairs: dict[int, gs.Variable] = {}
         self._weights: dict[Hashable, gs.Variable] = {}
         self.stored: dict[Hashable, list[gs.Constant]] = {}
+        self.centered: set[str] = set()
 
     def activation(self, tensor: gs.Variable, seen: Range, readers: Sequence[gs.Node]) -> None:
         """Lets ``readers`` read a tensor through a Q and a DQ node."""
@@ -146,18 +166,25 @@ class Inserter:
                 if read is tensor:
                     edit.set_input(node, index, self._pairs[id(tensor)])
 
-    def weight(self, linear: Linear, seen: Range | None = None, mean: np.ndarray | None = None) -> np.ndarray:
+    def weight(
+        self, linear: Linear, seen: Range | None = None, mean: np.ndarray | None = None, offset: float = 0.0
+    ) -> np.ndarray:
         """Puts the int8 weight behind DequantizeLinear at a linear node; returns its scales, (out,).
 
         With the range ``seen`` of its activation no scale is so small that the bias would leave int32 in steps of
         s_x * s_W: runtimes that compute in integers store it so, and a nearly dead channel with a bias would overflow.
         With the ``mean`` of each input channel the bias takes back what rounding the weight does on average,
-        b' = b - (W_q - W) E[x], wherever the node has a bias or a place for one.
+        b' = b - (W_q - W) E[x], wherever the node has a bias or a place for one. The bias of a node that reads
+        x - ``offset`` takes back W_q offset.
         """
         if linear.name not in self._codes:
             floor = self._smallest_scale(linear, seen)
             self._codes[linear.name] = self.format.codes(linear.weight(), linear.dtype, floor)
         values, scales = self._codes[linear.name]
+        if offset:
+            rounded = values.astype(np.float64) * scales.astype(np.float64).reshape(-1, *[1] * (values.ndim - 1))
+            bias, all_alike = linear.bias(), np.full(linear.channels[1], offset)
+            linear.set_bias((0.0 if bias is None else bias) + linear.respond(rounded, all_alike))
         self.store(linear, values, scales[:, None], self.format, mean, scales.tobytes())
         return scales
 

@@ -14,6 +14,7 @@ Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.formats import INT7, INT8
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
-from channelfold.passes.quantize import Quantize, calibrators
+from channelfold.passes.quantize import Quantize, calibrators, center
 from channelfold.passes.quantize.proven import expanded, in_int8, planned
 from channelfold.passes.quantize.qdq import (
     MIN_CHANNELS,
@@ -76,7 +77,8 @@ class Work(Quantize):
         statistics = {name: TensorStatistics(axis) for name, axis in axes.items()}
         rows = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites if self.float_share}
         observe(graph, by_name((*statistics.items(), *rows.items())), ctx.data, ctx.progress)
-        ranges = {name: self._range(seen) for name, seen in statistics.items()}
+        movable = set() if integers or not self.center else center.loose(sites)
+        ranges = {name: self._range(seen, name in movable) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges
         facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
         reasons = {name: self._why_beyond_int8(statistics[name], _lower_snr(facts[name])) for name in axes}
@@ -118,7 +120,8 @@ class Work(Quantize):
             kept, _ = in_int8(graph, kept, outcome, insert, planned(self.verify_plan, ctx, outcome))
         inserter = insert(graph, kept)
         for site in kept:
-            outcome.change(site.name, f"{says[site.name]} up to {limits[site.name]:.4g}")
+            more = ", centered" if site.name in inserter.centered else ""
+            outcome.change(site.name, f"{says[site.name]} up to {limits[site.name]:.4g}{more}")
         if quantize_tables(inserter, outcome, INT8, self) or kept:
             inserter.finish()
             edit.remove_dead(graph)
@@ -167,24 +170,26 @@ class Work(Quantize):
         chosen = sorted(errors, key=lambda key: (key in last, errors[key]), reverse=True)[: max(0, count)]
         return {key: -10 * float(np.log10(errors[key])) for key in chosen if errors[key] > 0}
 
-    def _range(self, seen: TensorStatistics) -> Range:
+    def _range(self, seen: TensorStatistics, movable: bool) -> Range:
+        """The range to quantize; a free one for onnxruntime, and where it makes the steps of a movable input finer."""
         low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
         if seen.total == 0:
-            return Range(0.0, 0.0)
-        levels = self._levels(Range(low, high))
-        limit = calibrators.threshold(seen, self.calibrator, percentile=self.percentile, levels=levels)
-        return Range(max(low, -limit), min(high, limit))
+            return Range(0.0, 0.0, self.target == "onnxruntime")
 
-    def _levels(self, seen: Range) -> int:
-        """The steps between zero and the end of a range that is farther from it."""
-        if self.target == "tensorrt" or seen.high == seen.low:
-            return 127
-        return max(127, round(255 * max(-seen.low, seen.high) / (seen.high - seen.low)))
+        def chosen(free: bool) -> Range:
+            levels = _levels(Range(low, high, free))
+            limit = calibrators.threshold(seen, self.calibrator, percentile=self.percentile, levels=levels)
+            return Range(max(low, -limit), min(high, limit), free)
+
+        if self.target == "onnxruntime":
+            return chosen(True)
+        centered, even = chosen(True) if movable else None, chosen(False)
+        return centered if centered and centered.step < center.GAIN * even.step else even
 
     def _facts(self, statistics: TensorStatistics, seen: Range) -> dict[str, Any]:
         """What a report says of an activation: its range, what is covered, and what rounding leaves of it."""
         empty = statistics.total == 0
-        limit, levels = max(-seen.low, seen.high), self._levels(seen)
+        limit, levels = max(-seen.low, seen.high), _levels(seen)
         snr = np.inf if empty else calibrators.snr(statistics, limit, levels)
         row_snr = np.inf if empty else calibrators.row_snr(statistics, limit, levels)
         return {
@@ -206,6 +211,13 @@ class Work(Quantize):
         if snr is not None and self.min_activation_snr > 0 and snr < self.min_activation_snr:
             return "8 bits cannot represent its activation"
         return ""
+
+
+def _levels(seen: Range) -> int:
+    """The steps between zero and the end of a range that is farther from it."""
+    if not seen.free or seen.high == seen.low:
+        return 127
+    return max(127, round(255 * max(-seen.low, seen.high) / (seen.high - seen.low)))
 
 
 def _lower_snr(facts: Mapping[str, Any]) -> float | None:
@@ -251,7 +263,7 @@ def _insert(
     inserter: Inserter,
     sites: list[Linear],
     poor: Set[str],
-    ranges: dict[str, Range],
+    ranges: Mapping[str, Range],
     means: Mapping[tuple[str, int | None], np.ndarray | None],
 ) -> None:
     """Makes the QDQ nodes around every site. Tensors named in ``poor`` stay float.
@@ -259,16 +271,20 @@ def _insert(
     ``means`` by tensor and axis: where a Conv and a MatMul read one tensor their channels are not the same.
     """
     graph, integers = inserter.graph, not inserter.symmetric
+    if not integers:
+        ranges, means, inserter.centered = _centered(graph, sites, ranges, means)
     between, everywhere = _integers(graph, sites, poor) if integers else ([], set())
     tensors = {id(tensor): tensor for tensor in [*between, *(site.data for site in sites)]}
     readers: dict[int, list[gs.Node]] = {key: [] for key in tensors}
     for site in sites:
         readers[id(site.data)].append(site.node)
         site.data.dtype = site.dtype  # where shape inference could not tell
-        scales = inserter.weight(site, ranges[site.data.name], means.get((site.data.name, site.in_axis)))
+        seen = ranges[site.data.name]
+        offset = 0.0 if integers else seen.offset(site.dtype)
+        scales = inserter.weight(site, seen, means.get((site.data.name, site.in_axis)), offset)
         if integers:
             inserter.fusable(site)
-            inserter.bias(site, scales, ranges[site.data.name])
+            inserter.bias(site, scales, seen)
     quantized = {id(site.node) for site in sites}
     products = {id(site.node) for site in sites if integers and not site.is_conv}
     pools = [node for node in graph.nodes if integers and node.op == "MaxPool" and id(node.inputs[0]) not in tensors]
@@ -284,6 +300,31 @@ def _insert(
         for node in chosen if integers else ():
             if node.op in _REQUANTIZED and id(node) not in quantized:
                 inserter.keep_float(node)
+
+
+def _centered(
+    graph: gs.Graph, sites: list[Linear], ranges: Mapping[str, Range], means: Mapping[tuple[str, int | None], Any]
+) -> tuple[dict[str, Range], dict[tuple[str, int | None], Any], set[str]]:
+    """Centers the inputs that have a free range; ranges and means by the names that the sites read then.
+
+    The third result has the names of the sites that read x - c.
+    """
+    ranges, means, centered = dict(ranges), dict(means), set()
+    readers: dict[str, list[Linear]] = {}
+    for site in sites:
+        if ranges[site.data.name].free:
+            readers.setdefault(site.data.name, []).append(site)
+    views = {id(one.output): one for one in (*linears(graph), *sites)}
+    for name, own in readers.items():
+        seen = ranges[name]
+        read = center.center(graph, own[0].data, seen, own, views)
+        if read is None:
+            ranges[name] = replace(seen, free=False)
+            continue
+        ranges[read.name] = seen
+        means |= {(read.name, site.in_axis): means.get((name, site.in_axis)) for site in own}
+        centered |= {site.name for site in own}
+    return ranges, means, centered
 
 
 def _unified(graph: gs.Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:

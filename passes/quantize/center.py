@@ -1,0 +1,112 @@
+"""Centers what a quantizer for TensorRT reads, whose zero point has to be 0.
+
+    W x + b  =  W (x - c) + (b + W c)
+
+The range of an input that is never negative (behind ReLU, GELU, Softmax …) fills half of the 8 bits; with c in the
+middle of its range the steps are half as wide. The bias of the reader takes c back exactly, where no padding is read.
+
+c goes where it costs no kernel of its own: into the bias of the linear in front, through a ReLU or Clip that alone
+reads the linear, whose bounds move by c; or into a Sub in front of the quantizer, which TensorRT fuses with what is
+elementwise there. Behind a convolution such a Sub would stand between the convolution and its quantizer, so the input
+stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes.base import DoesNotFit
+from channelfold.passes.layers.linear import Linear
+from channelfold.passes.quantize.qdq import Range
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import constant, free_name
+
+GAIN = 0.75  # of the width of a step, below which centering pays
+
+
+def loose(sites: Iterable[Linear]) -> set[str]:
+    """The names of the tensors whose readers all have a place for a bias, and read no padding."""
+    sites = list(sites)
+    return {site.data.name for site in sites} - {site.data.name for site in sites if not _takes_back(site)}
+
+
+def _takes_back(site: Linear) -> bool:
+    return not site.padded and (site.node.op != "MatMul" or site.bias_node is not None)
+
+
+def center(
+    graph: gs.Graph, tensor: gs.Variable, seen: Range, sites: list[Linear], views: Mapping[int, Linear]
+) -> gs.Variable | None:
+    """The tensor x - c that ``sites`` read now instead of ``tensor``; None where x stays.
+
+    ``views``: the linears of the graph by the id of their output.
+    """
+    kind = sites[0].dtype
+    offset = seen.offset(kind)
+    if not all(_takes_back(site) and not _overflows(site, offset) for site in sites):
+        return None
+    alone = len(edit.consumers(tensor)) == len(sites) and not edit.is_output(graph, tensor)
+    if alone and _lowered(graph, tensor, offset, views):
+        return tensor
+    if any(site.is_conv for site in sites):
+        return None
+    moved = gs.Variable(free_name(graph, f"{tensor.name}_centered"), kind, tensor.shape)
+    by = constant(graph, f"{tensor.name}_center", np.array(offset, kind))
+    for site in sites:
+        edit.set_input(site.node, 1 - site.weight_input, moved)
+    sub = gs.Node("Sub", free_name(graph, f"{tensor.name}_Sub"), inputs=[tensor, by], outputs=[moved])
+    node = edit.producer(tensor)
+    if node is None:
+        graph.nodes.insert(0, sub)
+    else:
+        edit.insert_after(graph, node, sub)
+    return moved
+
+
+def _overflows(site: Linear, offset: float) -> bool:
+    """Whether the bias of a site may leave its type when it takes the offset back."""
+    bias = site.bias()
+    largest = site.respond(np.abs(site.weight()), np.full(site.channels[1], abs(offset))).max()
+    largest += 0.0 if bias is None else np.abs(bias).max()
+    return bool(largest > np.finfo(site.dtype).max / 2)
+
+
+def _lowered(graph: gs.Graph, tensor: gs.Variable, offset: float, views: Mapping[int, Linear]) -> bool:
+    """Lets ``tensor`` hold x - c by the bias of the linear that writes it; whether there is such a linear."""
+    node, written = edit.producer(tensor), tensor
+    bounds = _bounds(node) if node is not None else None
+    if node is not None and bounds is not None:
+        written = node.inputs[0]
+        if edit.sole_consumer(graph, written) is not node:
+            return False
+    linear = views.get(id(written))
+    if linear is None:
+        return False
+    bias = linear.bias()
+    try:
+        linear.set_bias((np.zeros(linear.channels[0]) if bias is None else bias) - offset)
+    except DoesNotFit:
+        return False
+    if node is not None and bounds is not None:
+        node.op, node.attrs = "Clip", {}
+        for index, bound in enumerate(bounds, 1):
+            if np.isfinite(bound):
+                moved = np.array(bound - offset, linear.dtype)
+                edit.set_constant(graph, node, index, moved, f"{node.name}_bound_{index}")
+    return True
+
+
+def _bounds(node: gs.Node) -> tuple[float, float] | None:
+    """The bounds of a Relu, or of a Clip with constant bounds; None for other nodes."""
+    if node.op == "Relu":
+        return 0.0, np.inf
+    if node.op != "Clip":
+        return None
+    ports = [*node.inputs[1:3], gs.Variable.empty(), gs.Variable.empty()]
+    low, high = (
+        usual if port.is_empty() else edit.scalar(port) for port, usual in zip(ports, (-np.inf, np.inf), strict=False)
+    )
+    return None if low is None or high is None else (low, high)
