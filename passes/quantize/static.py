@@ -77,7 +77,7 @@ class Work(Quantize):
         statistics = {name: TensorStatistics(axis) for name, axis in axes.items()}
         rows = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites if self.float_share}
         observe(graph, by_name((*statistics.items(), *rows.items())), ctx.data, ctx.progress)
-        movable = set() if integers or not self.center else center.loose(sites)
+        movable = set() if integers or not self.center else center.movable(sites)
         ranges = {name: self._range(seen, name in movable) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges
         facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
