@@ -50,7 +50,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 def _source(jobs: Any, options: dict[str, Any]) -> Any:
     """The data of a command. Removes their options from ``options``."""
     names = ("calibration", "evaluation", "random", "allow_script", "seed")
-    return jobs.Source(**{name: options.pop(name) for name in names if name in options})
+    given = {name: value for name in opt.READING if (value := options.pop(name)) is not None}
+    found = {name: options.pop(name) for name in names if name in options}
+    return jobs.Source(**found, reading=jobs.Reading(**given))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +244,7 @@ def quantize(
 @click.option("--sm", type=int, metavar="SM", help=f"{opt.SM}  [default: the GPU of this machine]")
 @opt.shape
 @opt.data("data", "calibration", f"Samples to take the shapes from: {opt.DATA}.")
-@opt.allow_script
+@opt.reading
 @click.option(
     "--sparse-weights", is_flag=True, help="Let 2:4 sparse weights run on sparse tensor cores where these are faster."
 )
@@ -259,7 +261,7 @@ def build(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> 
 @click.argument("b", type=click.Path())
 @opt.data("data", "evaluation", f"Samples to run both models on: {opt.DATA}.")
 @opt.random
-@opt.allow_script
+@opt.reading
 @opt.gates
 @opt.seed
 def diff(jobs: Any, progress: Any, a: str, b: str, **options: Any) -> Any:
@@ -289,7 +291,7 @@ def report(jobs: Any, progress: Any, first: str, second: str | None, show: bool)
     "calibration",
     f"Samples on which outlier channels are measured, largest against median. {opt.DATA}.",
 )
-@opt.allow_script
+@opt.reading
 @click.option(
     "--idle", is_flag=True, help="List the FFNs and their channels that bypass the activation or could do so."
 )

@@ -15,6 +15,7 @@ from channelfold.models import MODELS
 from channelfold.passes import PASSES
 from channelfold.passes.options import Option, options
 from channelfold.passes.smooth_methods import METHODS
+from channelfold.runtime.data.reading import IMAGE_OPTIONS, TEXT_OPTIONS
 from channelfold.runtime.errors import nearest
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -24,7 +25,8 @@ SWITCHES = {  # flags of methods that add a pass
     "restore_width": "split-merge: then merge similar channels down to the width before; approximate.",
 }
 SM = "GPU that the engine is for: 10 x compute capability, such as 89 for an L4."
-DATA = "a .npz (keys are input names, axis 0 counts samples), a .npy, or a folder of either"
+DATA = "a .npz (keys are input names, axis 0 counts samples), a .npy, images, or a folder of one of these, or a .txt"
+READING = (*IMAGE_OPTIONS, *TEXT_OPTIONS)
 
 
 class _Choice(click.Choice):
@@ -108,11 +110,45 @@ def data(name: str, role: str, help: str) -> Decorator:
     return click.option(f"--{name}", role, metavar="DATA", type=click.Path(), help=help)
 
 
+class _Numbers(click.ParamType):
+    """Numbers in a row, such as 224x320 or 0.5,0.4,0.3."""
+
+    def __init__(self, kind: type[int | float], between: str):
+        self.kind, self.between, self.name = kind, between, "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return value if isinstance(value, tuple) else tuple(map(self.kind, value.lower().split(self.between)))
+        except ValueError:
+            self.fail(f"{value!r} is not of the form {param.metavar if param else self.name}", param, ctx)
+
+
+_SIZE, _EACH = _Numbers(int, "x"), _Numbers(float, ",")
+reading = together(
+    allow_script,
+    click.option("--resize", type=_SIZE, metavar="N|HxW",
+                 help="Images: size of the shorter side, or both.  [default: covers the model's input]"),
+    click.option("--crop", type=_SIZE, metavar="N|HxW",
+                 help="Images: size that is cut out of the center.  [default: the model's input]"),
+    click.option("--scale", type=float, metavar="X",
+                 help="Images: factor of the values 0 to 255.  [default: 1/255; 1 where the input is of integers]"),
+    click.option("--mean", type=_EACH, metavar="X[,X,X]",
+                 help="Images: subtracted after --scale, one number or one for each channel."),
+    click.option("--std", type=_EACH, metavar="X[,X,X]", help="Images: divides after --mean."),
+    click.option("--layout", type=_Choice(["NCHW", "NHWC"]),
+                 help="Images: where the channels are.  [default: as the input says]"),
+    click.option("--channel-order", type=_Choice(["rgb", "bgr"]),
+                 help="Images: order of the channels.  [default: rgb]"),
+    click.option("--tokenizer", type=click.Path(), metavar="FILE",
+                 help="Text, one a line of a .txt: the tokenizer.json.  [default: the one beside the model]"),
+    click.option("--max-length", type=int, metavar="N",
+                 help="Text: tokens at most.  [default: what the model takes, up to 512]"),
+)  # fmt: skip
 source = together(
     data("calibration", "calibration", f"Samples for statistics such as activation ranges: {DATA}."),
     data("evaluation", "evaluation", "Other samples, on which the outputs are compared."),
     random,
-    allow_script,
+    reading,
     seed,
 )
 shipped = click.option(

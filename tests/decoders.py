@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
+import onnx.parser
 from onnx import TensorProto, helper, numpy_helper
 
+from channelfold.runtime.io.files import import_model
 from channelfold.tests.graphs import random
 
 OPSETS = [helper.make_opsetid("", 17)]
@@ -151,3 +153,37 @@ def scan() -> onnx.ModelProto:
         [value("last", "b", WIDTH), value("states", "b", "t", WIDTH)],
         [weight("W", WIDTH, WIDTH), weight("U", WIDTH, WIDTH)],
     )
+
+
+DECODER = """<ir_version: 9, opset_import: ["": 17]>
+    m (int64[b,s] tokens, int64[b,t] seen, int64[b,s] place, float[b,1,p,4] past)
+    => (float[b,s,6] y, float[b,1,u,4] now)
+    <int64[1] one = {1}, int64[2] two = {1, 2}, float big = {-1000.0}, float unit = {1.0}> {
+        e = Gather(table, tokens)
+        angle = Cast<to = 1>(place)
+        wave = Cos(angle)
+        turn = Unsqueeze(wave, minus)
+        x = Mul(e, turn)
+        k = Unsqueeze(x, one)
+        now = Concat<axis = 2>(past, k)
+        t = Transpose<perm = [0, 1, 3, 2]>(now)
+        scores = MatMul(k, t)
+        m0 = Cast<to = 1>(seen)
+        m1 = Sub(unit, m0)
+        m2 = Mul(m1, big)
+        m3 = Unsqueeze(m2, two)
+        masked = Add(scores, m3)
+        weights = Softmax<axis = -1>(masked)
+        mixed = MatMul(weights, now)
+        out = Squeeze(mixed, one)
+        y = MatMul(out, W)
+    }"""
+
+
+def decoder(text: str = DECODER):
+    """A decoder of one head with a cache that grows, whose mask and positions the graph computes with."""
+    made = onnx.parser.parse_model(text)
+    for name, values in {"table": random((50, 4), "t"), "W": random((4, 6), "w")}.items():
+        made.graph.initializer.append(onnx.numpy_helper.from_array(values.astype(np.float32), name))
+    made.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1]), "minus"))
+    return import_model(made)

@@ -27,6 +27,7 @@ VECTOR = "biases, norms and scales stay float"
 _THROUGH = ("DequantizeLinear", "Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 _INTEGER = (  # parts of the names of operators on integer codes
     "Integer", "QLinear", "NBits", "QAttention", "QGemm", "BlockQuantized", "QMoE", "QOrdered", "QEmbed", "BnbQ",
+    "DynamicQuantize",
 )  # fmt: skip
 
 
@@ -145,6 +146,7 @@ def _state(
     unknown = "" if reasons is None else f"no weight of {reader.op} is quantized"
     reason = (reasons or {}).get(reader.name if place == MAIN else located(reader.name, place), unknown)
     vector = math.prod(tensor.shape) == max(tensor.shape, default=1)
+    vector |= operator(reader).kind == "recurrent" and len(tensor.shape) == 2  # a bias for each direction
     return reader.op, FLOAT, VECTOR if vector else reason, dtype.itemsize
 
 
@@ -173,7 +175,8 @@ def _is_code(node: gs.Node, tensor: gs.Constant) -> bool:
     if edit.is_standard(node) and node.op == "DequantizeLinear":
         return node.inputs[0] is tensor
     known = any(part in node.op for part in _INTEGER) or operator(node).kind == "gather"
-    return known and len(tensor.shape) > 1 and np.dtype(tensor.dtype).itemsize == 1
+    least = 2 if node.op == "DynamicQuantizeLSTM" else 1  # its zero points are matrices
+    return known and len(tensor.shape) > least and np.dtype(tensor.dtype).itemsize == 1
 
 
 def _constants_of(function: onnx.FunctionProto) -> Iterator[tuple[str, Any]]:

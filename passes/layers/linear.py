@@ -440,9 +440,13 @@ def usable(
 ) -> Iterator[Linear]:
     """The live linears for which ``why_not`` gives no reason; refuses all others with ``says`` and the reason.
 
-    ``why_not`` may also raise Refused, or return None for a linear that is left out without a refusal.
+    ``why_not`` may also raise Refused, or return None for a linear that is left out without a refusal. Nodes that
+    ``outcome`` refuses already are left out.
     """
+    refused = {one.node for one in outcome.refused}
     for node in live_linears(graph):
+        if node.name in refused:
+            continue
         with outcome.refusing(node.name, f"{node.op} {says}".strip()):
             linear = view(graph, node)
             if reason := why_not(linear):

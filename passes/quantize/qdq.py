@@ -29,6 +29,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import DoesNotFit
 from channelfold.passes.layers.formats import INT8, SCALES, Format, positive_scale
 from channelfold.passes.layers.linear import Linear, linears, live_linears
+from channelfold.passes.operators import operator
 from channelfold.passes.quantize import Quantize, QuantizeWeights
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
@@ -72,7 +73,9 @@ class Range:
 
 def opset_of_scales(graph: gs.Graph) -> int:
     """The opset at which a DequantizeLinear by channel can have the types of this graph's weights as scales."""
-    return 19 if any(linear.dtype == np.float16 for linear in linears(graph)) else 13
+    kinds = {linear.dtype for linear in linears(graph)}
+    kinds |= {t.dtype for n in graph.nodes if operator(n).kind == "recurrent" for t in n.inputs if t.dtype is not None}
+    return 19 if np.dtype(np.float16) in map(np.dtype, kinds) else 13
 
 
 def excluded(step: Quantize | QuantizeWeights, node: gs.Node) -> str:
@@ -101,10 +104,10 @@ def weight_axis(linear: Linear) -> int:
     return 0 if linear.node.op == "Conv" else 1
 
 
-def summary(graph: gs.Graph, kept: list[Linear]) -> dict[str, Any]:
+def summary(graph: gs.Graph, kept: list[Linear], cells: Sequence[gs.Node] = ()) -> dict[str, Any]:
     """The counts a report wants of a quantization: how many linear nodes there are, and which now read int8."""
-    quantized = {id(site.node) for site in kept}
-    nodes = live_linears(graph)
+    quantized = {id(node) for node in (*cells, *(site.node for site in kept))}
+    nodes = [*live_linears(graph), *cells]
     by_op = {
         op: {
             "quantized": sum(node.op == op and id(node) in quantized for node in nodes),
@@ -114,9 +117,9 @@ def summary(graph: gs.Graph, kept: list[Linear]) -> dict[str, Any]:
     }
     return {
         "linears": len(nodes),
-        "quantized": len(kept),
+        "quantized": len(quantized),
         "by_op": by_op,
-        "quantized_nodes": [site.name for site in kept],
+        "quantized_nodes": [node.name for node in (*cells, *(site.node for site in kept))],
     }
 
 

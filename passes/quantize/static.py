@@ -25,6 +25,7 @@ from channelfold.passes.layers.formats import INT7, INT8
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
 from channelfold.passes.quantize import Quantize, calibrators, center
+from channelfold.passes.quantize.cells import quantize_cells
 from channelfold.passes.quantize.proven import expanded, in_int8, planned
 from channelfold.passes.quantize.qdq import (
     MIN_CHANNELS,
@@ -70,8 +71,10 @@ class Work(Quantize):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
         infer_shapes(graph)
-        sites = list(self.sites(graph, outcome))
         integers = self.target == "onnxruntime"
+        short = self.reduce_range == "on" or (self.reduce_range == "auto" and integers and saturation.saturates())
+        cells = quantize_cells(graph, outcome, INT7 if short else INT8, self)
+        sites = list(self.sites(graph, outcome))
         axes: dict[str, int | None] = {tensor.name: None for tensor in _integers(graph, sites)[0]} if integers else {}
         axes |= {site.data.name: site.in_axis for site in sites}
         statistics = {name: TensorStatistics(axis) for name, axis in axes.items()}
@@ -122,10 +125,10 @@ class Work(Quantize):
         for site in kept:
             more = ", centered" if site.name in inserter.centered else ""
             outcome.change(site.name, f"{says[site.name]} up to {limits[site.name]:.4g}{more}")
-        if quantize_tables(inserter, outcome, INT8, self) or kept:
+        if quantize_tables(inserter, outcome, INT8, self) or kept or cells:
             inserter.finish()
             edit.remove_dead(graph)
-        outcome.facts = summary(graph, kept) | {"activations": facts, "weight_bits": format.bits}
+        outcome.facts = summary(graph, kept, cells) | {"activations": facts, "weight_bits": format.bits}
         return outcome
 
     def left(self, graph: gs.Graph) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.formats import FORMATS, Format
 from channelfold.passes.layers.linear import Linear, usable
 from channelfold.passes.quantize import QuantizeWeights
+from channelfold.passes.quantize.cells import quantize_cells
 from channelfold.passes.quantize.qdq import Inserter, excluded, opset_of_scales, summary, why_not_int8
 from channelfold.passes.quantize.rounders import Rounder, by_scale, gptq, rounded
 from channelfold.passes.quantize.tables import quantize_tables
@@ -49,6 +50,7 @@ class Work(QuantizeWeights):
         if self.rounder == "gptq" and ctx.calibration is None:
             raise DataError("GPTQ needs calibration data", "Give some with --calibration")
         outcome = Outcome()
+        cells = quantize_cells(graph, outcome, self._format, self)
         inserter = Inserter(graph)
         kept = []
         sites = list(usable(graph, outcome, self._why_float, "stays float"))
@@ -56,10 +58,10 @@ class Work(QuantizeWeights):
             ctx.progress("Quantizing weights", len(kept), len(sites))
             outcome.change(linear.name, f"{linear.node.op}: {self._quantize(inserter, linear, seen)}")
             kept.append(linear)
-        if quantize_tables(inserter, outcome, self._format, self) or kept:
+        if quantize_tables(inserter, outcome, self._format, self) or kept or cells:
             inserter.finish()
             edit.remove_dead(graph)
-        outcome.facts = summary(graph, kept)
+        outcome.facts = summary(graph, kept, cells)
         return outcome
 
     def _measured(

@@ -11,7 +11,7 @@ import contextlib
 import math
 import weakref
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -35,7 +35,16 @@ class Stored:
     fortran: bool
 
 
-Array = Stored | np.ndarray
+@dataclass(frozen=True)
+class Deferred:
+    """An array that is computed each time it is read, such as an image."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+Array = Stored | Deferred | np.ndarray
 
 
 def read_headers(path: Path) -> dict[str, Stored]:
@@ -129,6 +138,8 @@ class Reader(contextlib.AbstractContextManager):
         if isinstance(array, Stored) and not array.fortran:
             yield from self._stream(array, count, shape)
             return
+        if isinstance(array, Deferred):
+            array = array.read()
         values = (self._whole(array) if isinstance(array, Stored) else array).reshape(count, *shape)
         for index in range(count):
             yield values[index, ...]

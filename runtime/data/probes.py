@@ -8,6 +8,7 @@ proof of a decoder: a rewrite may rely on what the model writes into them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -102,12 +103,12 @@ def random_data(
             raise DataError(f"Input {spec.name!r} takes strings, which cannot be random", "Give real data")
     dims = {spec.shape[0]: 1 for spec in inputs if spec.shape and isinstance(spec.shape[0], str)} | dims
     past = size // 2 if any(map(_grows, inputs)) else 0
-    _Step(inputs, dims, past, size - past, size, False).shapes()  # which may be too large
+    Step(inputs, dims, past, size - past, size, False).shapes()  # which may be too large
 
     def feeds() -> Iterator[Feed]:
         steps = _rollouts(inputs, dims, seed, run) if run is not None and rolls(inputs) else iter(())
         for index in range(n):
-            step = _Step(inputs, dims, past, size - past, size, bool(index % 2))
+            step = Step(inputs, dims, past, size - past, size, bool(index % 2))
             feed = next(steps, None)
             yield step.feed(np.random.default_rng([seed, index])) if feed is None else feed
 
@@ -133,16 +134,32 @@ def _rollouts(inputs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int, 
 
 
 def _rollout(inputs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int, run: Run) -> Iterator[Feed]:
-    """The steps of a rollout, up to the first at which the model does not run."""
+    """The steps of a rollout of random tokens, up to the first at which the model does not run."""
+
+    def values(step: Step, number: int) -> Feed:
+        return step.feed(np.random.default_rng([seed, number]))
+
+    with contextlib.suppress(ModelError):
+        yield from rollout(inputs, dims, [PREFILL] + [1] * STEPS, run, values)
+
+
+def rollout(
+    inputs: Sequence[TensorSpec],
+    dims: Mapping[str, int],
+    sizes: Sequence[int],
+    run: Run,
+    values: Callable[[Step, int], Feed],
+) -> Iterator[Feed]:
+    """The steps of a rollout of ``sizes`` new tokens each: the ``values`` of a step, with the cache of the one before.
+
+    Raises ModelError where the model does not run on a step, which is not yielded then.
+    """
     cached: Feed = {}
     past = 0
-    for number in range(1 + STEPS):
-        step = _Step(inputs, dims, past, PREFILL if number == 0 else 1, PREFILL + STEPS, number > 0)
-        feed = step.feed(np.random.default_rng([seed, number])) | cached
-        try:
-            found = run(feed)
-        except ModelError:
-            return
+    for number, new in enumerate(sizes):
+        step = Step(inputs, dims, past, new, sum(sizes), number > 0)
+        feed = values(step, number) | cached
+        found = run(feed)
         yield feed
         for spec in inputs:
             present = found.get(_meaning(spec).present)
@@ -151,7 +168,7 @@ def _rollout(inputs: Sequence[TensorSpec], dims: Mapping[str, int], seed: int, r
         past += step.new
 
 
-class _Step:
+class Step:
     """The inputs of one run of a model: ``new`` tokens after ``past`` ones."""
 
     def __init__(
@@ -169,9 +186,10 @@ class _Step:
         sizes |= {spec.shape[-1]: width for spec in caches if (width := _meaning(spec).width)}
         self.dims = {name: known for name, known in sizes.items() if isinstance(name, str)} | dict(dims)
 
-    def feed(self, rng: np.random.Generator) -> Feed:
+    def feed(self, rng: np.random.Generator, known: Mapping[str, Any] | None = None) -> Feed:
+        """Values for all inputs: random, or what the inputs mean; ``known`` has values for kinds of meanings."""
         shapes = self.shapes()
-        return {spec.name: self._values(spec, shapes[spec.name], rng) for spec in self.inputs}
+        return {spec.name: self._values(spec, shapes[spec.name], rng, known or {}) for spec in self.inputs}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the inputs. Raises DataError for an input that is too large to be random."""
@@ -188,7 +206,9 @@ class _Step:
             )
         return shape
 
-    def _values(self, spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    def _values(
+        self, spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator, known: Mapping[str, Any]
+    ) -> np.ndarray:
         meaning, dtype = _meaning(spec), np.dtype(spec.dtype)
         total = self.past + self.new
         said = {
@@ -199,6 +219,7 @@ class _Step:
             "total_length": total,
             "last_position": total - 1,
             "position": np.arange(self.past, self.past + shape[-1]) if shape else self.past,
+            **known,
         }
         if meaning.kind in said:
             return np.broadcast_to(said[meaning.kind], shape).astype(dtype)

@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from channelfold.runtime.data import images
 from channelfold.runtime.data.feeds import Batch, Feeds
 from channelfold.runtime.data.npz import Spill, read_headers
+from channelfold.runtime.data.reading import IMAGE_OPTIONS, Reading
 from channelfold.runtime.errors import ChannelfoldError, DataError, nearest, nearest_path
 from channelfold.runtime.io.session import Feed, TensorSpec
 
@@ -34,7 +36,8 @@ class Data:
     ``inputs``: the model inputs that the feeds fit. ``count``: the number of feeds. ``feeds`` begins an iteration.
     ``description``: for reports, such as "64 samples from calib.npz". ``notes``: changes to the data (casts,
     ignored keys, dropped samples), one sentence each. ``synthetic``: True for random data, which prove nothing
-    about accuracy.
+    about accuracy. ``preparation``: what was done to images or texts, in words. ``heeds``: the options of
+    ``Reading`` that these data heed.
 
     Iterating raises DataError when a file is damaged or a value is not finite or does not fit its input's dtype.
     """
@@ -45,6 +48,8 @@ class Data:
     description: str
     notes: Sequence[str] = ()
     synthetic: bool = False
+    preparation: str = ""
+    heeds: Sequence[str] = ()
 
     def __len__(self) -> int:
         return self.count
@@ -72,21 +77,28 @@ class Data:
         return digest.hexdigest()
 
 
-def open_data(source: Any, inputs: Sequence[TensorSpec]) -> Data:
+def open_data(source: Any, inputs: Sequence[TensorSpec], reading: Reading = Reading()) -> Data:
     """Opens calibration or evaluation data for a model with these inputs.
 
     ``source`` is the path of a ``.npz`` (keys are input names, axis 0 counts samples), of a ``.npy`` (models with one
-    input), or of a folder of either, one batch a file, in natural order; or a Python object: a mapping of names to
-    arrays, an iterable of such mappings, or a reader with ONNX Runtime's ``get_next()``. A source that may be readable
-    only once is read into a temporary file. All arrays may have one axis more than the inputs: a stack of feeds.
+    input), or of a folder of either, one batch a file, in natural order; the path of an image, or of a folder of
+    images, which are read as ``reading`` says; or a Python object: a mapping of names to arrays, an iterable of such
+    mappings, or a reader with ONNX Runtime's ``get_next()``. A source that may be readable only once is read into a
+    temporary file. All arrays may have one axis more than the inputs: a stack of feeds.
 
     Raises DataError, which names the file, the key, the expected and the found arrays.
     """
     check_inputs(inputs)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        batches, notes = _file_batches(path, inputs)
-        return _assemble(inputs, batches, path.name or str(path), notes)
+        files, notes = _files(path)
+        origin = path.name or str(path)
+        if files[0].suffix.lower() in images.SUFFIXES:
+            batches, said, preparation = images.read(files, inputs, reading)
+            data = _assemble(inputs, batches, origin, [*notes, *said])
+            return dataclasses.replace(data, preparation=preparation, heeds=IMAGE_OPTIONS)
+        batches, ignored = _file_batches(files, inputs)
+        return _assemble(inputs, batches, origin, [*notes, *ignored])
     batches, origin = _object_batches(source, inputs)
     return _assemble(inputs, batches, origin, [])
 
@@ -122,8 +134,7 @@ def check_inputs(inputs: Sequence[TensorSpec]) -> None:
         raise DataError("The model has no inputs, so there is nothing to feed", "Check the exported model")
 
 
-def _file_batches(path: Path, inputs: Sequence[TensorSpec]) -> tuple[list[Batch], list[str]]:
-    files, notes = _files(path)
+def _file_batches(files: Sequence[Path], inputs: Sequence[TensorSpec]) -> tuple[list[Batch], list[str]]:
     batches, ignored = [], {}
     for file in files:
         stored = read_headers(file)
@@ -138,44 +149,52 @@ def _file_batches(path: Path, inputs: Sequence[TensorSpec]) -> tuple[list[Batch]
             stored = {inputs[0].name: stored["arr_0"]}
         batches.append(Batch(str(file), _pick(stored, inputs, str(file))))
         ignored |= dict.fromkeys(stored.keys() - {spec.name for spec in inputs})
-    if ignored:
-        notes.append(f"Not inputs of the model, ignored: {', '.join(sorted(ignored))}")
-    return batches, notes
+    return batches, [f"Not inputs of the model, ignored: {', '.join(sorted(ignored))}"] if ignored else []
 
 
 def _files(path: Path) -> tuple[list[Path], list[str]]:
+    """The files with samples, all of one kind, and notes on others. Images may stand in folders, one for each class."""
     if not path.exists():
         raise DataError(f"There is no {path}", nearest_path(path))
     if path.suffix == ".py":
         raise DataError(f"{path} is a Python script, which is run only on request", "Pass it to load_script()")
     if path.is_file():
-        if path.suffix not in (".npz", ".npy"):
-            raise DataError(f"{path} is neither .npz nor .npy", "Write the samples with numpy.savez")
+        if _kind(path) is None:
+            raise DataError(f"{path} is neither .npz nor .npy, no image and no .txt", "Write samples with numpy.savez")
         return [path], []
-    everything = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
-    found = {suffix: [file for file in everything if file.suffix == suffix] for suffix in (".npz", ".npy")}
-    if found[".npz"] and found[".npy"]:
+    found = _visible(path, "*")
+    if not any(map(_kind, found)):
+        found += [file for file in _visible(path, "*/**/*") if _kind(file) == "images"]
+    kinds = {kind for file in found if (kind := _kind(file))}
+    if len(kinds) > 1:
+        both = " and ".join(sorted(kinds, reverse=True))
+        raise DataError(f"The folder {path} holds both {both} files, and only one kind can be meant", "Move one away")
+    if not kinds:
         raise DataError(
-            f"The folder {path} holds both .npz and .npy files, and only one kind can be meant", "Move one kind away"
+            f"The folder {path} holds no .npz and no .npy files, and no images", "Write one such file for each batch"
         )
-    files = sorted(found[".npz"] or found[".npy"], key=_natural)
-    images = [file for file in everything if file.suffix.lower() in _IMAGES]
-    if not files and images:
-        raise DataError(
-            f"The folder {path} holds {len(images)} images and no .npz: their scaling and normalization are unknown",
-            "Prepare them as in training, in the form of the model's input, and write them with numpy.savez",
-        )
-    if not files:
-        raise DataError(f"The folder {path} holds no .npz and no .npy files", "Write one such file for each batch")
-    others = len(everything) - len(files)
+    (kind,) = kinds
+    files = sorted((file for file in found if _kind(file) == kind), key=lambda file: _natural(file.relative_to(path)))
+    others = len(found) - len(files)
     return files, [f"{others} other file{'s' * (others != 1)} in {path.name} ignored"] if others else []
 
 
-_IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+def _kind(file: Path) -> str | None:
+    if file.suffix.lower() in images.SUFFIXES:
+        return "images"
+    return file.suffix if file.suffix in (".npz", ".npy") else None
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    found = (file for file in folder.glob(pattern) if file.is_file())
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
+def _natural(path: Path) -> list[list[tuple[int, str]]]:
+    return [
+        [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+        for name in path.parts
+    ]
 
 
 def _object_batches(source: Any, inputs: Sequence[TensorSpec]) -> tuple[list[Batch], str]:

@@ -30,6 +30,7 @@ from channelfold.passes.layers import account
 from channelfold.passes.options import options as options_of
 from channelfold.passes.prune import AMOUNTS
 from channelfold.passes.sparsify import zeros
+from channelfold.runtime.data.reading import Reading as Reading
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.errors import UsageError, nearest, no_progress

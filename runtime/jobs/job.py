@@ -19,7 +19,9 @@ from channelfold.passes.base import Context, Pass
 from channelfold.passes.fold import InlineFunctions
 from channelfold.passes.layers import account
 from channelfold.runtime.data.probes import STEPS, random_data, rolls
+from channelfold.runtime.data.reading import IMAGE_OPTIONS, TEXT_OPTIONS, Reading
 from channelfold.runtime.data.sources import Data, load_script, open_data
+from channelfold.runtime.data.text import open_text
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.engine.repair import repaired
@@ -69,6 +71,7 @@ class Source:
 
     ``random``: the number of random samples in place of calibration data (in ``diff``, of evaluation data).
     ``allow_script``: a path may be a Python script, which is run. ``seed``: the seed of all random numbers.
+    ``reading``: how images and texts become samples.
     """
 
     calibration: Any = None
@@ -76,6 +79,7 @@ class Source:
     random: int | None = None
     allow_script: bool = False
     seed: int = 0
+    reading: Reading = Reading()
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,10 @@ class Job:
         data = self._random(random) if random else self._opened(source)
         if data is not None:
             self.record["data"][role] = data.description
+            self.record["data"] |= {"preparation": data.preparation} if data.preparation else {}
             self.warn(*(f"{role} data: {note}" for note in data.notes))
+            if unused := self.source.reading.given([*{*IMAGE_OPTIONS, *TEXT_OPTIONS} - {*data.heeds}]):
+                self.warn(f"{role} data: {', '.join(sorted(unused))} was ignored: the data are of another kind")
         return data
 
     def open_both(self) -> None:
@@ -358,12 +365,20 @@ class Job:
             if not self.source.allow_script:
                 raise UsageError(f"{source} is a Python script, and reading data from it runs it", "Add --allow-script")
             return load_script(source, self.inputs)
-        return open_data(source, self.inputs)
+        if isinstance(source, str | Path) and Path(source).suffix.lower() == ".txt":
+            run, reading = self._runs(), self.source.reading
+            self.sources += [Path(reading.tokenizer)] if reading.tokenizer else []
+            return open_text(Path(source), self.inputs, reading, self.model.parent, run)
+        return open_data(source, self.inputs, self.source.reading)
 
     def _random(self, n: int) -> Data:
         """Random samples; the steps of rollouts of the original where the model is a decoder."""
+        return random_data(self.inputs, n, seed=self.source.seed, run=self._runs())
+
+    def _runs(self) -> Callable[[Feed], Mapping[str, Any]]:
+        """Runs the original, which is opened with the first feed."""
         opened = functools.cache(self._original)
-        return random_data(self.inputs, n, seed=self.source.seed, run=lambda feed: opened().run(feed))
+        return lambda feed: opened().run(feed)
 
     def _probes(self) -> Data | None:
         """Random samples for the comparison; None, with a warning, where the original does not run on them."""

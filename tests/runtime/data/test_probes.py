@@ -13,39 +13,7 @@ from channelfold.runtime.data.probes import PREFILL, STEPS, random_data, random_
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import import_model, session
 from channelfold.runtime.io.snapshot import Snapshot
-from channelfold.tests.graphs import random
-
-DECODER = """<ir_version: 9, opset_import: ["": 17]>
-    m (int64[b,s] tokens, int64[b,t] seen, int64[b,s] place, float[b,1,p,4] past)
-    => (float[b,s,6] y, float[b,1,u,4] now)
-    <int64[1] one = {1}, int64[2] two = {1, 2}, float big = {-1000.0}, float unit = {1.0}> {
-        e = Gather(table, tokens)
-        angle = Cast<to = 1>(place)
-        wave = Cos(angle)
-        turn = Unsqueeze(wave, minus)
-        x = Mul(e, turn)
-        k = Unsqueeze(x, one)
-        now = Concat<axis = 2>(past, k)
-        t = Transpose<perm = [0, 1, 3, 2]>(now)
-        scores = MatMul(k, t)
-        m0 = Cast<to = 1>(seen)
-        m1 = Sub(unit, m0)
-        m2 = Mul(m1, big)
-        m3 = Unsqueeze(m2, two)
-        masked = Add(scores, m3)
-        weights = Softmax<axis = -1>(masked)
-        mixed = MatMul(weights, now)
-        out = Squeeze(mixed, one)
-        y = MatMul(out, W)
-    }"""
-
-
-def decoder(text: str = DECODER):
-    made = onnx.parser.parse_model(text)
-    for name, values in {"table": random((50, 4), "t"), "W": random((4, 6), "w")}.items():
-        made.graph.initializer.append(onnx.numpy_helper.from_array(values.astype(np.float32), name))
-    made.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1]), "minus"))
-    return import_model(made)
+from channelfold.tests.decoders import DECODER, decoder
 
 
 def graph_of(text: str):

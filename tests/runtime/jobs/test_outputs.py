@@ -84,7 +84,7 @@ def test_an_empty_path_of_data(folder, monkeypatch):
     ("make", "says"),
     [
         (lambda f: (f / "d.py").write_text("import sys\ndef load_data():\n    sys.exit(0)\n") and f / "d.py", "line 3"),
-        (lambda f: (f / "image.png").write_bytes(b"x") and f, "holds 1 images"),
+        (lambda f: (f / "image.png").write_bytes(b"x") and f, r"image\.png is not an image"),
         (lambda f: f / "samples.npz", "Did you mean .*sample.npz"),
         (lambda f: f / "negative.npy", "announces the shape"),
     ],
