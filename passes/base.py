@@ -118,13 +118,15 @@ class Context:
 
     ``calibration`` is the data for calibrated passes, or None. Long work calls ``progress(stage, done, total)`` now and
     then. ``seed`` makes random probes repeatable. ``shared`` holds the ids of the values that several parts of the
-    model (main graph and bodies) read, each of which has data of its own.
+    model (main graph and bodies) read, each of which has data of its own. ``quantizer`` is the pass that quantizes the
+    graph later, where one is known.
     """
 
     calibration: Data | None = None
     progress: Callable[[str, int, int], None] = no_progress
     seed: int = 0
     shared: frozenset[int] = frozenset()
+    quantizer: Pass | None = None
 
     @property
     def data(self) -> Data:

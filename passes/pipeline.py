@@ -20,7 +20,7 @@ import json
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from channelfold import __version__
 from channelfold.passes.base import Context, Outcome, Pass
 from channelfold.passes.bodies import verify_bodies
 from channelfold.passes.checkpoint import Checkpoint, Progress
+from channelfold.passes.smooth_methods import quantizer
 from channelfold.passes.verify import Verdict, Verifier, Violation
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import ChannelfoldError, UsageError, VerificationError
@@ -88,7 +89,7 @@ def run(
     runner = _Runner(graph, state, ctx, Verifier(probes, ctx.seed) if verify else None, on_violation)
     for index in range(progress.done, len(passes)):
         ctx.progress(passes[index].name, index, len(passes))
-        records, changed = runner.run(passes[index])
+        records, changed = runner.run(passes[index], passes[index + 1 :])
         if progress.warning:
             records[0]["warnings"], progress.warning = [progress.warning, *records[0].get("warnings", [])], ""
         progress.steps += records
@@ -113,9 +114,10 @@ class _Runner:
         self._verifier = verifier
         self._skips = on_violation == "skip"
 
-    def run(self, step: Pass) -> tuple[list[dict[str, Any]], bool]:
+    def run(self, step: Pass, later: Sequence[Pass]) -> tuple[list[dict[str, Any]], bool]:
         """Runs a pass at the opset that the pass needs. Returns the records, and whether the graph changed."""
         before, records = self._state, []
+        self._ctx = replace(self._ctx, quantizer=quantizer(step, later))
         needed = step.opset_for(self._graph)
         if needed > self._graph.opset:
             records.append(self._step(RaiseOpset(needed)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.layers.linear import Linear
+from channelfold.passes.layers.linear import Linear, view
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,21 @@ class Region:
     def no_shift(self) -> str:
         """Why no class takes a shift; empty where a class does."""
         return "" if self.shiftable.any() else next(iter(self.unshifted), "it has no channels")
+
+    def on(self, graph: gs.Graph) -> Region:
+        """The same region of a copy of the graph, whose nodes and tensors have the same names; without places."""
+        nodes = {node.name: node for node in graph.nodes}
+        tensors = {t.name: t for node in graph.nodes for t in (*node.inputs, *node.outputs)}
+
+        def moved(end: End) -> End:
+            node = nodes[end.node.name]
+            return replace(end, node=node, linear=view(graph, node) if end.linear is not None else None)
+
+        cuts = [
+            replace(cut, tensor=tensors[cut.tensor.name], reader=nodes[cut.reader.name] if cut.reader else None)
+            for cut in self.cuts
+        ]
+        return replace(self, ends=[moved(end) for end in self.ends], cuts=cuts, places={})
 
     def readers(self) -> list[End]:
         return [end for end in self.ends if end.role == "in"]

@@ -10,6 +10,8 @@ the channels, or by a search for the least quantization error on a sample of row
 A site gets a shift only where every linear has a bias to take up the shift, or room for a bias. With ``allow_insert`` a
 site gets an explicit Mul, and an Add for the shift, where no weight in front can take up the scale (behind GELU) or a
 reader cannot (the shortcut of a post-LN transformer).
+
+Where the quantization that follows is known, the scales that do not pay at the outputs are taken back (``trial``).
 """
 
 from __future__ import annotations
@@ -29,8 +31,11 @@ from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError, decibels
 from channelfold.passes.smooth import Smooth, scales
 from channelfold.passes.smooth.scales import ClassStatistics
+from channelfold.passes.smooth.trial import Judge, Sites, paying
+from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
+from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
 from channelfold.runtime.stats.observe import by_name, observe
 
@@ -50,17 +55,55 @@ class Work(Smooth):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
         infer_shapes(graph)
-        sites = list(self._sites(graph, measured_shapes(graph, self.feed(ctx)), outcome))
+        judged = self.roll_back and ctx.quantizer is not None
+        work = Snapshot.of(graph).graph() if judged else graph
+        sites = list(self._sites(work, measured_shapes(graph, self.feed(ctx)), outcome))
         rows = ROWS if self.searches else 0
         observers = {r.data.name: ChannelStatistics(r.in_axis, rows) for site in sites for r in site.linears}
         observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
-        facts = []
+        moves = []
         for number, site in enumerate(sites):
             ctx.progress("Smoothing", number, len(sites))
             with outcome.refusing(site.name, f"{site.tensor.name} stays as it is"):
-                facts.append(self._smooth(graph, site, observers, outcome))
-        outcome.facts = {"sites": facts}
+                moves.append(self._smooth(work, site, observers))
+        if judged:
+            moves, outcome.facts = self._kept(graph, moves, ctx, outcome)
+        for move in moves:
+            outcome.change(move.site.name, f"{move.site}: {move.what}")
+        outcome.facts |= {"sites": [move.facts for move in moves]}
         return outcome
+
+    def _kept(
+        self, graph: gs.Graph, moves: list[_Move], ctx: Context, outcome: Outcome
+    ) -> tuple[list[_Move], dict[str, Any]]:
+        """Makes the moves that pay at the outputs of the quantized model; (these moves, facts). Refuses the others."""
+        assert ctx.quantizer is not None
+        before, verdict, facts = Snapshot.of(graph), None, {}
+
+        def error(sites: Sites) -> float | None:
+            copy = before.graph()
+            for number in sorted(sites):
+                moves[number].make(copy)
+            ctx.progress("Trying what pays", 0, 0)
+            return judge.error(copy)
+
+        try:
+            judge = Judge(graph, ctx.quantizer, ctx)
+            verdict = paying([move.gain for move in moves], error) if moves else None
+            facts = {"trial": verdict.facts(len(moves), judge.samples)} if verdict is not None else {}
+        except ModelError as unknown:
+            outcome.warnings.append(f"Whether smoothing pays at the outputs is not known: {unknown}")
+        kept = []
+        for number, move in enumerate(moves):
+            if verdict is not None and number not in verdict.kept:
+                with_it, without = map(decibels, verdict.taken_back[number])
+                what = f"the quantized outputs have {with_it:.1f} dB with it, {without:.1f} dB without"
+                outcome.refuse(move.site.name, f"{move.site}: taken back, {what}", "taken back, it does not pay")
+                continue
+            with outcome.refusing(move.site.name, f"{move.site.tensor.name} stays as it is"):
+                move.make(graph)
+                kept.append(move)
+        return kept, facts
 
     def _sites(self, graph: gs.Graph, shapes: Mapping[str, Shape], outcome: Outcome) -> Iterator[_Site]:
         """One site for each region that can be scaled; refuses the other regions."""
@@ -91,9 +134,7 @@ class Work(Smooth):
                 raise
             raise Refused(f"{error} (allow_insert puts an explicit Mul there)") from None
 
-    def _smooth(
-        self, graph: gs.Graph, site: _Site, observers: Mapping[str, ChannelStatistics], outcome: Outcome
-    ) -> dict[str, Any]:
+    def _smooth(self, graph: gs.Graph, site: _Site, observers: Mapping[str, ChannelStatistics]) -> _Move:
         seen = site.seen(observers)
         shifted = self.shift and (self.allow_insert or site.takes_a_shift)
         if self.searches:
@@ -111,8 +152,9 @@ class Work(Smooth):
         what = label if None in ratio else f"{label}; outlier ratio {ratio[0]:.3g} -> {ratio[1]:.3g}"
         if decibels:
             what += f", output {decibels[0]:.1f} -> {decibels[1]:.1f} dB"
-        outcome.change(site.name, f"{site}: {what}{f'; nodes inserted: {added}' if added else ''}")
-        return {
+        what += f"; nodes inserted: {added}" if added else ""
+        gain = decibels[1] - decibels[0] if decibels else (ratio[0] or 1.0) / (ratio[1] or 1.0)
+        facts = {
             "node": site.name,
             "tensor": tensor,
             "readers": [linear.name for linear in site.linears],
@@ -122,6 +164,7 @@ class Work(Smooth):
             "scale": [float(scale.min()), float(scale.max())],
             "inserted": added,
         }
+        return _Move(site, scale, shift, what, facts, gain)
 
     def _closed_form(self, seen: ClassStatistics, shifted: bool) -> Candidate:
         zero = np.zeros_like(seen.minimum)
@@ -176,6 +219,22 @@ class Work(Smooth):
         if self.method == "awq":
             for ratio in _RATIOS:
                 yield f"awq, ratio {ratio:.2f}", scales.awq(seen, ratio), zero
+
+
+@dataclass(frozen=True)
+class _Move:
+    """The scale and the shift of a site, in words and as facts; ``gain`` is what the site itself gains."""
+
+    site: _Site
+    scale: np.ndarray
+    shift: np.ndarray
+    what: str
+    facts: dict[str, Any]
+    gain: float
+
+    def make(self, graph: gs.Graph) -> None:
+        """Makes the move on a copy of the graph of the site."""
+        rescale(graph, self.site.region.on(graph), self.scale, self.shift)
 
 
 @dataclass(frozen=True)
