@@ -39,7 +39,7 @@ class Outputs:
     """
 
     def __init__(self, graph: gs.Graph, data: Data, without: Collection[str] = ()):
-        names = [t.name for t in graph.outputs if edit.is_float(t)]
+        names = [t.name for t in graph.outputs if t.type == "tensor_type" and edit.is_float(t)]
         self.names = [name for name in names if name not in without] or names
         self.kept: list[tuple[Feed, dict[str, np.ndarray]]] = []
         if self.names:
