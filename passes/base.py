@@ -147,7 +147,8 @@ class Pass:
     ``needs_opset`` is the lowest opset that the pass supports, and ``least_opset`` the lowest opset for one graph; the
     pipeline first raises the graph to this opset. ``needs_data`` describes the pass in the error message for missing
     calibration data. A pass is applied to the bodies of If, Loop and Scan as well, each as a graph of its own, unless
-    ``inside`` is False.
+    ``inside`` is False. With ``moves_cache`` a pass may change the values and the shapes of a decoder's cache, and is
+    verified by rollouts.
 
     The class stands in the face of its family, ``passes/<family>/__init__.py``, which imports nothing heavy. The class
     ``Work`` in the file ``does_it`` beside the face is derived from the class and does the work; only a run imports it.
@@ -159,6 +160,7 @@ class Pass:
     needs_opset: ClassVar[int] = 0
     needs_data: ClassVar[str] = ""
     inside: ClassVar[bool] = True
+    moves_cache: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, option in options(type(self)).items():

@@ -39,7 +39,7 @@ class Method:
         return option in (*self.options, *self.switched) or (option == self.switch != "")
 
 
-_WHERE = ("allow_insert", "include", "exclude", "roll_back")
+_WHERE = ("allow_insert", "include", "exclude", "own_cache", "roll_back")
 _SEARCH = ("activation_bits", "weight_bits", "group_size")
 METHODS = {
     "auto": Method("smooth", ("shift", *_SEARCH, *_WHERE)),

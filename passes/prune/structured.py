@@ -60,7 +60,7 @@ class Work(Prune):
         infer_shapes(graph)
         outcome = Outcome()
         shapes = shapes_of(graph, ctx.calibration, ctx.seed)
-        found = find_groups(graph, shapes)
+        found = find_groups(graph, shapes, self.own_cache)
         groups = list(self._usable(found, outcome))
         if not groups:
             return outcome

@@ -25,13 +25,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Patterns, Refused, TwoActivations
-from channelfold.passes.channels.rescale import clamped, rescale
+from channelfold.passes.channels.cache import Caches
+from channelfold.passes.channels.rescale import fitted, rescale
 from channelfold.passes.channels.scale_regions import Region, Shape, reach
 from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError, decibels
 from channelfold.passes.smooth import Smooth, scales
+from channelfold.passes.smooth.cached import key_moves
 from channelfold.passes.smooth.scales import ClassStatistics
-from channelfold.passes.smooth.trial import Judge, Sites, paying
+from channelfold.passes.smooth.trial import Judge, Move, Sites, paying
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
@@ -57,7 +59,9 @@ class Work(Smooth):
         infer_shapes(graph)
         judged = self.roll_back and ctx.quantizer is not None
         work = Snapshot.of(graph).graph() if judged else graph
-        sites = list(self._sites(work, measured_shapes(graph, self.feed(ctx)), outcome))
+        shapes, caches = measured_shapes(graph, self.feed(ctx)), Caches.of(work, self.own_cache)
+        sites = list(self._sites(work, shapes, caches, outcome))
+        keys = list(key_moves(work, caches, shapes, ctx, outcome))
         rows = ROWS if self.searches else 0
         observers = {r.data.name: ChannelStatistics(r.in_axis, rows) for site in sites for r in site.linears}
         observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
@@ -68,14 +72,17 @@ class Work(Smooth):
                 moves.append(self._smooth(work, site, observers))
         if judged:
             moves, outcome.facts = self._kept(graph, moves, ctx, outcome)
+        for move in keys:  # which no weight feels
+            move.make(graph)
+        moves += keys
         for move in moves:
-            outcome.change(move.site.name, f"{move.site}: {move.what}")
+            outcome.change(move.node, f"{move.site}: {move.what}")
         outcome.facts |= {"sites": [move.facts for move in moves]}
         return outcome
 
     def _kept(
-        self, graph: gs.Graph, moves: list[_Move], ctx: Context, outcome: Outcome
-    ) -> tuple[list[_Move], dict[str, Any]]:
+        self, graph: gs.Graph, moves: list[Move], ctx: Context, outcome: Outcome
+    ) -> tuple[list[Move], dict[str, Any]]:
         """Makes the moves that pay at the outputs of the quantized model; (these moves, facts). Refuses the others."""
         assert ctx.quantizer is not None
         before, verdict, facts = Snapshot.of(graph), None, {}
@@ -98,14 +105,14 @@ class Work(Smooth):
             if verdict is not None and number not in verdict.kept:
                 with_it, without = map(decibels, verdict.taken_back[number])
                 what = f"the quantized outputs have {with_it:.1f} dB with it, {without:.1f} dB without"
-                outcome.refuse(move.site.name, f"{move.site}: taken back, {what}", "taken back, it does not pay")
+                outcome.refuse(move.node, f"{move.site}: taken back, {what}", "taken back, it does not pay")
                 continue
-            with outcome.refusing(move.site.name, f"{move.site.tensor.name} stays as it is"):
+            with outcome.refusing(move.node, f"{move.tensor} stays as it is"):
                 move.make(graph)
                 kept.append(move)
         return kept, facts
 
-    def _sites(self, graph: gs.Graph, shapes: Mapping[str, Shape], outcome: Outcome) -> Iterator[_Site]:
+    def _sites(self, graph: gs.Graph, shapes: Mapping[str, Shape], caches: Caches, outcome: Outcome) -> Iterator[_Site]:
         """One site for each region that can be scaled; refuses the other regions."""
         seen: set[int] = set()
         scaled: set[int] = set()
@@ -117,7 +124,7 @@ class Work(Smooth):
                 if reason := self.patterns.why_not(linear.name):
                     raise Refused(reason)
                 seen.add(id(linear.data))
-                site = _Site.of(self._region(graph, linear, shapes))
+                site = _Site.of(self._region(graph, linear, shapes, caches))
                 if reason := Patterns(exclude=self.exclude).why_not(*(linear.name for linear in site.linears)):
                     raise Refused(f"a linear that shares its scale is {reason}")
                 if any(id(linear.data) in scaled for linear in site.linears):  # perhaps by inserted nodes
@@ -126,15 +133,15 @@ class Work(Smooth):
                 seen |= scaled
                 yield site
 
-    def _region(self, graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape]) -> Region:
+    def _region(self, graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape], caches: Caches) -> Region:
         try:
-            return reach(graph, linear, shapes, self.allow_insert)
+            return reach(graph, linear, shapes, self.allow_insert, caches)
         except Refused as error:
             if self.allow_insert:
                 raise
             raise Refused(f"{error} (allow_insert puts an explicit Mul there)") from None
 
-    def _smooth(self, graph: gs.Graph, site: _Site, observers: Mapping[str, ChannelStatistics]) -> _Move:
+    def _smooth(self, graph: gs.Graph, site: _Site, observers: Mapping[str, ChannelStatistics]) -> Move:
         seen = site.seen(observers)
         shifted = self.shift and (self.allow_insert or site.takes_a_shift)
         if self.searches:
@@ -142,13 +149,13 @@ class Work(Smooth):
         else:
             label, scale, shift = self._closed_form(seen, shifted)
             decibels = None
-        scale = clamped(scale, site.region.free)
+        scale = fitted(scale, site.region)
         nodes, tensor = {id(node) for node in graph.nodes}, site.tensor.name
         ratio = [outlier_ratio(seen.amax()), outlier_ratio(seen.amax(shift) / scale)]
         if np.ptp(scale) == 0 and not np.any(shift):
             raise Refused("its channels are alike already")
         rescale(graph, site.region, scale, shift)
-        added = sum(id(node) not in nodes for node in graph.nodes)
+        added = sum(id(node) not in nodes and not _at_a_cache(site.region, node) for node in graph.nodes)
         what = label if None in ratio else f"{label}; outlier ratio {ratio[0]:.3g} -> {ratio[1]:.3g}"
         if decibels:
             what += f", output {decibels[0]:.1f} -> {decibels[1]:.1f} dB"
@@ -164,7 +171,7 @@ class Work(Smooth):
             "scale": [float(scale.min()), float(scale.max())],
             "inserted": added,
         }
-        return _Move(site, scale, shift, what, facts, gain)
+        return Move(site.name, str(site), tensor, site.region, scale, shift, what, facts, gain)
 
     def _closed_form(self, seen: ClassStatistics, shifted: bool) -> Candidate:
         zero = np.zeros_like(seen.minimum)
@@ -191,7 +198,7 @@ class Work(Smooth):
         ]
 
         def cost(scale: np.ndarray, shift: np.ndarray) -> float:
-            scale = clamped(scale, site.region.free)
+            scale = fitted(scale, site.region)
             return sum(error.error(scale[classes], shift[classes]) for classes, error in errors) / len(errors)
 
         zero = np.zeros_like(seen.minimum)
@@ -221,20 +228,9 @@ class Work(Smooth):
                 yield f"awq, ratio {ratio:.2f}", scales.awq(seen, ratio), zero
 
 
-@dataclass(frozen=True)
-class _Move:
-    """The scale and the shift of a site, in words and as facts; ``gain`` is what the site itself gains."""
-
-    site: _Site
-    scale: np.ndarray
-    shift: np.ndarray
-    what: str
-    facts: dict[str, Any]
-    gain: float
-
-    def make(self, graph: gs.Graph) -> None:
-        """Makes the move on a copy of the graph of the site."""
-        rescale(graph, self.site.region.on(graph), self.scale, self.shift)
+def _at_a_cache(region: Region, node: gs.Node) -> bool:
+    """Whether a node stands at the interface of a cache of a region."""
+    return any(tensor is cache for tensor in (*node.inputs, *node.outputs) for cache, _ in region.caches)
 
 
 @dataclass(frozen=True)

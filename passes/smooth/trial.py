@@ -21,6 +21,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Pass
+from channelfold.passes.channels.region import Region
+from channelfold.passes.channels.rescale import rescale
 from channelfold.passes.layers.output_error import Outputs, held_out
 from channelfold.passes.layers.quantization_error import decibels
 from channelfold.runtime.io.files import infer_shapes, raise_opset
@@ -32,6 +34,29 @@ _PARTS = (2, 4)  # into how many groups the sites are divided, one division afte
 _CALIBRATED = 32  # samples that ranges come from
 _NOISE = 1e-9  # an error that rounding alone may cause
 _WORTH = 0.98  # a group changes sides where at most this share of the error is left: less may be chance
+
+
+@dataclass(frozen=True)
+class Move:
+    """A scale and a shift of a region, as facts and in words.
+
+    ``node`` names the site, ``site`` describes the site and ``tensor`` names what is scaled. ``gain`` is what the site
+    itself gains, in a unit that all sites share.
+    """
+
+    node: str
+    site: str
+    tensor: str
+    region: Region
+    scale: np.ndarray
+    shift: np.ndarray
+    what: str
+    facts: dict[str, Any]
+    gain: float = 0.0
+
+    def make(self, graph: gs.Graph) -> None:
+        """Makes the move on a copy of the graph of the region."""
+        rescale(graph, self.region.on(graph), self.scale, self.shift)
 
 
 @dataclass
