@@ -18,6 +18,7 @@ from channelfold.passes.fold import (
     MergeConvs,
     MergeEqual,
     MergeMoves,
+    OwnCache,
     RemoveIdentities,
     RewriteEinsum,
     TakeBranch,
@@ -33,7 +34,7 @@ PASSES: dict[str, type[Pass]] = {
         *(FoldConstants, TakeBranch, InlineFunctions, RewriteEinsum, FoldShapes, RemoveIdentities, MergeMoves),
         *(MergeEqual, FoldPad, FoldAffine, ReparameterizeFfn, Equalize, AbsorbBias, Smooth, MergeConvs),
         *(SplitChannels, MergeChannels, ReorderChannels, ClipWeights, RemoveDeadChannels, Prune, Sparsify),
-        *(ApproximateFfn, Quantize, QuantizeWeights),
+        *(ApproximateFfn, Quantize, QuantizeWeights, OwnCache),
     )
 }
 

@@ -118,13 +118,15 @@ class Context:
 
     ``calibration`` is the data for calibrated passes, or None. Long work calls ``progress(stage, done, total)`` now and
     then. ``seed`` makes random probes repeatable. ``shared`` holds the ids of the values that several parts of the
-    model (main graph and bodies) read, each of which has data of its own.
+    model (main graph and bodies) read, each of which has data of its own. ``quantizer`` is the pass that quantizes the
+    graph later, where one is known.
     """
 
     calibration: Data | None = None
     progress: Callable[[str, int, int], None] = no_progress
     seed: int = 0
     shared: frozenset[int] = frozenset()
+    quantizer: Pass | None = None
 
     @property
     def data(self) -> Data:
@@ -145,7 +147,8 @@ class Pass:
     ``needs_opset`` is the lowest opset that the pass supports, and ``least_opset`` the lowest opset for one graph; the
     pipeline first raises the graph to this opset. ``needs_data`` describes the pass in the error message for missing
     calibration data. A pass is applied to the bodies of If, Loop and Scan as well, each as a graph of its own, unless
-    ``inside`` is False.
+    ``inside`` is False. With ``moves_cache`` a pass may change the values and the shapes of a decoder's cache, and is
+    verified by rollouts.
 
     The class stands in the face of its family, ``passes/<family>/__init__.py``, which imports nothing heavy. The class
     ``Work`` in the file ``does_it`` beside the face is derived from the class and does the work; only a run imports it.
@@ -157,6 +160,7 @@ class Pass:
     needs_opset: ClassVar[int] = 0
     needs_data: ClassVar[str] = ""
     inside: ClassVar[bool] = True
+    moves_cache: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, option in options(type(self)).items():

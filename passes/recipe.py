@@ -41,9 +41,17 @@ from channelfold.passes.options import found
 from channelfold.passes.options import options as options_of
 from channelfold.runtime.errors import ChannelfoldError, UsageError, nearest
 
-_QUANTIZATIONS = ("quantize", "quantize-weights")
+QUANTIZATIONS = ("quantize", "quantize-weights")
 # passes that do not touch weights behind DequantizeLinear
-_ANYWHERE = ("rewrite-einsum", "fold-constants", "fold-shapes", "remove-identities", "merge-moves", "merge-equal")
+_ANYWHERE = (
+    "rewrite-einsum",
+    "fold-constants",
+    "fold-shapes",
+    "remove-identities",
+    "merge-moves",
+    "merge-equal",
+    "own-cache",
+)
 _TAKEN_BACK = {
     ("smooth", "fold-affine"): "folds the Mul nodes that allow_insert lets it insert back into the weights",
     ("smooth", "reparameterize-ffn"): "multiplies the weights it has scaled with each other",
@@ -216,14 +224,17 @@ def _pass(entry: Any, where: str) -> Pass:
 
 def _check_order(passes: Sequence[Pass], source: str) -> None:
     quantized: tuple[int, str] | None = None
+    for number, step in enumerate(passes[:-1], 1):
+        if step.moves_cache:  # samples have the cache as the original has it
+            raise UsageError(f"{source}: pass {number} ({step.name!r}) is not the last one", "Move it to the end")
     for number, step in enumerate(passes, 1):
-        if quantized is not None and step.name not in (*_ANYWHERE, *_QUANTIZATIONS):
+        if quantized is not None and step.name not in (*_ANYWHERE, *QUANTIZATIONS):
             raise UsageError(
                 f"{source}: pass {number} ({step.name!r}) comes after pass {quantized[0]} ({quantized[1]!r}), where "
                 "the weights lie behind DequantizeLinear and nothing can change them any more",
                 f"Move it before {quantized[1]!r}",
             )
-        if step.name in _QUANTIZATIONS:
+        if step.name in QUANTIZATIONS:
             quantized = quantized or (number, step.name)
 
 

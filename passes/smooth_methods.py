@@ -10,12 +10,14 @@ The passes on request change the function a little; all other passes are exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from channelfold.passes.base import Pass
-from channelfold.passes.recipe import make
+from channelfold.passes.quantize import Quantize
+from channelfold.passes.recipe import QUANTIZATIONS, make
+from channelfold.passes.smooth import Smooth
 from channelfold.runtime.errors import UsageError, nearest
 
 
@@ -37,7 +39,7 @@ class Method:
         return option in (*self.options, *self.switched) or (option == self.switch != "")
 
 
-_WHERE = ("allow_insert", "include", "exclude")
+_WHERE = ("allow_insert", "include", "exclude", "own_cache", "roll_back")
 _SEARCH = ("activation_bits", "weight_bits", "group_size")
 METHODS = {
     "auto": Method("smooth", ("shift", *_SEARCH, *_WHERE)),
@@ -82,6 +84,14 @@ def passes_of(name: str, options: Mapping[str, Any]) -> tuple[Pass, ...]:
     if on:
         steps.append(make(method.then, _only(options, method.switched)))
     return tuple(steps)
+
+
+def quantizer(step: Pass, later: Sequence[Pass]) -> Pass | None:
+    """The pass that quantizes what ``step`` changes: the next quantization, or else int8 where ``step`` is for int8."""
+    if found := next((other for other in later if other.name in QUANTIZATIONS), None):
+        return found
+    bits = (step.activation_bits, step.weight_bits, step.group_size) if isinstance(step, Smooth) else ()
+    return Quantize() if bits == (8, 8, 0) and step.options()["method"] != "awq" else None
 
 
 def _who_has(option: str, method: Method) -> str:

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from channelfold.runtime.data.probes import SAMPLES, STEPS, random_feeds, rolls
+from channelfold.runtime.data.probes import SAMPLES, STEPS, random_feeds, rollout_results, rolls
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, ModelError, VerificationError
 from channelfold.runtime.io.facts import with_meanings
@@ -186,6 +186,36 @@ class Verifier:
         if not samples:
             raise _NoProbe(reasons[0] if reasons else "its outputs hold no finite numbers")
         return [feed for feed, _ in samples], [outputs for _, outputs in samples]
+
+
+def verify_rollout(before: Snapshot, after: Snapshot) -> Verdict:
+    """The comparison of two decoders on a rollout, each with the cache that the decoder itself returned.
+
+    The caches themselves are not compared. Raises Violation.
+    """
+    started, runs = time.perf_counter(), []
+    if _size(before) > LARGE:
+        return Verdict({"unverified": "the model is large"}, "not verified: the model is large")
+    for graph in (before, after):
+        session = graph.session()
+        inputs = with_meanings(graph.graph(), session.inputs)
+        runs.append(list(rollout_results(inputs, session.run)))
+    presents = {spec.meaning.present for spec in inputs if spec.meaning}
+    if len(runs[0]) != len(runs[1]):
+        raise Violation(f"step {len(runs[1]) + 1} of a rollout does not run any more", "", "", math.inf)
+    if len(runs[0]) <= STEPS:
+        return Verdict({"unverified": "no rollout runs"}, "not verified: the model does not run a rollout")
+    tolerance = TOLERANCES[_TYPE.FLOAT] / 10 if tolerance_of(before.model, before.weights) <= 1e-4 else 2e-2
+    worst = 0.0
+    for number, (reference, found) in enumerate(zip(*runs, strict=True), 1):
+        kept = {name: values for name, values in reference.items() if name not in presents}
+        for name, (error, where) in _errors(kept, found).items():
+            worst = max(worst, error)
+            if error > tolerance:
+                said = f"output {where} (allowed: {tolerance:.0e}) in step {number} of a rollout"
+                raise Violation(said, name, "", error)
+    seconds = time.perf_counter() - started
+    return Verdict({"max_rel_error": worst, "tolerance": tolerance, "probes": len(runs[0]), "seconds": seconds})
 
 
 def tolerance_of(model: onnx.ModelProto, weights: tuple[onnx.TensorProto, ...] = ()) -> float:

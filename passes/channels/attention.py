@@ -32,6 +32,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
+from channelfold.passes.channels.cache import Caches
 from channelfold.passes.channels.maps import Classes, Shape
 from channelfold.passes.channels.ports import Ports, Rules
 from channelfold.passes.operators import operator
@@ -59,6 +60,7 @@ class Heads:
 
     ``others`` are cut together with the heads and never scaled. ``held`` is the reason why queries, keys and values
     cannot be scaled, or "". The node rotates the first ``rotary`` channels of every query and key head in pairs.
+    ``key_caches`` and ``value_caches`` are the pasts and presents, (batch, heads, tokens, channels).
     """
 
     result: Piece
@@ -68,10 +70,12 @@ class Heads:
     others: list[Piece] = field(default_factory=list)
     held: str = ""
     rotary: int = 0
+    key_caches: list[Piece] = field(default_factory=list)
+    value_caches: list[Piece] = field(default_factory=list)
 
     def pieces(self) -> list[Piece]:
         found = (self.result, self.queries, self.keys, self.values)
-        return [*(piece for piece in found if piece is not None), *self.others]
+        return [*(piece for piece in found if piece is not None), *self.others, *self.key_caches, *self.value_caches]
 
 
 def heads_of(p: Ports) -> Heads:
@@ -131,30 +135,32 @@ def _scores(p: Ports, port: int, heads: int) -> list[Piece]:
 
 
 def _held(p: Ports, *ports: int) -> str:
-    """Why keys and values cannot be scaled: caches and biases would need the same scale."""
-    return f"{p.node.op} has a cache or a bias" if any(map(p.has, (*ports, -2, -3, -4))) else ""
+    """Why keys and values cannot be scaled: biases, and the scores as a result, would need the same scale."""
+    return f"{p.node.op} has a cache or a bias" if any(map(p.has, (*ports, -4))) else ""
 
 
 def _attention(p: Ports) -> Heads:
     apart = len(p.shape(0)) == 4
     heads = p.shape(0)[1] if apart else p.attribute("q_num_heads", 0)
     kv = p.shape(1)[1] if apart else p.attribute("kv_num_heads", 0)
-    others = _present(p, (4, kv), (5, kv), (-2, kv), (-3, kv), (-4, heads)) + _scores(p, 3, heads)
-    held = _held(p, 4, 5)
-    return Heads(piece(p, -1, heads), piece(p, 0, heads), piece(p, 1, kv), piece(p, 2, kv), others, held)
+    others = _present(p, (-4, heads)) + _scores(p, 3, heads)
+    caches = _present(p, (4, kv), (-2, kv)), _present(p, (5, kv), (-3, kv))
+    found = piece(p, -1, heads), piece(p, 0, heads), piece(p, 1, kv), piece(p, 2, kv)
+    return Heads(*found, others, _held(p), 0, *caches)
 
 
 def _multi_head(p: Ports) -> Heads:
     heads = p.attribute("num_heads", 0)
-    others = _present(p, (6, heads), (7, heads), (-2, heads), (-3, heads), (-4, heads)) + _scores(p, 5, heads)
+    others = _present(p, (-4, heads)) + _scores(p, 5, heads)
+    caches = _present(p, (6, heads), (-2, heads)), _present(p, (7, heads), (-3, heads))
     if p.has(3):
         (size,), values = p.shape(3), p.shape(-1)[2]
         keys = (size - values) // 2
         others += [_within(3, 0, heads, *part) for part in ((0, keys), (keys, keys), (2 * keys, values))]
     queries, keys, values = (piece(p, port, heads) if p.has(port) else None for port in range(3))
     packed = any(p.has(port) and len(p.shape(port)) != 3 for port in range(3))
-    held = f"{p.node.op} packs its inputs" if packed else _held(p, 3, 6, 7)
-    return Heads(piece(p, -1, heads), queries, keys, values, others, held)
+    held = f"{p.node.op} packs its inputs" if packed else _held(p, 3)
+    return Heads(piece(p, -1, heads), queries, keys, values, others, held, 0, *caches)
 
 
 def _packed_weight(p: Ports) -> Heads:
@@ -173,7 +179,8 @@ def _grouped(p: Ports) -> Heads:
     heads, kv = p.attribute("num_heads", 0), p.attribute("kv_num_heads", 0)
     if p.has(12) or p.has(13):
         raise InBetween(f"{p.node.op} with a quantized cache")
-    others = _present(p, (3, kv), (4, kv), (-2, kv), (-3, kv), (-4, heads)) + _scores(p, 10, heads)
+    others = _present(p, (-4, heads)) + _scores(p, 10, heads)
+    caches = _present(p, (3, kv), (-2, kv)), _present(p, (4, kv), (-3, kv))
     if p.has(11):
         others.append(Piece(11, 0, np.arange(heads)[:, None]))
     if p.has(1):
@@ -183,8 +190,8 @@ def _grouped(p: Ports) -> Heads:
         placed = ((0, heads), (heads, kv), (heads + kv, kv))
         queries, keys, values = (_within(0, 2, n, each * start, each * n) for start, n in placed)
     turned = 2 * p.shape(7)[-1] if p.attribute("do_rotary", 0) else 0
-    held = _held(p, 3, 4) or (f"{p.node.op} norms its queries and keys" if p.has(14) or p.has(15) else "")
-    return Heads(piece(p, -1, heads), queries, keys, values, others, held, turned)
+    held = _held(p) or (f"{p.node.op} norms its queries and keys" if p.has(14) or p.has(15) else "")
+    return Heads(piece(p, -1, heads), queries, keys, values, others, held, turned, *caches)
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
@@ -233,31 +240,50 @@ RULES: Rules = {"attention": _links, "packed_attention": _links, "rotary": _rota
 # ---- scales ----------------------------------------------------------------------------------------------------------
 
 
-def attended(classes: Classes, p: Ports, tensor: gs.Tensor, index: np.ndarray) -> list[tuple[gs.Tensor, np.ndarray]]:
+def ties_scores(p: Ports, tensor: gs.Tensor) -> bool:
+    """Whether an attention operator ties a tensor to its queries and keys, and not to its values."""
+    heads = heads_of(p)
+    found = [piece for piece in (heads.queries, heads.keys, *heads.key_caches) if piece is not None]
+    return (
+        heads.values is not None
+        and tensor is not p.tensor(heads.values.port)
+        and any(p.tensor(piece.port) is tensor for piece in found)
+    )
+
+
+def attended(
+    classes: Classes, p: Ports, tensor: gs.Tensor, index: np.ndarray, caches: Caches
+) -> list[tuple[gs.Tensor, np.ndarray]]:
     """The maps of the tensors that an attention operator ties to one of its inputs or to its result. Raises Refused."""
     heads, result = heads_of(p), p.node.outputs[0]
     queries, keys, values = heads.queries, heads.keys, heads.values
     if heads.held or queries is None or keys is None or values is None:
         raise Refused(heads.held or f"{p.node.op} reads it")
+    cached = {id(p.tensor(part.port)): p.tensor(part.port) for part in (*heads.key_caches, *heads.value_caches)}
+    if not all(map(caches.owns_inside, cached.values())):
+        raise Refused(caches.why(f"{p.node.op} has a cache or a bias", *cached.values()))
     if any(size > 1 for axis, size in enumerate(index.shape) if axis in (0, index.ndim - 2)):
         raise Refused(f"{p.node.op} does not keep its channels apart")
     ends = {id(p.tensor(part.port)): part for part in (queries, keys, values, heads.result)}
-    if id(tensor) not in ends:
+    if id(tensor) not in ends | cached:
         later = any(tensor is other for other in p.node.outputs)
         raise Refused(f"it is a second output of {p.node.op}" if later else f"{p.node.op} reads it")
     moves: list[tuple[gs.Tensor, np.ndarray]] = []
     maps = {id(tensor): index}
-    port = values.port if tensor is result else keys.port
+    of_values = tensor is result or any(p.tensor(part.port) is tensor for part in heads.value_caches)
+    port = values.port if of_values else keys.port
     source, shape = p.tensor(port), p.shape(port)
-    if tensor is result or tensor is p.tensor(queries.port) is not source:
+    if of_values or id(tensor) in cached or tensor is p.tensor(queries.port) is not source:
         wide = [1 if axis in (0, len(shape) - 2) else size for axis, size in enumerate(shape)]
         maps[id(source)] = classes.fresh(wide)
         moves.append((source, maps[id(source)]))
-    for before, after, sign in ((keys, queries, -1), (values, heads.result, 1)):
+    tied = [(keys, part, 1) for part in heads.key_caches] + [(keys, queries, -1)]
+    tied += [(values, part, 1) for part in (*heads.value_caches, heads.result)]
+    for before, after, sign in tied:
         if id(p.tensor(before.port)) not in maps:
             continue
         rows = before.take(maps[id(p.tensor(before.port))], p.shape(before.port))
-        if heads.rotary and sign < 0:
+        if heads.rotary and before is keys:
             classes.merge(rows, rows[:, partners(p, rows.shape[1], heads.rotary)])
         rows = sign * rows.repeat(len(after.at) // len(before.at), axis=0)
         target, shape = p.tensor(after.port), p.shape(after.port)

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Refused
+from channelfold.passes.channels.cache import at_output
 from channelfold.passes.channels.cut_regions import Part, Read, Region
 from channelfold.passes.channels.renumber import renumber
 from channelfold.passes.operators import operator
@@ -45,6 +46,11 @@ def mask(graph: gs.Graph, cuts: Iterable[Cut]) -> None:
     Raises Refused, with the reason, for a norm that cannot leave channels out.
     """
     for region, keep in cuts:
+        for (_, axis), (tensor, labels) in region.axes.items():
+            if edit.is_output(graph, tensor):  # a cache that is the model's own
+                shape = [-1, *[1] * ((edit.rank(tensor) or 4) - axis - 1)]
+                factor = keep[labels - 1].reshape(shape).astype(edit.dtype(tensor) or np.float32)
+                at_output(graph, tensor, ("Mul", factor, {}))
         for part in filter(is_recurrence, region.parts):
             Mask.within(graph, part).set(keep)
         for read in region.reads:

@@ -204,12 +204,12 @@ class _Tracer(Classes):
 
     def _expand(self, identity: int, axis: int) -> None:
         tensor, labels = self.axes[identity, axis]
-        if edit.is_output(self.table.graph, tensor):
-            self.pin(labels, f"it is the output {tensor.name!r} of the model")
-        writer = edit.producer(tensor)
-        if writer is None:
-            self.pin(labels, f"it is the input {tensor.name!r} of the model")
-        elif len(tensor.inputs) == 1:
+        writer, caches = edit.producer(tensor), self.table.caches
+        if edit.is_output(self.table.graph, tensor) and not caches.owns(tensor):
+            self.pin(labels, caches.why(f"it is the output {tensor.name!r} of the model", tensor))
+        if writer is None and not caches.owns(tensor):
+            self.pin(labels, caches.why(f"it is the input {tensor.name!r} of the model", tensor))
+        elif writer is not None and len(tensor.inputs) == 1:
             port = next(-1 - k for k, t in enumerate(writer.outputs) if t is tensor)
             self._pass(writer, port, axis, labels)
         for node in edit.consumers(tensor):

@@ -22,6 +22,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Refused
+from channelfold.passes.channels.cache import Caches
 from channelfold.passes.channels.cut_regions import Part, Region, best_trace
 from channelfold.passes.channels.links import LinkTable
 from channelfold.passes.channels.maps import Shape
@@ -58,9 +59,12 @@ class Group:
         return Counter(filter(None, (self.region.fixed[label - 1] for label in self.labels)))
 
 
-def find_groups(graph: gs.Graph, shapes: Mapping[str, Shape]) -> list[Group]:
-    """All channel groups of the weights of a graph, in the order in which they are written."""
-    table = LinkTable(graph, shapes)
+def find_groups(graph: gs.Graph, shapes: Mapping[str, Shape], own_cache: bool = False) -> list[Group]:
+    """All channel groups of the weights of a graph, in the order in which they are written.
+
+    With ``own_cache`` only the model writes and reads its cache, so that heads can be cut from the cache too.
+    """
+    table = LinkTable(graph, shapes, caches=Caches.of(graph, own_cache))
     seen: set[tuple[int, int]] = set()
     groups: list[Group] = []
     for tensor, axis in _written(graph, table):

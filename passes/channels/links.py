@@ -31,6 +31,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
 from channelfold.passes.channels import attention, link_moves
+from channelfold.passes.channels.cache import NO_CACHES, Caches
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.ports import Links, Ports, Rules, known_shape, shape_of
 from channelfold.passes.operators import operator
@@ -51,11 +52,11 @@ class LinkTable:
     """The links of every node of a graph, computed once. ``shapes`` holds the shapes of all tensors for one input.
 
     ``single`` serves edits that drop or repeat each channel independently of the others. The constant indices of a
-    Gather then create channels, as the rows of a weight do.
+    Gather then create channels, as the rows of a weight do. ``caches`` that are the model's own can be cut.
     """
 
-    def __init__(self, graph: gs.Graph, shapes: Mapping[str, Shape], single: bool = False):
-        self.graph, self.shapes, self.single = graph, shapes, single
+    def __init__(self, graph: gs.Graph, shapes: Mapping[str, Shape], single: bool = False, caches: Caches = NO_CACHES):
+        self.graph, self.shapes, self.single, self.caches = graph, shapes, single, caches
         self._known: dict[int, Links | str] = {}
 
     def of(self, node: gs.Node) -> Links:

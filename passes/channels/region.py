@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.layers.linear import Linear
+from channelfold.passes.layers.linear import Linear, view
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Region:
 
     ``fixed`` gives the reason why each class is pinned, "" for a free class. ``unshifted`` gives the reason why each
     class takes no shift, "" for a class that does. ``places`` holds the tensors and their maps, by id of the tensor.
+    ``caches`` lists the pasts and presents of the model's own cache in the region, with their maps.
     """
 
     ends: list[End]
@@ -53,6 +54,7 @@ class Region:
     fixed: list[str]
     unshifted: list[str]
     places: dict[int, tuple[gs.Tensor, np.ndarray]]
+    caches: list[tuple[gs.Tensor, np.ndarray]] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -70,6 +72,22 @@ class Region:
     def no_shift(self) -> str:
         """Why no class takes a shift; empty where a class does."""
         return "" if self.shiftable.any() else next(iter(self.unshifted), "it has no channels")
+
+    def on(self, graph: gs.Graph) -> Region:
+        """The same region of a copy of the graph, whose nodes and tensors have the same names; without places."""
+        nodes = {node.name: node for node in graph.nodes}
+        tensors = {t.name: t for node in graph.nodes for t in (*node.inputs, *node.outputs)}
+        caches = [(tensors[tensor.name], index) for tensor, index in self.caches]
+
+        def moved(end: End) -> End:
+            node = nodes[end.node.name]
+            return replace(end, node=node, linear=view(graph, node) if end.linear is not None else None)
+
+        cuts = [
+            replace(cut, tensor=tensors[cut.tensor.name], reader=nodes[cut.reader.name] if cut.reader else None)
+            for cut in self.cuts
+        ]
+        return replace(self, ends=[moved(end) for end in self.ends], cuts=cuts, places={}, caches=caches)
 
     def readers(self) -> list[End]:
         return [end for end in self.ends if end.role == "in"]

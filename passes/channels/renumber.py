@@ -14,6 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused
+from channelfold.passes.channels.cache import select
 from channelfold.passes.channels.cut_regions import NodeEdit, Region
 from channelfold.passes.channels.maps import Shape
 from channelfold.passes.channels.sizes import Written
@@ -50,6 +51,10 @@ def renumber(
                 _edit(graph, found, counts)
         for (_, axis), (tensor, labels) in region.axes.items():
             size = int(counts[labels - 1].sum())
+            if any(tensor is one for one in (*graph.inputs, *graph.outputs)):  # a cache that is the model's own
+                if size < labels.size:
+                    select(graph, tensor, axis, counts[labels - 1] > 0)
+                continue
             if tensor.shape is not None:
                 tensor.shape = [*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]]
             if shapes is not None:

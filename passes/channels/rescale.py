@@ -18,6 +18,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Refused
+from channelfold.passes.channels.cache import at_input, at_output
 from channelfold.passes.channels.region import Cut, End, Region
 from channelfold.passes.layers.linear import Linear, cast, check_growth, norm_parameters, view
 from channelfold.runtime.io import edit
@@ -33,6 +34,12 @@ def clamped(scale: np.ndarray, free: np.ndarray) -> np.ndarray:
     return np.where(usable, np.clip(np.where(usable, scale, 1.0), LOWEST, HIGHEST), 1.0)
 
 
+def fitted(scale: np.ndarray, region: Region) -> np.ndarray:
+    """A scale that a region can take: ``clamped``, and powers of two where the region holds a cache (``cache``)."""
+    found = clamped(scale, region.free)
+    return np.exp2(np.rint(np.log2(found))) if region.caches else found
+
+
 def at(values: np.ndarray, index: np.ndarray) -> np.ndarray:
     """The scale of every entry of an index map, from a scale (classes,): the inverse where an entry is negative."""
     found = values[np.abs(index) - 1]
@@ -45,7 +52,7 @@ def rescale(graph: gs.Graph, region: Region, scale: np.ndarray, shift: np.ndarra
     Raises Refused, with nothing changed, where a weight does not fit its type, where a shared weight is larger than
     1 MB, and where ``region.no_shift`` gives a reason against a shift.
     """
-    scale = clamped(scale, region.free)
+    scale = fitted(scale, region)
     if shift is not None and np.any(shift) and region.no_shift:
         raise Refused(region.no_shift)
     shift = np.zeros_like(scale) if shift is None else np.where(region.shiftable, shift, 0.0)
@@ -60,6 +67,8 @@ def rescale(graph: gs.Graph, region: Region, scale: np.ndarray, shift: np.ndarra
         writes += _planned_linear(linear, ends, scale, shift)
     for tensor in {id(cut.tensor): cut.tensor for cut in region.cuts}.values():
         writes.append(_inserted(graph, [cut for cut in region.cuts if cut.tensor is tensor], scale, shift))
+    for tensor, index in region.caches:
+        writes.append(_at_cache(graph, tensor, at(scale, index)))
     for write in writes:
         write()
     edit.sweep(graph)
@@ -107,6 +116,17 @@ def _planned_linear(old: Linear, ends: dict[str, End], scale: np.ndarray, shift:
     check_growth(linear)
     values = linear.rescaled(**moved)
     return [lambda: linear.install(*values)]
+
+
+def _at_cache(graph: gs.Graph, tensor: gs.Tensor, scale: np.ndarray) -> Write:
+    """The write that keeps the interface of the model's own cache: x = past / s, present = x s."""
+    feeds, kind = any(tensor is one for one in graph.inputs), edit.dtype(tensor) or np.dtype(np.float32)
+    values = cast(1 / scale if feeds else scale, kind)
+    if not np.any(values != 1):
+        return lambda: None
+    return lambda: (
+        at_input(graph, tensor, "Mul", values, {}) if feeds else at_output(graph, tensor, ("Mul", values, {}))
+    )
 
 
 def _inserted(graph: gs.Graph, cuts: list[Cut], scale: np.ndarray, shift: np.ndarray) -> Write:

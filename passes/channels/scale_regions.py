@@ -31,7 +31,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import InBetween, Refused, TwoActivations
-from channelfold.passes.channels.attention import attended, is_attention, turned
+from channelfold.passes.channels.attention import attended, is_attention, ties_scores, turned
+from channelfold.passes.channels.cache import NO_CACHES, Caches
 from channelfold.passes.channels.maps import (
     Classes,
     Shape,
@@ -52,31 +53,40 @@ from channelfold.runtime.io import edit
 Move = tuple[gs.Tensor, np.ndarray, bool]  # a tensor to follow, its map, whether a shift comes along
 
 
-def trace(graph: gs.Graph, tensor: gs.Tensor, axis: int, shapes: Mapping[str, Shape], insert: bool = False) -> Region:
-    """The region of a tensor along ``axis``. ``shapes`` holds the shapes of all tensors for one input, by name.
+def trace(
+    graph: gs.Graph,
+    tensor: gs.Tensor,
+    axis: int | tuple[int, ...],
+    shapes: Mapping[str, Shape],
+    insert: bool = False,
+    caches: Caches = NO_CACHES,
+) -> Region:
+    """The region of a tensor along one axis or several. ``shapes`` holds the shapes of all tensors for one input.
 
-    With ``insert`` the trace follows nothing but the tensor and the constants next to it. Raises Refused where the
-    shape of the tensor is unknown.
+    With ``insert`` the trace follows nothing but the tensor and the constants next to it. The trace passes ``caches``
+    that are the model's own. Raises Refused where the shape of the tensor is unknown.
     """
-    tracer = _Tracer(graph=graph, shapes=shapes, insert=insert)
+    tracer = _Tracer(graph=graph, shapes=shapes, insert=insert, caches=caches)
     first = tracer.follow(tensor, axis)
     for node in tracer.choices:
         if not first.why_fixed(first.places[id(tensor)][1]):
             break
-        other = _Tracer(graph=graph, shapes=shapes, insert=insert, instead=node).follow(tensor, axis)
+        other = _Tracer(graph=graph, shapes=shapes, insert=insert, caches=caches, instead=node).follow(tensor, axis)
         if not other.why_fixed(other.places[id(tensor)][1]):
             return other
     return first
 
 
-def reach(graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape], allow_insert: bool) -> Region:
+def reach(
+    graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape], allow_insert: bool, caches: Caches = NO_CACHES
+) -> Region:
     """The region of the input of a linear; where all classes are pinned and ``allow_insert``, traced with ``insert``.
 
     Raises Refused with the reason where no channel can be scaled.
     """
     reason = ""
     for insert in (False, True) if allow_insert else (False,):
-        region = trace(graph, linear.data, linear.in_axis, shapes, insert)
+        region = trace(graph, linear.data, linear.in_axis, shapes, insert, caches)
         reason = region.why_fixed(region.places[id(linear.data)][1])
         if not reason:
             return region
@@ -102,6 +112,7 @@ class _Tracer(Classes):
     graph: gs.Graph
     shapes: Mapping[str, Shape]
     insert: bool
+    caches: Caches = NO_CACHES
     instead: gs.Node | None = None
     choices: list[gs.Node] = field(default_factory=list)
     places: dict[int, _Place] = field(default_factory=dict)
@@ -114,9 +125,10 @@ class _Tracer(Classes):
     def __post_init__(self) -> None:
         self.dynamic = {d for t in self.graph.inputs for d in t.shape or () if isinstance(d, str)}
 
-    def follow(self, tensor: gs.Tensor, axis: int) -> Region:
+    def follow(self, tensor: gs.Tensor, axis: int | tuple[int, ...]) -> Region:
         shape = self.shape(tensor)
-        wide = [size if i == axis % len(shape) else 1 for i, size in enumerate(shape)]
+        axes = {i % len(shape) for i in (axis if isinstance(axis, tuple) else (axis,))}
+        wide = [size if i in axes else 1 for i, size in enumerate(shape)]
         self.visit(tensor, self.fresh(wide), shifted=True)
         while self.pending or self.deferred:
             if self.pending:
@@ -143,6 +155,9 @@ class _Tracer(Classes):
             self.pin(index, "it is not floating point")
         else:
             self.pending.append(place)
+        if self.owns(tensor):
+            self.forbid_shift(index, "a shift does not pass a cache")
+            return
         for size, length in zip(index.shape, tensor.shape or (), strict=False):
             if size > 1 and length in self.dynamic:  # another input would have another map
                 self.pin(index, f"the length of its axis {length!r} may change")
@@ -158,6 +173,8 @@ class _Tracer(Classes):
 
         A product of two activations waits until it is ``last``, because the trace may reach one of its operands before.
         """
+        if reader is None and self.owns(place.tensor) and edit.producer(place.tensor) is None:
+            return
         try:
             node = reader or self.writer(place.tensor)
             if reader is None and not last and operator(node).multiplies and _constant_operand(node) is None:
@@ -174,12 +191,16 @@ class _Tracer(Classes):
         return Ports(self.graph, node, self.shapes)
 
     def writer(self, tensor: gs.Tensor) -> gs.Node:
-        if edit.is_output(self.graph, tensor):
-            raise Refused("it is an output of the graph")
+        if edit.is_output(self.graph, tensor) and not self.owns(tensor):
+            raise Refused(self.caches.why("it is an output of the graph", tensor))
         node = edit.producer(tensor)
         if node is None:
-            raise Refused("an input of the graph feeds it")
+            raise Refused(self.caches.why("an input of the graph feeds it", tensor))
         return node
+
+    def owns(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor is a past or a present that the trace may scale."""
+        return not self.insert and self.caches.owns(tensor)
 
     def cross(self, node: gs.Node, place: _Place, forward: bool) -> None:
         """Ends the region at a node, or follows the map to the other side. Raises Refused, with nothing merged."""
@@ -189,7 +210,7 @@ class _Tracer(Classes):
             raise Refused(f"{node.op} reads it twice")
         if self.reads(node, place) if forward else self.writes(node, place):
             return
-        half = forward and is_attention(node) and edit.has_input(node, 2) and node.inputs[2] is not place.tensor
+        half = is_attention(node) and ties_scores(self.ports(node), place.tensor)
         known = self.related.get((id(node), half), [])
         if any(place.tensor is tensor for tensor in known):
             return
@@ -279,7 +300,7 @@ class _Tracer(Classes):
         if is_attention(node):
             if place.shifted:
                 self.forbid_shift(place.index, f"a shift does not pass {node.op}")
-            return [(*move, False) for move in attended(self, self.ports(node), place.tensor, place.index)]
+            return [(*move, False) for move in attended(self, self.ports(node), place.tensor, place.index, self.caches)]
         data = data_input(node)
         if data is not None and not (forward and node.inputs[data] is not place.tensor):
             return self.moved(node, node.inputs[data], place, forward)
@@ -450,6 +471,7 @@ class _Tracer(Classes):
             fixed,
             [one or other for one, other in zip(fixed, self.reasons(self.unshifted, renumber, size), strict=True)],
             {key: (place.tensor, renumber(place.index)) for key, place in self.places.items()},
+            [(p.tensor, renumber(p.index)) for p in self.places.values() if self.owns(p.tensor)],
         )
 
 

@@ -11,6 +11,7 @@ merge-equal         f(x), f(x)  ->  y = f(x), y
 fold-pad            Conv(pads=p)(Pad(q)(x)) = Conv(pads=p + q)(x)
 fold-affine         s (W x + b) + t = (diag(s) W) x + (s b + t),   W (s x + t) + b = (W diag(s)) x + (b + W t)
 merge-convs         V (W x + b) + c = (V W) x + (V b + c)
+own-cache           past / s -> Concat -> s present  =  past -> Concat -> present, for a cache that is the model's own
 """
 
 from __future__ import annotations
@@ -100,3 +101,10 @@ class MergeConvs(Pass):
     name, kind, does_it = "merge-convs", "exact", "convs"
 
     max_macs_growth: float = option(1.0, "Greatest MACs of the merged Conv, relative to the MACs of both.", above=0)
+
+
+@dataclass(frozen=True)
+class OwnCache(Pass):
+    """Drops what keeps the values and the heads of a cache for others than the model itself; behind own_cache."""
+
+    name, kind, does_it, inside, moves_cache = "own-cache", "exact", "own_cache", False, True

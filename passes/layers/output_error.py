@@ -11,7 +11,8 @@ because neither the energy of the output of a layer nor that of the residual str
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -25,17 +26,21 @@ from channelfold.runtime.io.session import Feed
 FEEDS = 16  # evenly spaced feeds that outputs are compared on, fewer where the outputs are large
 _CONSTANT = 1e-12  # share of the energy of an output; a smaller variance is due to rounding
 _BYTES = 1 << 28  # of kept outputs
+SAMPLES = 16  # of the calibration data that are held out at most
+_SHARE = 5  # at most one sample in five is held out
 
 
 class Outputs:
     """The float outputs of a graph for some feeds of ``data``, kept as the reference. Raises ModelError.
 
     ``energies`` holds the sum of squares of each output, ``variances`` the sum of squares around its mean; both are 0
-    without a kept output. Values that are not finite do not count.
+    without a kept output. Values that are not finite do not count. The outputs named in ``without`` do not count where
+    there are others. int8 products do not saturate, whatever the machine.
     """
 
-    def __init__(self, graph: gs.Graph, data: Data):
-        self.names = [t.name for t in graph.outputs if edit.is_float(t)]
+    def __init__(self, graph: gs.Graph, data: Data, without: Collection[str] = ()):
+        names = [t.name for t in graph.outputs if t.type == "tensor_type" and edit.is_float(t)]
+        self.names = [name for name in names if name not in without] or names
         self.kept: list[tuple[Feed, dict[str, np.ndarray]]] = []
         if self.names:
             self._keep(graph, data)
@@ -72,7 +77,7 @@ class Outputs:
         lost = dict.fromkeys(self.names, 0.0)
         if not self.kept:
             return lost
-        runner = session(graph)
+        runner = session(graph, exact=True)
         for feed, expected in self.kept:
             found = runner.run(feed, self.names)
             for name, old in expected.items():
@@ -86,6 +91,23 @@ class Outputs:
         lost = self.lost(graph)
         found = [lost[name] / energy if energy > 0 else 0.0 for name, energy in self.energies.items()]
         return float(np.mean(found)) if found else 0.0
+
+
+def held_out(data: Data) -> tuple[Data, Data]:
+    """(seen, unseen): up to ``SAMPLES`` samples spread evenly over ``data`` are unseen, all other samples are seen.
+
+    Both are all of the data where the data have too few samples to hold one out.
+    """
+    number = min(SAMPLES, len(data) // _SHARE)
+    places = frozenset((2 * i + 1) * len(data) // (2 * number) for i in range(number))
+    return (_part(data, places, False), _part(data, places, True)) if places else (data, data)
+
+
+def _part(data: Data, places: frozenset[int], inside: bool) -> Data:
+    count = len(places) if inside else len(data) - len(places)
+    return replace(
+        data, count=count, feeds=lambda: (feed for place, feed in enumerate(data) if (place in places) is inside)
+    )
 
 
 @contextlib.contextmanager

@@ -55,6 +55,7 @@ class Prune(Pass):
     include: tuple[str, ...] = option((), "Nodes whose channels may go: names, * and ? match.", metavar="PATTERN")
     exclude: tuple[str, ...] = option((), "Nodes whose channels stay.", metavar="PATTERN")
     ridge: float = option(1e-3, "Ridge of the least squares, relative to the variances.", low=0)
+    own_cache: bool = option(False, "Cut heads from a decoder's cache too: only the model writes and reads the cache.")
     verify: bool = option(True, "Prove that the cut equals a mask of the same channels.")
 
     def __post_init__(self) -> None:

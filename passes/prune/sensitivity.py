@@ -7,14 +7,12 @@ or a magnitude. y_g are the outputs on calibration samples when half of the unit
 whole. The products s_g l_g have one unit for all groups, so that a budget can be shared out among the groups: an error
 that the rest of the network removes again is cheap, an error at the root of everything is dear.
 
-These samples should not be samples that the rankings and the reconstructions come from (``held_out``). Late layers see
-few positions: on 100 images half of 1280 pooled features are reconstructed from the others without any error, and on no
-other images.
+These samples should not be samples that the rankings and the reconstructions come from (``output_error.held_out``).
+Late layers see few positions: on 100 images half of 1280 pooled features are reconstructed from the others without any
+error, and on no other images.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -23,27 +21,6 @@ from channelfold.passes.base import Context
 from channelfold.passes.prune.importance import RankedGroups, Ranking
 from channelfold.passes.prune.reconstruct import ReadStatistics, Reconstruct
 from channelfold.passes.prune.trial import Trial
-from channelfold.runtime.data.sources import Data
-
-SAMPLES = 16  # of the calibration data that are held out at most
-_SHARE = 5  # at most one sample in five is held out
-
-
-def held_out(data: Data) -> tuple[Data, Data]:
-    """(seen, unseen): up to ``SAMPLES`` samples spread evenly over ``data`` are unseen, all other samples are seen.
-
-    Both are all of the data where the data have too few samples to hold one out.
-    """
-    number = min(SAMPLES, len(data) // _SHARE)
-    places = frozenset((2 * i + 1) * len(data) // (2 * number) for i in range(number))
-    return (_part(data, places, False), _part(data, places, True)) if places else (data, data)
-
-
-def _part(data: Data, places: frozenset[int], inside: bool) -> Data:
-    count = len(places) if inside else len(data) - len(places)
-    return replace(
-        data, count=count, feeds=lambda: (feed for place, feed in enumerate(data) if (place in places) is inside)
-    )
 
 
 def scaled(

@@ -38,6 +38,7 @@ from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.cut import cut, mask
 from channelfold.passes.channels.groups import Copies, Group, find_groups, regions_of
 from channelfold.passes.channels.maps import Shape
+from channelfold.passes.layers.output_error import held_out
 from channelfold.passes.prune import Prune, allocation, importance, reconstruct_outputs, sensitivity
 from channelfold.passes.prune.costs import GroupCosts, Keeps, Kind
 from channelfold.passes.prune.importance import RankedGroups, Ranking
@@ -59,7 +60,7 @@ class Work(Prune):
         infer_shapes(graph)
         outcome = Outcome()
         shapes = shapes_of(graph, ctx.calibration, ctx.seed)
-        found = find_groups(graph, shapes)
+        found = find_groups(graph, shapes, self.own_cache)
         groups = list(self._usable(found, outcome))
         if not groups:
             return outcome
@@ -122,7 +123,7 @@ class Work(Prune):
         measured = self.ratio is None and self.tolerance is None and self.allocation != "uniform"
         if ctx.calibration is None or not measured:
             return ctx, None
-        seen, unseen = sensitivity.held_out(ctx.calibration)
+        seen, unseen = held_out(ctx.calibration)
         return replace(ctx, calibration=seen), replace(ctx, calibration=unseen)
 
     # ---- the channels that go ----------------------------------------------------------------------------------------

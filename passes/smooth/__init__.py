@@ -38,6 +38,8 @@ class Smooth(Pass):
     activation_bits: int = option(8, "Bits of the quantizer of activations that a search expects.", low=2, high=16)
     weight_bits: int = option(8, "Bits of the quantizer of weights that a search expects.", low=2, high=16)
     group_size: int = option(0, "Weights that share a scale, 0 for a whole row.", low=0, high=1 << 20)
+    own_cache: bool = option(False, "Scale the cache of a decoder too: only the model writes and reads the cache.")
+    roll_back: bool = option(True, "Take back, by groups of sites, what makes the quantized outputs no better.")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ the channels, or by a search for the least quantization error on a sample of row
 A site gets a shift only where every linear has a bias to take up the shift, or room for a bias. With ``allow_insert`` a
 site gets an explicit Mul, and an Add for the shift, where no weight in front can take up the scale (behind GELU) or a
 reader cannot (the shortcut of a post-LN transformer).
+
+Where the quantization that follows is known, the scales that do not pay at the outputs are taken back (``trial``).
 """
 
 from __future__ import annotations
@@ -23,14 +25,19 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Patterns, Refused, TwoActivations
-from channelfold.passes.channels.rescale import clamped, rescale
+from channelfold.passes.channels.cache import Caches
+from channelfold.passes.channels.rescale import fitted, rescale
 from channelfold.passes.channels.scale_regions import Region, Shape, reach
 from channelfold.passes.layers.linear import Linear, live_linears, view
 from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError, decibels
 from channelfold.passes.smooth import Smooth, scales
+from channelfold.passes.smooth.cached import key_moves
 from channelfold.passes.smooth.scales import ClassStatistics
+from channelfold.passes.smooth.trial import Judge, Move, Sites, paying
+from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
+from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
 from channelfold.runtime.stats.observe import by_name, observe
 
@@ -50,19 +57,62 @@ class Work(Smooth):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
         infer_shapes(graph)
-        sites = list(self._sites(graph, measured_shapes(graph, self.feed(ctx)), outcome))
+        judged = self.roll_back and ctx.quantizer is not None
+        work = Snapshot.of(graph).graph() if judged else graph
+        shapes, caches = measured_shapes(graph, self.feed(ctx)), Caches.of(work, self.own_cache)
+        sites = list(self._sites(work, shapes, caches, outcome))
+        keys = list(key_moves(work, caches, shapes, ctx, outcome))
         rows = ROWS if self.searches else 0
         observers = {r.data.name: ChannelStatistics(r.in_axis, rows) for site in sites for r in site.linears}
         observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
-        facts = []
+        moves = []
         for number, site in enumerate(sites):
             ctx.progress("Smoothing", number, len(sites))
             with outcome.refusing(site.name, f"{site.tensor.name} stays as it is"):
-                facts.append(self._smooth(graph, site, observers, outcome))
-        outcome.facts = {"sites": facts}
+                moves.append(self._smooth(work, site, observers))
+        if judged:
+            moves, outcome.facts = self._kept(graph, moves, ctx, outcome)
+        for move in keys:  # which no weight feels
+            move.make(graph)
+        moves += keys
+        for move in moves:
+            outcome.change(move.node, f"{move.site}: {move.what}")
+        outcome.facts |= {"sites": [move.facts for move in moves]}
         return outcome
 
-    def _sites(self, graph: gs.Graph, shapes: Mapping[str, Shape], outcome: Outcome) -> Iterator[_Site]:
+    def _kept(
+        self, graph: gs.Graph, moves: list[Move], ctx: Context, outcome: Outcome
+    ) -> tuple[list[Move], dict[str, Any]]:
+        """Makes the moves that pay at the outputs of the quantized model; (these moves, facts). Refuses the others."""
+        assert ctx.quantizer is not None
+        before, verdict, facts = Snapshot.of(graph), None, {}
+
+        def error(sites: Sites) -> float | None:
+            copy = before.graph()
+            for number in sorted(sites):
+                moves[number].make(copy)
+            ctx.progress("Trying what pays", 0, 0)
+            return judge.error(copy)
+
+        try:
+            judge = Judge(graph, ctx.quantizer, ctx)
+            verdict = paying([move.gain for move in moves], error) if moves else None
+            facts = {"trial": verdict.facts(len(moves), judge.samples)} if verdict is not None else {}
+        except ModelError as unknown:
+            outcome.warnings.append(f"Whether smoothing pays at the outputs is not known: {unknown}")
+        kept = []
+        for number, move in enumerate(moves):
+            if verdict is not None and number not in verdict.kept:
+                with_it, without = map(decibels, verdict.taken_back[number])
+                what = f"the quantized outputs have {with_it:.1f} dB with it, {without:.1f} dB without"
+                outcome.refuse(move.node, f"{move.site}: taken back, {what}", "taken back, it does not pay")
+                continue
+            with outcome.refusing(move.node, f"{move.tensor} stays as it is"):
+                move.make(graph)
+                kept.append(move)
+        return kept, facts
+
+    def _sites(self, graph: gs.Graph, shapes: Mapping[str, Shape], caches: Caches, outcome: Outcome) -> Iterator[_Site]:
         """One site for each region that can be scaled; refuses the other regions."""
         seen: set[int] = set()
         scaled: set[int] = set()
@@ -74,7 +124,7 @@ class Work(Smooth):
                 if reason := self.patterns.why_not(linear.name):
                     raise Refused(reason)
                 seen.add(id(linear.data))
-                site = _Site.of(self._region(graph, linear, shapes))
+                site = _Site.of(self._region(graph, linear, shapes, caches))
                 if reason := Patterns(exclude=self.exclude).why_not(*(linear.name for linear in site.linears)):
                     raise Refused(f"a linear that shares its scale is {reason}")
                 if any(id(linear.data) in scaled for linear in site.linears):  # perhaps by inserted nodes
@@ -83,17 +133,15 @@ class Work(Smooth):
                 seen |= scaled
                 yield site
 
-    def _region(self, graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape]) -> Region:
+    def _region(self, graph: gs.Graph, linear: Linear, shapes: Mapping[str, Shape], caches: Caches) -> Region:
         try:
-            return reach(graph, linear, shapes, self.allow_insert)
+            return reach(graph, linear, shapes, self.allow_insert, caches)
         except Refused as error:
             if self.allow_insert:
                 raise
             raise Refused(f"{error} (allow_insert puts an explicit Mul there)") from None
 
-    def _smooth(
-        self, graph: gs.Graph, site: _Site, observers: Mapping[str, ChannelStatistics], outcome: Outcome
-    ) -> dict[str, Any]:
+    def _smooth(self, graph: gs.Graph, site: _Site, observers: Mapping[str, ChannelStatistics]) -> Move:
         seen = site.seen(observers)
         shifted = self.shift and (self.allow_insert or site.takes_a_shift)
         if self.searches:
@@ -101,18 +149,19 @@ class Work(Smooth):
         else:
             label, scale, shift = self._closed_form(seen, shifted)
             decibels = None
-        scale = clamped(scale, site.region.free)
+        scale = fitted(scale, site.region)
         nodes, tensor = {id(node) for node in graph.nodes}, site.tensor.name
         ratio = [outlier_ratio(seen.amax()), outlier_ratio(seen.amax(shift) / scale)]
         if np.ptp(scale) == 0 and not np.any(shift):
             raise Refused("its channels are alike already")
         rescale(graph, site.region, scale, shift)
-        added = sum(id(node) not in nodes for node in graph.nodes)
+        added = sum(id(node) not in nodes and not _at_a_cache(site.region, node) for node in graph.nodes)
         what = label if None in ratio else f"{label}; outlier ratio {ratio[0]:.3g} -> {ratio[1]:.3g}"
         if decibels:
             what += f", output {decibels[0]:.1f} -> {decibels[1]:.1f} dB"
-        outcome.change(site.name, f"{site}: {what}{f'; nodes inserted: {added}' if added else ''}")
-        return {
+        what += f"; nodes inserted: {added}" if added else ""
+        gain = decibels[1] - decibels[0] if decibels else (ratio[0] or 1.0) / (ratio[1] or 1.0)
+        facts = {
             "node": site.name,
             "tensor": tensor,
             "readers": [linear.name for linear in site.linears],
@@ -122,6 +171,7 @@ class Work(Smooth):
             "scale": [float(scale.min()), float(scale.max())],
             "inserted": added,
         }
+        return Move(site.name, str(site), tensor, site.region, scale, shift, what, facts, gain)
 
     def _closed_form(self, seen: ClassStatistics, shifted: bool) -> Candidate:
         zero = np.zeros_like(seen.minimum)
@@ -148,7 +198,7 @@ class Work(Smooth):
         ]
 
         def cost(scale: np.ndarray, shift: np.ndarray) -> float:
-            scale = clamped(scale, site.region.free)
+            scale = fitted(scale, site.region)
             return sum(error.error(scale[classes], shift[classes]) for classes, error in errors) / len(errors)
 
         zero = np.zeros_like(seen.minimum)
@@ -176,6 +226,11 @@ class Work(Smooth):
         if self.method == "awq":
             for ratio in _RATIOS:
                 yield f"awq, ratio {ratio:.2f}", scales.awq(seen, ratio), zero
+
+
+def _at_a_cache(region: Region, node: gs.Node) -> bool:
+    """Whether a node stands at the interface of a cache of a region."""
+    return any(tensor is cache for tensor in (*node.inputs, *node.outputs) for cache, _ in region.caches)
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,18 @@ def rollout(
         past += step.new
 
 
+def rollout_results(inputs: Sequence[TensorSpec], run: Run, seed: int = 0) -> Iterator[Mapping[str, Any]]:
+    """What ``run`` returns at every step of a rollout of a decoder; nothing where the model is none."""
+    found: list[Mapping[str, Any]] = []
+
+    def noted(feed: Feed) -> Mapping[str, Any]:
+        found.append(run(feed))
+        return found[-1]
+
+    for _ in _rollout(inputs, {}, seed, noted) if rolls(inputs) else ():
+        yield found[-1]
+
+
 class Step:
     """The inputs of one run of a model: ``new`` tokens after ``past`` ones."""
 

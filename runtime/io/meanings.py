@@ -7,7 +7,8 @@ same with the new tokens:
     GroupQueryAttention, MultiHeadAttention, Attention  the operator does the same inside
     present = TensorScatter(past, new, positions)       keeps its width; ScatterND and ScatterElements likewise
 
-Identity, Cast and If may stand in between. Names decide where the graph does not: ``past.0.key`` becomes
+Identity, Cast and If may stand in between, and the nodes that keep the interface of a cache (``channels.cache``): Mul,
+Gather and Pad by constants. Names decide where the graph does not: ``past.0.key`` becomes
 ``present.0.key``, and ``attention_mask`` is a mask even where the model computes with it in an unusual way.
 """
 
@@ -126,14 +127,24 @@ def _rows(node: gs.Node, index: int) -> int:
     return int(table.shape[0]) if isinstance(table, gs.Constant) and len(table.shape) > 1 else 0
 
 
-def _caches(graph: gs.Graph) -> dict[str, Meaning]:
-    """The meaning of the inputs that are the past of a cache pair."""
+def cache_pairs(graph: gs.Graph) -> dict[str, str]:
+    """The present of every past of which the graph itself says that the one continues the other, by name."""
+    return {name: meaning.present for name, meaning in _continued(graph).items()}
+
+
+def _continued(graph: gs.Graph) -> dict[str, Meaning]:
     inputs = {id(tensor): tensor for tensor in graph.inputs}
     found: dict[str, Meaning] = {}
     for output in graph.outputs:
         for past, axis, width in _pasts(output):
             if id(past) in inputs and past.name not in found and _may_grow(past, axis):
                 found[past.name] = Meaning("past", present=output.name, axis=axis, width=width)
+    return found
+
+
+def _caches(graph: gs.Graph) -> dict[str, Meaning]:
+    """The meaning of the inputs that are the past of a cache pair."""
+    found = _continued(graph)
     presents = {meaning.present for meaning in found.values()}
     others = {t.name: t for t in graph.outputs if t.name not in presents}
     for tensor in graph.inputs:
@@ -157,7 +168,7 @@ def _pasts(tensor: gs.Tensor) -> Iterator[tuple[gs.Tensor, int | None, int | Non
                 yield _source(node.inputs[past]), axis, _head_width(node)
     elif domain:
         return
-    elif node.op in ("Identity", "Cast"):
+    elif keeps_interface(node):
         yield from _pasts(node.inputs[0])
     elif node.op == "If":
         for body in (node.attrs["then_branch"], node.attrs["else_branch"]):
@@ -190,9 +201,15 @@ def _may_grow(past: gs.Tensor, axis: int | None) -> bool:
 
 
 def _source(tensor: gs.Tensor) -> gs.Tensor:
-    while (node := edit.producer(tensor)) is not None and node.op in ("Identity", "Cast"):
+    while (node := edit.producer(tensor)) is not None and keeps_interface(node):
         tensor = node.inputs[0]
     return tensor
+
+
+def keeps_interface(node: gs.Node) -> bool:
+    """Whether a node may stand between a cache as the model has it and the past or present of the interface."""
+    scaled = node.op in ("Mul", "Gather", "Pad") and len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant)
+    return node.op in ("Identity", "Cast") or scaled
 
 
 def _present_names(past: str) -> list[str]:

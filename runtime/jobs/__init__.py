@@ -26,6 +26,7 @@ from channelfold.passes import recipe as recipes
 from channelfold.passes import smooth_methods as methods
 from channelfold.passes.base import Pass
 from channelfold.passes.checkpoint import clear
+from channelfold.passes.fold import OwnCache
 from channelfold.passes.layers import account
 from channelfold.passes.options import options as options_of
 from channelfold.passes.prune import AMOUNTS
@@ -76,7 +77,7 @@ def compress(
     """
     model, out_dir = Path(model), Path(out_dir)
     loaded = recipes.load_recipe(recipe)
-    passes = _overridden(loaded.passes, overrides or {})
+    passes = _with_own_cache(_overridden(loaded.passes, overrides or {}))
     ranges = _parsed(shapes)
     onnxruntime()
     for sm in sms:
@@ -130,7 +131,7 @@ def smooth(
 
     ``passes.smooth_methods`` has the methods and their ``options``. equalize and reorder need no data.
     """
-    passes = methods.passes_of(method, options or {})
+    passes = _with_own_cache(methods.passes_of(method, options or {}))
     return _transformed("smooth", model, out, passes, source, progress, nothing="No channel was changed").record
 
 
@@ -157,7 +158,7 @@ def prune(
             "Give --keep-macs 0.5, --keep-params 0.5, --keep-latency 0.5, --ratio 0.3, --tolerance 0.05 or --dead",
         )
     last = recipes.make("remove-dead-channels" if dead else "prune", options)
-    passes = [*recipes.load_recipe("fold").passes, last]
+    passes = _with_own_cache([*recipes.load_recipe("fold").passes, last])
     job = _transformed("prune", model, out, passes, source, progress, counted=True)
     if not job.record["steps"][-1]["changed"]:
         job.warn("No channel was removed: channelfold inspect --groups shows what could be, and why not")
@@ -355,6 +356,12 @@ def _transformed(
     job.open_both()
     job.transform(passes, Path(out), **how)
     return job
+
+
+def _with_own_cache(passes: Sequence[Pass]) -> list[Pass]:
+    """The passes, and at their end the one that gives the model a cache of its own, where one of them asks for it."""
+    asked = any(step.options().get("own_cache") for step in passes)
+    return [*passes, OwnCache()] if asked and not any(step.moves_cache for step in passes) else list(passes)
 
 
 def _overridden(passes: Sequence[Pass], overrides: Mapping[str, Any]) -> list[Pass]:

@@ -46,6 +46,7 @@ from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.shapes import check_sizes
 from channelfold.runtime.jobs import inspect_model as inspection
+from channelfold.runtime.jobs.own_cache import Owned, uncut
 from channelfold.runtime.stats import compare
 from channelfold.runtime.stats.bench import latencies
 from channelfold.runtime.stats.compare import Gates, Runner
@@ -106,6 +107,7 @@ class Job:
         self.inputs = required_inputs(self.graph)
         self.sources = [model, *external_files(model)]  # files that the command reads and must not overwrite
         self.calibration: Data | None = None
+        self._caches: dict[str, Any] = {}
         self.evaluation: Data | None = None
         self.proved_on: Data | None = None
         self.comparison: compare.Comparison | None = None
@@ -171,6 +173,8 @@ class Job:
         with self.blaming():
             graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
         self.record["steps"] = steps
+        for step in steps:
+            self._caches |= step["facts"].pop("cache", {})
         if resumed := sum(step.get("resumed", False) for step in steps):
             self.warn(f"{resumed} of {len(steps)} steps were done by an earlier, interrupted call")
         self.warn(*pipeline.warnings(steps))
@@ -206,7 +210,7 @@ class Job:
         if self.proved_on is None:
             return
         feed = next(iter(self.proved_on))
-        sessions = {"float": self._original(), "quantized": self._session(candidate)}
+        sessions = {"float": self._original(), "quantized": self._candidate(candidate)}
         runs = {name: functools.partial(session.run, feed) for name, session in sessions.items()}
         timed = latencies(runs, rounds=9, warmup=1, seconds=1.0)
         self.record["latency"] = [{"name": f"{t.name}, ONNX Runtime on this machine", "ms": t.ms} for t in timed]
@@ -265,12 +269,12 @@ class Job:
             data = data.first(SEEN)
             self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
         self.record["data"]["evaluation"], self.proved_on = data.description, data
-        reference, exact = self._original(exact=True), self._session(candidate, exact=True)
+        reference, exact = uncut(self._original(exact=True), self._caches), self._candidate(candidate, exact=True)
         if computes_as_written(files.load(candidate)):
             self.comparison = compare.compare(reference, exact, data, self.progress)
             self.record["accuracy"] = self.comparison.to_json()
         else:  # the file is for ONNX Runtime, so its results on this machine count as well
-            found = compare.compare_all(reference, [self._session(candidate), exact], data, self.progress)
+            found = compare.compare_all(reference, [self._candidate(candidate), exact], data, self.progress)
             self.comparison = found[0]
             self.record["accuracy"] = found[0].to_json() | {"exact": found[1].to_json()}
             if lost := compare.saturation(*found):
@@ -282,6 +286,11 @@ class Job:
     def _original(self, **options: Any) -> Runner:
         """The original, which is given the values of the inputs that are fixed."""
         return _Fixed(self._session(self.model, **options), self.fixed)
+
+    def _candidate(self, path: Path, **options: Any) -> Runner:
+        """The result, which is given and returns its cache as the original has it."""
+        session = self._session(path, **options)
+        return Owned(session, self._caches) if self._caches else session
 
     def _session(self, path: Path, **options: Any) -> Session | Front:
         """The model in ONNX Runtime, or the part in front of the operators that ONNX Runtime does not know."""

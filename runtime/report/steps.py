@@ -67,8 +67,17 @@ def _sites(step: Mapping[str, Any], page: Page) -> None:
         page.note(f"… and {len(sites) - _SITES} more, with --json")
     if legend := [words for key, words in _LEGEND.items() if key in used]:
         page.note("; ".join(legend))
+    _tried(facts.get("trial"), page)
     if inserted := sum(site.get("inserted", 0) for site in sites):
         page.say((f"{inserted} node{'s were' if inserted > 1 else ' was'} inserted", "yellow"))
+
+
+def _tried(trial: Mapping[str, Any] | None, page: Page) -> None:
+    """Prints what smoothing does to the outputs of the quantized model."""
+    if trial:
+        all_, none, kept = (number(trial[key], "{:.1f} dB") for key in ("all", "none", "kept"))
+        some = f"{trial['samples']} held-out sample{'s' * (trial['samples'] != 1)}"
+        page.say(f"Quantized outputs on {some}: {none} unsmoothed, {all_} with every site, {kept} as kept")
 
 
 def _ffn_site(ffn: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from channelfold.passes.base import Context
+from channelfold.passes.layers.output_error import SAMPLES, held_out
 from channelfold.passes.prune.reconstruct import ReadStatistics
-from channelfold.passes.prune.sensitivity import SAMPLES, held_out
 from channelfold.tests.graphs import data_from
 from channelfold.tests.pruning import data_of, groups_of, mlp
 
