@@ -25,7 +25,8 @@ from channelfold.passes.prune.reconstruct import MAX_FEATURES
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.observe import Observed, rows
+from channelfold.runtime.stats.observe import rows
+from channelfold.runtime.stats.parts import Observed
 
 RIDGES = (1e-1, 1.0, 10.0, 100.0)
 _POSITIONS = 256  # taken of each entry along the first axis

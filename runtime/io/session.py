@@ -108,7 +108,8 @@ class Session:
     ``size``: the bytes of the model with its weights, on which the limits of a run depend.
     ``optimize=False`` switches graph optimization off. ``exact`` keeps int8 products from saturating on x86 processors
     without VNNI, so that a measurement is of the file and not of this machine. ``optimized`` is where ONNX Runtime
-    writes the graph that it makes of the model, weights beside it. ``providers`` defaults to the CPU.
+    writes the graph that it makes of the model, weights beside it. ``arena=False``: memory is given back after every
+    run, instead of being kept for the next. ``providers`` defaults to the CPU.
 
     Raises ModelError when ONNX Runtime refuses the model.
     """
@@ -123,6 +124,7 @@ class Session:
         exact: bool = False,
         optimized: Path | None = None,
         threads: int | None = None,
+        arena: bool = True,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ):
         ort = onnxruntime()
@@ -142,6 +144,7 @@ class Session:
             options.add_session_config_entry(_WEIGHTS, f"{optimized.name}.data")
             options.add_session_config_entry(_LEAST, "1024")
             options.add_session_config_entry(_AS_STORED, "1")  # nothing will run
+        options.enable_cpu_mem_arena = arena
         if threads:
             options.intra_op_num_threads = threads
         if folder is not None:
