@@ -83,8 +83,7 @@ def _errors(
     target, source = _target(linear).name, linear.data.name
     before, after = Observed(whole, [target]), Observed(graph, list(dict.fromkeys([source, target])))
     for feed in data:
-        ((_, aim),) = before.run(feed)
-        found = dict(after.run(feed))
+        aim, found = before.all(feed)[target], after.all(feed)
         for axis, kept in stays.get(target, ()):
             aim = np.compress(kept, aim, axis=axis)
         parts = (found[source], linear.in_axis), (aim - found[target], linear.out_axis)

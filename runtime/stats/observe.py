@@ -4,7 +4,8 @@ An observer takes up the values of a tensor, one sample (a feed) at a time, and 
 samples of the same tensor. The result does not depend on how the samples were split or ordered: for counts and minima
 by nature, for sums because they are exact (``exact``), for covariances up to rounding (``covariance``).
 
-One sample's activations are in memory at a time, or a part of them (``parts``). Every node runs once for a sample.
+Every node runs once for a sample. The activations of one sample are in memory at a time, or of a part of the model
+(``parts``), and those that the next run makes while they are counted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, Self, TypeVar
 
@@ -91,21 +93,37 @@ def observe(
     if not observers or not len(data):
         return
     observed = Observed(graph, list(observers), _sizes(graph, data))
-    for index, feed in enumerate(data):
-        progress("Observing activations", index, len(data))
-        for name, values in observed.run(feed):
+    runs = ((index, values) for index, feed in enumerate(data) for values in observed.run(feed))
+    begun = -1
+    for index, values in ahead(runs):
+        if index > begun:
+            progress("Observing activations", begun := index, len(data))
+        for name in list(values):
             try:
-                for observer in observers[name]:
-                    if isinstance(observer, Joint):
-                        observer.take(name, values)
-                    else:
-                        observer.add(values)
+                _show(observers[name], name, values.pop(name))
             except DataError as error:
                 raise DataError(
                     f"Activation {name!r} of sample {index} cannot be used: {error}",
                     "Check that sample, and that the float model computes finite values on it.",
                 ) from None
     progress("Observing activations", len(data), len(data))
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items; the next one is made in a thread while the caller is at work on the last."""
+    with ThreadPoolExecutor(1) as maker:
+        made = maker.submit(next, items, None)
+        while (item := made.result()) is not None:
+            made = maker.submit(next, items, None)
+            yield item
+
+
+def _show(observers: Iterable[Observer | Joint], name: str, values: np.ndarray) -> None:
+    for observer in observers:
+        if isinstance(observer, Joint):
+            observer.take(name, values)
+        else:
+            observer.add(values)
 
 
 def by_name(observers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:

@@ -70,14 +70,17 @@ class Observed:
             session = _session(model, weights, [*inner, *casts], [*shown, *passed], types, whole=len(stops) == 1)
             self.parts.append(Part(session, names, shown, frozenset(later)))
 
-    def run(self, feed: Feed) -> Iterator[tuple[str, np.ndarray]]:
-        """Every tensor by name. A tensor is free again as soon as the caller lets go of it."""
+    def run(self, feed: Feed) -> Iterator[dict[str, np.ndarray]]:
+        """The tensors by name, of one part after the other."""
         known = dict(feed)
         for part in self.parts:
             found = part.session.run(part.session.accepted(known))
             known = {name: values for name, values in (known | found).items() if name in part.later}
-            for output, name in part.shown.items():
-                yield name, found.pop(output).astype(np.float32, copy=False)
+            yield {name: found.pop(output).astype(np.float32, copy=False) for output, name in part.shown.items()}
+
+    def all(self, feed: Feed) -> dict[str, np.ndarray]:
+        """The tensors of all parts by name."""
+        return {name: values for found in self.run(feed) for name, values in found.items()}
 
 
 class _Chain:
@@ -173,4 +176,4 @@ def _session(
     )
     for name in sorted(outside & given.keys()):
         part.graph.input.append(onnx.ValueInfoProto(name=name, type=given[name]))
-    return open_model(part, own, outputs, arena=whole)
+    return open_model(part, own, outputs, arena=whole, rests=True)

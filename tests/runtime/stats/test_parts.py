@@ -71,7 +71,7 @@ def test_every_node_runs_once_for_a_sample(layers, tokens, limit, runs, monkeypa
     monkeypatch.setattr("channelfold.runtime.stats.observe.Observed", spied)
     observe(graph, {name: [one] for name, one in seen.items()}, data(sample(tokens), sample(tokens, 1)))
     (observed,) = opened
-    assert len(observed.parts) >= 10 or limit == 1 << 29 and len(observed.parts) == 1
+    assert len(observed.parts) >= 10 or (limit == 1 << 29 and len(observed.parts) == 1)
     assert executions(observed, runs) == Counter({node.name: 2 for node in graph.nodes})
     assert all(one.total == 2 * tokens * 4 for one in seen.values())
     assert max(one._octaves.nbytes for one in seen.values()) < 40_000
@@ -84,7 +84,7 @@ def test_parts_see_what_the_whole_model_computes(runs):
     expected = session(graph, names).run(sample(16))
     for limit in (1, 600, 3000):
         observed = Observed(graph, names, sizes, limit)
-        found = dict(observed.run(sample(16)))
+        found = observed.all(sample(16))
         assert sorted(found) == sorted(names)
         assert all(np.array_equal(found[name], expected[name]) for name in names)
     assert len(Observed(graph, names, sizes, 1).parts) == 120
@@ -93,7 +93,7 @@ def test_parts_see_what_the_whole_model_computes(runs):
 def test_a_part_ends_where_little_is_alive():
     """Between two layers one tensor is alive, within a layer two are."""
     graph = chain(10, 4)
-    observed = Observed(graph, [f"h{i}" for i in range(10)], {t: 64 for t in graph.tensors()}, 3 * 64)
+    observed = Observed(graph, [f"h{i}" for i in range(10)], dict.fromkeys(graph.tensors(), 64), 3 * 64)
     ends = [part.nodes[-1] for part in observed.parts]
     assert [graph.nodes[[n.name for n in graph.nodes].index(end)].op for end in ends[:-1]] == ["Add"] * len(ends[:-1])
     assert all(len(part.nodes) <= 9 for part in observed.parts)
@@ -118,7 +118,7 @@ def test_bodies_read_across_the_edge_and_sequences_are_not_cut():
         (graph.nodes[3].name, graph.nodes[4].name),
         (graph.nodes[5].name,),
     ]
-    expected, found = session(graph, names[1:], optimize=False).run(feed), dict(observed.run(feed))
+    expected, found = session(graph, names[1:], optimize=False).run(feed), observed.all(feed)
     assert all(np.array_equal(found[name], expected[name]) for name in names[1:])
     assert np.array_equal(found["x"], feed["x"])
 
@@ -133,7 +133,7 @@ def test_float16_and_integers_are_cast_in_every_part():
         "(float16[N] x) => (float16[] z)", "y = Mul(x, x)  i = Cast<to=7>(y)  k = Cast<to=10>(i)  z = Add(k, y)"
     )
     feed = {"x": np.array([1.5, -3], np.float16)}
-    found = dict(Observed(graph, ["x", "y", "i", "z"], dict.fromkeys("xyiz", 8), 1).run(feed))
+    found = Observed(graph, ["x", "y", "i", "z"], dict.fromkeys("xyiz", 8), 1).all(feed)
     assert {name: values.tolist() for name, values in found.items()} == {
         "x": [1.5, -3], "y": [2.25, 9], "i": [2, 9], "z": [4.25, 18]
     }  # fmt: skip
