@@ -25,7 +25,8 @@ from channelfold.passes.prune.reconstruct import MAX_FEATURES
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.observe import Observed, rows
+from channelfold.runtime.stats.observe import rows
+from channelfold.runtime.stats.parts import Observed
 
 RIDGES = (1e-1, 1.0, 10.0, 100.0)
 _POSITIONS = 256  # taken of each entry along the first axis
@@ -82,8 +83,7 @@ def _errors(
     target, source = _target(linear).name, linear.data.name
     before, after = Observed(whole, [target]), Observed(graph, list(dict.fromkeys([source, target])))
     for feed in data:
-        ((_, aim),) = before.run(feed)
-        found = dict(after.run(feed))
+        aim, found = before.all(feed)[target], after.all(feed)
         for axis, kept in stays.get(target, ()):
             aim = np.compress(kept, aim, axis=axis)
         parts = (found[source], linear.in_axis), (aim - found[target], linear.out_axis)

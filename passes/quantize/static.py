@@ -42,7 +42,7 @@ from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats import saturation
 from channelfold.runtime.stats.channels import ChannelStatistics
-from channelfold.runtime.stats.histograms import TensorStatistics
+from channelfold.runtime.stats.histograms import TensorStatistics, counted
 from channelfold.runtime.stats.observe import by_name, observe
 
 # What onnxruntime computes in int8 between convolutions when what it reads and writes is quantized.
@@ -77,7 +77,8 @@ class Work(Quantize):
         sites = list(self.sites(graph, outcome))
         axes: dict[str, int | None] = {tensor.name: None for tensor in _integers(graph, sites)[0]} if integers else {}
         axes |= {site.data.name: site.in_axis for site in sites}
-        statistics = {name: TensorStatistics(axis) for name, axis in axes.items()}
+        enough = counted(len(ctx.data))
+        statistics = {name: TensorStatistics(axis, enough) for name, axis in axes.items()}
         rows = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites if self.float_share}
         observe(graph, by_name((*statistics.items(), *rows.items())), ctx.data, ctx.progress)
         movable = set() if integers or not self.center else center.movable(sites)

@@ -19,6 +19,7 @@ _EXACT = "session.x64quantprecision"  # on x86 without VNNI: u8 x u8 products, w
 _FOLDER = "session.model_external_initializers_file_folder_path"  # heeded with a model in memory, from 1.22 on
 _WEIGHTS = "session.optimized_model_external_initializers_file_name"
 _LEAST = "session.optimized_model_external_initializers_min_size_in_bytes"
+_RESTS = "session.force_spinning_stop"
 _AS_STORED = "session.disable_prepacking"
 
 _NAMES = 1 << 26  # bytes; a larger file holds its weights
@@ -113,7 +114,9 @@ class Session:
     ``size``: the bytes of the model with its weights, on which the limits of a run depend.
     ``optimize=False`` switches graph optimization off. ``exact`` keeps int8 products from saturating on x86 processors
     without VNNI, so that a measurement is of the file and not of this machine. ``optimized`` is where ONNX Runtime
-    writes the graph that it makes of the model, weights beside it. ``providers`` defaults to the CPU.
+    writes the graph that it makes of the model, weights beside it. ``arena=False``: memory is given back after every
+    run, instead of being kept for the next. ``rests``: between runs the threads sleep, instead of keeping the
+    processors busy while they wait. ``providers`` defaults to the CPU.
 
     Raises ModelError when ONNX Runtime refuses the model.
     """
@@ -128,6 +131,8 @@ class Session:
         exact: bool = False,
         optimized: Path | None = None,
         threads: int | None = None,
+        arena: bool = True,
+        rests: bool = False,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ):
         ort = onnxruntime()
@@ -147,6 +152,9 @@ class Session:
             options.add_session_config_entry(_WEIGHTS, f"{optimized.name}.data")
             options.add_session_config_entry(_LEAST, "1024")
             options.add_session_config_entry(_AS_STORED, "1")  # nothing will run
+        options.enable_cpu_mem_arena = arena
+        if rests:
+            options.add_session_config_entry(_RESTS, "1")
         if threads:
             options.intra_op_num_threads = threads
         if folder is not None:

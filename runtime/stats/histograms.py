@@ -8,6 +8,7 @@ maximum are exact. Every calibrator works on these bins (``calibrators``), so th
 from __future__ import annotations
 
 import array
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,10 @@ from channelfold.runtime.stats.observe import check_width
 
 BINS = 1 << 15  # of magnitudes; with the sign there are twice as many
 MASK = 2.0**100  # values at least this large (1.3e30) are attention masks and the like; the edge of a bin
+COUNTED = 1 << 21  # values of a tensor, all samples together, that a histogram needs at least
+_SINGLY = 1 << 15  # values that are added up one by one in float64
+_PIECE = 1 << 16  # values that stay in the cache
+_SUMMABLE = 1e37  # float32 ends at 3e38
 _COARSER = 5  # bits of a bin's number that are left out for rows
 
 _INFINITE = 0xFF << 7  # the first bin of infinities and NaN
@@ -48,11 +53,15 @@ class Octaves:
         return self._seen.nbytes + self._stored.nbytes
 
     def add(self, counts: np.ndarray) -> None:
-        """Adds (size,) integers."""
+        """Adds up to ``size`` integers."""
+        if rest := -len(counts) % self.width:
+            counts = np.concatenate([counts, np.zeros(rest, counts.dtype)])
         octaves = counts.reshape(-1, self.width)
-        seen = np.union1d(np.flatnonzero(octaves.any(axis=1)), self._seen)
-        total = octaves[seen]
-        total[np.searchsorted(seen, self._seen)] += self._stored.reshape(-1, self.width).astype(np.int64)
+        new = np.flatnonzero(octaves.any(axis=1))
+        seen = np.union1d(new, self._seen)
+        total = np.zeros((len(seen), self.width), np.int64)
+        total[np.searchsorted(seen, new)] = octaves[new]
+        total[np.searchsorted(seen, self._seen)] += self._stored.reshape(-1, self.width)
         self._seen = seen.astype(np.uint16)
         self._stored = total.astype(np.min_scalar_type(total.max(initial=0)))
 
@@ -64,11 +73,16 @@ class TensorStatistics:
     With a ``channel_axis`` there is the mean of each channel as well, in which masked values count as 0. Where the
     channel axis is the last axis, the root mean square of every row (a token, an embedding) is counted in ``_rows``.
 
+    ``counted``: about how many values of one sample are counted, every n-th where a sample has more, and n times; None:
+    all. Minimum, maximum, peaks, masks and means are those of all values, and the bins of minimum and maximum are never
+    empty.
+
     The histogram of normally distributed values takes less than 40,000 bytes, the sums 32 more for each channel, and
     the peaks 4 for each sample.
     """
 
     channel_axis: int | None = None
+    counted: int | None = None
     minimum: float = np.inf
     maximum: float = -np.inf
     _octaves: Octaves = field(default_factory=lambda: Octaves(2 * BINS, 128))
@@ -133,19 +147,25 @@ class TensorStatistics:
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         if flat.size == 0:
             return
-        low, high = float(flat.min()), float(flat.max())
+        low, high = _range(flat)
         if np.isnan(low):
             raise DataError("it holds NaN")
+        step = stride(values.shape, self.counted)
         if not (low > -MASK and high < MASK):
-            masked = np.abs(values) >= MASK
+            masked, step = np.abs(values) >= MASK, 1
             low = float(values.min(initial=np.inf, where=~masked))
             high = float(values.max(initial=-np.inf, where=~masked))
             values = np.where(masked, np.float32(0), values)
         if self.channel_axis is not None:
-            self._add_channels(values, self.channel_axis % values.ndim)
+            self._add_channels(values, self.channel_axis % values.ndim, max(abs(low), abs(high)))
         if high >= low:
             self._peaks.append(max(abs(low), abs(high)))
-        self._octaves.add(np.bincount(flat.view(np.uint16)[1::2], minlength=2 * BINS))
+        ends = _bins(np.array([low, high] if high >= low else [], np.float32))
+        counts = np.bincount(_bins(flat[::step]), minlength=1 + int(ends.max(initial=0)))
+        if step > 1:
+            counts *= step
+            counts[ends] = np.maximum(counts[ends], 1)  # the last bin on each side is the one of the exact end
+        self._octaves.add(counts)
         self._widen(low, high)
 
     def merge(self, other: TensorStatistics) -> None:
@@ -162,13 +182,52 @@ class TensorStatistics:
         # -0.0 and 0.0 are equal, and the order would decide between them: adding 0.0 makes both 0.0
         self.minimum, self.maximum = min(self.minimum, low) + 0.0, max(self.maximum, high) + 0.0
 
-    def _add_channels(self, values: np.ndarray, axis: int) -> None:
+    def _add_channels(self, values: np.ndarray, axis: int, peak: float) -> None:
         if self._positions:
             check_width(values.shape[axis], self.channel_axis or 0, self._channels.size)
-        others = tuple(i for i in range(values.ndim) if i != axis)
-        self._channels.add(values.sum(axis=others, dtype=np.float64))
+        self._channels.add(_sums(values, axis, peak))
         self._positions += values.size // values.shape[axis]
         if axis == values.ndim - 1:
-            energies = np.einsum("...c,...c->...", values, values, dtype=np.float64)  # in float32, 1e19 overflows
-            rows = np.sqrt(energies / values.shape[axis]).astype(np.float32).reshape(-1)
-            self._rows.add(np.bincount(rows.view(np.uint16)[1::2] >> _COARSER, minlength=self._rows.size))
+            rows = values.reshape(-1, values.shape[axis])[:: -(-values.size // (self.counted or values.size))]
+            energies = np.einsum("rc,rc->r", rows, rows, dtype=np.float64)  # in float32, 1e19 overflows
+            found = np.sqrt(energies / values.shape[axis]).astype(np.float32)
+            self._rows.add(np.bincount(_bins(found) >> _COARSER))
+
+
+def counted(samples: int) -> int:
+    """How many values of each of some samples are counted, so that ``COUNTED`` of a tensor are."""
+    return max(_SINGLY, COUNTED // max(1, samples))
+
+
+def stride(shape: tuple[int, ...], limit: int | None) -> int:
+    """The step from one counted value to the next, so that about ``limit`` are counted.
+
+    The step has no factor in common with any size, so that it meets all channels and all rows alike.
+    """
+    step = max(1, math.prod(shape) // limit) if limit else 1
+    while any(math.gcd(step, size) > 1 for size in shape):
+        step += 1
+    return step
+
+
+def _bins(values: np.ndarray) -> np.ndarray:
+    """The bins of float32 values, uint16: the upper half is the second, ONNX Runtime runs on little-endian machines."""
+    return values.view(np.uint16).reshape(-1, 2)[:, 1] if values.flags.c_contiguous else values.view(np.uint32) >> 16
+
+
+def _range(flat: np.ndarray) -> tuple[float, float]:
+    """Minimum and maximum, NaN where there is one, taken of pieces that stay in the cache."""
+    pieces = [flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE)]
+    ends = np.array([(piece.min(), piece.max()) for piece in pieces])
+    return float(ends[:, 0].min()), float(ends[:, 1].max())
+
+
+def _sums(values: np.ndarray, axis: int, peak: float) -> np.ndarray:
+    """The sum of each channel, (channels,) float64: of large tensors from sums of up to 128 values in float32."""
+    if values.size <= _SINGLY or peak * values.size > _SUMMABLE:
+        return values.sum(axis=tuple(i for i in range(values.ndim) if i != axis), dtype=np.float64)
+    inner = math.prod(values.shape[axis + 1 :])
+    if inner > 1:  # NumPy adds up neighbours in pairs, after 128 in a row
+        return values.reshape(-1, values.shape[axis], inner).sum(axis=2).sum(axis=0, dtype=np.float64)
+    rows = values.reshape(-1, values.shape[axis])
+    return sum((rows[i : i + 128].sum(axis=0).astype(np.float64) for i in range(0, len(rows), 128)), start=np.zeros(()))

@@ -4,30 +4,28 @@ An observer takes up the values of a tensor, one sample (a feed) at a time, and 
 samples of the same tensor. The result does not depend on how the samples were split or ordered: for counts and minima
 by nature, for sums because they are exact (``exact``), for covariances up to rounding (``covariance``).
 
-One sample's activations are in memory at a time. When these are too large, the tensors are observed in groups, each
-with a run of its own.
+Every node runs once for a sample. The activations of one sample are in memory at a time, or of a part of the model
+(``parts``), and those that the next run makes while they are counted.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, no_progress
-from channelfold.runtime.io.files import export, open_model
-from channelfold.runtime.io.session import Feed
 from channelfold.runtime.io.shapes import shapes_on
+from channelfold.runtime.stats.parts import Observed
 
 T = TypeVar("T")
-
-GROUP_BYTES = 1 << 29  # activations of one sample that may be observed in one run
 
 
 class Observer(Protocol):
@@ -92,27 +90,40 @@ def observe(
 
     Raises DataError naming the tensor and the sample when an activation is NaN, ModelError when the model fails to run.
     """
-    first = next(iter(data), None)
-    sizes = _sizes(graph, first) if first is not None else {}
-    sized = ((names, sum(sizes.get(name, 0) for name in names)) for names in _together(observers))
-    groups = list(within(GROUP_BYTES, sized)) if first is not None else []
-    for number, group in enumerate(groups):
-        observed = Observed(graph, [name for names in group for name in names])
-        for index, feed in enumerate(data):
-            progress("Observing activations", number * len(data) + index, len(groups) * len(data))
-            for name, values in observed.run(feed):
-                try:
-                    for observer in observers[name]:
-                        if isinstance(observer, Joint):
-                            observer.take(name, values)
-                        else:
-                            observer.add(values)
-                except DataError as error:
-                    raise DataError(
-                        f"Activation {name!r} of sample {index} cannot be used: {error}",
-                        "Check that sample, and that the float model computes finite values on it.",
-                    ) from None
-    progress("Observing activations", len(data) * len(groups), len(data) * len(groups))
+    if not observers or not len(data):
+        return
+    observed = Observed(graph, list(observers), _sizes(graph, data))
+    runs = ((index, values) for index, feed in enumerate(data) for values in observed.run(feed))
+    begun = -1
+    for index, values in ahead(runs):
+        if index > begun:
+            progress("Observing activations", begun := index, len(data))
+        for name in list(values):
+            try:
+                _show(observers[name], name, values.pop(name))
+            except DataError as error:
+                raise DataError(
+                    f"Activation {name!r} of sample {index} cannot be used: {error}",
+                    "Check that sample, and that the float model computes finite values on it.",
+                ) from None
+    progress("Observing activations", len(data), len(data))
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items; the next one is made in a thread while the caller is at work on the last."""
+    with ThreadPoolExecutor(1) as maker:
+        made = maker.submit(next, items, None)
+        while (item := made.result()) is not None:
+            made = maker.submit(next, items, None)
+            yield item
+
+
+def _show(observers: Iterable[Observer | Joint], name: str, values: np.ndarray) -> None:
+    for observer in observers:
+        if isinstance(observer, Joint):
+            observer.take(name, values)
+        else:
+            observer.add(values)
 
 
 def by_name(observers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
@@ -121,23 +132,6 @@ def by_name(observers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
     for name, observer in observers:
         found.setdefault(name, []).append(observer)
     return found
-
-
-class Observed:
-    """A session whose outputs are tensors of the graph, cast to float32 where they are of another type."""
-
-    def __init__(self, graph: gs.Graph, tensors: Sequence[str]):
-        model, weights = export(graph)
-        self.names = {f"{name}__observed": name for name in tensors}
-        for output, name in self.names.items():
-            node = onnx.helper.make_node("Cast", [name], [output], to=onnx.TensorProto.FLOAT, name=output)
-            model.graph.node.append(node)
-        self.session = open_model(model, weights, list(self.names))
-
-    def run(self, feed: Feed) -> Iterator[tuple[str, np.ndarray]]:
-        values = self.session.run(self.session.accepted(feed))
-        for output, name in self.names.items():
-            yield name, values.pop(output)
 
 
 def within(limit: int, sized: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
@@ -181,18 +175,13 @@ def check_finite(values: np.ndarray) -> None:
         raise DataError("it holds NaN" if np.isnan(values).any() else "it holds infinities")
 
 
-def _together(observers: Mapping[str, Sequence[Observer | Joint]]) -> list[list[str]]:
-    """The names in lists. The names of a list must be observed in one run, because Joints connect the tensors."""
-    bundles: list[tuple[set[int], list[str]]] = []
-    for name, seen in observers.items():
-        joints = {id(observer) for observer in seen if isinstance(observer, Joint)}
-        met = [bundle for bundle in bundles if bundle[0] & joints]
-        bundles = [bundle for bundle in bundles if not bundle[0] & joints]
-        bundles.append((joints.union(*(ids for ids, _ in met)), [*(n for _, names in met for n in names), name]))
-    return [names for _, names in bundles]
+def _sizes(graph: gs.Graph, data: Data) -> dict[str, int]:
+    """Bytes of each tensor as float32 on the largest feed, as far as shape inference can tell."""
+    fixed = data.inputs and all(isinstance(size, int) for spec in data.inputs for size in spec.shape)
+    feeds = itertools.islice(data, 1) if fixed else data
+    largest = max(({name: values.shape for name, values in feed.items()} for feed in feeds), key=_positions, default={})
+    return {name: 4 * math.prod(shape) for name, shape in shapes_on(graph, largest).items()}
 
 
-def _sizes(graph: gs.Graph, feed: Feed) -> dict[str, int]:
-    """Bytes of each tensor as float32 when the model runs on this feed, as far as shape inference can tell."""
-    shapes = shapes_on(graph, {name: array.shape for name, array in feed.items()})
-    return {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+def _positions(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))

@@ -10,6 +10,7 @@ from channelfold.runtime.errors import DataError
 from channelfold.runtime.io.files import session
 from channelfold.runtime.io.session import TensorSpec
 from channelfold.runtime.stats import observe as module
+from channelfold.runtime.stats import parts
 from channelfold.runtime.stats.channels import ChannelStatistics
 from channelfold.runtime.stats.histograms import TensorStatistics
 from channelfold.runtime.stats.observe import by_name, observe
@@ -28,7 +29,7 @@ def means(statistics: TensorStatistics) -> np.ndarray:
 
 
 def data(*feeds: dict[str, np.ndarray]) -> Data:
-    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in feeds[0].items()]
+    specs = [TensorSpec(name, array.dtype, (None,) * array.ndim) for name, array in feeds[0].items()]
     return Data(specs, len(feeds), lambda: iter(feeds), "a test")
 
 
@@ -62,27 +63,24 @@ def test_integer_inputs():
     assert np.array_equal(means(found["y"]), [4.0, 5.0])
 
 
-def test_a_small_limit_observes_in_groups_and_finds_the_same(monkeypatch):
+def test_a_small_limit_observes_in_parts_and_finds_the_same(monkeypatch):
     graph = build("(float[N,8] x) => (float[] z)", "y = MatMul(x, W) z = Relu(y)", kind="float", W=(8, 64))
     source = data(*({"x": np.random.default_rng(i).standard_normal((2, 8)).astype(np.float32)} for i in range(3)))
     tensors = {"x": None, "y": 1, "z": None}
     whole = collect(graph, tensors, source)
-    monkeypatch.setattr(module, "GROUP_BYTES", 600)  # x has 64 bytes, y and z 512 each
-    sizes = module._sizes(graph, next(iter(source)))
-    groups = list(module.within(600, ((name, sizes[name]) for name in tensors)))
-    assert groups == [["x", "y"], ["z"]]
+    monkeypatch.setattr(parts, "LIMIT", 600)  # x has 64 bytes, y and z 512 each
     steps = []
-    parts = collect(graph, tensors, source, lambda stage, done, total: steps.append((done, total)))
-    assert steps == [(i, 6) for i in range(7)]
+    cut = collect(graph, tensors, source, lambda stage, done, total: steps.append((done, total)))
+    assert steps == [(i, 3) for i in range(4)]
     for name in tensors:
-        assert np.array_equal(parts[name].counts, whole[name].counts)
-    assert np.array_equal(means(parts["y"]), means(whole["y"]))
+        assert np.array_equal(cut[name].counts, whole[name].counts)
+    assert np.array_equal(means(cut["y"]), means(whole["y"]))
 
 
 def test_what_a_sample_weighs_is_measured_on_the_sample():
     graph = build("(float[N,L,8] x) => (float[] y)", "y = MatMul(x, W)", kind="float", W=(8, 64))
     feed = {"x": np.zeros((2, 5, 8), np.float32)}
-    sizes = module._sizes(graph, feed)
+    sizes = module._sizes(graph, data({"x": np.zeros((1, 2, 8), np.float32)}, feed))
     assert (sizes["x"], sizes["y"]) == (4 * 2 * 5 * 8, 4 * 2 * 5 * 64)
 
 
