@@ -43,7 +43,9 @@ from channelfold.runtime.errors import ChannelfoldError, UsageError, nearest
 
 _QUANTIZATIONS = ("quantize", "quantize-weights")
 # passes that do not touch weights behind DequantizeLinear
-_ANYWHERE = ("rewrite-einsum", "fold-constants", "fold-shapes", "remove-identities", "merge-moves", "merge-equal")
+_ANYWHERE = (
+    *("rewrite-einsum", "fold-constants", "fold-shapes", "remove-identities", "merge-moves", "merge-equal", "cast"),
+)
 _TAKEN_BACK = {
     ("smooth", "fold-affine"): "folds the Mul nodes that allow_insert lets it insert back into the weights",
     ("smooth", "reparameterize-ffn"): "multiplies the weights it has scaled with each other",
