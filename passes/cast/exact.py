@@ -36,7 +36,8 @@ class Exact:
 
     def _take(self, node: gs.Node) -> None:
         floats = [t for t in node.inputs if isinstance(t, gs.Variable) and self._kinds.is_float32(t)]
-        source = node.op in _SOURCES and not floats
+        kind = self._kinds.of(node.inputs[0]) if node.op == "Cast" else np.dtype(int)
+        source = node.op in _SOURCES and not floats and kind is not None and kind.kind in "iub"
         if not source and not (floats and all(id(t) in self.tensors for t in floats) and _computes(node)):
             return
         self.tensors |= {id(t) for t in node.outputs if self._kinds.is_float32(t)}

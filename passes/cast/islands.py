@@ -88,8 +88,9 @@ class Islands:
         for node in exact.nodes:
             self._keep(node, "it computes with integers, which 16 bits would round")
         self._keep_what_overflows()
-        self._keep_norms(blind=half.name == "float16" and seen is None)
+        self._keep_norms()
         self.float32 = {*self.why, *self.silent}
+        self._wanted: dict[int, list[bool]] = {}
         self._settle()
 
     def is_free(self, node: gs.Node) -> bool:
@@ -117,8 +118,8 @@ class Islands:
             self._keep(node, f"TensorRT has no {self.half.name} {node.op}")
         elif reason := self._asked(node):
             self._keep(node, reason)
-        elif operator(node).random and node.op != "Dropout":
-            self._keep(node, "its results are random")
+        elif (operator(node).random and node.op != "Dropout") or node.op == "BitCast":
+            self._keep(node, "its results depend on the type")
         else:
             self.allowed[id(node)] = found
             self._judge_constants(node, found)
@@ -203,18 +204,22 @@ class Islands:
             return made.largest * read.elements / max(made.elements, 1)
         return made.largest**2 * self._headroom if node.op == "ReduceL2" else 0.0
 
-    def _keep_norms(self, blind: bool) -> None:
-        """Keeps a norm as a whole where one of its nodes stays; every norm of bfloat16, or where no data tell."""
-        code = "a norm takes a difference, which 16 bits would round"
-        if blind:
-            code = "it may overflow, and no data tell"
-            for node in self.typed:
-                if squares(node) or node.op in (*_GROWS, *_SQUARES):
-                    self._keep(node, code)
+    def _keep_norms(self) -> None:
+        """Keeps what may overflow unseen, and a norm as a whole where a node of it stays; every norm of bfloat16."""
+        unsure = "it may overflow, and no data tell"
+        for node in self.typed:
+            if self._unseen(node) and (squares(node) or node.op in (*_GROWS, *_SQUARES)):
+                self._keep(node, unsure)
         for nodes in norms(self.typed):
-            if blind or self.half.name == "bfloat16" or any(id(node) in self.why for node in nodes):
+            unseen = any(map(self._unseen, nodes))
+            if unseen or self.half.name == "bfloat16" or any(id(node) in self.why for node in nodes):
                 for node in nodes:
-                    self._keep(node, code)
+                    self._keep(node, unsure if unseen else "a norm takes a difference, which 16 bits would round")
+
+    def _unseen(self, node: gs.Node) -> bool:
+        """Whether values may overflow, and no data have reached the results of a node."""
+        results = [tensor for tensor in node.outputs if self.kinds.is_float32(tensor)]
+        return self.half.name == "float16" and not any(id(tensor) in (self._seen or ()) for tensor in results)
 
     # ---- neighbours ---------------------------------------------------------------------------------------------
 
@@ -222,23 +227,32 @@ class Islands:
         """Lets nodes between two islands stay float32, until nothing changes."""
         changed = True
         while changed:
-            changed = False
-            for node in self.typed:
-                if id(node) not in self.float32 and self._between(node):
-                    self.float32.add(id(node))
-                    changed = True
+            self._wanted = self._wanted_as_float32()
+            new = {id(node) for node in self.typed if id(node) not in self.float32 and self._between(node)}
+            changed = bool(new)
+            self.float32 |= new
 
     def _between(self, node: gs.Node) -> bool:
+        """Whether a node reads float32, and all its readers (any, where it moves) want float32."""
         if operator(node).kind in _CONTRACTIONS:
             return False
         read = [t for t in node.inputs if isinstance(t, gs.Variable) and self.kinds.is_float32(t)]
-        written = [t for t in node.outputs if self.kinds.is_float32(t)]
-        if not written or not all(map(self.stays, read)):
+        wanted = [self._wanted.get(id(t), []) for t in node.outputs if self.kinds.is_float32(t)]
+        if not wanted or not all(map(self.stays, read)):
             return False
-        wanted = [self.wants_float(t) for t in written]
         if self.is_free(node):
             return any(map(any, wanted))
-        return bool(read) and all(w and all(w) for w in wanted)
+        return bool(read) and all(each and all(each) for each in wanted)
+
+    def _wanted_as_float32(self) -> dict[int, list[bool]]:
+        """For every tensor, by id, whether each of its readers, or what reads it through moves, wants float32."""
+        found: dict[int, list[bool]] = {key: [True] for key in self.outputs}
+        for node in reversed(self.typed):
+            onward = self.is_free(node) and any(any(found.get(id(tensor), ())) for tensor in node.outputs)
+            for index, tensor in enumerate(node.inputs):
+                if self.kinds.is_float32(tensor) and (need := self.needs(node, index)):
+                    found.setdefault(id(tensor), []).append(onward or need == "float32")
+        return found
 
     def stays(self, tensor: gs.Tensor) -> bool:
         """Whether a float32 tensor is written as float32."""
@@ -248,12 +262,6 @@ class Islands:
     def writes_half(self, node: gs.Node, tensor: gs.Tensor) -> bool:
         place = next(i for i, other in enumerate(node.outputs) if other is tensor)
         return id(node) not in self.float32 and place in self.allowed[id(node)].outputs
-
-    def wants_float(self, tensor: gs.Tensor) -> list[bool]:
-        """Whether float32 is wanted, for every reader of a tensor that minds, and for an output of the graph."""
-        readers = ((node, i) for node in edit.consumers(tensor) for i, t in enumerate(node.inputs) if t is tensor)
-        wanted = [need for need in (self.needs(node, i) for node, i in readers) if need]
-        return [need == "float32" for need in wanted] + [True] * (id(tensor) in self.outputs)
 
     def needs(self, node: gs.Node, index: int) -> str:
         """The type in which a node reads a float32 input: ``half``, ``float32``, or "" for either."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from channelfold.passes.base import Context
 from channelfold.passes.bodies import data_inside, runs_on
 from channelfold.passes.cast.kinds import Kinds, all_bodies
 from channelfold.runtime.data.sources import Data
+from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io.front import behind_of, unknown
 from channelfold.runtime.stats.observe import by_name, observe
 
@@ -58,7 +60,7 @@ def measured(graph: gs.Graph, kinds: Kinds, ctx: Context, divisors: set[int]) ->
     for body in all_bodies(graph):
         if (data := runs_on(body, inside.get(id(body.graph)))) is not None:
             own = body.graph.inputs
-            with body.apart() as part:
+            with body.apart() as part, contextlib.suppress(ModelError):  # a body of which nothing is known then
                 found |= _observed(part, own, kinds, data, ctx, divisors)
     return {key: seen for key, seen in found.items() if seen.elements}
 

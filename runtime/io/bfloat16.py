@@ -17,6 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.runtime.io import edit
+from channelfold.runtime.io.bodies import bodies
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.files import free_name, infer_shapes, load, read, session, stored
 from channelfold.runtime.io.session import Session
@@ -40,8 +41,14 @@ def twin_session(path: Path, **options: Any) -> Session:
 
 
 def make_twin(graph: gs.Graph) -> None:
-    """Makes a graph with types inferred its own twin. Inputs and outputs of bfloat16 become float32."""
+    """Makes a graph its own twin. Inputs and outputs of bfloat16 become float32."""
     infer_shapes(graph)
+    pending = bodies(graph)
+    while pending:
+        body = pending.pop()
+        with body.apart() as part:
+            infer_shapes(part)
+        pending += body.bodies()
     done: set[int] = set()
     for part in all_graphs(graph):
         for tensor in (t for node in part.nodes for t in node.inputs):
