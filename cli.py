@@ -238,6 +238,20 @@ def quantize(
     return jobs.quantize(model, output, progress=progress, **settings)
 
 
+@_command("channelfold cast folded.onnx -o fp16.onnx --calibration samples.npz")
+@opt.model
+@opt.output
+@opt.source
+@opt.of("cast")
+def cast(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> Any:
+    """Make weights and activations of MODEL float16 or bfloat16.
+
+    Inputs and outputs keep their types. Nodes that 16 bits would break stay float32, and the report names them: with
+    data these are the nodes whose values overflow, without data all that might. A quantized model can be cast as well.
+    """
+    return jobs.cast(model, output, progress=progress, **_settings(jobs, options))
+
+
 @_command("channelfold build int8.onnx -o int8.engine --sm 89 --shape x:1x64:8x64:16x64")
 @opt.model
 @click.option("-o", "--output", required=True, metavar="ENGINE", type=click.Path(), help="Engine file to write.")

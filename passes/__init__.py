@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from channelfold.passes.base import Pass
+from channelfold.passes.cast import Cast
 from channelfold.passes.ffn import ApproximateFfn, ReparameterizeFfn
 from channelfold.passes.fold import (
     FoldAffine,
@@ -34,7 +35,7 @@ PASSES: dict[str, type[Pass]] = {
         *(FoldConstants, TakeBranch, InlineFunctions, RewriteEinsum, FoldShapes, RemoveIdentities, MergeMoves),
         *(MergeEqual, FoldPad, FoldAffine, ReparameterizeFfn, Equalize, AbsorbBias, Smooth, MergeConvs),
         *(SplitChannels, MergeChannels, ReorderChannels, ClipWeights, RemoveDeadChannels, Prune, Sparsify),
-        *(ApproximateFfn, Quantize, QuantizeWeights, OwnCache),
+        *(ApproximateFfn, Quantize, QuantizeWeights, Cast, OwnCache),
     )
 }
 
@@ -51,8 +52,12 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "int8-weights": (*_FOLD, "quantize-weights"),
     "int4": (*_FOLD, "quantize-weights"),
     "int4-gptq": (*_FOLD, "quantize-weights"),
+    "fp16": (*_FOLD, "cast"),
+    "bf16": (*_FOLD, "cast"),
+    "int8-fp16": (*_FOLD, "quantize", "cast"),
 }
 SETTINGS: dict[str, dict[str, Any]] = {  # of built-in recipes: options of their last pass that differ from its defaults
     "int4": {"weights": "int4"},
     "int4-gptq": {"weights": "int4", "rounder": "gptq"},
+    "bf16": {"type": "bfloat16"},
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FAMILIES = "fold smooth prune sparsify ffn quantize"
+FAMILIES = "fold smooth prune sparsify ffn quantize cast"
 STOREYS = (  # from the ground up: a file imports from its own storey and those before it
     "__version__ models errors",
     "io",

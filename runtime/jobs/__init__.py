@@ -41,6 +41,7 @@ from channelfold.runtime.io.session import onnxruntime
 from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
 from channelfold.runtime.jobs import inspect_model as inspection
+from channelfold.runtime.jobs.cast import cast as cast
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
 from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder, check_kind
 from channelfold.runtime.report import terminal

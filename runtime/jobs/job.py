@@ -37,7 +37,7 @@ from channelfold.runtime.errors import (
     VerificationError,
     nearest,
 )
-from channelfold.runtime.io import files
+from channelfold.runtime.io import bfloat16, files
 from channelfold.runtime.io.bodies import share_constants
 from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.edit import fix_inputs, see_through_identities, take_defaults
@@ -293,11 +293,16 @@ class Job:
         return Owned(session, self._caches) if self._caches else session
 
     def _session(self, path: Path, **options: Any) -> Session | Front:
-        """The model in ONNX Runtime, or the part in front of the operators that ONNX Runtime does not know."""
+        """The model in ONNX Runtime, its twin that rounds to bfloat16, or the part in front of unknown operators."""
         try:
             return Session(path, **options)
         except ModelError:
-            if not unknown(files.load(path)):
+            graph = files.load(path)
+            if bfloat16.computes(graph):
+                how = "in float32, with the result of every node rounded to bfloat16"
+                self.warn(f"ONNX Runtime has no bfloat16 kernels on a CPU: the outputs were compared {how}")
+                return bfloat16.twin_session(path, **options)
+            if not unknown(graph):
                 raise
         front = Front(path, **options)
         said = f"ONNX Runtime does not know {', '.join(front.operators)}: the outputs were compared in front of it"
