@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,12 @@ from channelfold.passes.layers import account
 from channelfold.runtime.data.probes import STEPS, random_data, rolls
 from channelfold.runtime.data.sources import Data, load_script, open_data
 from channelfold.runtime.engine import build as tensorrt
+from channelfold.runtime.engine.blocks import wrong_products
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.engine.repair import repaired
 from channelfold.runtime.engine.run import EngineSession
 from channelfold.runtime.errors import (
+    BuildError,
     ChannelfoldError,
     DataError,
     DependencyError,
@@ -308,6 +311,8 @@ class Job:
         ranges = {**tensorrt.default_shapes(open_inputs, self.calibration), **shapes}
         with repaired(model, self.inputs, ranges) as (source, sentences):
             self.warn(*(f"engine: {sentence}" for sentence in sentences))
+            if nodes := wrong_products(files.load(source)):
+                raise _wrong(model, nodes)
             built = tensorrt.build(
                 source,
                 engine,
@@ -318,6 +323,9 @@ class Job:
                 progress=self.progress,
             )
             entry = _engine_entry(built, inspection.int8_nodes(files.load(source)))
+            if built.plan.wrong:
+                engine.unlink()
+                raise _wrong(model, built.plan.wrong)
         entry["accuracy"] = self._proved_engine(built)
         self.record["engines"].append(entry)
         self.warn(*(f"{engine.name}: {text}" for text in built.warnings))
@@ -384,6 +392,16 @@ class Job:
         self.record["warnings"] += [text for text in texts if text not in self.record["warnings"]]
 
 
+def _wrong(model: Path, nodes: Sequence[str]) -> BuildError:
+    """The error for nodes that TensorRT would compute wrongly without a word."""
+    some = ", ".join(nodes[:5]) + (f" and {len(nodes) - 5} more" if len(nodes) > 5 else "")
+    return BuildError(
+        f"TensorRT would multiply all blocks of a weight by the scales of the first block in {len(nodes)} nodes of "
+        f"{model.name}, without a warning: weights with scales by block, activations quantized: {some}",
+        "Keep these activations in float, or give the weights one scale for each output channel",
+    )
+
+
 def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
     """The record of an engine. ``total`` counts the nodes that are int8 in the file."""
     runs = {node: engine.plan.nodes[node].arithmetic for node in int8 if node in engine.plan.nodes}
@@ -395,8 +413,11 @@ def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
         "total": len(runs),
         "not_int8": others,
     }
+    verdicts = {node: run.verdict for node, run in engine.plan.nodes.items()}
     return {
         "sm": engine.sm,
+        "verdicts": dict(sorted(Counter(verdicts.values()).items())),
+        "dequantized_first": [node for node, verdict in verdicts.items() if verdict == "dequantized first"],
         "path": engine.path,
         "bytes": engine.size,
         "seconds": engine.seconds,
