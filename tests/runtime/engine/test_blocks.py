@@ -1,4 +1,4 @@
-"""Weights with scales by block, times quantized activations: found in the graph, and in the plan that TensorRT builds."""
+"""Blocks of scales times quantized activations: found in the graph, and in the plan that TensorRT builds."""
 
 from __future__ import annotations
 
