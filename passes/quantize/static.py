@@ -119,7 +119,7 @@ class Work(Quantize):
         inserter = insert(graph, kept)
         for site in kept:
             outcome.change(site.name, f"{says[site.name]} up to {limits[site.name]:.4g}")
-        if quantize_tables(inserter, outcome, INT8, self) or kept:
+        if quantize_tables(inserter, outcome, lambda _: INT8, self) or kept:
             inserter.finish()
             edit.remove_dead(graph)
         outcome.facts = summary(graph, kept) | {"activations": facts, "weight_bits": format.bits}
