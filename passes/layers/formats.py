@@ -131,15 +131,24 @@ class Format:
         """Scales (out, groups) for every weight: (out, in), or (out, 1) where an output channel has one scale."""
         return np.repeat(scales, self.group, axis=1)[:, :ins] if self.group else scales
 
-    def fitted(self, ins: int) -> Format:
+    def fitted(self, ins: int, whole: bool = False) -> Format:
         """The format with groups for ``ins`` inputs: halved until an output channel has at least two groups.
 
-        One group that spans a channel is what TensorRT dequantizes in front of every product.
+        One group that spans a channel is what TensorRT dequantizes in front of every product. With ``whole`` the groups
+        divide the inputs, if there is such a number from 8 on: TensorRT spreads the scales evenly, whatever the groups.
         """
         group = self.group
         while self.grid not in ("fp8", "2") and group > 8 and group * 2 > ins:
             group //= 2
+        if whole and group and ins % group and self.grid not in ("fp8", "2"):
+            group = next((size for size in range(group, 7, -1) if ins % size == 0), group)
         return replace(self, group=group)
+
+    def why_not(self, ins: int, outs: int) -> str:
+        """Why TensorRT cannot read a weight of this size in the format, once fitted; empty where it can."""
+        if self.group and (ins % self.group or ins == self.group):
+            return f"its {ins} inputs do not divide into groups" + (f" of {self.group}" if self.grid else "")
+        return "both of its sizes are odd, and two codes share a byte" if self.bits < 8 and ins * outs % 2 else ""
 
     def codes(
         self, weight: np.ndarray, dtype: np.dtype, floor: np.ndarray | float = 0.0

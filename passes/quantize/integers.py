@@ -27,7 +27,7 @@ def why_not_integers(linear: Linear, format: Format) -> str:
     if linear.node.attrs.get("transA", 0):
         return "its activation is transposed"
     ins = linear.channels[1]
-    return "" if ins % format.fitted(ins).group == 0 else f"its inputs are not a multiple of {format.fitted(ins).group}"
+    return f"its {ins} inputs do not divide into groups" if ins % format.group else ""
 
 
 def multiply_integers(

@@ -41,10 +41,11 @@ def quantize_tables(
     """Stores every table in its format, refuses those that it leaves in float; returns how many nodes read one now."""
     graph, done = inserter.graph, 0
     for node, table in list(tables(graph)) if step.embeddings else ():
-        if reason := excluded(step, node) or _why_float(table):
+        own = format_of(node).fitted(table.shape[1], whole=step.target == "tensorrt")
+        odd = own.why_not(table.shape[1], table.shape[0]) if step.target == "tensorrt" else ""
+        if reason := excluded(step, node) or _why_float(table) or odd.replace("inputs", "columns"):
             outcome.refuse(node.name, f"{node.op} stays float: {reason}", reason)
             continue
-        own = format_of(node).fitted(table.shape[1])
         key = ("table", id(table), own)
         if key not in inserter.stored:
             codes, scales = rounded(read(table), by_scale(own, np.dtype(table.dtype)), own)

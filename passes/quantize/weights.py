@@ -66,6 +66,10 @@ class Work(QuantizeWeights):
         free = format.group and format.grid not in ("fp8", "2")
         return dataclasses.replace(format, group=self.group) if free and self.group else format
 
+    def _fitted(self, name: str, ins: int) -> Format:
+        """A format with groups for a weight with ``ins`` inputs."""
+        return self._of(name).fitted(ins, whole=self.target == "tensorrt" or name == "dgq")
+
     def _formats(self, node: gs.Node) -> tuple[str, str]:
         """The formats of the weight and of the activation of a node."""
         if Patterns(self.keep_8bit).include and not Patterns(self.keep_8bit).why_not(node.name):
@@ -145,7 +149,7 @@ class Work(QuantizeWeights):
         integers = inputs_first and activations == "int8"
         if not (shared := not integers and inserter.shared(linear, inputs_first, name)):
             weight = linear.weight()
-            format = self._of(name).fitted(weight.shape[1])
+            format = self._fitted(name, weight.shape[1])
             base = format.base(weight)
             codes, scales = rounded(weight, self._rounder(linear, weight, seen, format, base), format)
             mean = None if seen is None else np.asarray(seen.mean)
@@ -187,7 +191,8 @@ class Work(QuantizeWeights):
         if reason := excluded(self, linear.node):
             return reason
         name, activations = self._formats(linear.node)
-        format, (outs, ins) = self._of(name), linear.channels
+        outs, ins = linear.channels
+        format = self._fitted(name, ins)
         if linear.node.op == "ConvTranspose" and linear.groups > 1:
             return "the output channels of a grouped ConvTranspose are not on one axis of its weight"
         if format.group and linear.is_conv:
@@ -200,7 +205,7 @@ class Work(QuantizeWeights):
             return f"fewer than {MIN_CHANNELS} channels"
         if name == "int2" and outs % 4:
             return "ONNX Runtime computes something else where the output channels are not a multiple of 4"
-        if format.grid in ("fp8", "2") and (ins % format.group or outs % format.group):
-            return f"its channels are not a multiple of {format.group}"
+        if reason := format.why_not(ins, outs) if self.target == "tensorrt" else "":
+            return reason
         integers = self.target == "onnxruntime" and activations == "int8"
         return (why_not_integers(linear, format) if integers else "") or why_not_int8(linear)

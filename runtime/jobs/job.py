@@ -22,12 +22,11 @@ from channelfold.passes.layers import account
 from channelfold.runtime.data.probes import STEPS, random_data, rolls
 from channelfold.runtime.data.sources import Data, load_script, open_data
 from channelfold.runtime.engine import build as tensorrt
-from channelfold.runtime.engine.blocks import wrong_products
+from channelfold.runtime.engine.blocks import FIRST_SCALES, refusal, wrong_products
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.engine.repair import repaired
 from channelfold.runtime.engine.run import EngineSession
 from channelfold.runtime.errors import (
-    BuildError,
     ChannelfoldError,
     DataError,
     DependencyError,
@@ -312,7 +311,7 @@ class Job:
         with repaired(model, self.inputs, ranges) as (source, sentences):
             self.warn(*(f"engine: {sentence}" for sentence in sentences))
             if nodes := wrong_products(files.load(source)):
-                raise _wrong(model, nodes)
+                raise refusal(model.name, nodes)
             built = tensorrt.build(
                 source,
                 engine,
@@ -325,7 +324,7 @@ class Job:
             entry = _engine_entry(built, inspection.int8_nodes(files.load(source)))
             if built.plan.wrong:
                 engine.unlink()
-                raise _wrong(model, built.plan.wrong)
+                raise refusal(model.name, dict.fromkeys(built.plan.wrong, FIRST_SCALES))
         entry["accuracy"] = self._proved_engine(built)
         self.record["engines"].append(entry)
         self.warn(*(f"{engine.name}: {text}" for text in built.warnings))
@@ -390,16 +389,6 @@ class Job:
 
     def warn(self, *texts: str) -> None:
         self.record["warnings"] += [text for text in texts if text not in self.record["warnings"]]
-
-
-def _wrong(model: Path, nodes: Sequence[str]) -> BuildError:
-    """The error for nodes that TensorRT would compute wrongly without a word."""
-    some = ", ".join(nodes[:5]) + (f" and {len(nodes) - 5} more" if len(nodes) > 5 else "")
-    return BuildError(
-        f"TensorRT would multiply all blocks of a weight by the scales of the first block in {len(nodes)} nodes of "
-        f"{model.name}, without a warning: weights with scales by block, activations quantized: {some}",
-        "Keep these activations in float, or give the weights one scale for each output channel",
-    )
 
 
 def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
