@@ -41,6 +41,7 @@ from channelfold.runtime.io import files
 from channelfold.runtime.io.bodies import share_constants
 from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.edit import fix_inputs, see_through_identities, take_defaults
+from channelfold.runtime.io.emulate import emulate
 from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Feed, Session
@@ -283,7 +284,11 @@ class Job:
         try:
             return Session(path, **options)
         except ModelError:
-            if not unknown(files.load(path)):
+            graph = files.load(path)
+            if emulate(graph):
+                self.warn("ONNX Runtime has no 4-bit floating point numbers: their rounding was computed in float32")
+                return files.session(graph, **options)
+            if not unknown(graph):
                 raise
         front = Front(path, **options)
         said = f"ONNX Runtime does not know {', '.join(front.operators)}: the outputs were compared in front of it"
