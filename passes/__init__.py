@@ -55,9 +55,15 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "fp16": (*_FOLD, "cast"),
     "bf16": (*_FOLD, "cast"),
     "int8-fp16": (*_FOLD, "quantize", "cast"),
+    "dgq": (*_FOLD, "quantize-weights"),
+    "fp8": (*_FOLD, "quantize-weights"),
+    "nvfp4": (*_FOLD, "quantize-weights"),
 }
 SETTINGS: dict[str, dict[str, Any]] = {  # of built-in recipes: options of their last pass that differ from its defaults
     "int4": {"weights": "int4"},
     "int4-gptq": {"weights": "int4", "rounder": "gptq"},
     "bf16": {"type": "bfloat16"},
+    "dgq": {"weights": "dgq", "activations": "int8"},
+    "fp8": {"weights": "fp8", "activations": "fp8"},
+    "nvfp4": {"weights": "nvfp4", "activations": "fp4"},
 }

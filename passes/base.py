@@ -192,6 +192,9 @@ class Pass:
         outcome.warnings += [f"{what}, which include or exclude asks for" for what in lost]
         return outcome
 
+    def check_for(self, sm: int) -> None:
+        """Raises UsageError where an engine for an SM cannot run what the pass writes."""
+
     def left(self, graph: gs.Graph) -> dict[str, Any]:
         """The facts about a graph that the pass leaves as it is."""
         return {}

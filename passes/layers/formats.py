@@ -6,23 +6,37 @@ Scale s and zero point z belong to an output channel, or to ``group`` neighbouri
 are the integers of ``bits`` bits, or the floating point numbers of the type ``floating``. Symmetric formats have z = 0;
 with more than 4 bits they leave out the lowest integer, so that -w is rounded as w is.
 
-A new format is a row of ``FORMATS``. Rounders (``quantize/rounders``) know only codes and scales, and
-``quantize/qdq`` writes any row behind a DequantizeLinear.
+Scales may lie on a ``grid``, in units of a base:
+
+    fp8     s = base * an E4M3 number, one base for a weight (NVFP4)
+    2       s = a power of two (the MX formats)
+    int8    s = base * 1 … 18, one base for an output channel, so that q s / base is an integer of 8 bits (DGQ)
+    int7    s = base * 1 … 9, for kernels whose sums of two products of 8 bits would leave 16 bits
+
+A new format is a row of ``FORMATS``; which target runs it, and how, stands in ``targets``. Rounders
+(``quantize/rounders``) know only codes and scales, and ``quantize/qdq`` writes any row.
+
+Sources: NVIDIA's NVFP4; OCP Microscaling Formats v1.0 (the exponent of the largest weight, less that of the largest
+code); Zhang et al., Dual Grained Quantization, 2023.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
+_FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_STEPS = {"int8": 18, "int7": 9}  # the largest factors: 18 * 7 fits 8 bits
 _CHUNK = 1 << 22  # weight values rounded at once
 _SMALLEST = {  # scale of each type; 2^-17 is subnormal in float16, but the error of 127 s is still s / 2 at most
     np.dtype(np.float16): 2.0**-17,
     np.dtype(np.float32): 2.0**-126,
 }
 SCALES = tuple(_SMALLEST)  # the types of scales
+FLOAT = np.dtype(np.float32)
 
 
 def positive_scale(limit: np.ndarray | float, levels: float, dtype: np.dtype) -> np.ndarray:
@@ -34,7 +48,7 @@ def positive_scale(limit: np.ndarray | float, levels: float, dtype: np.dtype) ->
 class Format:
     """A code has ``bits`` bits; ``group`` inputs share a scale (0: all inputs of an output channel).
 
-    ``opset``: the lowest opset whose DequantizeLinear reads the codes.
+    ``opset``: the lowest opset whose DequantizeLinear reads the codes. ``grid``: what values scales have, "" for any.
     """
 
     bits: int = 8
@@ -42,6 +56,12 @@ class Format:
     symmetric: bool = True
     floating: str = ""
     opset: int = 13
+    grid: Literal["", "fp8", "2", "int8", "int7"] = ""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """The bits of a code and its share of a scale: 8 bits on a grid, 16 elsewhere."""
+        return self.bits + ((8 if self.grid else 16) / self.group if self.group else 0)
 
     @property
     def dtype(self) -> np.dtype:
@@ -58,7 +78,42 @@ class Format:
     @property
     def lowest(self) -> float:
         """The lowest code of a symmetric format."""
-        return -self.levels - (1 if self.bits <= 4 and not self.floating else 0)
+        return -self.levels - (1 if self.bits <= 4 and not self.floating and self.grid not in _STEPS else 0)
+
+    def base(self, weight: np.ndarray) -> np.ndarray | None:
+        """The units of the grid, (1, 1) or (out, 1) in float32, for a weight (out, ...); None without units."""
+        if self.grid in ("", "2"):
+            return None
+        peak = np.abs(weight.reshape(len(weight), -1)).max(axis=1, keepdims=True, initial=0.0)
+        if self.grid == "fp8":
+            return positive_scale(peak.max(initial=0.0), self.levels * float(ml_dtypes.finfo(_FP8).max), FLOAT)[
+                None, None
+            ]
+        return positive_scale(peak, self.levels * _STEPS[self.grid], FLOAT)
+
+    def scales(self, limit: np.ndarray, dtype: np.dtype, base: np.ndarray | None = None) -> np.ndarray:
+        """The scales (out, groups, 1) in ``dtype`` whose largest code is about ``limit``; never zero."""
+        wanted = positive_scale(limit, self.levels, np.dtype(dtype) if not self.grid else FLOAT)
+        if self.grid == "2":
+            exponents = np.floor(np.log2(wanted * self.levels)) - np.floor(np.log2(self.levels))
+            return np.maximum(np.exp2(exponents), _SMALLEST[np.dtype(dtype)]).astype(dtype)
+        if base is None:
+            return wanted
+        unit = base[..., None]
+        steps = wanted / unit
+        return positive_scale(self._on_grid(steps) * unit, 1, dtype)
+
+    def steps(self, scales: np.ndarray, base: np.ndarray) -> np.ndarray:
+        """The scales (out, groups) in units of the grid, in the type in which a file holds them."""
+        found = scales.astype(np.float64) / base
+        return self._on_grid(found).astype(_FP8 if self.grid == "fp8" else np.int8)
+
+    def _on_grid(self, steps: np.ndarray) -> np.ndarray:
+        """The nearest values of the grid, in its units; never zero."""
+        if self.grid != "fp8":
+            return np.clip(np.rint(steps), 1, _STEPS[self.grid])
+        limits = ml_dtypes.finfo(_FP8)
+        return np.clip(steps, float(limits.smallest_subnormal), float(limits.max)).astype(_FP8).astype(np.float32)
 
     def snap(self, values: np.ndarray) -> np.ndarray:
         """The codes, as float32, nearest to ``values`` in units of the scale, for a symmetric format."""
@@ -76,15 +131,24 @@ class Format:
         """Scales (out, groups) for every weight: (out, in), or (out, 1) where an output channel has one scale."""
         return np.repeat(scales, self.group, axis=1)[:, :ins] if self.group else scales
 
-    def fitted(self, ins: int) -> Format:
+    def fitted(self, ins: int, whole: bool = False) -> Format:
         """The format with groups for ``ins`` inputs: halved until an output channel has at least two groups.
 
-        One group that spans a channel is what TensorRT dequantizes in front of every product.
+        One group that spans a channel is what TensorRT dequantizes in front of every product. With ``whole`` the groups
+        divide the inputs, if there is such a number from 8 on: TensorRT spreads the scales evenly, whatever the groups.
         """
         group = self.group
-        while group > 8 and group * 2 > ins:
+        while self.grid not in ("fp8", "2") and group > 8 and group * 2 > ins:
             group //= 2
-        return self if group == self.group else Format(self.bits, group, self.symmetric, self.floating, self.opset)
+        if whole and group and ins % group and self.grid not in ("fp8", "2"):
+            group = next((size for size in range(group, 7, -1) if ins % size == 0), group)
+        return replace(self, group=group)
+
+    def why_not(self, ins: int, outs: int) -> str:
+        """Why TensorRT cannot read a weight of this size in the format, once fitted; empty where it can."""
+        if self.group and (ins % self.group or ins == self.group):
+            return f"its {ins} inputs do not divide into groups" + (f" of {self.group}" if self.grid else "")
+        return "both of its sizes are odd, and two codes share a byte" if self.bits < 8 and ins * outs % 2 else ""
 
     def codes(
         self, weight: np.ndarray, dtype: np.dtype, floor: np.ndarray | float = 0.0
@@ -132,5 +196,11 @@ INT7 = Format(7)  # stored as int8
 FORMATS = {
     "int8": INT8,
     "int4": Format(4, 128, opset=21),
+    "int2": Format(2, 32, opset=25),
     "fp8": Format(8, floating="float8_e4m3fn", opset=19),
+    "fp4": Format(4, 32, floating="float4_e2m1fn", opset=23),
+    "nvfp4": Format(4, 16, floating="float4_e2m1fn", opset=23, grid="fp8"),
+    "mxfp4": Format(4, 32, floating="float4_e2m1fn", opset=23, grid="2"),
+    "mxfp8": Format(8, 32, floating="float8_e4m3fn", opset=21, grid="2"),
+    "dgq": Format(4, 128, opset=21, grid="int8"),
 }

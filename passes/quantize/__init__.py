@@ -1,7 +1,7 @@
-"""Quantization: to int8, and of weights alone to int8, int4 or fp8.
+"""Quantization: to int8, and to formats of 2 to 8 bits that are made for weights.
 
 quantize           y = W x + b  ~  DQ(W_q) DQ(Q(x)) + b',   b' = b - (W_q - W) E[x]
-quantize-weights   y = W x + b  ~  DQ(W_q) x + b
+quantize-weights   y = W x + b  ~  DQ(W_q) x + b',          with activations DQ(W_q) DQ(Q(x)) + b'
 clip-weights       w' = clip(w, -m, m),   m where the quantized outputs are best
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from channelfold.passes.base import Pass
+from channelfold.passes.layers.targets import why_not
 from channelfold.passes.options import option
 from channelfold.runtime.errors import UsageError
 
@@ -58,14 +59,26 @@ class Quantize(Pass):
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Stores the weights of Conv, ConvTranspose, Gemm and MatMul in 8 or 4 bits, activations untouched."""
+    """Stores the weights of Conv, ConvTranspose, Gemm and MatMul in 8 to 2 bits, by default with float activations."""
 
     name, kind, does_it, needs_opset = "quantize-weights", "lossy", "weights", 13
 
-    weights: Literal["int8", "int4", "fp8"] = option(
-        "int8", "Format of the weights: int8 and fp8 (E4M3) by output channel, int4 by groups of inputs."
+    weights: Literal["int8", "int4", "int2", "fp8", "fp4", "nvfp4", "mxfp4", "mxfp8", "dgq"] = option(
+        "int8",
+        "Format of the weights: int8 and fp8 (E4M3) by output channel, the others by groups of inputs; dgq is int4 "
+        "with scales on a grid of 8 bits, for products of int8.",
     )
-    group: int = option(128, "Inputs that share a scale of int4.", low=8, high=1 << 16)
+    activations: Literal["none", "int8", "fp8", "fp4"] = option(
+        "none", "What products read: none for float; int8 with dgq, fp8 with fp8, fp4 with nvfp4. Needs data."
+    )
+    group: int | None = option(
+        None,
+        "Inputs that share a scale of int4, int2, fp4 and dgq.",
+        low=8,
+        high=1 << 16,
+        means="128 for int4 and dgq, 32 for int2 and fp4",
+    )
+    keep_8bit: tuple[str, ...] = option((), "Nodes that get 8 bits: names, * and ? match.", metavar="PATTERN")
     rounder: Literal["nearest", "search", "gptq"] = option(
         "search",
         "How weights are rounded: to the nearest code, with the scale of the least error (weighted by calibration data "
@@ -78,8 +91,18 @@ class QuantizeWeights(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights == "fp8" and self.target == "onnxruntime":
-            raise UsageError("ONNX Runtime would expand fp8 weights on every call", "Take int8 or int4")
+        if self.weights == "dgq" and self.activations == "none":
+            object.__setattr__(self, "activations", "int8")
+        self.check_for(None)
+
+    def check_for(self, sm: int | None) -> None:
+        """Raises UsageError where the target, or an engine for an SM, should not get the formats."""
+        target, formats = self.target, (self.weights, self.activations)
+        if sm is not None and target == "onnxruntime":
+            return
+        reason, hint = why_not(*formats, target, sm)
+        if reason:
+            raise UsageError(reason, hint)
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,21 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit
-from channelfold.passes.layers.formats import INT8, SCALES, Format, positive_scale
+from channelfold.passes.layers.formats import FLOAT, INT8, SCALES, Format, positive_scale
 from channelfold.passes.layers.linear import Linear, linears, live_linears
 from channelfold.passes.operators import operator
 from channelfold.passes.quantize import Quantize, QuantizeWeights
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
+_FP4, _FP8 = np.dtype(ml_dtypes.float4_e2m1fn), np.dtype(ml_dtypes.float8_e4m3fn)
+_NVFP4 = float(ml_dtypes.finfo(_FP4).max) * float(ml_dtypes.finfo(_FP8).max)
 MIN_CHANNELS = 16  # TensorRT runs narrower operators in float, or slower than float
 
 
@@ -48,13 +52,21 @@ class Range:
     high: float
     free: bool = False
 
-    def parameters(self, symmetric: bool, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """(scale in ``dtype``, zero point), scalars: int8 and 0 where ``symmetric``, else uint8.
+    @property
+    def limit(self) -> float:
+        """The largest magnitude."""
+        return max(-self.low, self.high)
+
+    def parameters(self, symmetric: bool, dtype: np.dtype, floating: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """(scale in ``dtype``, zero point), scalars: 0 in int8 or ``floating`` where ``symmetric``, else uint8.
 
         A symmetric quantizer of a free range reads x - ``offset``.
         """
+        if floating:
+            kind = np.dtype(getattr(ml_dtypes, floating))
+            return positive_scale(self.limit, float(ml_dtypes.finfo(kind).max), dtype), np.zeros((), kind)
         if symmetric and not self.free:
-            return positive_scale(max(-self.low, self.high), 127, dtype), np.array(0, np.int8)
+            return positive_scale(self.limit, 127, dtype), np.array(0, np.int8)
         scale = positive_scale(self.high - self.low, 255, dtype)
         if symmetric:
             return scale, np.array(0, np.int8)
@@ -68,7 +80,7 @@ class Range:
     @property
     def step(self) -> float:
         """The width of a step."""
-        return (self.high - self.low) / 255 if self.free else max(-self.low, self.high) / 127
+        return (self.high - self.low) / 255 if self.free else self.limit / 127
 
 
 def opset_of_scales(graph: gs.Graph) -> int:
@@ -123,6 +135,13 @@ def summary(graph: gs.Graph, kept: list[Linear], cells: Sequence[gs.Node] = ()) 
     }
 
 
+def _redirect(readers: Sequence[gs.Node], old: gs.Tensor, new: gs.Tensor) -> None:
+    for node in readers:
+        for index, read in enumerate(node.inputs):
+            if read is old:
+                edit.set_input(node, index, new)
+
+
 Codes = dict[str, tuple[np.ndarray, np.ndarray]]  # codes and scales by the name of the linear node
 
 
@@ -139,16 +158,17 @@ class Inserter:
         self._codes = {} if codes is None else codes
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
-        self._pairs: dict[int, gs.Variable] = {}
+        self._pairs: dict[Hashable, gs.Variable] = {}
         self._weights: dict[Hashable, gs.Variable] = {}
         self.stored: dict[Hashable, list[gs.Constant]] = {}
         self.centered: set[str] = set()
 
-    def activation(self, tensor: gs.Variable, seen: Range, readers: Sequence[gs.Node]) -> None:
-        """Lets ``readers`` read a tensor through a Q and a DQ node."""
-        if id(tensor) not in self._pairs:
+    def activation(self, tensor: gs.Variable, seen: Range, readers: Sequence[gs.Node], floating: str = "") -> None:
+        """Lets ``readers`` read a tensor through a Q and a DQ node, with codes of the type ``floating`` if given."""
+        key = id(tensor), floating
+        if key not in self._pairs:
             dtype = edit.dtype(tensor) or np.dtype(np.float32)
-            scale, zero_point = seen.parameters(self.symmetric, dtype)
+            scale, zero_point = seen.parameters(self.symmetric, dtype, floating)
             s = constant(self.graph, f"{tensor.name}_scale", scale)
             z = constant(self.graph, f"{tensor.name}_zero_point", zero_point)
             quantized = gs.Variable(free_name(self.graph, f"{tensor.name}_quantized"), zero_point.dtype, tensor.shape)
@@ -160,14 +180,55 @@ class Inserter:
                     ("DequantizeLinear", quantized, restored),
                 )
             ]
-            source = edit.producer(tensor)
-            place = self._before.setdefault(-1, []) if source is None else self._after.setdefault(id(source), [])
-            place += pair
-            self._pairs[id(tensor)] = restored
-        for node in readers:
-            for index, read in enumerate(node.inputs):
-                if read is tensor:
-                    edit.set_input(node, index, self._pairs[id(tensor)])
+            self._behind(tensor, pair)
+            self._pairs[key] = restored
+        _redirect(readers, tensor, self._pairs[key])
+
+    def activation_fp4(self, tensor: gs.Variable, limit: float, readers: Sequence[gs.Node]) -> None:
+        """Lets ``readers`` read a tensor in NVFP4: E2M1 codes, and a scale for 16 of them made at run time.
+
+        The operator is TensorRT's own. Of the calibration only the largest magnitude counts: E4M3 holds the scales in
+        units of limit / (6 * 448).
+        """
+        key = id(tensor), "fp4"
+        if key not in self._pairs:
+            dtype = edit.dtype(tensor) or FLOAT
+            unit = constant(self.graph, f"{tensor.name}_unit", positive_scale(limit, _NVFP4, FLOAT))
+            codes, scales = self._new(tensor, "codes", _FP4), self._new(tensor, "scales", _FP8)
+            quantize = self._node(tensor, "TRT_FP4DynamicQuantize", [tensor, unit], codes)
+            quantize.outputs.append(scales)
+            quantize.domain = "trt"
+            quantize.attrs = {"axis": -1, "block_size": 16, "scale_type": onnx.TensorProto.FLOAT8E4M3FN}
+            nodes, factor = self._scales_of(tensor, scales, unit, dtype)
+            restored = self._new(tensor, "dequantized", dtype)
+            last = self._node(tensor, "DequantizeLinear", [codes, factor], restored)
+            last.attrs = {"axis": -1, "block_size": 16}
+            self._behind(tensor, [quantize, *nodes, last])
+            self._pairs[key] = restored
+        _redirect(readers, tensor, self._pairs[key])
+
+    def _scales_of(
+        self, of: gs.Tensor, codes: gs.Tensor, unit: gs.Tensor, dtype: np.dtype
+    ) -> tuple[list[gs.Node], gs.Variable]:
+        """The nodes that make scales in ``dtype`` of E4M3 codes, and the scales."""
+        factor = self._new(of, "factor", FLOAT)
+        nodes = [self._node(of, "DequantizeLinear", [codes, unit], factor)]
+        if dtype != FLOAT:
+            wide, factor = factor, self._new(of, "factor_cast", dtype)
+            nodes.append(self._node(of, "Cast", [wide], factor))
+            nodes[-1].attrs = {"to": onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))}
+        return nodes, factor
+
+    def _new(self, of: gs.Tensor, what: str, dtype: np.dtype) -> gs.Variable:
+        return gs.Variable(free_name(self.graph, f"{of.name}_{what}"), dtype)
+
+    def _node(self, of: gs.Tensor, op: str, inputs: list[gs.Tensor], output: gs.Variable) -> gs.Node:
+        return gs.Node(op, free_name(self.graph, f"{of.name}_{op}"), inputs=inputs, outputs=[output])
+
+    def _behind(self, tensor: gs.Variable, nodes: list[gs.Node]) -> None:
+        source = edit.producer(tensor)
+        place = self._before.setdefault(-1, []) if source is None else self._after.setdefault(id(source), [])
+        place += nodes
 
     def weight(
         self, linear: Linear, seen: Range | None = None, mean: np.ndarray | None = None, offset: float = 0.0
@@ -200,12 +261,23 @@ class Inserter:
         mean: np.ndarray | None = None,
         variant: Hashable = None,
         inputs_first: bool = False,
+        base: np.ndarray | None = None,
     ) -> None:
         """Lets a linear node read ``codes`` (out, in / groups, ...) with ``scales`` (out, groups of the format).
 
         Readers of one weight share its codes where ``variant`` is the same. ``mean``: as for ``weight``. With
         ``inputs_first`` a Gemm gets its weight as (in, out).
         """
+        self.correct_bias(linear, codes, scales, format, mean)
+        key = self._key(linear, variant)
+        if key not in self._weights:
+            self._weights[key] = self._stored(linear, codes, scales, format, inputs_first, base)
+        self._connect(linear, key, inputs_first)
+
+    def correct_bias(
+        self, linear: Linear, codes: np.ndarray, scales: np.ndarray, format: Format, mean: np.ndarray | None
+    ) -> None:
+        """Lets the bias take back what rounding the weight does on average, where there is a place and a mean."""
         if mean is not None and (linear.node.op != "MatMul" or linear.bias_node is not None):
             weight, old = linear.weight(), linear.bias()
             steps = format.spread(scales.astype(np.float32), weight.shape[1])
@@ -213,14 +285,10 @@ class Inserter:
             with contextlib.suppress(DoesNotFit):  # a float16 bias at the end of its type stays as it is
                 error = codes.astype(np.float32) * steps - weight
                 linear.set_bias((0.0 if old is None else old) - linear.respond(error, mean))
-        key = self._key(linear, variant)
-        if key not in self._weights:
-            self._weights[key] = self._stored(linear, codes, scales, format, inputs_first)
-        self._connect(linear, key, inputs_first)
 
-    def shared(self, linear: Linear, inputs_first: bool = False) -> bool:
+    def shared(self, linear: Linear, inputs_first: bool = False, variant: Hashable = None) -> bool:
         """Lets a linear node read the codes that another reader of its weight has; whether there are any."""
-        key = self._key(linear)
+        key = self._key(linear, variant)
         if key in self._weights:
             self._connect(linear, key, inputs_first)
         return key in self._weights
@@ -232,17 +300,60 @@ class Inserter:
         return id(linear.source), chain, weight_axis(linear), linear.groups, alpha, variant
 
     def _stored(
-        self, linear: Linear, codes: np.ndarray, scales: np.ndarray, format: Format, inputs_first: bool
+        self,
+        linear: Linear,
+        codes: np.ndarray,
+        scales: np.ndarray,
+        format: Format,
+        inputs_first: bool,
+        base: np.ndarray | None,
     ) -> gs.Variable:
         axis, flip = weight_axis(linear), inputs_first and linear.node.op == "Gemm"
         stored = codes.T if flip else linear.unorient(codes)
         attrs = {"axis": 1 if flip else axis}
         if format.group:
-            scales = np.ascontiguousarray(scales.T if flip else linear.unorient(scales))
+            steps = scales if base is None else format.steps(scales, base)
+            steps = np.ascontiguousarray(steps.T if flip else linear.unorient(steps))
             attrs = {"axis": 1 - attrs["axis"], "block_size": format.group}
-        steps = scales if format.group else scales[:, 0]
+        else:
+            steps = scales[:, 0]
+        if base is not None and format.grid.startswith("int"):
+            steps = steps.astype(linear.dtype)
         constants = self.constants(linear.source.name, np.ascontiguousarray(stored), steps)
-        return self.dequantized(linear.source.name, constants, attrs, linear.node)
+        if base is not None and format.grid == "fp8":
+            return self._in_fp4(linear, constants, base, attrs)
+        restored = self.dequantized(linear.source.name, constants, attrs, linear.node)
+        return self._in_int8(linear, restored, base, axis) if base is not None else restored
+
+    def _in_fp4(self, linear: Linear, constants: list[gs.Constant], base: np.ndarray, attrs: dict) -> gs.Variable:
+        """DQ(codes, DQ(scales in E4M3, base)): the weight in NVFP4."""
+        codes, scales, _ = constants
+        unit = constant(self.graph, f"{linear.source.name}_unit", base.reshape(()))
+        nodes, factor = self._scales_of(linear.source, scales, unit, linear.dtype)
+        restored = self._new(linear.source, "dequantized", linear.dtype)
+        nodes.append(self._node(linear.source, "DequantizeLinear", [codes, factor], restored))
+        nodes[-1].attrs = attrs
+        self._before.setdefault(id(linear.node), []).extend(nodes)
+        return restored
+
+    def _in_int8(self, linear: Linear, steps: gs.Variable, base: np.ndarray, axis: int) -> gs.Variable:
+        """DQ(Q(integers)): codes times integer scales, of which TensorRT makes a weight in int8 when it starts."""
+        name, dtype = linear.source.name, linear.dtype
+        one = constant(self.graph, f"{name}_one", np.ones(len(base), dtype))
+        zero = constant(self.graph, f"{name}_zero", np.zeros(len(base), np.int8))
+        scales = constant(self.graph, f"{name}_base", positive_scale(base[:, 0], 1, dtype))
+        integers, restored = (
+            self._new(linear.source, "integers", np.dtype(np.int8)),
+            self._new(linear.source, "int8", dtype),
+        )
+        nodes = [
+            self._node(linear.source, "QuantizeLinear", [steps, one, zero], integers),
+            self._node(linear.source, "DequantizeLinear", [integers, scales, zero], restored),
+        ]
+        for node in nodes:
+            node.attrs = {"axis": axis}
+        self._before.setdefault(id(linear.node), []).extend(nodes)
+        return restored
 
     def _connect(self, linear: Linear, key: Hashable, inputs_first: bool) -> None:
         edit.set_input(linear.node, linear.weight_input, self._weights[key])
@@ -347,6 +458,10 @@ class Inserter:
         node = gs.Node("DequantizeLinear", own, attrs, list(constants), [restored])
         self._before.setdefault(id(reader), []).append(node)
         return restored
+
+    def before(self, node: gs.Node, new: list[gs.Node]) -> None:
+        """Puts new nodes directly in front of a node."""
+        self._before.setdefault(id(node), []).extend(new)
 
     def after(self, node: gs.Node, new: list[gs.Node]) -> None:
         """Puts new nodes directly behind a node."""

@@ -21,9 +21,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from channelfold.passes.layers.formats import Format, chunks, positive_scale
+from channelfold.passes.layers.formats import Format, chunks
 
 _FACTORS = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+_POWERS = (1.0, 2.0, 0.5)
 DAMPING = 0.01  # of the mean of the diagonal of E[x x^T]
 _BLOCK, _STEP = 128, 16  # inputs between which errors travel by one product of matrices
 
@@ -31,19 +32,28 @@ Rounder = Callable[[np.ndarray, slice], tuple[np.ndarray, np.ndarray]]
 """From the weights (n, in) of a slice of the output channels to their codes and scales (n, groups)."""
 
 
-def by_scale(format: Format, dtype: np.dtype, importance: np.ndarray | None = None, search: bool = True) -> Rounder:
-    """Rounds every weight to the nearest code. ``importance``, E[x^2], (1, in) or (out, in), weighs the errors."""
+def by_scale(
+    format: Format,
+    dtype: np.dtype,
+    importance: np.ndarray | None = None,
+    search: bool = True,
+    base: np.ndarray | None = None,
+) -> Rounder:
+    """Rounds every weight to the nearest code. ``importance``, E[x^2], (1, in) or (out, in), weighs the errors.
+
+    ``base``: the units of the grid of the scales, see ``Format.base``.
+    """
 
     def round_rows(weight: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        own = importance if importance is None or len(importance) == 1 else importance[rows]
-        scales = _scales(weight, format, dtype, own, search)
+        own = _of_rows(importance, rows)
+        scales = _scales(weight, format, dtype, own, search, _of_rows(base, rows))
         steps = format.spread(scales.astype(np.float32), weight.shape[1])
         return format.snap(weight / steps).astype(format.dtype), scales
 
     return round_rows
 
 
-def gptq(format: Format, dtype: np.dtype, products: np.ndarray) -> Rounder:
+def gptq(format: Format, dtype: np.dtype, products: np.ndarray, base: np.ndarray | None = None) -> Rounder:
     """Rounds with ``products``, E[x x^T] (in, in), so that the errors of the inputs of a channel cancel."""
     importance = np.diagonal(products).astype(np.float32)
     order = np.argsort(-importance, kind="stable")
@@ -51,7 +61,7 @@ def gptq(format: Format, dtype: np.dtype, products: np.ndarray) -> Rounder:
 
     def round_rows(weight: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         ins = weight.shape[1]
-        scales = _scales(weight, format, dtype, importance, True)
+        scales = _scales(weight, format, dtype, importance, True, _of_rows(base, rows))
         steps = np.broadcast_to(format.spread(scales.astype(np.float32), ins), weight.shape)
         codes = np.empty_like(weight)
         codes[:, order] = _in_order(weight[:, order].T.copy(), steps[:, order].T.copy(), factor, format).T
@@ -71,18 +81,28 @@ def rounded(weight: np.ndarray, rounder: Rounder, format: Format) -> tuple[np.nd
     return codes, np.concatenate(scales)
 
 
+def _of_rows(values: np.ndarray | None, rows: slice) -> np.ndarray | None:
+    """The part of values (out, n) for some output channels; values (1, n) are those of all."""
+    return values if values is None or len(values) == 1 else values[rows]
+
+
 def _scales(
-    weight: np.ndarray, format: Format, dtype: np.dtype, importance: np.ndarray | None, search: bool
+    weight: np.ndarray,
+    format: Format,
+    dtype: np.dtype,
+    importance: np.ndarray | None,
+    search: bool,
+    base: np.ndarray | None,
 ) -> np.ndarray:
     parts = format.grouped(weight)
     peak = np.abs(parts).max(axis=2, keepdims=True)
-    best = positive_scale(peak, format.levels, dtype)
+    best = format.scales(peak, dtype, base)
     if not search:
         return best[..., 0]
     weights = 1.0 if importance is None else format.grouped(np.broadcast_to(importance, weight.shape))
     least = np.full(peak.shape, np.inf, np.float32)
-    for factor in _FACTORS:
-        scale = positive_scale(peak * factor, format.levels, dtype)
+    for factor in _POWERS if format.grid == "2" else _FACTORS:
+        scale = format.scales(peak * factor, dtype, base)
         step = scale.astype(np.float32)
         error = np.square(format.snap(parts / step) * step - parts)
         error = (error * weights).sum(axis=2, keepdims=True)

@@ -126,7 +126,7 @@ class Work(Quantize):
         for site in kept:
             more = ", centered" if site.name in inserter.centered else ""
             outcome.change(site.name, f"{says[site.name]} up to {limits[site.name]:.4g}{more}")
-        if quantize_tables(inserter, outcome, INT8, self) or kept or cells:
+        if quantize_tables(inserter, outcome, lambda _: INT8, self) or kept or cells:
             inserter.finish()
             edit.remove_dead(graph)
         outcome.facts = summary(graph, kept, cells) | {"activations": facts, "weight_bits": format.bits}

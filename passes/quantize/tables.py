@@ -9,7 +9,7 @@ every call, so there only the rows that were taken are scaled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -35,15 +35,18 @@ def tables(graph: gs.Graph) -> Iterator[tuple[gs.Node, gs.Constant]]:
             yield node, table
 
 
-def quantize_tables(inserter: Inserter, outcome: Outcome, format: Format, step: Quantize | QuantizeWeights) -> int:
-    """Stores every table in the format, refuses those that it leaves in float; returns how many nodes read one now."""
+def quantize_tables(
+    inserter: Inserter, outcome: Outcome, format_of: Callable[[gs.Node], Format], step: Quantize | QuantizeWeights
+) -> int:
+    """Stores every table in its format, refuses those that it leaves in float; returns how many nodes read one now."""
     graph, done = inserter.graph, 0
     for node, table in list(tables(graph)) if step.embeddings else ():
-        if reason := excluded(step, node) or _why_float(table):
+        own = format_of(node).fitted(table.shape[1], whole=step.target == "tensorrt")
+        odd = own.why_not(table.shape[1], table.shape[0]) if step.target == "tensorrt" else ""
+        if reason := excluded(step, node) or _why_float(table) or odd.replace("inputs", "columns"):
             outcome.refuse(node.name, f"{node.op} stays float: {reason}", reason)
             continue
-        own = format.fitted(table.shape[1])
-        key = ("table", id(table))
+        key = ("table", id(table), own)
         if key not in inserter.stored:
             codes, scales = rounded(read(table), by_scale(own, np.dtype(table.dtype)), own)
             inserter.stored[key] = inserter.constants(table.name, codes, scales if own.group else scales[:, 0])

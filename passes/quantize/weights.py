@@ -1,10 +1,11 @@
-"""Weights alone in 8 or 4 bits: activations and arithmetic stay as they are.
+"""Weights in 8 to 2 bits, with float activations or with activations in a format that multiplies with them.
 
-    W x   becomes   DQ(W_q) x,    W_q in a format of ``layers/formats``, rounded by one of ``rounders``
+    W x   becomes   DQ(W_q) x          W_q in a format of ``layers/formats``, rounded by one of ``rounders``
+                    DQ(W_q) DQ(Q(x))   with activations in int8, fp8 or fp4
 
-The file shrinks to a quarter of float32 with 8 bits, to an eighth with 4 bits. The runtime expands the weights when it
-uses them, so this saves memory and memory traffic, not arithmetic. With calibration data, biases make up for the mean
-error of the rounded weights.
+The file shrinks to a quarter of float32 with 8 bits, to an eighth with 4 bits. With float activations the runtime
+expands the weights when it uses them, so this saves memory and memory traffic, not arithmetic. With calibration data,
+biases make up for the mean error of the rounded weights. ``layers/targets`` knows which target runs which pair.
 
 tensorrt      reads every format inside its product kernels, but for groups that span a whole output channel, which it
               dequantizes in front of each product: groups are halved until a channel has two.
@@ -20,12 +21,21 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.base import Context, Outcome
+from channelfold.passes.base import Context, Outcome, Patterns
 from channelfold.passes.layers.formats import FORMATS, Format
 from channelfold.passes.layers.linear import Linear, usable
-from channelfold.passes.quantize import QuantizeWeights
+from channelfold.passes.quantize import QuantizeWeights, calibrators
 from channelfold.passes.quantize.cells import quantize_cells
-from channelfold.passes.quantize.qdq import Inserter, excluded, opset_of_scales, summary, why_not_int8
+from channelfold.passes.quantize.integers import multiply_integers, why_not_integers
+from channelfold.passes.quantize.qdq import (
+    MIN_CHANNELS,
+    Inserter,
+    Range,
+    excluded,
+    opset_of_scales,
+    summary,
+    why_not_int8,
+)
 from channelfold.passes.quantize.rounders import Rounder, by_scale, gptq, rounded
 from channelfold.passes.quantize.tables import quantize_tables
 from channelfold.runtime.errors import DataError
@@ -34,7 +44,12 @@ from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.stats.channels import ChannelMoments
 from channelfold.runtime.stats.covariance import Moments, collect
+from channelfold.runtime.stats.histograms import TensorStatistics
 from channelfold.runtime.stats.observe import by_name, observe
+
+_UNSEEN = "no calibration sample has values other than zero in its activation"
+_OF_TABLES = {"int8": "int8", "fp8": "fp8", "mxfp8": "fp8"}  # all others int4, which every target takes rows of
+_KEPT = {"none": ("int8", "none"), "int8": ("int8", "int8"), "fp8": ("fp8", "fp8"), "fp4": ("fp8", "fp8")}
 
 
 class Work(QuantizeWeights):
@@ -43,26 +58,60 @@ class Work(QuantizeWeights):
 
     @property
     def _format(self) -> Format:
-        format = FORMATS[self.weights]
-        return dataclasses.replace(format, group=self.group) if format.group else format
+        return self._of(self.weights)
+
+    def _of(self, name: str) -> Format:
+        format = FORMATS[name]
+        if name == "dgq" and self.target == "onnxruntime":
+            format = dataclasses.replace(format, grid="int7")
+        free = format.group and format.grid not in ("fp8", "2")
+        return dataclasses.replace(format, group=self.group) if free and self.group else format
+
+    def _fitted(self, name: str, ins: int) -> Format:
+        """A format with groups for a weight with ``ins`` inputs."""
+        return self._of(name).fitted(ins, whole=self.target == "tensorrt" or name == "dgq")
+
+    def _formats(self, node: gs.Node) -> tuple[str, str]:
+        """The formats of the weight and of the activation of a node."""
+        if Patterns(self.keep_8bit).include and not Patterns(self.keep_8bit).why_not(node.name):
+            return _KEPT[self.activations]
+        return self.weights, self.activations
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         if self.rounder == "gptq" and ctx.calibration is None:
             raise DataError("GPTQ needs calibration data", "Give some with --calibration")
         outcome = Outcome()
-        cells = quantize_cells(graph, outcome, self._format, self)
+        cells = quantize_cells(graph, outcome, self._of(_OF_TABLES.get(self.weights, "int4")), self)
         inserter = Inserter(graph)
         kept = []
         sites = list(usable(graph, outcome, self._why_float, "stays float"))
+        limits = self._limits(graph, sites, ctx) if self.activations != "none" else {}
+        for site in [site for site in sites if not limits.get(site.data.name, 1.0)]:
+            outcome.refuse(site.name, f"{site.node.op} stays float: {_UNSEEN} ({site.data.name})", _UNSEEN)
+        sites = [site for site in sites if limits.get(site.data.name, 1.0)]
         for linear, seen in self._measured(graph, sites, ctx):
             ctx.progress("Quantizing weights", len(kept), len(sites))
-            outcome.change(linear.name, f"{linear.node.op}: {self._quantize(inserter, linear, seen)}")
+            what = self._quantize(inserter, linear, seen, limits)
+            outcome.change(linear.name, f"{linear.node.op}: {what}")
             kept.append(linear)
-        if quantize_tables(inserter, outcome, self._format, self) or kept or cells:
+        if quantize_tables(inserter, outcome, self._of_table, self) or kept or cells:
             inserter.finish()
             edit.remove_dead(graph)
         outcome.facts = summary(graph, kept, cells)
         return outcome
+
+    def _of_table(self, node: gs.Node) -> Format:
+        return self._of(_OF_TABLES.get(self._formats(node)[0], "int4"))
+
+    def _limits(self, graph: gs.Graph, sites: list[Linear], ctx: Context) -> dict[str, float]:
+        """The largest magnitude to represent of every activation; 0 where no sample reached it or all was zero."""
+        infer_shapes(graph)
+        statistics = {site.data.name: TensorStatistics(site.in_axis) for site in sites}
+        observe(graph, by_name(statistics.items()), ctx.data, ctx.progress)
+        calibrator = "mse" if self.activations == "int8" else "minmax"
+        return {
+            name: calibrators.threshold(seen, calibrator) if seen.total else 0.0 for name, seen in statistics.items()
+        }
 
     def _measured(
         self, graph: gs.Graph, sites: list[Linear], ctx: Context
@@ -92,24 +141,45 @@ class Work(QuantizeWeights):
             for products in group:
                 yield from ((site, products) for site in joint[next(iter(products.axes.items()))])
 
-    def _quantize(self, inserter: Inserter, linear: Linear, seen: Moments | ChannelMoments | None) -> str:
-        """Stores the weight of a linear in the format; says how."""
+    def _quantize(
+        self, inserter: Inserter, linear: Linear, seen: Moments | ChannelMoments | None, limits: dict[str, float]
+    ) -> str:
+        """Stores the weight of a linear in its format, and lets it read its activation in another; says how."""
+        name, activations = self._formats(linear.node)
         inputs_first = self.target == "onnxruntime"
-        if inserter.shared(linear, inputs_first):
-            return f"{self.weights} weight, shared"
-        weight = linear.weight()
-        format = self._format.fitted(weight.shape[1])
-        codes, scales = rounded(weight, self._rounder(linear, weight, seen, format), format)
-        mean = None if seen is None else np.asarray(seen.mean)
-        inserter.store(linear, codes, scales, format, mean, inputs_first=inputs_first)
-        groups = f" in groups of {format.group}" if format.group else ""
-        return f"{self.weights} weight{groups}{', GPTQ' if isinstance(seen, Moments) else ''}"
+        says = f"{name} weight"
+        integers = inputs_first and activations == "int8"
+        if not (shared := not integers and inserter.shared(linear, inputs_first, name)):
+            weight = linear.weight()
+            format = self._fitted(name, weight.shape[1])
+            base = format.base(weight)
+            codes, scales = rounded(weight, self._rounder(linear, weight, seen, format, base), format)
+            mean = None if seen is None else np.asarray(seen.mean)
+            if integers:
+                multiply_integers(inserter, linear, codes, scales, format, base, mean)
+            else:
+                inserter.store(linear, codes, scales, format, mean, name, inputs_first, base)
+            says += f" in groups of {format.group}" if format.group else ""
+            says += ", GPTQ" if isinstance(seen, Moments) else ""
+        linear.data.dtype = linear.dtype if activations != "none" else linear.data.dtype
+        limit = limits.get(linear.data.name, 0.0)
+        if activations == "fp4":
+            inserter.activation_fp4(linear.data, limit, [linear.node])
+        elif activations != "none" and not integers:
+            floating = FORMATS[activations].floating
+            inserter.activation(linear.data, Range(-limit, limit), [linear.node], floating)
+        return says + (", shared" if shared else "") + ("" if activations == "none" else f", {activations} activation")
 
     def _rounder(
-        self, linear: Linear, weight: np.ndarray, seen: Moments | ChannelMoments | None, format: Format
+        self,
+        linear: Linear,
+        weight: np.ndarray,
+        seen: Moments | ChannelMoments | None,
+        format: Format,
+        base: np.ndarray | None,
     ) -> Rounder:
         if isinstance(seen, Moments):
-            return gptq(format, linear.dtype, seen.covariance + np.outer(seen.mean, seen.mean))
+            return gptq(format, linear.dtype, seen.covariance + np.outer(seen.mean, seen.mean), base)
         importance = None
         if seen is not None:
             power = np.square(seen.rms).astype(np.float32)
@@ -117,15 +187,27 @@ class Work(QuantizeWeights):
                 linear.spread_inputs(power) if linear.groups > 1 else power.reshape(1, -1, *[1] * len(linear.kernel))
             )
             importance = np.broadcast_to(power, (len(power), *weight.shape[1:])).reshape(len(power), -1)
-        return by_scale(format, linear.dtype, importance, self.rounder != "nearest")
+        return by_scale(format, linear.dtype, importance, self.rounder != "nearest", base)
 
     def _why_float(self, linear: Linear) -> str:
         if reason := excluded(self, linear.node):
             return reason
+        name, activations = self._formats(linear.node)
+        outs, ins = linear.channels
+        format = self._fitted(name, ins)
         if linear.node.op == "ConvTranspose" and linear.groups > 1:
             return "the output channels of a grouped ConvTranspose are not on one axis of its weight"
-        if self._format.group and linear.is_conv:
+        if format.group and linear.is_conv:
             return "no runtime reads the weight of a convolution in groups of inputs"
-        if linear.weight_input == 0 and (self._format.group or self.target == "onnxruntime"):
+        if linear.weight_input == 0 and (format.group or self.target == "onnxruntime" or activations != "none"):
             return "its weight is the left operand, which no kernel reads in this format"
-        return why_not_int8(linear)
+        if activations != "none" and linear.node.op == "ConvTranspose":
+            return "ConvTranspose runs in float anyway"
+        if activations != "none" and min(outs, ins) < MIN_CHANNELS:
+            return f"fewer than {MIN_CHANNELS} channels"
+        if name == "int2" and outs % 4:
+            return "ONNX Runtime computes something else where the output channels are not a multiple of 4"
+        if reason := format.why_not(ins, outs) if self.target == "tensorrt" else "":
+            return reason
+        integers = self.target == "onnxruntime" and activations == "int8"
+        return (why_not_integers(linear, format) if integers else "") or why_not_int8(linear)

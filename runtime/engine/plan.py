@@ -20,12 +20,19 @@ tell:
     ``tensorrt.inspect``).
 
 The arithmetic of an ONNX node is the type of the two operands that are multiplied, not the type of the weight in
-memory: an int8 weight that is dequantized before a float MatMul counts as float.
+memory: an int8 weight that is dequantized before a float MatMul counts as float. Of a weight that the plan keeps in few
+bits the report says who reads the codes: the kernel that multiplies, or a kernel in front, which writes out the whole
+weight on every call. Small in memory is not fast then.
+
+One form TensorRT builds and computes wrongly, without a warning: a weight with several scales along its inputs, times
+an activation that is quantized. The product of integers is multiplied by a row of (K / g) N scales, of which the kernel
+reads the first N. ``blocks`` finds this form in a graph, the plan shows the row.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import re
 from collections.abc import Iterator, Mapping
@@ -38,7 +45,8 @@ if TYPE_CHECKING:
 
 # Types as the plan's text spells them, then as the inspector does ("Row major Int8 format", "Half", "FP32" …).
 _PLAN_TYPES: dict[str, str] = {
-    "int8": "int8", "fp8_e4m3": "fp8", "fp4_e2m1": "fp4", "half": "fp16", "bf16": "bf16", "float": "float",
+    "int8": "int8", "fp8_e4m3": "fp8", "fp4_e2m1": "fp4", "int4": "int4", "half": "fp16", "bf16": "bf16",
+    "float": "float",
 }  # fmt: skip
 _INSPECTOR_TYPES: tuple[tuple[str, str], ...] = (
     (r"\bint8\b", "int8"), (r"\bfp8\b", "fp8"), (r"\bfp4\b", "fp4"), (r"\b(bf16|bfloat16)\b", "bf16"),
@@ -50,11 +58,15 @@ _CONTRACTIONS = {"corrltn", "convltn", "deconvolution", "fully_connected"}
 _CONTRACTION_LAYER = re.compile(r"conv|gemm|matrixmultiply|matmul", re.IGNORECASE)
 
 _STRING = r'"(?:[^"\\]|\\.)*+"'
-_GROUP = rf"\{{(?:[^\"{{}}]|{_STRING})*+\}}"
+_FLAT = rf"\{{(?:[^\"{{}}]|{_STRING})*+\}}"
+_GROUP = rf"\{{(?:[^\"{{}}]|{_STRING}|{_FLAT})*+\}}"
 _ENTRY = re.compile(rf"^ +(\w+)=\{{((?:[^\"{{}}]|{_STRING}|{_GROUP})*+)\}}", re.MULTILINE | re.DOTALL)
 _FIELD = re.compile(rf"(\w+) ?= ?({_STRING}|{_GROUP}|[^\s{{}}]*)", re.DOTALL)
 _QUOTED = re.compile(_STRING, re.DOTALL)
 _LAYER = "[ONNX Layer: "
+_CODES = ("int8", "int4", "fp8", "fp4")
+_OPEN = -1  # a size that is a tensor of its own
+_SCALES = "folded"  # in the name of the product of the scales of two operands
 
 
 @dataclass(frozen=True)
@@ -62,12 +74,27 @@ class NodeRun:
     """How one ONNX node runs: its arithmetic, the op of the plan that computes it, the types of its operands.
 
     ``arithmetic`` is int8, fp8, fp4, fp16, bf16, float (float32 or TF32), unknown. ``op`` is empty for a node that the
-    plan does not name, because TensorRT has removed the node or folded it into a constant.
+    plan does not name, because TensorRT has removed the node or folded it into a constant. ``weight`` is the type of a
+    weight that the plan keeps as int8, int4, fp8 or fp4, and ``expanded`` the type into which a kernel in front writes
+    it; empty where the kernel that multiplies reads the codes. ``wrong``: all blocks of the weight get the scales of
+    the first block.
     """
 
     arithmetic: str
     op: str = ""
     operands: tuple[str, ...] = ()
+    weight: str = ""
+    expanded: str = ""
+    wrong: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """wrong, the arithmetic in few bits, "dequantized first", "fused" (codes, float arithmetic), or arithmetic."""
+        if self.wrong:
+            return "wrong"
+        if self.arithmetic in _CODES or not self.weight:
+            return self.arithmetic
+        return "dequantized first" if self.expanded else "fused"
 
 
 @dataclass(frozen=True)
@@ -79,6 +106,11 @@ class PlanReport:
     source: Literal["plan", "inspector"] = "plan"
     nodes: dict[str, NodeRun] = field(default_factory=dict)
 
+    @property
+    def wrong(self) -> list[str]:
+        """The nodes that the engine computes wrongly."""
+        return [name for name, run in self.nodes.items() if run.wrong]
+
 
 @dataclass(frozen=True)
 class _Op:
@@ -87,6 +119,9 @@ class _Op:
     arithmetic: str
     contraction: bool
     nodes: tuple[str, ...]
+    weight: str = ""
+    expanded: str = ""
+    wrong: bool = False
 
 
 def contractions(graph: gs.Graph) -> dict[str, str]:
@@ -136,36 +171,128 @@ def _report(ops: list[_Op], nodes: Mapping[str, str], source: Literal["plan", "i
 
 
 def _run(ops: list[_Op]) -> NodeRun:
-    """How a node runs, from all ops that name the node. Where some of the ops multiply, only these count."""
+    """How a node runs, from all ops that name the node. Where some of the ops multiply, only these count.
+
+    The codes of the weight are seen where the kernel is called, which may be outside the program that multiplies.
+    """
+    first = sorted(ops, key=lambda op: not op.contraction)
+    held = next(((op.weight, op.expanded) for op in first if op.weight), ("", ""))
+    wrong = any(op.wrong for op in ops)
     ops = [op for op in ops if op.contraction] or ops
     if not ops:
         return NodeRun("unknown")
     if len({op.arithmetic for op in ops}) > 1:
-        return NodeRun("unknown", " + ".join(sorted({op.kind for op in ops})))
-    return NodeRun(ops[0].arithmetic, ops[0].kind, ops[0].operands)
+        return NodeRun("unknown", " + ".join(sorted({op.kind for op in ops})), (), *held, wrong)
+    return NodeRun(ops[0].arithmetic, ops[0].kind, ops[0].operands, *held, wrong)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """An op of a program as the text has it."""
+
+    kind: str
+    fields: dict[str, str]
+    inputs: list[str]
+    outputs: list[str]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    type: str
+    dims: tuple[int, ...]
+    constant: bool
+
+
+@dataclass
+class _Program:
+    """The tensors of one program, and the calls in order."""
+
+    tensors: dict[str, _Tensor] = field(default_factory=dict)
+    calls: list[_Call] = field(default_factory=list)
+    writers: dict[str, _Call] = field(default_factory=dict)
+
+    def type(self, name: str) -> str:
+        return self.tensors[name].type if name in self.tensors else "?"
+
+    def codes(self, name: str, depth: int = 8) -> str | None:
+        """The type of the codes that a tensor is made of, by constants alone; "" for other constants, else None."""
+        tensor = self.tensors.get(name)
+        if tensor is not None and tensor.constant:
+            kind = _PLAN_TYPES.get(tensor.type, "")
+            return kind if kind in _CODES else ""
+        writer = self.writers.get(name)
+        if writer is None or not writer.inputs or not depth:
+            return None
+        found = [self.codes(source, depth - 1) for source in writer.inputs]
+        return None if None in found else next(filter(None, found), "")
+
+    def held(self, call: _Call, operands: list[str]) -> tuple[str, str]:
+        """The type of the codes of the weight that a call reads, and the type into which they were written before."""
+        origins = {name: self.codes(name) for name in operands}
+        if all(origin is not None for origin in origins.values()):
+            return "", ""  # writes out a weight, does not multiply
+        for name, origin in origins.items():
+            if origin:
+                return origin, "" if self.tensors[name].constant else self.type(name)
+        return "", ""
+
+    def scaled_wrongly(self, call: _Call) -> bool:
+        """Whether the result of a contraction is multiplied by more scales than it has columns, or rows."""
+        widths = [self.tensors[name].dims for name in call.outputs if name in self.tensors]
+        scales = [
+            self.tensors[name].dims
+            for reader in self.calls
+            if set(reader.inputs) & set(call.outputs)
+            for name in reader.inputs
+            if _SCALES in name and name in self.tensors
+        ]
+        return any(
+            size > 1 and math.prod(dims) == size and width not in (size, _OPEN)
+            for result in widths
+            for dims in scales
+            for size, width in zip(dims[::-1], result[::-1], strict=False)
+        )
 
 
 def _plan_ops(plan: bytes | mmap.mmap) -> Iterator[_Op]:
     for start in re.finditer(rb"header \{\n  version = \d+\n", plan):
         end = plan.find(b"\0", start.end())
-        text = plan[start.start() : end if end >= 0 else len(plan)].decode("utf-8", "surrogateescape")
-        types: dict[str, str] = {}
-        for kind, body in _ENTRY.findall(text):
-            fields = dict(_FIELD.findall(body))
-            if kind in ("tensor", "sub_tensor"):
-                types[_unquote(fields.get("name", ""))] = fields.get("type", "?")
-            elif "layers" in fields:
-                inputs = fields.get("input") or fields.get("input_args") or ""
-                yield _plan_op(kind, fields, [types.get(_unquote(name), "?") for name in _QUOTED.findall(inputs)])
+        program = _program(plan[start.start() : end if end >= 0 else len(plan)].decode("utf-8", "surrogateescape"))
+        yield from (_plan_op(program, call) for call in program.calls if "layers" in call.fields)
 
 
-def _plan_op(kind: str, fields: dict[str, str], inputs: list[str]) -> _Op:
-    contraction = kind in _CONTRACTIONS
-    operands = tuple(inputs[:2] if contraction else inputs)
+def _program(text: str) -> _Program:
+    program = _Program()
+    for kind, body in _ENTRY.findall(text):
+        fields = dict(_FIELD.findall(body))
+        if kind in ("tensor", "sub_tensor"):
+            sizes = fields.get("dims", "").strip("{} ").split()
+            dims = tuple(int(size) if size.isdecimal() else _OPEN for size in sizes)
+            constant = int(fields.get("const_payload_size") or 0) > 0
+            program.tensors[_unquote(fields.get("name", ""))] = _Tensor(fields.get("type", "?"), dims, constant)
+        elif "layers" in fields:
+            inputs, outputs = (
+                [_unquote(name) for name in _QUOTED.findall(fields.get(key) or fields.get(f"{key}_args") or "")]
+                for key in ("input", "output")
+            )
+            call = _Call(kind, fields, inputs, outputs)
+            program.calls.append(call)
+            program.writers |= dict.fromkeys(outputs, call)
+    return program
+
+
+def _plan_op(program: _Program, call: _Call) -> _Op:
+    contraction = call.kind in _CONTRACTIONS
+    names = call.inputs[:2] if contraction else call.inputs
+    operands = tuple(map(program.type, names))
     known = [_PLAN_TYPES.get(operand, "unknown") for operand in operands]
-    label = kind if contraction else f"{kind} {fields.get('name', '')}".strip()
-    arithmetic = _same(known) if contraction else _generated(known)
-    return _Op(label, operands, arithmetic, contraction, _layer_nodes(_unquote(fields["layers"])))
+    label = call.kind if contraction else f"{call.kind} {call.fields.get('name', '')}".strip()
+    weight, expanded = program.held(call, names)
+    data = [kind for kind, name in zip(known, names, strict=True) if not (weight and program.codes(name))]
+    arithmetic = _same(known) if contraction else _generated(data)
+    wrong = contraction and arithmetic in _CODES and program.scaled_wrongly(call)
+    nodes = _layer_nodes(_unquote(call.fields["layers"]))
+    return _Op(label, operands, arithmetic, contraction, nodes, weight, expanded, wrong)
 
 
 def _inspector_ops(engine: dict[str, Any]) -> Iterator[_Op]:

@@ -82,6 +82,8 @@ def compress(
     ranges = _parsed(shapes)
     onnxruntime()
     for sm in sms:
+        for step in passes:
+            step.check_for(sm)
         tensorrt.backend(sm)
     check_folder(out_dir)
     out = out_dir / "model.onnx"

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from channelfold.runtime.data.reading import IMAGE_OPTIONS, TEXT_OPTIONS, Readin
 from channelfold.runtime.data.sources import Data, load_script, open_data
 from channelfold.runtime.data.text import open_text
 from channelfold.runtime.engine import build as tensorrt
+from channelfold.runtime.engine.blocks import FIRST_SCALES, refusal, wrong_products
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.engine.repair import repaired
 from channelfold.runtime.engine.run import EngineSession
@@ -41,6 +43,7 @@ from channelfold.runtime.io import bfloat16, files
 from channelfold.runtime.io.bodies import share_constants
 from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.edit import fix_inputs, see_through_identities, take_defaults
+from channelfold.runtime.io.emulate import emulate
 from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Feed, Session
@@ -302,6 +305,9 @@ class Job:
                 how = "in float32, with the result of every node rounded to bfloat16"
                 self.warn(f"ONNX Runtime has no bfloat16 kernels on a CPU: the outputs were compared {how}")
                 return bfloat16.twin_session(path, **options)
+            if emulate(graph):
+                self.warn("ONNX Runtime has no 4-bit floating point numbers: their rounding was computed in float32")
+                return files.session(graph, **options)
             if not unknown(graph):
                 raise
         front = Front(path, **options)
@@ -329,6 +335,8 @@ class Job:
         ranges = {**tensorrt.default_shapes(open_inputs, self.calibration), **shapes}
         with repaired(model, self.inputs, ranges) as (source, sentences):
             self.warn(*(f"engine: {sentence}" for sentence in sentences))
+            if nodes := wrong_products(files.load(source)):
+                raise refusal(model.name, nodes)
             built = tensorrt.build(
                 source,
                 engine,
@@ -339,6 +347,9 @@ class Job:
                 progress=self.progress,
             )
             entry = _engine_entry(built, inspection.int8_nodes(files.load(source)))
+            if built.plan.wrong:
+                engine.unlink()
+                raise refusal(model.name, dict.fromkeys(built.plan.wrong, FIRST_SCALES))
         entry["accuracy"] = self._proved_engine(built)
         self.record["engines"].append(entry)
         self.warn(*(f"{engine.name}: {text}" for text in built.warnings))
@@ -424,8 +435,11 @@ def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
         "total": len(runs),
         "not_int8": others,
     }
+    verdicts = {node: run.verdict for node, run in engine.plan.nodes.items()}
     return {
         "sm": engine.sm,
+        "verdicts": dict(sorted(Counter(verdicts.values()).items())),
+        "dequantized_first": [node for node, verdict in verdicts.items() if verdict == "dequantized first"],
         "path": engine.path,
         "bytes": engine.size,
         "seconds": engine.seconds,

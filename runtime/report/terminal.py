@@ -25,6 +25,7 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
     accuracy    Comparison.to_json()   in exact arithmetic; of a file for ONNX Runtime as this machine runs it, and
                                        under ``exact`` in exact arithmetic
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
+                  verdicts: {how linear nodes run: count}, dequantized_first: [node],
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
     latency     [{name, ms}]         the others are compared with the first
     warnings    [str]
@@ -212,11 +213,17 @@ def _engines(record: Mapping[str, Any], page: Page) -> None:
     page.note(f"built with {', '.join(dict.fromkeys(engine['backend'] for engine in record['engines']))}")
     for engine in record["engines"]:
         plan = engine["plan"]
+        runs = engine.get("verdicts", {})
+        if runs.keys() & {"fused", "fp8", "fp4", "dequantized first"}:
+            page.say(f"{_sm(engine)}: {', '.join(f'{count} nodes {verdict}' for verdict, count in runs.items())}")
         if not plan["readable"]:
             page.say((f"{_sm(engine)}: {plan['reason']}", "yellow"))
         elif plan["not_int8"]:
             page.say((f"quantized, but not run as int8 on {_sm(engine)}:", "yellow"))
             page.nodes([(node["node"], f"runs as {node['runs_as']}") for node in plan["not_int8"]], _EXCEPTIONS)
+        if nodes := engine.get("dequantized_first"):
+            page.say((f"written out in front of every product, no faster than float on {_sm(engine)}:", "yellow"))
+            page.nodes([(node, "dequantized first") for node in nodes], _EXCEPTIONS)
     for engine in record["engines"]:
         if engine.get("accuracy"):
             _comparison(f"Accuracy of {Path(engine['path']).name} on the GPU", engine["accuracy"], page)

@@ -1,0 +1,147 @@
+"""Every row of the table of targets: what TensorRT makes of it on every GPU, and the numbers in ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+
+import onnx_graphsurgeon as gs
+import pytest
+
+from channelfold.passes.base import Context, Outcome
+from channelfold.passes.layers.targets import ROWS, verdict, why_not
+from channelfold.passes.quantize import QuantizeWeights
+from channelfold.runtime.engine import build as tensorrt
+from channelfold.runtime.errors import BuildError, UsageError
+from channelfold.runtime.io.files import check, raise_opset, save, session
+from channelfold.tests.graphs import build, feeds, run, samples
+from channelfold.tests.passes.quantize.quantized import optimized, snr
+
+SMS = (75, 80, 86, 89, 120, 121) if os.environ.get("CHANNELFOLD_ALL_SMS") else (120,)
+OURS = [pair for pair, row in ROWS.items() if "wrong" not in row.tensorrt]
+
+
+def network(pairs: list[tuple[str, str]], kind: str = "float16") -> gs.Graph:
+    """A MatMul and a Gemm with bias for every pair of formats, each written by the pass, all in one graph."""
+    body, constants = [], {}
+    for index, _ in enumerate(pairs):
+        body += [f"m{index} = MatMul(x, W{index})", f"y{index} = Gemm<transB=1>(m{index}, V{index}, b{index})"]
+        constants |= {f"W{index}": (128, 64), f"V{index}": (96, 64), f"b{index}": 96}
+    outputs = ", ".join(f"{kind}[] y{index}" for index in range(len(pairs)))
+    graph = build(f"({kind}[16,128] x) => ({outputs})", " ".join(body), kind=kind, opset=25, **constants)
+    for node in graph.nodes:
+        node.name = node.outputs[0].name
+    for index, (weights, activations) in enumerate(pairs):
+        others = tuple(f"{letter}{other}" for other in range(len(pairs)) if other != index for letter in "my")
+        group = 32 if weights in ("int4", "fp4", "dgq", "int2") else None
+        step = permitted(weights=weights, activations=activations, exclude=others, group=group)
+        outcome = step.apply(raise_opset(graph, step.opset_for(graph)), Context(calibration=samples(graph)))
+        assert [change.node for change in outcome.changed] == [f"m{index}", f"y{index}"]
+    return graph
+
+
+def permitted(**options) -> QuantizeWeights:
+    """The pass, also where the target should not get what it writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QuantizeWeights, "check_for", lambda self, sm: None)
+        return QuantizeWeights(**options)
+
+
+REFUSED = [(*pair, sm) for pair, row in ROWS.items() for sm, what in zip((75, 86, 89, 120), row.tensorrt, strict=True)
+           if what == "refused"]  # fmt: skip
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize(("weights", "activations", "sm"), REFUSED if len(SMS) > 1 else [("fp8", "fp8", 86)])
+def test_tensorrt_refuses_what_the_table_says(weights, activations, sm, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    save(network([(weights, activations)]), tmp_path / "m.onnx")
+    with pytest.raises(BuildError):
+        tensorrt.build(tmp_path / "m.onnx", tmp_path / "m.engine", sm=sm)
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("sm", SMS)
+def test_tensorrt_runs_every_row_as_the_table_says(sm, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    pairs = [pair for pair in OURS if verdict(*pair, "tensorrt", sm) != "refused"]
+    save(network(pairs), tmp_path / "m.onnx")
+    engine = tensorrt.build(tmp_path / "m.onnx", tmp_path / "m.engine", sm=sm)
+    found = {pair: {engine.plan.nodes[f"{letter}{i}"].verdict for letter in "my"} for i, pair in enumerate(pairs)}
+    assert found == {pair: {verdict(*pair, "tensorrt", sm)} for pair in pairs}
+
+
+FORMS = {
+    "matmul": ("float[N,96] x", "y = MatMul(x, W)", {"W": (96, 64)}),
+    "odd": ("float[N,77] x", "h = MatMul(x, W) y = Add(h, b)", {"W": (77, 35), "b": 35}),
+    "three axes": ("float[2,N,80] x", "h = MatMul(x, W) y = Add(b, h)", {"W": (80, 48), "b": 48}),
+    "gemm": ("float[N,96] x", "y = Gemm<transB=1,alpha=0.5,beta=2.0>(x, W, b)", {"W": (64, 96), "b": 64}),
+    "shared": ("float[N,64] x", "h = MatMul(x, W) y = MatMul(h, W)", {"W": (64, 64)}),
+    "conv": ("float[N,32,6,6] x", "y = Conv<pads=[1,1,1,1]>(x, W, b)", {"W": (48, 32, 3, 3), "b": 48}),
+}
+LEAST = {"int8": 36, "int4": 17, "int2": 3, "fp8": 27, "fp4": 18, "mxfp4": 15, "mxfp8": 24, "dgq": 17}  # dB
+
+
+def rows(target: str) -> list[tuple[str, str]]:
+    return [pair for pair in OURS if not why_not(*pair, target)[0] and pair[1] != "fp4" and pair[0] != "nvfp4"]
+
+
+@pytest.mark.parametrize(("weights", "activations"), rows("onnxruntime"))
+@pytest.mark.parametrize("form", FORMS)
+def test_the_numbers_in_onnxruntime(form, weights, activations, tmp_path):
+    """Every form is quantized or refused by name; no weight is expanded on every call; the numbers are near.
+
+    A weight that two nodes read, and that of a convolution, ONNX Runtime expands whatever the file says.
+    """
+    before, outcome, graph = quantized(form, weights, activations, "onnxruntime")
+    if not outcome.changed:
+        assert outcome.refused
+        return
+    feed = feeds(before, size=8)
+    for optimize in (False, True):
+        found = session(graph, optimize=optimize).run(feed)
+        assert snr(run(before, feed), found) > LEAST[weights] - 3 * (form == "shared")
+    assert form in ("conv", "shared") or "DequantizeLinear" not in optimized(graph, tmp_path)
+
+
+@pytest.mark.parametrize(("weights", "activations"), [p for p in rows("tensorrt") if "fp4" not in p[0]])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_numbers_of_what_tensorrt_gets(form, weights, activations):
+    before, outcome, graph = quantized(form, weights, activations, "tensorrt")
+    if not outcome.changed:
+        assert outcome.refused
+        return
+    feed = feeds(before, size=8)
+    found = session(graph, optimize=False).run(feed)
+    assert snr(run(before, feed), found) > LEAST[weights] - 3 * (form == "shared")
+
+
+def quantized(form: str, weights: str, activations: str, target: str) -> tuple[gs.Graph, Outcome, gs.Graph]:
+    text, body, constants = FORMS[form]
+    graph = build(f"({text}) => (float[] y)", body, kind="float", **constants)
+    before = graph.copy()
+    step = QuantizeWeights(weights=weights, activations=activations, target=target)
+    graph = raise_opset(graph, step.opset_for(graph))
+    outcome = step.apply(graph, Context(calibration=samples(graph)))
+    check(graph)
+    return before, outcome, graph
+
+
+def test_a_pair_that_no_target_runs_is_refused_with_what_to_take():
+    with pytest.raises(
+        UsageError, match=r"TensorRT builds int4 weights with int8 activations and computes .* Take dgq"
+    ):
+        QuantizeWeights(weights="int4", activations="int8")
+    with pytest.raises(UsageError, match=r"TensorRT does not run int2 weights\. Take int4"):
+        QuantizeWeights(weights="int2")
+    with pytest.raises(UsageError, match=r"With nvfp4 weights take activations none or fp4"):
+        QuantizeWeights(weights="nvfp4", activations="int8")
+    assert QuantizeWeights(weights="dgq").activations == "int8"
+
+
+def test_what_an_sm_cannot_run_is_refused_before_the_work():
+    with pytest.raises(UsageError, match=r"TensorRT for SM 75 does not run int4 weights\. Take int8"):
+        QuantizeWeights(weights="int4").check_for(75)
+    with pytest.raises(UsageError, match=r"TensorRT for SM 86 does not run fp8 weights with fp8 activations"):
+        QuantizeWeights(weights="fp8", activations="fp8").check_for(86)
+    QuantizeWeights(weights="int4", target="onnxruntime").check_for(75)
+    QuantizeWeights(weights="int4").check_for(87)
