@@ -60,7 +60,7 @@ def run(
         hint = (
             "The table says what to do" if out is not None else "The table says what to do; --fix -o OUT repairs some"
         )
-        reason = f"{model.name} breaks {errors} rule{'s' * (errors != 1)} of {target}{left}"
+        reason = f"{model.name} breaks rules of {target} in {errors} place{'s' * (errors != 1)}{left}"
         raise GateMissed(GateError(reason, hint), job.record)
     return job.record
 

@@ -19,7 +19,9 @@ from channelfold.runtime.lint.reading import (
     linears,
     nodes,
     origin,
+    pair,
     quantized,
+    serves_product,
     stored,
     weights,
 )
@@ -88,9 +90,9 @@ def scales_not_positive(graph: gs.Graph) -> Found:
 def activation_scale_shapes(graph: gs.Graph) -> Found:
     """Scales of shape [1] at the activation of a Conv, which TensorRT wants as scalars."""
     for node in linears(graph):
-        pair = quantized(node.inputs[0])
-        if operator(node).kind == "conv" and pair is not None and tuple(pair.inputs[1].shape or ()) == (1,):
-            yield node.name, f"scale of {pair.name}"
+        last = quantized(node.inputs[0])
+        if operator(node).kind == "conv" and last is not None and tuple(last.inputs[1].shape or ()) == (1,):
+            yield node.name, f"scale of {last.name}"
 
 
 def activation_scales_by_channel(graph: gs.Graph) -> Found:
@@ -188,16 +190,13 @@ def narrow(graph: gs.Graph) -> Found:
             yield one.reader.name, f"{ins} -> {outs} channels"
 
 
-def split_activations(graph: gs.Graph) -> Found:
-    """Quantizers between a Conv and the BatchNormalization or activation behind it."""
-    for node in nodes(graph, "Conv"):
-        for reader in edit.consumers(node.outputs[0]):
-            if not is_quantizer(reader, _Q):
-                continue
-            for restore in edit.consumers(reader.outputs[0]):
-                for last in edit.consumers(restore.outputs[0]) if is_quantizer(restore, _DQ) else ():
-                    if operator(last).kind == "batch_norm" or (operator(last).rectifies and last.op != "PRelu"):
-                        yield last.name, f"{reader.name} is between {node.name} and it"
+def needless(graph: gs.Graph) -> Found:
+    """Pairs of quantizers of activations through which no product reads."""
+    for node in nodes(graph, _Q):
+        group = pair(graph, node)
+        if group is not None and not isinstance(origin(node.inputs[0]), gs.Constant) and not serves_product(group):
+            readers = [reader.name for one in group[1:] for reader in edit.consumers(one.outputs[0])]
+            yield node.name, f"read by {', '.join(readers[:2])}"
 
 
 def transposed_codes(graph: gs.Graph) -> Found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +64,35 @@ def quantized(tensor: gs.Tensor) -> gs.Node | None:
     if node is None or not is_quantizer(node, "DequantizeLinear"):
         return None
     return None if isinstance(stored(node), gs.Constant) else node
+
+
+def pair(graph: gs.Graph, node: gs.Node) -> list[gs.Node] | None:
+    """A QuantizeLinear and every DequantizeLinear that reads its codes; None where others read or return the codes."""
+    group, pending = [node], [node.outputs[0]]
+    while pending:
+        tensor = pending.pop()
+        if edit.is_output(graph, tensor):
+            return None
+        for reader in edit.consumers(tensor):
+            if is_quantizer(reader, "DequantizeLinear") and reader.inputs[0] is tensor:
+                group.append(reader)
+            elif _moves(reader) and reader.inputs[0] is tensor:
+                pending += reader.outputs
+            else:
+                return None
+    return group
+
+
+def serves_product(group: Sequence[gs.Node]) -> bool:
+    """Whether a product reads what a pair restores, or an operator that is no part of this graph's main list."""
+    pending = [node.outputs[0] for node in group[1:]]
+    while pending:
+        for reader in edit.consumers(pending.pop()):
+            if operator(reader).weighted or is_quantizer(reader) or operator(reader).kind in ("attention", "einsum"):
+                return True
+            if _moves(reader) or operator(reader).kind == "pool":
+                pending += reader.outputs
+    return False
 
 
 def stored(node: gs.Node) -> gs.Tensor:

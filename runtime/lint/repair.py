@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.layers.formats import SCALES, positive_scale
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
-from channelfold.runtime.lint.reading import is_quantizer, kind, linears, origin, quantized
+from channelfold.runtime.lint.reading import is_quantizer, kind, linears, origin, pair, quantized, serves_product
 
 _Q, _DQ = "QuantizeLinear", "DequantizeLinear"
 _NOT_NEGATIVE = ("Relu", "Sigmoid", "Softmax", "HardSigmoid", "Exp", "Abs", "Sqrt", "ReduceL2", "ReduceSumSquare")
@@ -43,17 +43,20 @@ def symmetric_activations(graph: gs.Graph) -> list[str]:
     made: dict[tuple[int, int], tuple[gs.Constant, gs.Constant]] = {}
     done = []
     for node in [node for node in graph.nodes if is_quantizer(node, _Q)]:
-        if isinstance(origin(node.inputs[0]), gs.Constant) or not _is_asymmetric(node):
+        zero = _zero(node)
+        if isinstance(origin(node.inputs[0]), gs.Constant) or zero is None or not _is_asymmetric(node):
             continue
-        group = _group(graph, node)
+        group = pair(graph, node)
+        if group is not None and not all(map(_is_asymmetric, group)):
+            group = None
         if group is None:
             continue
-        limit = np.iinfo(kind(node) or np.uint8).min
-        low = bool(np.all(_zero(node) == limit))
+        low = _ends_at_zero(node, zero)
         for member in group:
             key = id(member.inputs[1]), id(member.inputs[2]) if edit.has_input(member, 2) else 0
             if key not in made:
                 made[key] = _symmetric(graph, member)
+            member.outputs[0].dtype = np.dtype(np.int8) if member.op == _Q else member.outputs[0].dtype
             for place, tensor in enumerate(made[key], 1):
                 edit.set_input(member, place, tensor)
             member.attrs.pop("output_dtype", None) if member.op == _Q else None
@@ -73,26 +76,6 @@ def _is_asymmetric(node: gs.Node) -> bool:
 def _zero(node: gs.Node) -> np.ndarray | None:
     """The zero point of a quantizer, which is 0 where none is given; None where the zero point is computed."""
     return edit.value(node.inputs[2]) if edit.has_input(node, 2) else np.zeros((), kind(node))
-
-
-def _group(graph: gs.Graph, node: gs.Node) -> list[gs.Node] | None:
-    """A QuantizeLinear and every DequantizeLinear that reads its codes; None where others read or return the codes."""
-    group, pending, seen = [node], [node.outputs[0]], []
-    while pending:
-        tensor = pending.pop()
-        seen.append(tensor)
-        if edit.is_output(graph, tensor):
-            return None
-        for reader in edit.consumers(tensor):
-            if is_quantizer(reader, _DQ) and reader.inputs[0] is tensor and _is_asymmetric(reader):
-                group.append(reader)
-            elif edit.in_graph(graph, reader) and origin(reader.outputs[0]) is origin(tensor):
-                pending.append(reader.outputs[0])
-            else:
-                return None
-    for tensor in seen:
-        tensor.dtype = np.dtype(np.int8)
-    return group
 
 
 def _symmetric(graph: gs.Graph, node: gs.Node) -> tuple[gs.Constant, gs.Constant]:
@@ -129,6 +112,35 @@ def _rectify(graph: gs.Graph, node: gs.Node) -> None:
     new = gs.Node("Relu", free_name(graph, f"{node.name}_Relu"), inputs=[tensor], outputs=[result])
     edit.insert(graph, new, before=node)
     edit.set_input(node, 0, result)
+
+
+def needless_pairs(graph: gs.Graph) -> list[str]:
+    """Removes the quantizers through which no product reads. A Relu that such a quantizer stood for comes back."""
+    done = []
+    for node in [node for node in graph.nodes if is_quantizer(node, _Q)]:
+        group, zero = pair(graph, node), _zero(node)
+        if group is None or zero is None or isinstance(origin(node.inputs[0]), gs.Constant) or serves_product(group):
+            continue
+        if any(edit.producer(member.inputs[0]) is not node for member in group[1:]):
+            continue
+        if _ends_at_zero(node, zero) and not _not_negative(node.inputs[0]):
+            _rectify(graph, node)
+        returned = [member for member in group[1:] if edit.is_output(graph, member.outputs[0])]
+        if returned and (len(group) > 2 or not edit.bypass(graph, node.inputs[0], group, returned[0].outputs[0])):
+            continue
+        for member in group[1:] if not returned else ():
+            edit.replace_uses(graph, member.outputs[0], node.inputs[0])
+        for member in group:
+            edit.detach(member)
+        done.append(node.name)
+    edit.sweep(graph)
+    return done
+
+
+def _ends_at_zero(node: gs.Node, zero: np.ndarray) -> bool:
+    """Whether the lowest code of a QuantizeLinear stands for zero."""
+    codes = kind(node)
+    return codes is not None and codes.kind in "iu" and bool(np.all(zero == np.iinfo(codes.name).min))
 
 
 def signed_weights(graph: gs.Graph) -> list[str]:

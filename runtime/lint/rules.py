@@ -177,8 +177,9 @@ RULES: tuple[Rule, ...] = (
         "They run in float, or slower than in float", "Leave them in float: --exclude", find.narrow,
     ),
     Rule(
-        "split-activation", "warning", "No quantizer is between a Conv and its BatchNormalization or activation.",
-        "Both run as kernels of their own", "Quantize behind the activation", find.split_activations,
+        "needless-quantizer", "warning", "A product reads what a pair of quantizers restores.",
+        "The pair costs accuracy, and keeps a Conv and its BatchNormalization, activation or Add from being one kernel",
+        "Remove the pair", find.needless, repair=repair.needless_pairs,
     ),
     # ---- TensorRT: GPUs ----
     Rule(

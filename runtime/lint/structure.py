@@ -17,14 +17,17 @@ from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.files import drop_stale_shapes, is_known
 from channelfold.runtime.lint import Found
 from channelfold.runtime.lint.reading import dims, linears, nodes, quantized, weight
+from channelfold.runtime.lint.unfuse import FORMS
 
 _MEANINGLESS = ("?", "None", "-1", "unknown", "dynamic")
 _BESIDE = {"Where": 1, "Pow": 2}  # operators whose inputs from here on, or up to here, have one type
-_INTEGER = ("MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
+_INTEGER = ("MatMulInteger", "ConvInteger", "DynamicQuantizeLinear")
 
 
 def refused_operators(graph: gs.Graph) -> Found:
     for node in nodes(graph):
+        if node.op in FORMS or node.op == "QLinearConcat":
+            continue
         if edit.is_standard(node) and node.op in _INTEGER:
             yield node.name, node.op
         elif (node.domain or "").startswith("com.microsoft") and operator(node).kind != "quantize":

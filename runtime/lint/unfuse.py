@@ -18,7 +18,7 @@ from channelfold.runtime.lint.reading import nodes
 
 # by operator: the float operator, the places of its operands (codes, then scale, then zero point), that of the result's
 # scale, and that of the bias or 0
-_FORMS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
+FORMS: dict[str, tuple[str, tuple[int, ...], int, int]] = {
     "QLinearConv": ("Conv", (0, 3), 6, 8),
     "QLinearMatMul": ("MatMul", (0, 3), 6, 0),
     "QGemm": ("Gemm", (0, 3), 7, 6),
@@ -34,7 +34,7 @@ _OWN = ("channels_last", "opset")  # attributes that the float operators do not 
 
 
 def fused(graph: gs.Graph) -> Found:
-    for node in nodes(graph, *_FORMS, "QLinearConcat"):
+    for node in nodes(graph, *FORMS, "QLinearConcat"):
         yield node.name, node.op
 
 
@@ -56,7 +56,7 @@ def unfuse(graph: gs.Graph) -> list[str]:
 def _places(node: gs.Node) -> tuple[str, tuple[int, ...], int, int] | None:
     if node.op == "QLinearConcat":
         return "Concat", tuple(range(2, len(node.inputs), 3)), 0, 0
-    return _FORMS.get(node.op)
+    return FORMS.get(node.op)
 
 
 def _bias_known(node: gs.Node, bias: int) -> bool:
@@ -68,7 +68,8 @@ def _rewrite(graph: gs.Graph, node: gs.Node, op: str, operands: tuple[int, ...],
     inputs, output = list(node.inputs), node.outputs[0]
     scale = inputs[result] if len(inputs) > result and not inputs[result].is_empty() else None
     kind = edit.dtype(inputs[operands[0] + 1]) or np.dtype(np.float32)
-    read = [_restored(graph, node, inputs[place : place + 3], kind, op == "Conv" and place > 0) for place in operands]
+    first = op == "Conv" or (op == "Gemm" and bool(node.attrs.get("transB", 0)))
+    read = [_restored(graph, node, inputs[place : place + 3], kind, first and place > 0) for place in operands]
     if bias and edit.has_input(node, bias):
         codes, data, weight = (np.asarray(edit.value(inputs[place]), np.float64) for place in (bias, 1, 4))
         read.append(constant(graph, f"{node.name}_bias", (codes * data.reshape(()) * weight.reshape(-1)).astype(kind)))
