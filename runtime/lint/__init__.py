@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 Level = Literal["error", "warning", "note"]
 Found = Iterator[tuple[str, str]]  # the node (or tensor), and what is wrong with it beyond the rule's own words
 
+OLDEST = 80  # SM that is taken for granted where no GPU is named
 TARGETS = ("tensorrt", "onnxruntime")
 
 
@@ -38,8 +39,12 @@ class Rule:
     repair: Callable[[gs.Graph], list[str]] | None = None
 
     def concerns(self, target: str, sm: int | None) -> bool:
-        """Whether the rule holds for a target, and for a GPU where the rule is about some GPUs."""
-        return target in self.targets and (self.below is None or sm is None or sm < self.below)
+        """Whether the rule holds for a target, and for a GPU where the rule is about some GPUs.
+
+        What a GPU older than SM 80 alone does not run is said of a named GPU alone.
+        """
+        broken = self.below is None or (self.below > OLDEST if sm is None else sm < self.below)
+        return target in self.targets and broken
 
     def severity(self, sm: int | None) -> Level:
         """The level of a finding: where only some GPUs break the rule and none is named, a note."""

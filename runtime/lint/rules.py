@@ -236,7 +236,7 @@ RULES: tuple[Rule, ...] = (
         find.of_type("float4_e2m1fn"), ORT,
     ),
     Rule(
-        "saturation", "warning", "Weights next to uint8 activations have 7 bits.",
+        "saturation", "note", "Weights next to uint8 activations have 7 bits.",
         "x86 processors without VNNI add products in 16 bits, which saturate", "Quantize with --reduce-range on",
         find.saturating, ORT,
     ),
