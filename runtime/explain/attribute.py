@@ -12,11 +12,14 @@ from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
 from channelfold.runtime.explain.align import BLOCK, Pair, Sketch, align, sketches
 from channelfold.runtime.explain.model import Graft, Model
+from channelfold.runtime.io.session import Feed
 from channelfold.runtime.stats.observe import within
 
 SAMPLES = 8  # on which sites are measured
 _SKETCHED = 2
 _EXACT = 1e-5  # relative error of a site that is rounding
+_ROUNDS = 32  # of looking for pairs that do not mean the same; a chain of them takes as many
+_STRANGE, _NOTABLE = 4, 1e-3  # squared errors of a site: own against so far, and the least that is looked at
 _STEPS = (1, 2, 3, 5, 8, 12, 20)  # numbers of sites that are restored together, to see what it recovers
 
 Progress = Callable[[str, int, int], None]
@@ -74,10 +77,52 @@ class Explainer:
         known = sketches(first, self.feeds[:_SKETCHED])
         progress("align", 1, 2)
         self.known: Mapping[str, Sketch] = known
-        self.pairs = align(known, sketches(second, self.feeds[:_SKETCHED]))
-        self.to_first = {pair.second: pair.first for pair in self.pairs}
-        self.sites = list(self._sites())
+        self._cut(self._in_order(align(known, sketches(second, self.feeds[:_SKETCHED]))))
+        self._drop_strangers()
         self.outputs = [name for name in first.outputs if name in known and name in second.outputs]
+
+    def _in_order(self, pairs: list[Pair]) -> list[Pair]:
+        """The pairs without those whose site would read, in the second model, what only comes behind it there."""
+        order = {name: place for place, name in enumerate(self.second.computed)}
+        while True:
+            to_second = {pair.first: pair.second for pair in pairs}
+            kept = []
+            for pair in pairs:
+                _, given = self.first.behind(pair.first, to_second.keys() - {pair.first})
+                reads = (order[to_second[name]] for name in given if name in to_second)
+                if all(place < order[pair.second] for place in reads):
+                    kept.append(pair)
+            if len(kept) == len(pairs):
+                return pairs
+            pairs = kept
+
+    def _drop_strangers(self) -> None:
+        """Drops pairs that do not mean the same: scaled channels that the next layers make up for, or a mistaken pair.
+
+        From its own inputs a site behind such a pair computes what the first model does, from those of the first model
+        something else.
+        """
+        for _ in range(_ROUNDS):
+            for _, site, error, values in self.measured(self.sites, self.feeds[:1], plain=True):
+                site.sums["own"] += energy(error)
+                site.sums["signal"] += energy(values)
+            so_far = {site.pair.second: site.so_far for site in self.sites}
+            strangers = set()
+            for site in self.sites:
+                if site.own > max(_STRANGE * site.so_far, _NOTABLE):
+                    worst = max(site.given, key=lambda name: so_far.get(name, 0.0), default="")
+                    if so_far.get(worst, 0.0) > site.so_far:
+                        strangers.add(worst)
+            if not strangers:
+                break
+            self._cut([pair for pair in self.pairs if pair.second not in strangers])
+        self._cut(self.pairs)
+
+    def _cut(self, pairs: list[Pair]) -> None:
+        """Cuts the second model into sites."""
+        self.pairs = pairs
+        self.to_first = {pair.second: pair.first for pair in pairs}
+        self.sites = list(self._sites())
 
     def _sites(self) -> Iterator[Site]:
         for pair in self.pairs:
@@ -91,9 +136,12 @@ class Explainer:
         yield from within(BLOCK, [(site, 4 * self.known[site.pair.first].bytes) for site in sites])
 
     def measured(
-        self, sites: Sequence[Site], *, plain: bool = False
+        self, sites: Sequence[Site], feeds: Sequence[Feed], *, plain: bool = False
     ) -> Iterator[tuple[int, Site, np.ndarray, np.ndarray]]:
-        """(feed, site, its own error, values of the first model) for each site and feed; also counts ``so_far``."""
+        """(feed, site, its own error, values of the first model) for each site and feed.
+
+        With ``plain`` the error so far is added up in the sites as well.
+        """
         for block in self.blocks(sites):
             given = list(dict.fromkeys(name for site in block for name in site.given if name in self.to_first))
             wanted = list(dict.fromkeys([*(self.to_first[n] for n in given), *(site.pair.first for site in block)]))
@@ -101,7 +149,7 @@ class Explainer:
             reference = self.first.open(wanted, exact=True, optimize=False)
             cut = self.second.open(ends, given=[*given, *ends], exact=True, optimize=False)
             whole = self.second.open(ends, exact=True, optimize=False) if plain else None
-            for index, feed in enumerate(self.feeds):
+            for index, feed in enumerate(feeds):
                 values = reference.run(feed)
                 found = cut.run(feed, {name: values[self.to_first[name]] for name in given})
                 real = whole.run(feed) if whole is not None else {}
@@ -118,7 +166,7 @@ class Explainer:
         board = self.first.open(self.outputs, shifted=[site.pair.first for site in self.sites], exact=True)
         calm = [board.run(feed) for feed in self.feeds]
         total = len(self.sites) * len(self.feeds)
-        for count, (index, site, error, values) in enumerate(self.measured(self.sites, plain=True)):
+        for count, (index, site, error, values) in enumerate(self.measured(self.sites, self.feeds, plain=True)):
             self.progress("measure sites", count, total)
             own, signal = energy(error), energy(values)
             site.sums["own"] += own

@@ -30,6 +30,10 @@ class Model:
         self._snapshot = Snapshot.of(graph)
         self.nodes = list(self._snapshot.model.graph.node)
         self.writers = {name: index for index, node in enumerate(self.nodes) for name in node.output if name}
+        self.readers: dict[str, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            for name in set(reads(node)):
+                self.readers.setdefault(name, []).append(index)
         self.inputs = [tensor.name for tensor in graph.inputs]
         self.outputs = [tensor.name for tensor in graph.outputs]
         self.kinds = {name: edit.dtype(tensor) for name, tensor in graph.tensors().items()}
@@ -65,6 +69,19 @@ class Model:
                     seen.add(writer)
                     pending.append(writer)
         return sorted(nodes), list(used)
+
+    def ahead(self, name: str, stops: Iterable[str]) -> list[str]:
+        """The tensors among ``stops`` that are computed from a tensor without another of them in between."""
+        stops, found, pending, seen = set(stops), {}, [name], {name}
+        while pending:
+            for index in self.readers.get(pending.pop(), ()):
+                for output in self.nodes[index].output:
+                    if output in stops:
+                        found[output] = None
+                    elif output and output not in seen:
+                        seen.add(output)
+                        pending.append(output)
+        return list(found)
 
     def open(
         self,
