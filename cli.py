@@ -34,7 +34,7 @@ def cli() -> None:
     Exit codes:   0  done
                   1  failed
                   2  wrong usage
-                  3  an accuracy gate was missed (all files are written)
+                  3  an accuracy gate was missed, or lint found errors (all files are written)
     """
 
 
@@ -296,6 +296,33 @@ def report(jobs: Any, progress: Any, first: str, second: str | None, show: bool)
     if show:
         click.launch(str(jobs.page_beside(record, first)))
     return record
+
+
+@_command("channelfold lint int8.onnx --target tensorrt --sm 89")
+@opt.model
+@click.option(
+    "--target",
+    type=click.Choice(["tensorrt", "onnxruntime"]),
+    default="tensorrt",
+    show_default=True,
+    help="Whose rules.",
+)
+@click.option("--sm", type=int, metavar="SM", help=opt.SM)
+@click.option("--fix", is_flag=True, help="Repair what can be repaired safely, and write OUT.")
+@click.option("-o", "--output", metavar="OUT", type=click.Path(), help="Of --fix: the ONNX file to write.")
+@opt.data("data", "evaluation", f"Of --fix: samples on which both files are compared: {opt.DATA}.")
+@opt.allow_script
+@click.option("--sarif", metavar="FILE", type=click.Path(), help="Also write the findings as SARIF.")
+@click.option("--junit", metavar="FILE", type=click.Path(), help="Also write the findings as a JUnit report.")
+def lint(jobs: Any, progress: Any, model: str, fix: bool, output: str | None, **options: Any) -> Any:
+    """Find what TensorRT or ONNX Runtime refuse in MODEL, compute wrongly without a word, or run slowly.
+
+    Nothing is run. Models of other tools are welcome: --fix makes files that TensorRT builds of quantized files that
+    were made for ONNX Runtime. The exit code is 3 where errors are found.
+    """
+    if fix != (output is not None):
+        raise click.UsageError("--fix and -o go together", click.get_current_context())
+    return jobs.lint(model, out=output, source=_source(jobs, options), progress=progress, **options)
 
 
 @_command("channelfold inspect model.onnx")

@@ -18,6 +18,7 @@ STOREYS = (  # from the ground up: a file imports from its own storey and those 
     "options",
     "base operators numeric verify bodies",
     "layers",
+    "lint explain",
     "channels",
     FAMILIES,
     "passes pipeline checkpoint recipe smooth_methods",

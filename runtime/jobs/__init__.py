@@ -41,6 +41,7 @@ from channelfold.runtime.io.session import onnxruntime
 from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
 from channelfold.runtime.jobs import inspect_model as inspection
+from channelfold.runtime.jobs import lint_model as linting
 from channelfold.runtime.jobs.cast import cast as cast
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
 from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder, check_kind
@@ -298,6 +299,26 @@ def inspect(
         if groups:
             job.record["groups"] = channel_groups.describe(job.graph, source.seed)
     return job.record
+
+
+def lint(
+    model: PathLike,
+    *,
+    target: str = "tensorrt",
+    sm: int | None = None,
+    out: PathLike | None = None,
+    sarif: PathLike | None = None,
+    junit: PathLike | None = None,
+    source: Source = Source(),
+    progress: Progress = no_progress,
+) -> Record:
+    """Finds what a model breaks of the rules of ``target``; with ``out`` repairs what is safe to repair, and writes it.
+
+    ``sm``: a GPU, 10 x its compute capability. ``sarif``, ``junit``: files for the findings in these forms. Raises
+    GateMissed where an error is left.
+    """
+    reports = {kind: Path(path) for kind, path in (("sarif", sarif), ("junit", junit)) if path is not None}
+    return linting.run(Path(model), target, sm, None if out is None else Path(out), reports, source, progress)
 
 
 def report(first: PathLike, second: PathLike | None = None, *, progress: Progress = no_progress) -> Record:

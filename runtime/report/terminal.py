@@ -28,6 +28,9 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                   verdicts: {how linear nodes run: count}, dequantized_first: [node],
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
     latency     [{name, ms}]         the others are compared with the first
+    lint        {target, sm, errors, warnings, notes: counts of findings, findings: [{rule, level, node, detail,
+                 checks, consequence, fix, repairable}]}; of a repair also before: the counts,
+                 fixed: [{rule, fix, nodes}]
     warnings    [str]
     runs        [record, record]     of a comparison of two runs
 
@@ -45,7 +48,7 @@ import numpy as np
 from rich.console import Console
 
 from channelfold.runtime.io.files import writing
-from channelfold.runtime.report import demo, inspection, runs, steps, web
+from channelfold.runtime.report import demo, inspection, linting, runs, steps, web
 from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 from channelfold.runtime.stats.compare import json_number
 
@@ -252,6 +255,7 @@ def _warnings(record: Mapping[str, Any], page: Page) -> None:
 _SECTIONS = {
     "runs": runs.show,
     "model": _model,
+    "lint": linting.show,
     "data": _data,
     "steps": steps.show,
     "inspection": inspection.show,

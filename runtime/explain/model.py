@@ -1,0 +1,205 @@
+"""A model some tensors of which are read, replaced by given values, or shifted, without writing a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.files import infer_shapes, open_model
+from channelfold.runtime.io.names import in_order, reads
+from channelfold.runtime.io.session import Feed, Session
+from channelfold.runtime.io.snapshot import Snapshot
+from channelfold.runtime.io.weights import packed
+
+_SEEN, _OWN, _SHIFT = "{}__seen", "{}__own", "{}__shift"
+
+
+class Model:
+    """The main graph of a model, of which sessions in altered forms are made."""
+
+    def __init__(self, graph: gs.Graph):
+        infer_shapes(graph)
+        self._snapshot = Snapshot.of(graph)
+        self.nodes = list(self._snapshot.model.graph.node)
+        self.writers = {name: index for index, node in enumerate(self.nodes) for name in node.output if name}
+        self.readers: dict[str, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            for name in set(reads(node)):
+                self.readers.setdefault(name, []).append(index)
+        self.inputs = [tensor.name for tensor in graph.inputs]
+        self.outputs = [tensor.name for tensor in graph.outputs]
+        self.kinds = {name: edit.dtype(tensor) for name, tensor in graph.tensors().items()}
+
+    @cached_property
+    def computed(self) -> list[str]:
+        """The floating point tensors that depend on an input, in the order of their nodes."""
+        known = set(self.inputs)
+        found = []
+        for index in in_order(self.nodes):
+            node = self.nodes[index]
+            if any(name in known for name in reads(node)):
+                names = [name for name in node.output if name]
+                known.update(names)
+                found += [name for name in names if self._is_float(name)]
+        return found
+
+    def _is_float(self, name: str) -> bool:
+        kind = self.kinds.get(name)
+        return kind is not None and edit.is_float_type(kind)
+
+    def behind(self, name: str, given: Iterable[str]) -> tuple[list[int], list[str]]:
+        """The nodes that compute a tensor from ``given`` ones and the inputs of the model, and which these are."""
+        stops, nodes, used = set(given) | set(self.inputs), [], {}
+        pending, seen = [self.writers[name]], {self.writers[name]}
+        while pending:
+            index = pending.pop()
+            nodes.append(index)
+            for read in reads(self.nodes[index]):
+                if read in stops:
+                    used[read] = None
+                elif (writer := self.writers.get(read)) is not None and writer not in seen:
+                    seen.add(writer)
+                    pending.append(writer)
+        return sorted(nodes), list(used)
+
+    def ahead(self, name: str, stops: Iterable[str]) -> list[str]:
+        """The tensors among ``stops`` that are computed from a tensor without another of them in between."""
+        stops, found, pending, seen = set(stops), {}, [name], {name}
+        while pending:
+            for index in self.readers.get(pending.pop(), ()):
+                for output in self.nodes[index].output:
+                    if output in stops:
+                        found[output] = None
+                    elif output and output not in seen:
+                        seen.add(output)
+                        pending.append(output)
+        return list(found)
+
+    def open(
+        self,
+        outputs: Sequence[str],
+        *,
+        given: Iterable[str] = (),
+        shifted: Iterable[str] = (),
+        grafts: Iterable[Graft] = (),
+        **how: Any,
+    ) -> Opened:
+        """A session that returns ``outputs`` in float32.
+
+        A ``given`` tensor is an input of its name; where such a tensor is an output too, the output is what the model
+        computes. To a ``shifted`` tensor its shift is added, which is an input. ``grafts`` replace parts of the model.
+        """
+        model = deepcopy(self._snapshot.model)
+        graph, given, shifted = model.graph, set(given), list(shifted)
+        weights = self._weights()
+        for number, graft in enumerate(grafts):
+            _rename_output(graph, graft.second, _OWN.format(graft.second))
+            weights += graft.insert(graph, f"{number}__")
+        for name in shifted:
+            _rename_output(graph, name, _OWN.format(name))
+            shift = _SHIFT.format(name)
+            graph.input.append(onnx.helper.make_tensor_value_info(shift, self._type(name), None))
+            graph.node.append(onnx.helper.make_node("Add", [_OWN.format(name), shift], [name]))
+        for name in given:
+            _rename_output(graph, name, _OWN.format(name))
+            graph.input.append(onnx.helper.make_tensor_value_info(name, self._type(name), None))
+        for name in outputs:
+            source = _OWN.format(name) if name in given else name
+            graph.node.append(onnx.helper.make_node("Cast", [source], [_SEEN.format(name)], to=onnx.TensorProto.FLOAT))
+        _keep(graph, [_SEEN.format(name) for name in outputs])
+        return Opened(open_model(model, weights, [_SEEN.format(name) for name in outputs], **how), self, list(outputs))
+
+    def _weights(self, prefix: str = "") -> list[tuple[onnx.TensorProto, np.ndarray]]:
+        found = [(deepcopy(weight), packed(self._snapshot.values[weight.name])) for weight in self._snapshot.weights]
+        for proto, _ in found:
+            proto.name = prefix + proto.name
+        return found
+
+    def _type(self, name: str) -> int:
+        return onnx.helper.np_dtype_to_tensor_dtype(self.kinds[name] or np.dtype(np.float32))
+
+
+@dataclass(frozen=True)
+class Graft:
+    """The nodes of another model, ``first``, that compute its tensor ``end``, in place of what computes ``second``.
+
+    They read tensors of the model that receives them: ``given`` maps the names in ``first`` to those there.
+    """
+
+    first: Model
+    end: str
+    nodes: Sequence[int]
+    given: Mapping[str, str]
+    second: str
+
+    def insert(self, graph: onnx.GraphProto, prefix: str) -> list[tuple[onnx.TensorProto, np.ndarray]]:
+        """Adds the nodes and their constants to a graph. Returns the large constants, which the graph lacks."""
+        names = {**self.given, **{name: name for name in self.first.inputs}, "": "", self.end: self.second}
+        read = set()
+        for index in self.nodes:
+            node = deepcopy(self.first.nodes[index])
+            read.update(node.input)
+            node.name = prefix + node.name
+            node.input[:] = [names.get(name, prefix + name) for name in node.input]
+            node.output[:] = [names.get(name, prefix + name) for name in node.output]
+            graph.node.append(node)
+        for proto in self.first._snapshot.model.graph.initializer:
+            if proto.name in read:
+                own = graph.initializer.add()
+                own.CopyFrom(proto)
+                own.name = prefix + proto.name
+        return [pair for pair in self.first._weights(prefix) if pair[0].name.removeprefix(prefix) in read]
+
+
+class Opened:
+    """A session of a model in an altered form."""
+
+    def __init__(self, session: Session, model: Model, outputs: list[str]):
+        self._session, self._model, self._outputs = session, model, outputs
+        self._shifts = [s.name for s in session.inputs if s.name.endswith(_SHIFT.format(""))]
+
+    def run(self, feed: Feed, given: Feed | None = None, shifts: Feed | None = None) -> dict[str, np.ndarray]:
+        """The outputs in float32. A shift that is not given is zero."""
+        whole = {**feed, **{name: self._as(name, values) for name, values in (given or {}).items()}}
+        wanted = {_SHIFT.format(name): self._as(name, values) for name, values in (shifts or {}).items()}
+        for name in self._shifts:
+            zero = np.zeros((), self._model.kinds[name.removesuffix(_SHIFT.format(""))])
+            whole[name] = wanted.get(name, zero)
+        found = self._session.run(self._session.accepted(whole))
+        return {name: found[_SEEN.format(name)] for name in self._outputs}
+
+    def _as(self, name: str, values: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(values, self._model.kinds[name])
+
+
+def _rename_output(graph: onnx.GraphProto, old: str, new: str) -> None:
+    for node in graph.node:
+        for place, name in enumerate(node.output):
+            if name == old:
+                node.output[place] = new
+
+
+def _keep(graph: onnx.GraphProto, outputs: Iterable[str]) -> None:
+    """Leaves the nodes and inputs on which outputs depend."""
+    writers = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    needed, pending, read = set(), list(outputs), set()
+    while pending:
+        name = pending.pop()
+        read.add(name)
+        if (index := writers.get(name)) is not None and index not in needed:
+            needed.add(index)
+            pending += reads(graph.node[index])
+    for index in reversed(range(len(graph.node))):
+        if index not in needed:
+            del graph.node[index]
+    for index in reversed(range(len(graph.input))):
+        if graph.input[index].name not in read:
+            del graph.input[index]
