@@ -16,6 +16,7 @@ from channelfold.runtime.errors import DependencyError, LimitError, ModelError
 from channelfold.runtime.io import limits
 
 _EXACT = "session.x64quantprecision"  # on x86 without VNNI: u8 x u8 products, which do not saturate
+_UNFUSED = "session.disable_quant_qdq"
 _FOLDER = "session.model_external_initializers_file_folder_path"  # heeded with a model in memory, from 1.22 on
 _WEIGHTS = "session.optimized_model_external_initializers_file_name"
 _LEAST = "session.optimized_model_external_initializers_min_size_in_bytes"
@@ -112,7 +113,8 @@ class Session:
     weights, whose external data lie in files below ``folder``. ONNX Runtime maps external data, it does not copy them.
     ``size``: the bytes of the model with its weights, on which the limits of a run depend.
     ``optimize=False`` switches graph optimization off. ``exact`` keeps int8 products from saturating on x86 processors
-    without VNNI, so that a measurement is of the file and not of this machine. ``optimized`` is where ONNX Runtime
+    without VNNI, so that a measurement is of the file and not of this machine. ``fuse=False`` leaves QDQ nodes, and
+    float weights behind them, as they are. ``optimized`` is where ONNX Runtime
     writes the graph that it makes of the model, weights beside it. ``providers`` defaults to the CPU.
 
     Raises ModelError when ONNX Runtime refuses the model.
@@ -126,6 +128,7 @@ class Session:
         size: int | None = None,
         optimize: bool = True,
         exact: bool = False,
+        fuse: bool = True,
         optimized: Path | None = None,
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
@@ -142,6 +145,8 @@ class Session:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if exact:
             options.add_session_config_entry(_EXACT, "1")
+        if not fuse:
+            options.add_session_config_entry(_UNFUSED, "1")
         if optimized:
             options.optimized_model_filepath = str(optimized)
             options.add_session_config_entry(_WEIGHTS, f"{optimized.name}.data")
