@@ -35,12 +35,14 @@ class Trial:
     """A unit of work: ``tried`` configurations on ``samples``, which are files in the folder of the board.
 
     ``open``: the nodes in which they differ from float; without any, every configuration gets a session of its own.
+    ``labels``: the right class of every sample.
     """
 
     board: Board
     samples: tuple[str, ...]
     tried: tuple[Configuration, ...]
     open: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
 
 
 @dataclass
@@ -48,12 +50,14 @@ class Errors:
     """Of every sample and output: ``energy`` of the float output, and for every configuration what is ``lost`` of it.
 
     ``agreed``: the share of positions whose largest element is the same, NaN where that means nothing. ``energy``
-    (samples, outputs), the others (configurations, samples, outputs).
+    (samples, outputs), the others (configurations, samples, outputs). ``right``: whether the class is right, of float
+    and then of every configuration, (1 + configurations, samples).
     """
 
     energy: np.ndarray
     lost: np.ndarray
     agreed: np.ndarray
+    right: np.ndarray
 
     def relative(self) -> np.ndarray:
         """The error of every configuration, (configurations,)."""
@@ -98,17 +102,34 @@ def attempt(trial: Trial) -> Errors:
         size += sum(output.nbytes for output in references[-1])
         if size > _BYTES:
             break
-    shape = len(references), len(board.outputs)
-    found = Errors(np.zeros(shape), *(np.zeros((len(trial.tried), *shape)) for _ in range(2)))
+    shape, tried = (len(references), len(board.outputs)), len(trial.tried)
+    each = tried, *shape
+    found = Errors(np.zeros(shape), np.zeros(each), np.zeros(each), np.zeros((1 + tried, len(references)), bool))
     for s, reference in enumerate(references):
-        found.energy[s] = [_energy(output) for output in reference]
+        found.energy[s] = [_energy(_counted(board, feeds[s], output)) for output in reference]
+        found.right[0, s] = _right(board, reference, trial.labels[s : s + 1])
     for c, chosen in enumerate(trial.tried):
         player = shared if trial.open else board.player(chosen)
         for s, reference in enumerate(references):
             outputs = player.run(feeds[s], chosen)
-            for o, (old, new) in enumerate(zip(reference, outputs, strict=True)):
+            found.right[1 + c, s] = _right(board, outputs, trial.labels[s : s + 1])
+            for o, pair in enumerate(zip(reference, outputs, strict=True)):
+                old, new = (_counted(board, feeds[s], output) for output in pair)
                 found.lost[c, s, o], found.agreed[c, s, o] = _lost(old, new), _agreed(old, new)
     return found
+
+
+def _counted(board: Board, feed: Feed, output: np.ndarray) -> np.ndarray:
+    """The positions of an output that take part, (n, channels), where the output has those of the mask."""
+    mask = feed.get(board.mask)
+    if mask is None or mask.ndim != 2 or output.ndim < 3 or output.shape[: mask.ndim] != mask.shape:
+        return output
+    return output[mask != 0]
+
+
+def _right(board: Board, outputs: Sequence[np.ndarray], label: Sequence[int]) -> bool:
+    scores = next((o for o, holds in zip(outputs, board.scores, strict=True) if holds), outputs[0])
+    return bool(label) and int(scores.reshape(-1, scores.shape[-1])[0].argmax()) == label[0]
 
 
 def _energy(values: np.ndarray) -> float:
@@ -131,7 +152,7 @@ def _agreed(old: np.ndarray, new: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Site:
-    """Nodes that get one option together, with the ``errors`` and bytes (``sizes``) by option.
+    """Nodes that get one option together, with the ``errors``, bytes (``sizes``) and ``costs`` by option.
 
     ``by_sample``: the error on each of the samples that it was measured on, of which ``errors`` is the mean.
     """
@@ -140,6 +161,7 @@ class Site:
     errors: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     by_sample: dict[str, list[float]] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
 
     def chosen(self, option: str) -> dict[str, str]:
         return dict.fromkeys(self.nodes, option)

@@ -33,6 +33,7 @@ from channelfold.passes.layers.linear import Linear, cast, linears
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
+from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import constant, free_name, infer_shapes, packed, read, save
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.snapshot import Snapshot
@@ -73,10 +74,16 @@ class Switch:
 
 @dataclass(frozen=True)
 class Board:
-    """The graph with its options, in a folder. ``outputs``: what is measured. ``acting``: options with activations."""
+    """The graph with its options, in a folder. ``acting``: options with activations.
+
+    ``outputs``: what is measured; ``scores``: which of them hold class scores, written by a linear node or read by a
+    closing Softmax or ArgMax. ``mask``: the input that tells which positions of a sequence take part, or empty.
+    """
 
     folder: Path
     outputs: tuple[str, ...]
+    scores: tuple[bool, ...]
+    mask: str
     slots: dict[str, Slot]
     switches: tuple[Switch, ...]
     acting: tuple[str, ...]
@@ -149,10 +156,13 @@ def build(graph: gs.Graph, variants: Mapping[str, gs.Graph], folder: Path, actin
         if len(options) > 1:
             slots[name] = _slot(base, name, options, folder, number)
     switches = tuple(_switches(whole, slots))
-    whole.outputs = _measured(whole)
+    ends = _measured(whole)
+    whole.outputs = [tensor for tensor, _ in ends]
     edit.remove_dead(whole)
     save(whole, folder / _FILE, external=True)
-    return Board(folder, tuple(tensor.name for tensor in whole.outputs), slots, switches, tuple(acting))
+    mask = next((s.name for s in required_inputs(graph) if s.meaning and s.meaning.kind == "mask"), "")
+    names, scores = tuple(tensor.name for tensor, _ in ends), tuple(holds for _, holds in ends)
+    return Board(folder, names, scores, mask, slots, switches, tuple(acting))
 
 
 # ---- the parts of a board ----------------------------------------------------------------------------------------
@@ -255,20 +265,24 @@ def _as_stored(linear: Linear, weight: np.ndarray, bias: np.ndarray | None) -> l
     return found
 
 
-def _measured(graph: gs.Graph) -> list[gs.Tensor]:
-    """The floating outputs; what a closing Softmax, Sigmoid or ArgMax reads in place of what it writes.
+def _measured(graph: gs.Graph) -> list[tuple[gs.Tensor, bool]]:
+    """The floating outputs, or what a closing Softmax, Sigmoid or ArgMax reads; whether they hold class scores.
 
-    Behind them errors do not add up: where one position flips, it counts as much as all others together.
+    Behind such operators errors do not add up: where one position flips, it counts as much as all others together.
     """
-    found: dict[int, gs.Tensor] = {}
+    found: dict[int, tuple[gs.Tensor, bool]] = {}
     for tensor in graph.outputs:
         node = edit.producer(tensor)
         while node is not None and operator(node).copies and node.op != "Cast":
             node = edit.producer(node.inputs[0])
-        if node is not None and node.op in _CLOSING:
+        closed = node is not None and node.op in _CLOSING
+        if node is not None and closed:
             tensor = node.inputs[0]
+            node = edit.producer(tensor)
+        while node is not None and node.op == "Add":  # of a bias
+            node = next(filter(None, map(edit.producer, node.inputs)), None)
         if edit.is_float(tensor) and not isinstance(tensor, gs.Constant):
-            found[id(tensor)] = tensor
+            found[id(tensor)] = tensor, closed or (node is not None and operator(node).weighted)
     if not found:
         raise ModelError("The model has no floating output that an error could be measured at")
     return list(found.values())

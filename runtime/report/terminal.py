@@ -27,6 +27,7 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
     latency     [{name, ms}]         the others are compared with the first
+    search      the front of a search; sensitivity: the errors of all nodes      see jobs/search.py
     warnings    [str]
     runs        [record, record]     of a comparison of two runs
 
@@ -44,7 +45,7 @@ import numpy as np
 from rich.console import Console
 
 from channelfold.runtime.io.files import writing
-from channelfold.runtime.report import demo, inspection, runs, steps, web
+from channelfold.runtime.report import demo, inspection, runs, search, steps, web
 from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 from channelfold.runtime.stats.compare import json_number
 
@@ -246,7 +247,9 @@ _SECTIONS = {
     "runs": runs.show,
     "model": _model,
     "data": _data,
+    "search": search.show,
     "steps": steps.show,
+    "sensitivity": search.show_sensitivity,
     "inspection": inspection.show,
     "weights": _weights,
     "accuracy": lambda record, page: _comparison("Accuracy", record["accuracy"], page),
