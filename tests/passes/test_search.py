@@ -66,8 +66,9 @@ def test_no_point_of_the_front_is_dominated(found, count):
 
 
 def test_uniform_points_are_those_of_recipes():
-    found = [Site(("a",), {"int8": 1.0, "w8": 0.5}, {"float": 4, "int8": 1, "w8": 1}, {}, {"float": 1, "int8": 0, "w8": 0}),
-             Site(("b",), {"w8": 0.1}, {"float": 8, "w8": 2}, {}, {"float": 1, "w8": 0})]  # fmt: skip
+    costs = {"float": 1.0, "int8": 0.0, "w8": 0.0}
+    first = Site(("a",), {"int8": 1.0, "w8": 0.5}, {"float": 4, "int8": 1, "w8": 1}, {}, costs)
+    found = [first, Site(("b",), {"w8": 0.1}, {"float": 8, "w8": 2}, {}, costs)]
     assert [(p.options, p.size) for p in uniform(found)] == [
         (("float", "float"), 12), (("int8", "float"), 9), (("w8", "w8"), 3)
     ]  # fmt: skip
