@@ -21,11 +21,11 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.formats import INT7, INT8
-from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
+from channelfold.passes.layers.linear import Linear, live_linears, usable
 from channelfold.passes.layers.sensitivity import SAMPLES, Crew, decibels, keep, measure, spread
 from channelfold.passes.layers.switchboard import build
 from channelfold.passes.quantize import Quantize, calibrators
-from channelfold.passes.quantize.proven import expanded, in_int8, planned
+from channelfold.passes.quantize.proven import Insert, expanded, in_int8, planned
 from channelfold.passes.quantize.qdq import (
     MIN_CHANNELS,
     Codes,
@@ -145,9 +145,7 @@ class Work(Quantize):
             return "ONNX Runtime has no integer kernels for float16"
         return why_not_int8(linear)
 
-    def _worst(
-        self, graph: gs.Graph, sites: list[Linear], insert: Callable[[gs.Graph, list[Linear]], Inserter], ctx: Context
-    ) -> dict[str, float]:
+    def _worst(self, graph: gs.Graph, sites: list[Linear], insert: Insert, ctx: Context) -> dict[str, float]:
         """The nodes that ``float_share`` leaves in float, with the error of the outputs in dB that each one saves."""
         count = int(self.float_share * len(live_linears(graph))) - (len(live_linears(graph)) - len(sites))
         if count <= 0:
