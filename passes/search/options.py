@@ -25,7 +25,7 @@ from channelfold.passes.options import options as options_of
 from channelfold.passes.recipe import make
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io.session import Feed
-from channelfold.runtime.io.shapes import shapes_on
+from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.io.snapshot import Snapshot
 
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -80,7 +80,7 @@ def priced(graph: gs.Graph, sites: Sequence[Site], feed: Feed, minimize: str) ->
 
     The arithmetic of a node is its multiply-accumulates on a feed times the bits of its factors.
     """
-    shapes = shapes_on(graph, {name: values.shape for name, values in feed.items()})
+    shapes = measured_shapes(graph, feed)
     macs = {
         linear.name: math.prod(shapes.get(linear.node.outputs[0].name, (0,)))
         * linear.weight().size

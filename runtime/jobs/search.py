@@ -4,9 +4,10 @@
 {snr_db, worst_db, share, bytes}}}]}, from the site that int8 hurts most.
 
 ``record["search"]``: {loss: what it is, limits, met, samples: {sensitivity, steering, proof}, runs (of one sample),
-kappa_db, points: [{bytes, cost, options: {option: share of the bytes}, predicted_db, error_db, snr_db, agreement, loss,
-low, high, proof (the same figures on other samples, or null), chosen}], sites: [{nodes, option, bytes, snr_db, better:
-{option, bytes, snr_db} or null}]}. Bytes of a point are those of its file, nearly; its cost is relative to float.
+kappa_db, points: [{bytes, cost, smooth, options: {option: share of the bytes}, predicted_db, error_db, snr_db,
+agreement, loss, low, high, proof (the same figures on other samples, or null), chosen}], sites: [{nodes, option, bytes,
+snr_db, better: {option, bytes, snr_db} or null}]}. Bytes of a point are those of its file, nearly; its cost is relative
+to float.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from channelfold.passes import pipeline
 from channelfold.passes.base import Context, Pass
 from channelfold.passes.layers.sensitivity import SAMPLES, Crew, Site, Trial, attempt, decibels, keep, measure, spread
 from channelfold.passes.layers.switchboard import FLOAT, Board
+from channelfold.passes.recipe import make
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.front import Point, cheapest, front, most_accurate, uniform
 from channelfold.passes.search.proof import Figures, Limits, Split, refined, undominated
@@ -39,6 +41,7 @@ from channelfold.runtime.stats.compare import DEGRADED_SNR
 
 STEERING, PROOF = 32, 256  # samples at most on which points are compared, and on which the best is proved
 _LABELS = ("label", "labels", "target", "targets", "y", "class", "classes")
+_SMOOTH = "smooth"
 _NODE = 1000  # bytes of the nodes and names that a quantized node adds to a file
 
 
@@ -71,15 +74,12 @@ class Prepared:
 
 @contextlib.contextmanager
 def prepared(
-    job: Job, before: Sequence[Pass], given: Mapping[str, Any], data: Data, crew: Crew, together: bool = True
+    job: Job, graph: gs.Graph, given: Mapping[str, Any], data: Data, crew: Crew, together: bool = True
 ) -> Iterator[Prepared]:
-    """Runs the passes ``before``, makes the board of all options, and measures its sites on some of the data."""
-    first = job.prepared()
-    graph, context = Snapshot.of(job.graph).graph(), Context(data, job.progress, job.source.seed)
-    graph, _ = pipeline.run(graph, [*first, *before], context, verify=False)
+    """Makes the board of all options of a graph, and measures its sites on some of the data."""
     passes = choices.steps(given)
     with temporary.folder() as folder:
-        board = choices.board_of(graph, passes, context, folder)
+        board = choices.board_of(graph, passes, Context(data, job.progress, job.source.seed), folder)
         if not board.slots:
             raise UsageError("No node of the model can be quantized", "channelfold inspect shows why")
         samples = keep(board, spread(data, SAMPLES), "sensitivity")
@@ -87,11 +87,19 @@ def prepared(
         yield Prepared(graph, board, measure(board, samples, groups, crew), samples, passes, crew)
 
 
+def _after(job: Job, graph: gs.Graph, passes: Sequence[Pass], data: Data) -> tuple[gs.Graph, bool]:
+    """A copy of a graph after passes; whether the last one has changed it."""
+    context = Context(data, job.progress, job.source.seed)
+    graph, steps = pipeline.run(Snapshot.of(graph).graph(), passes, context, verify=False)
+    return graph, bool(steps and steps[-1]["changed"])
+
+
 def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew: Crew) -> None:
     """Adds ``record["sensitivity"]``."""
     if job.calibration is None:
         raise DataError("There are no calibration data", "Give some with --calibration")
-    with prepared(job, before, given, job.calibration, crew, together=False) as found:
+    graph, _ = _after(job, job.graph, [*job.prepared(), *before], job.calibration)
+    with prepared(job, graph, given, job.calibration, crew, together=False) as found:
         names = [option for option in choices.OPTIONS if any(option in site.errors for site in found.sites)]
         mixes = [{n: o for n in found.board.slots if o in found.board.options(n)} for o in names]
         whole = attempt(Trial(found.board, found.samples, tuple(mixes))).by_sample().mean(axis=1)
@@ -140,6 +148,7 @@ class _Searching:
     limits: Limits
     trials: int
     bytes_beside: int
+    smoothed: bool = False
     measured: list[Figures] = field(default_factory=list)
     proved: dict[Point, Figures] = field(default_factory=dict)
 
@@ -219,18 +228,39 @@ def find(job: Job, passes: Sequence[Pass], given: Mapping[str, Any], search: Sea
     limits = Limits(search.max_loss, gates and gates.min_snr, gates and gates.min_agreement, max_size)
     if limits == Limits():
         limits = Limits(min_snr=DEGRADED_SNR)
-    with prepared(job, before, given, data, crew) as found:
-        first, second = (
-            Split(found.board, keep(found.board, part, name), tuple(labels[i] for i in places) if labels else (), crew)
-            for name, (part, places) in (("steering", steering), ("proof", proof))
-        )
-        sites = choices.priced(found.graph, found.sites, steering[0][0], search.minimize)
-        found = dataclasses.replace(found, sites=sites)
-        work = _Searching(found, first, second, limits, search.trials, whole - found.board.size({}))
-        chosen = work.run()
-        job.record["search"] = _record(work, chosen)
-        job.calibration = data
-        return choices.recipe(before, found.passes, found.board, chosen.point.chosen(work.sites))
+    graph, _ = _after(job, job.graph, [*job.prepared(), *before], data)
+    starts = [(before, graph)]
+    if not any(step.name == _SMOOTH for step in before):
+        smooth, changed = _after(job, graph, [make(_SMOOTH, {})], data)
+        starts += [([*before, make(_SMOOTH, {})], smooth)] if changed else []
+    results = []
+    for number, (steps, start) in enumerate(starts):
+        with prepared(job, start, given, data, crew) as found:
+            first, second = (
+                Split(found.board, keep(found.board, part, name), tuple(labels[i] for i in at) if labels else (), crew)
+                for name, (part, at) in (("steering", steering), ("proof", proof))
+            )
+            sites = choices.priced(start, found.sites, steering[0][0], search.minimize)
+            found = dataclasses.replace(found, sites=sites)
+            work = _Searching(found, first, second, limits, search.trials, whole - found.board.size({}), number > 0)
+            chosen = work.run()
+            record = _record(work, chosen)
+            mix = choices.recipe(steps, found.passes, found.board, chosen.point.chosen(work.sites))
+            results.append(
+                (not record["met"], chosen.point.cost if record["met"] else chosen.error, number, record, mix)
+            )
+    *_, record, mix = min(results, key=lambda result: result[:3])
+    job.record["search"] = _together(record, [other for *_, other, _ in results])
+    job.calibration = data
+    return mix
+
+
+def _together(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The record of the best start with the points of all, without those that others beat."""
+    points = [p | {"chosen": p["chosen"] and other is record} for other in records for p in other["points"]]
+    points.sort(key=lambda p: (p["cost"], -p["error_db"]))
+    kept = [p for i, p in enumerate(points) if p["chosen"] or all(q["error_db"] < p["error_db"] for q in points[:i])]
+    return record | {"points": kept[::-1], "runs": sum(other["runs"] for other in records)}
 
 
 Part = tuple[list[dict[str, np.ndarray]], list[int]]  # samples and their places in the data
@@ -304,6 +334,7 @@ def _told_point(work: _Searching, figures: Figures, chosen: Figures) -> dict[str
     return {
         "bytes": work.size(point),
         "cost": point.cost,
+        "smooth": work.smoothed,
         "options": shares,
         "predicted_db": float(decibels(point.predicted)),
         **_figures(figures),

@@ -55,6 +55,7 @@ def _point(point: Mapping[str, Any], names: list[str]) -> tuple[Any, ...]:
     return (
         size(point["bytes"]),
         f"{point['cost']:.1%}",
+        "smooth" if point["smooth"] else "",
         *shares,
         *(number(point[key], _DB) for key in ("predicted_db", "error_db", "snr_db")),
         agreement,
