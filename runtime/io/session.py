@@ -16,6 +16,7 @@ from channelfold.runtime.errors import DependencyError, LimitError, ModelError
 from channelfold.runtime.io import limits
 
 _EXACT = "session.x64quantprecision"  # on x86 without VNNI: u8 x u8 products, which do not saturate
+_PRODUCTS = "session.qdq_matmulnbits_accuracy_level"  # 1: float activations in products with stored weights; 4: int8
 _UNFUSED = "session.disable_quant_qdq"
 _FOLDER = "session.model_external_initializers_file_folder_path"  # heeded with a model in memory, from 1.22 on
 _WEIGHTS = "session.optimized_model_external_initializers_file_name"
@@ -113,9 +114,10 @@ class Session:
     weights, whose external data lie in files below ``folder``. ONNX Runtime maps external data, it does not copy them.
     ``size``: the bytes of the model with its weights, on which the limits of a run depend.
     ``optimize=False`` switches graph optimization off. ``exact`` keeps int8 products from saturating on x86 processors
-    without VNNI, so that a measurement is of the file and not of this machine. ``fuse=False`` leaves QDQ nodes, and
-    float weights behind them, as they are. ``optimized`` is where ONNX Runtime
-    writes the graph that it makes of the model, weights beside it. ``providers`` defaults to the CPU.
+    without VNNI, and activations from being rounded to 8 bits in front of stored weights, so that a measurement is of
+    the file and not of this machine. ``fuse=False`` leaves QDQ nodes, and float weights behind them, as they are.
+    ``optimized`` is where ONNX Runtime writes the graph that it makes of the model, weights beside it. ``providers``
+    defaults to the CPU.
 
     Raises ModelError when ONNX Runtime refuses the model.
     """
@@ -145,6 +147,7 @@ class Session:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if exact:
             options.add_session_config_entry(_EXACT, "1")
+            options.add_session_config_entry(_PRODUCTS, "1")
         if not fuse:
             options.add_session_config_entry(_UNFUSED, "1")
         if optimized:
