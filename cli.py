@@ -65,6 +65,14 @@ def _settings(jobs: Any, options: dict[str, Any]) -> dict[str, Any]:
     return {"source": _source(jobs, options), "options": _given(options)}
 
 
+def _search(jobs: Any, options: dict[str, Any]) -> Any:
+    """What to search for, or None. Removes the options of a search from ``options``."""
+    names = ("max_loss", "max_size", "minimize", "trials", "workers", "cluster")
+    found = {name: options.pop(name) for name in names}
+    asked = options.pop("searches") or found["max_loss"] is not None or found["max_size"] is not None
+    return jobs.Search(**found) if asked else None
+
+
 def _gates(jobs: Any, options: dict[str, Any]) -> Any:
     names = ("min_snr", "min_cosine", "min_agreement", "max_rel")
     return jobs.Gates(*(options.pop(name) for name in names))
@@ -89,14 +97,20 @@ def _gates(jobs: Any, options: dict[str, Any]) -> Any:
 @opt.gates
 @opt.require_share
 @opt.fixed
+@opt.search
 @opt.of("quantize")
 def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **options: Any) -> Any:
     """Run a recipe on MODEL, compare with the original, build engines.
 
     Writes DIR/model.onnx, DIR/model.sm89.engine for --sm 89, and DIR/report.json. A repeated command continues where
     an interrupted one stopped. Options of passes replace those in the recipe.
+
+    With --max-loss, --max-size or --search, searches for the best option of every node (float, int8, weights alone in 8
+    or 4 bits) in place of the recipe's quantization, by what reaches the outputs. Writes DIR/recipe.toml too. Exit code
+    3 where no model keeps the limits: the nearest is written.
     """
-    settings = {name: options.pop(name) for name in ("sms", "shapes", "require_share", "fixed")}
+    settings = {"search": _search(jobs, options)}
+    settings |= {name: options.pop(name) for name in ("sms", "shapes", "require_share", "fixed")}
     settings |= {"source": _source(jobs, options), "gates": _gates(jobs, options), "overrides": _given(options)}
     command = shlex.join(click.get_current_context().obj)
     return jobs.compress(model, output, recipe, command=command, progress=progress, **settings)
@@ -323,6 +337,22 @@ def lint(jobs: Any, progress: Any, model: str, fix: bool, output: str | None, **
     if fix != (output is not None):
         raise click.UsageError("--fix and -o go together", click.get_current_context())
     return jobs.lint(model, out=output, source=_source(jobs, options), progress=progress, **options)
+
+
+@_command("channelfold sensitivity model.onnx --calibration samples.npz")
+@opt.model
+@opt.source
+@click.option("--recipe", default="fold", show_default=True, metavar="RECIPE", help="Passes that run before.")
+@opt.workers
+@opt.of("quantize", without=["float_share", "min_activation_snr"])
+def sensitivity(jobs: Any, progress: Any, model: str, recipe: str, workers: int, cluster: str, **options: Any) -> Any:
+    """Measure what quantizing each node of MODEL does to its outputs.
+
+    Each node by itself, in int8 and with weights alone in 8 and 4 bits. The errors add up, which the report shows: so
+    the table says which nodes to leave in float.
+    """
+    settings = _settings(jobs, options) | {"recipe": recipe, "workers": workers, "cluster": cluster}
+    return jobs.sensitivity(model, progress=progress, **settings)
 
 
 @_command("channelfold inspect model.onnx")

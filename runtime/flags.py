@@ -191,3 +191,63 @@ gates = together(
     click.option("--min-agreement", type=float, metavar="X", help="Gate: share of equal argmaxes, 0 to 1."),
     click.option("--max-rel", type=float, metavar="X", help="Gate: relative L2 error of every output, 0 or more."),
 )
+
+
+class _Amount(click.ParamType):
+    """A share, such as 1% or 0.01, or where ``bytes`` is set a number of bytes, such as 5MB."""
+
+    name = "amount"
+
+    def __init__(self, size: bool = False):
+        self.size = size
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip().upper()
+        units = {"%": 0.01} | ({"KB": 1e3, "MB": 1e6, "GB": 1e9} if self.size else {})
+        unit = next((unit for unit in units if text.endswith(unit)), "")
+        try:
+            amount = float(text.removesuffix(unit)) * units.get(unit, 1.0)
+        except ValueError:
+            amount = -1.0
+        if not (amount >= 0 and (self.size or amount <= 1)):
+            self.fail(
+                f"{value!r} is not {'a size such as 5MB or 30%' if self.size else 'a share such as 1%'}", param, ctx
+            )
+        return amount
+
+
+workers = together(
+    click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+                 help="Processes that measure; the result does not depend on their number."),
+    click.option("--cluster", default="", metavar="URL", help="Dask scheduler that measures, such as tcp://host:8786."),
+)  # fmt: skip
+search = together(
+    click.option(
+        "--max-loss",
+        type=_Amount(),
+        metavar="X",
+        help="Search: lose at most X, such as 1%, of top-1 accuracy where the evaluation data have labels, else of the "
+        "argmaxes of class scores, or of the energy of other outputs.",
+    ),
+    click.option(
+        "--max-size", type=_Amount(size=True), metavar="X", help="Search: a file of at most X, such as 5MB or 30%."
+    ),
+    click.option(
+        "--search",
+        "searches",
+        is_flag=True,
+        help="Search without these limits, for 20 dB. In a search --min-snr and --min-agreement are limits.",
+    ),
+    click.option(
+        "--minimize",
+        type=_Choice(["both", "size", "arithmetic"]),
+        default="both",
+        show_default=True,
+        metavar="WHAT",
+        help="What a search saves: size (weight bytes), arithmetic (products times bits) or both.",
+    ),
+    click.option(
+        "--trials", type=click.IntRange(min=2), default=12, show_default=True, metavar="N", help="Points to measure."
+    ),
+    workers,
+)

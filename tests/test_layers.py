@@ -21,7 +21,7 @@ STOREYS = (  # from the ground up: a file imports from its own storey and those 
     "lint explain",
     "channels",
     FAMILIES,
-    "passes pipeline checkpoint recipe smooth_methods",
+    "passes pipeline checkpoint recipe smooth_methods search",
     "report",
     "jobs flags shell",
     "cli",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -100,14 +99,7 @@ def held_out(data: Data) -> tuple[Data, Data]:
     """
     number = min(SAMPLES, len(data) // _SHARE)
     places = frozenset((2 * i + 1) * len(data) // (2 * number) for i in range(number))
-    return (_part(data, places, False), _part(data, places, True)) if places else (data, data)
-
-
-def _part(data: Data, places: frozenset[int], inside: bool) -> Data:
-    count = len(places) if inside else len(data) - len(places)
-    return replace(
-        data, count=count, feeds=lambda: (feed for place, feed in enumerate(data) if (place in places) is inside)
-    )
+    return (data.at(set(range(len(data))) - places), data.at(places)) if places else (data, data)
 
 
 @contextlib.contextmanager

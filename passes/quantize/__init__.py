@@ -48,7 +48,10 @@ class Quantize(Pass):
         metavar="SM",
     )
     float_share: float = option(
-        0.0, "Share of the linear nodes that may stay float because int8 changes their outputs most.", low=0, high=1
+        0.0,
+        "Share of the linear nodes that may stay float: those whose int8 changes the outputs most, measured.",
+        low=0,
+        high=1,
     )
 
     def __post_init__(self) -> None:

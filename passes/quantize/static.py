@@ -23,10 +23,11 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.formats import INT7, INT8
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
-from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
+from channelfold.passes.layers.sensitivity import SAMPLES, Crew, decibels, keep, measure, spread
+from channelfold.passes.layers.switchboard import build
 from channelfold.passes.quantize import Quantize, calibrators, center
 from channelfold.passes.quantize.cells import quantize_cells
-from channelfold.passes.quantize.proven import expanded, in_int8, planned
+from channelfold.passes.quantize.proven import Insert, expanded, in_int8, planned
 from channelfold.passes.quantize.qdq import (
     MIN_CHANNELS,
     Codes,
@@ -38,10 +39,9 @@ from channelfold.passes.quantize.qdq import (
     why_not_int8,
 )
 from channelfold.passes.quantize.tables import quantize_tables
-from channelfold.runtime.io import edit
+from channelfold.runtime.io import edit, temporary
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats import saturation
-from channelfold.runtime.stats.channels import ChannelStatistics
 from channelfold.runtime.stats.histograms import TensorStatistics, counted
 from channelfold.runtime.stats.observe import by_name, observe
 
@@ -79,23 +79,15 @@ class Work(Quantize):
         axes |= {site.data.name: site.in_axis for site in sites}
         enough = counted(len(ctx.data))
         statistics = {name: TensorStatistics(axis, enough) for name, axis in axes.items()}
-        rows = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites if self.float_share}
-        observe(graph, by_name((*statistics.items(), *rows.items())), ctx.data, ctx.progress)
+        observe(graph, by_name(statistics.items()), ctx.data, ctx.progress)
         movable = set() if integers or not self.center else center.movable(sites)
         ranges = {name: self._range(seen, name in movable) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges
         facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
         reasons = {name: self._why_beyond_int8(statistics[name], _lower_snr(facts[name])) for name in axes}
-        worst = self._worst(graph, [site for site in sites if not reasons[site.data.name]], rows)
         kept = []
         for site in sites:
             name = site.data.name
-            if id(site.node) in worst:
-                reason = "int8 changes its outputs most"
-                outcome.refuse(
-                    site.name, f"{site.node.op} stays float: {reason} ({worst[id(site.node)]:.1f} dB)", reason
-                )
-                continue
             if reason := reasons[name]:
                 snr = _lower_snr(facts[name])
                 detail = name if snr is None else f"{name}: {snr} dB, {self.min_activation_snr:g} wanted"
@@ -115,6 +107,12 @@ class Work(Quantize):
             _insert(inserter, sites, poor, ranges, means)
             return inserter
 
+        if self.float_share:
+            worst = self._worst(graph, kept, insert, ctx)
+            for site in (site for site in kept if site.name in worst):
+                reason = "int8 of this node changes the outputs most"
+                outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({worst[site.name]:.1f} dB)", reason)
+            kept = [site for site in kept if site.name not in worst]
         if integers:
             kept, trial = in_int8(graph, kept, outcome, insert, expanded(outcome))
             if self.reduce_range == "auto" and kept and (lost := saturation.lost(graph, trial, ctx.data)):
@@ -154,25 +152,19 @@ class Work(Quantize):
             return "ONNX Runtime has no integer kernels for float16"
         return why_not_int8(linear)
 
-    def _worst(self, graph: gs.Graph, sites: list[Linear], rows: Mapping[str, ChannelStatistics]) -> dict[int, float]:
-        """The nodes that ``float_share`` leaves in float, with the error of their outputs in dB.
-
-        First those that write an output of the graph, where nothing averages an error out, then by their error. Counted
-        are the linear nodes with a constant weight; one with a kernel cannot be measured and is quantized.
-        """
-        if not self.float_share:
+    def _worst(self, graph: gs.Graph, sites: list[Linear], insert: Insert, ctx: Context) -> dict[str, float]:
+        """The nodes that ``float_share`` leaves in float, with the error of the outputs in dB that each one saves."""
+        count = int(self.float_share * len(live_linears(graph))) - (len(live_linears(graph)) - len(sites))
+        if count <= 0:
             return {}
-        errors = {}
-        for site in sites:
-            seen = rows[site.data.name]
-            if seen.positions and seen.axis == site.in_axis and all(size == 1 for size in site.kernel):
-                errors[id(site.node)] = LayerError.of([site], seen.sample(), Bits()).error()
-        live = {id(node) for node in live_linears(graph)}
-        total = sum(id(linear.node) in live for linear in linears(graph))
-        count = int(self.float_share * total) - (total - len(sites))
-        last = {id(site.node) for site in sites if edit.is_output(graph, site.output)}
-        chosen = sorted(errors, key=lambda key: (key in last, errors[key]), reverse=True)[: max(0, count)]
-        return {key: -10 * float(np.log10(errors[key])) for key in chosen if errors[key] > 0}
+        with temporary.folder() as folder:
+            _, quantized = in_int8(graph, sites, Outcome(), insert, lambda *_: {})
+            board = build(graph, {"int8": quantized}, folder)
+            samples = keep(board, spread(ctx.data, SAMPLES), "sample")
+            measured = measure(board, samples, crew=Crew(progress=ctx.progress))
+        errors = {site.nodes[0]: site.errors["int8"] for site in measured}
+        chosen = sorted(errors, key=errors.__getitem__, reverse=True)[:count]
+        return {name: float(decibels(errors[name])) for name in chosen}
 
     def _range(self, seen: TensorStatistics, movable: bool) -> Range:
         """The range to quantize; a free one for onnxruntime, and where it makes the steps of a movable input finer."""

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +64,16 @@ class Data:
         description = f"the first {n} of {self.description}"
         return dataclasses.replace(
             self, count=n, feeds=lambda: itertools.islice(self.feeds(), n), description=description
+        )
+
+    def at(self, places: Collection[int]) -> Data:
+        """The feeds at these places, in order."""
+        places = frozenset(places)
+        return dataclasses.replace(
+            self,
+            count=len(places),
+            feeds=lambda: (feed for place, feed in enumerate(self) if place in places),
+            description=f"{len(places)} of {self.description}",
         )
 
     @cached_property

@@ -16,6 +16,8 @@ from channelfold.runtime.errors import DependencyError, LimitError, ModelError
 from channelfold.runtime.io import limits
 
 _EXACT = "session.x64quantprecision"  # on x86 without VNNI: u8 x u8 products, which do not saturate
+_PRODUCTS = "session.qdq_matmulnbits_accuracy_level"  # 1: float activations in products with stored weights; 4: int8
+_UNFUSED = "session.disable_quant_qdq"
 _FOLDER = "session.model_external_initializers_file_folder_path"  # heeded with a model in memory, from 1.22 on
 _WEIGHTS = "session.optimized_model_external_initializers_file_name"
 _LEAST = "session.optimized_model_external_initializers_min_size_in_bytes"
@@ -113,10 +115,11 @@ class Session:
     weights, whose external data lie in files below ``folder``. ONNX Runtime maps external data, it does not copy them.
     ``size``: the bytes of the model with its weights, on which the limits of a run depend.
     ``optimize=False`` switches graph optimization off. ``exact`` keeps int8 products from saturating on x86 processors
-    without VNNI, so that a measurement is of the file and not of this machine. ``optimized`` is where ONNX Runtime
-    writes the graph that it makes of the model, weights beside it. ``arena=False``: memory is given back after every
-    run, instead of being kept for the next. ``rests``: between runs the threads sleep, instead of keeping the
-    processors busy while they wait. ``providers`` defaults to the CPU.
+    without VNNI, and activations from being rounded to 8 bits in front of stored weights, so that a measurement is of
+    the file and not of this machine. ``fuse=False`` leaves QDQ nodes, and float weights behind them, as they are.
+    ``optimized`` is where ONNX Runtime writes the graph that it makes of the model, weights beside it.
+    ``arena=False``: memory is given back after every run, instead of being kept for the next. ``rests``: between runs
+    the threads sleep, instead of keeping the processors busy while they wait. ``providers`` defaults to the CPU.
 
     Raises ModelError when ONNX Runtime refuses the model.
     """
@@ -129,6 +132,7 @@ class Session:
         size: int | None = None,
         optimize: bool = True,
         exact: bool = False,
+        fuse: bool = True,
         optimized: Path | None = None,
         threads: int | None = None,
         arena: bool = True,
@@ -147,6 +151,9 @@ class Session:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if exact:
             options.add_session_config_entry(_EXACT, "1")
+            options.add_session_config_entry(_PRODUCTS, "1")
+        if not fuse:
+            options.add_session_config_entry(_UNFUSED, "1")
         if optimized:
             options.optimized_model_filepath = str(optimized)
             options.add_session_config_entry(_WEIGHTS, f"{optimized.name}.data")

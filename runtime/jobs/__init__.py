@@ -42,9 +42,11 @@ from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs import lint_model as linting
+from channelfold.runtime.jobs import search as searching
 from channelfold.runtime.jobs.cast import cast as cast
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
 from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder, check_kind
+from channelfold.runtime.jobs.search import Search as Search
 from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.compare import Gates
 
@@ -64,6 +66,7 @@ def compress(
     gates: Gates | None = None,
     require_share: float | None = None,
     fixed: Mapping[str, str] | None = None,
+    search: Search | None = None,
     command: str = "compress",
     progress: Progress = no_progress,
 ) -> Record:
@@ -72,14 +75,16 @@ def compress(
     ``recipe``: a name or the path of a TOML file. ``overrides``: pass options by name (``calibrator``, ``exclude`` …),
     set on every pass of the recipe that has them. ``shapes``: ranges of dynamic inputs for the engines, by default from
     the calibration data. ``require_share``: a gate, the least quantized share of the weight bytes. ``fixed``: inputs
-    that become constants, and their values as texts. ``command``: the command line for the report. A repeated call
-    continues where an interrupted one stopped.
+    that become constants, and their values as texts. ``search``: search for the best option of every node, in place of
+    the quantizations of the recipe, and write the recipe of the best point as ``out_dir``/recipe.toml; the gates of SNR
+    and agreement are limits of the search then. ``command``: the command line for the report. A repeated call continues
+    where an interrupted one stopped.
 
     Raises GateMissed after all files are written.
     """
     model, out_dir = Path(model), Path(out_dir)
     loaded = recipes.load_recipe(recipe)
-    passes = _with_own_cache(_overridden(loaded.passes, overrides or {}))
+    passes = list(loaded.passes) if search else _with_own_cache(_overridden(loaded.passes, overrides or {}))
     ranges = _parsed(shapes)
     onnxruntime()
     for sm in sms:
@@ -93,12 +98,16 @@ def compress(
     job.sources.append(Path(recipe))
     job.open_both()
     job.check_output(out_dir / "report.json", "a report")
+    if search:
+        passes = searching.find(job, passes, overrides or {}, search, gates)
+        (out_dir / "recipe.toml").write_text(recipes.dumps(recipes.Recipe("search", tuple(passes))), encoding="utf-8")
     job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
     terminal.write_both(job.record, out_dir)
     for sm in sms:
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
     terminal.write_both(job.record, out_dir)
     clear(out_dir / "checkpoint")
+    searching.check(job)
     job.check_share(require_share)
     job.check(gates)
     return job.record
@@ -273,6 +282,29 @@ def diff(
     job.record["output"] = model_facts(Path(b), files.load(b))
     job.prove(Path(b))
     job.check(gates)
+    return job.record
+
+
+def sensitivity(
+    model: PathLike,
+    *,
+    source: Source = Source(),
+    recipe: PathLike = "fold",
+    workers: int = 1,
+    cluster: str = "",
+    options: Mapping[str, Any] | None = None,
+    progress: Progress = no_progress,
+) -> Record:
+    """What every option of every node does to the outputs: ``record["sensitivity"]``, described in ``jobs.search``.
+
+    ``recipe``: the passes that run before, without its quantizations. ``options``: those of the pass ``quantize``.
+    ``workers``: the number of processes, ``cluster``: the address of a Dask scheduler in their place.
+    """
+    job = Job("sensitivity", Path(model), progress, source)
+    job.calibration = job.open("calibration", source.calibration, source.random)
+    passes = [step for step in recipes.load_recipe(recipe).passes if step.name not in ("quantize", "quantize-weights")]
+    with job.blaming():
+        searching.sensitivity(job, passes, options or {}, searching.Crew(workers, cluster, progress))
     return job.record
 
 

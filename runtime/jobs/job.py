@@ -171,7 +171,7 @@ class Job:
             self._session(self.model, optimize=False)  # a model that cannot be compared must show before the work
         if counted:
             self.record["model"] |= inspection.costs(self.graph)
-        passes = [*self._prepared(), *passes]
+        passes = [*self.prepared(), *passes]
         context = Context(self.calibration, self.progress, self.source.seed)
         with self.blaming():
             graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
@@ -221,7 +221,7 @@ class Job:
         if round(ratio, 2) > 1:
             self.warn(f"The quantized file is {ratio:.2f}x as slow as float on this machine")
 
-    def _prepared(self) -> list[Pass]:
+    def prepared(self) -> list[Pass]:
         """Passes that show all weights to the others: makes inputs with defaults constants, and inlines functions."""
         if names := take_defaults(self.graph):
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

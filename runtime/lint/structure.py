@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.operators import operator
 from channelfold.runtime.engine.build import MAX_OPSET
-from channelfold.runtime.engine.squeeze import squeezes_without_axes
+from channelfold.runtime.engine.repair import squeezes_without_axes
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.files import drop_stale_shapes, is_known

@@ -31,6 +31,7 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
     lint        {target, sm, errors, warnings, notes: counts of findings, findings: [{rule, level, node, detail,
                  checks, consequence, fix, repairable}]}; of a repair also before: the counts,
                  fixed: [{rule, fix, nodes}]
+    search      the front of a search; sensitivity: the errors of all nodes      see jobs/search.py
     warnings    [str]
     runs        [record, record]     of a comparison of two runs
 
@@ -48,7 +49,7 @@ import numpy as np
 from rich.console import Console
 
 from channelfold.runtime.io.files import writing
-from channelfold.runtime.report import demo, inspection, linting, runs, steps, web
+from channelfold.runtime.report import demo, inspection, linting, runs, search, steps, web
 from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 from channelfold.runtime.stats.compare import json_number
 
@@ -257,7 +258,9 @@ _SECTIONS = {
     "model": _model,
     "lint": linting.show,
     "data": _data,
+    "search": search.show,
     "steps": steps.show,
+    "sensitivity": search.show_sensitivity,
     "inspection": inspection.show,
     "weights": _weights,
     "accuracy": lambda record, page: _comparison("Accuracy", record["accuracy"], page),

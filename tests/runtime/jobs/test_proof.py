@@ -112,7 +112,7 @@ def test_the_option_reaches_onnxruntime(monkeypatch):
     Session(DIGITS)
     assert not entries
     Session(DIGITS, exact=True)
-    assert entries == {"session.x64quantprecision": "1"}
+    assert entries == {"session.x64quantprecision": "1", "session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])

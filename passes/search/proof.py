@@ -1,0 +1,152 @@
+"""Points of the front, measured on samples that chose nothing, and what a user allows them to lose.
+
+snr         of the worst output, in dB
+agreement   of the argmax, of the worst output
+loss        top-1 accuracy lost, where the samples have labels; else the share of argmaxes that differ, where an
+            output holds class scores; else the squared error of the outputs, relative (1 % is 20 dB)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from channelfold.passes.layers import sensitivity
+from channelfold.passes.layers.sensitivity import Crew, Errors, Site, Trial, decibels
+from channelfold.passes.layers.switchboard import Board
+from channelfold.passes.search.front import Point
+from channelfold.runtime.io import workers as pool
+
+_SIGMA = 1.96  # of a two-sided interval of 95 %
+_TINY = 1e-30
+_TOGETHER = 4  # points that one task measures
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A point as measured. ``loss`` lies between ``low`` and ``high`` with a confidence of 95 %."""
+
+    point: Point
+    error: float
+    snr: float
+    agreement: float
+    loss: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user allows. ``max_size``: bytes of the file."""
+
+    max_loss: float | None = None
+    min_snr: float | None = None
+    min_agreement: float | None = None
+    max_size: float | None = None
+
+    def accurate(self, found: Figures) -> bool:
+        agreement = 1.0 if math.isnan(found.agreement) else found.agreement
+        return (
+            (self.max_loss is None or found.loss <= self.max_loss)
+            and (self.min_snr is None or found.snr >= self.min_snr)
+            and (self.min_agreement is None or agreement >= self.min_agreement)
+        )
+
+    @property
+    def of_accuracy(self) -> bool:
+        return any(limit is not None for limit in (self.max_loss, self.min_snr, self.min_agreement))
+
+
+@dataclass
+class Split:
+    """Samples to measure points on: files of the board, with a label for each or none."""
+
+    board: Board
+    files: tuple[str, ...]
+    labels: tuple[int, ...] = ()
+    crew: Crew = field(default_factory=Crew)
+    known: dict[Point, Figures] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """What ``loss`` is."""
+        if self.labels:
+            return "top-1 accuracy"
+        return "argmax agreement" if any(self.board.scores) else "relative squared error"
+
+    def measured(self, points: Sequence[Point], sites: Sequence[Site]) -> list[Figures]:
+        """The figures of points; each point is measured once."""
+        new = [point for point in dict.fromkeys(points) if point not in self.known]
+        parts = [new[start : start + _TOGETHER] for start in range(0, len(new), _TOGETHER)]
+        trials = [
+            Trial(self.board, self.files, tuple(point.chosen(sites) for point in part), labels=self.labels)
+            for part in parts
+        ]
+        found = pool.each(sensitivity.attempt, trials, self.crew.workers, self.crew.cluster)
+        for number, (part, errors) in enumerate(zip(parts, found, strict=True)):
+            self.crew.progress("Measuring points", number, len(parts))
+            self.known |= {point: self._figures(point, errors, place) for place, point in enumerate(part)}
+        return [self.known[point] for point in points]
+
+    def _figures(self, point: Point, errors: Errors, place: int) -> Figures:
+        lost, energy = errors.lost[place].sum(axis=0), errors.energy.sum(axis=0)
+        snr = float(np.min(decibels(lost / np.maximum(energy, _TINY))))
+        agreed = errors.agreed[place][:, list(self.board.scores)]
+        agreement = float(agreed.mean(axis=0).min()) if agreed.size and np.isfinite(agreed).all() else math.nan
+        if self.labels:
+            losses = errors.right[0].astype(float) - errors.right[1 + place]
+        elif not math.isnan(agreement):
+            losses = 1 - agreed.mean(axis=1)
+        else:
+            losses = errors.by_sample()[place]
+        return Figures(point, float(errors.by_sample()[place].mean()), snr, agreement, *interval(losses))
+
+
+def interval(losses: np.ndarray) -> tuple[float, float, float]:
+    """The mean of losses per sample, and its interval of confidence. Where all are equal, by the rule of three."""
+    count, mean = len(losses), float(losses.mean())
+    if np.ptp(losses) == 0:
+        return mean, mean, mean + 3 / count
+    half = _SIGMA * float(losses.std(ddof=1)) / math.sqrt(count)
+    return mean, mean - half, mean + half
+
+
+def undominated(found: Sequence[Figures]) -> list[Figures]:
+    """The points that no other has at most the cost and at most the error of, from the dearest to the cheapest."""
+    best: list[Figures] = []
+    for figures in sorted(found, key=lambda f: (f.point.cost, f.error, f.point.size)):
+        if not best or figures.error < best[-1].error:
+            best.append(figures)
+    return best[::-1]
+
+
+def refined(
+    found: list[Figures],
+    limits: Limits,
+    solve: Callable[[float], Point],
+    measure: Callable[[Point], Figures],
+    trials: int,
+) -> list[Figures]:
+    """``found`` and points between the cheapest that keeps the limits and the next cheaper one, by bisection.
+
+    ``solve`` gives the cheapest point of a predicted error.
+    """
+    for _ in range(trials):
+        kept = [f for f in found if limits.accurate(f)]
+        if not kept:
+            break
+        least = min(kept, key=lambda f: f.point.cost)
+        missed = [f for f in found if f.point.cost < least.point.cost and f.point.predicted > least.point.predicted]
+        if not missed:
+            break
+        nearest = min(missed, key=lambda f: f.point.predicted)
+        low, high = max(least.point.predicted, _TINY), nearest.point.predicted
+        low = max(low, high * 1e-4)
+        new = solve(math.sqrt(low * high))
+        if any(f.point == new for f in found):
+            break
+        found = [*found, measure(new)]
+    return found

@@ -1,0 +1,374 @@
+"""The jobs ``sensitivity`` and the search of ``compress``: options, errors, front and proof, as a record.
+
+``record["sensitivity"]``: {samples, additive: {option: {sum_db, measured_db}}, sites: [{nodes, op, options: {option:
+{snr_db, worst_db, share, bytes}}}]}, from the site that int8 hurts most.
+
+``record["search"]``: {loss: what it is, limits, met, samples: {sensitivity, steering, proof}, runs (of one sample),
+kappa_db, points: [{bytes, cost, smooth, options: {option: share of the bytes}, predicted_db, error_db, snr_db,
+agreement, loss, low, high, proof (the same figures on other samples, or null), chosen}], sites: [{nodes, option, bytes,
+snr_db, better: {option, bytes, snr_db} or null}]}. Bytes of a point are those of its file, nearly; its cost is relative
+to float.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from channelfold.passes import pipeline
+from channelfold.passes.base import Context, Pass
+from channelfold.passes.layers.sensitivity import SAMPLES, Crew, Site, Trial, attempt, decibels, keep, measure, spread
+from channelfold.passes.layers.switchboard import FLOAT, Board
+from channelfold.passes.recipe import make
+from channelfold.passes.search import options as choices
+from channelfold.passes.search.front import Point, cheapest, front, most_accurate, uniform
+from channelfold.passes.search.proof import Figures, Limits, Split, refined, undominated
+from channelfold.runtime.data.npz import read_headers
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.errors import DataError, GateError, UsageError
+from channelfold.runtime.io import temporary
+from channelfold.runtime.io.snapshot import Snapshot
+from channelfold.runtime.jobs.job import GateMissed, Job
+from channelfold.runtime.stats.compare import DEGRADED_SNR
+
+STEERING, PROOF = 32, 256  # samples at most on which points are compared, and on which the best is proved
+_LABELS = ("label", "labels", "target", "targets", "y", "class", "classes")
+_SMOOTH = "smooth"
+_NODE = 1000  # bytes of the nodes and names that a quantized node adds to a file
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to search for. ``max_size``: bytes of the file, or a share of the model's where it is 1 at most.
+
+    ``minimize``: "size", "arithmetic" or "both". Without a limit the outputs must have an SNR of ``compare``'s OK.
+    """
+
+    max_loss: float | None = None
+    max_size: float | None = None
+    minimize: str = "both"
+    trials: int = 12
+    workers: int = 1
+    cluster: str = ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A board with what is measured on it, and the graph that it is of."""
+
+    graph: gs.Graph
+    board: Board
+    sites: list[Site]
+    samples: tuple[str, ...]
+    passes: dict[str, Pass]
+    crew: Crew
+
+
+@contextlib.contextmanager
+def prepared(
+    job: Job, graph: gs.Graph, given: Mapping[str, Any], data: Data, crew: Crew, together: bool = True
+) -> Iterator[Prepared]:
+    """Makes the board of all options of a graph, and measures its sites on some of the data."""
+    passes = choices.steps(given)
+    with temporary.folder() as folder:
+        board = choices.board_of(graph, passes, Context(data, job.progress, job.source.seed), folder)
+        if not board.slots:
+            raise UsageError("No node of the model can be quantized", "channelfold inspect shows why")
+        samples = keep(board, spread(data, SAMPLES), "sensitivity")
+        groups = choices.groups(graph, board) if together else None
+        yield Prepared(graph, board, measure(board, samples, groups, crew), samples, passes, crew)
+
+
+def _after(job: Job, graph: gs.Graph, passes: Sequence[Pass], data: Data) -> tuple[gs.Graph, bool]:
+    """A copy of a graph after passes; whether the last one has changed it."""
+    context = Context(data, job.progress, job.source.seed)
+    graph, steps = pipeline.run(Snapshot.of(graph).graph(), passes, context, verify=False)
+    return graph, bool(steps and steps[-1]["changed"])
+
+
+def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew: Crew) -> None:
+    """Adds ``record["sensitivity"]``."""
+    if job.calibration is None:
+        raise DataError("There are no calibration data", "Give some with --calibration")
+    graph, _ = _after(job, job.graph, [*job.prepared(), *before], job.calibration)
+    with prepared(job, graph, given, job.calibration, crew, together=False) as found:
+        names = [option for option in choices.OPTIONS if any(option in site.errors for site in found.sites)]
+        mixes = [{n: o for n in found.board.slots if o in found.board.options(n)} for o in names]
+        whole = attempt(Trial(found.board, found.samples, tuple(mixes))).by_sample().mean(axis=1)
+        sums = {o: sum(site.errors.get(o, 0.0) for site in found.sites) for o in names}
+        additive = {
+            option: {"sum_db": float(decibels(sums[option])), "measured_db": float(decibels(error))}
+            for option, error in zip(names, whole, strict=True)
+        }
+        ranked = sorted(found.sites, key=lambda s: -s.errors.get(names[0], 0.0))
+        job.record["sensitivity"] = {
+            "samples": len(found.samples),
+            "outputs": list(found.board.outputs),
+            "additive": additive,
+            "sites": [_told(site, found.board, sums) for site in ranked],
+        }
+
+
+def _told(site: Site, board: Board, sums: Mapping[str, float]) -> dict[str, Any]:
+    options = {
+        option: {
+            "snr_db": float(decibels(error)),
+            "worst_db": float(decibels(max(site.by_sample[option]))),
+            "share": error / sums[option] if sums[option] > 0 else 0.0,
+            "bytes": site.sizes[option],
+        }
+        for option, error in site.errors.items()
+    }
+    return {
+        "nodes": list(site.nodes),
+        "op": board.slots[site.nodes[0]].op,
+        "bytes": site.sizes[FLOAT],
+        "options": options,
+    }
+
+
+# ---- the search --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Searching:
+    """A search at work, from sites and splits to the chosen point."""
+
+    found: Prepared
+    steering: Split
+    proof: Split
+    limits: Limits
+    trials: int
+    bytes_beside: int
+    smoothed: bool = False
+    measured: list[Figures] = field(default_factory=list)
+    proved: dict[Point, Figures] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[Site]:
+        return self.found.sites
+
+    def size(self, point: Point) -> int:
+        """Bytes of the file of a point, nearly."""
+        nodes = sum(len(s.nodes) for s, o in zip(self.sites, point.options, strict=True) if o != FLOAT)
+        return point.size + self.bytes_beside + _NODE * nodes
+
+    def run(self) -> Figures:
+        """The chosen point."""
+        first = [*uniform(self.sites), *front(self.sites, max(4, self.trials // 2))]
+        if self.limits.max_size is not None:
+            first.append(self._within(self.limits.max_size))
+        self.measured = self.steering.measured(first, self.sites)
+        if self.limits.of_accuracy:
+            left = max(2, self.trials - self.trials // 2)
+            self.measured = refined(
+                self.measured,
+                self.limits,
+                lambda error: cheapest(self.sites, error),
+                lambda point: self.steering.measured([point], self.sites)[0],
+                left,
+            )
+        return self._proved()
+
+    def _within(self, size: float) -> Point:
+        """The most accurate point whose file has at most ``size`` bytes."""
+        room = size - self.bytes_beside
+        for _ in range(20):
+            found = most_accurate(self.sites, room)
+            if self.size(found) <= size or room <= 0:
+                break
+            room -= self.size(found) - size
+        return found
+
+    def _proved(self) -> Figures:
+        """The best point that keeps the limits on the samples of the proof as well; else the nearest one."""
+        fits = [f for f in self.measured if self.limits.max_size is None or self.size(f.point) <= self.limits.max_size]
+        fits = fits or [min(self.measured, key=lambda f: f.point.size)]
+        if not self.limits.of_accuracy:
+            best = min(fits, key=lambda f: f.error)
+            self.proved[best.point] = self.proof.measured([best.point], self.sites)[0]
+            return best
+        kept = sorted((f for f in undominated(fits) if self.limits.accurate(f)), key=lambda f: f.point.cost)
+        for candidate in kept[: self.trials]:
+            self.proved[candidate.point] = self.proof.measured([candidate.point], self.sites)[0]
+            if self.limits.accurate(self.proved[candidate.point]):
+                return candidate
+        best = min(fits, key=lambda f: f.error)
+        self.proved[best.point] = self.proof.measured([best.point], self.sites)[0]
+        return best
+
+    @property
+    def runs(self) -> int:
+        """Runs of one sample through the board."""
+        alone = sum(len(errors) for site in self.sites for errors in site.by_sample.values())
+        points = len(self.steering.known) * len(self.steering.files) + len(self.proof.known) * len(self.proof.files)
+        return alone + points
+
+
+def find(job: Job, passes: Sequence[Pass], given: Mapping[str, Any], search: Search, gates: Any) -> list[Pass]:
+    """The passes that give the best model, in place of the quantizations in ``passes``; adds ``record["search"]``.
+
+    Data for calibration that the search holds back are not used by the passes either. ``gates`` are limits as well.
+    """
+    if job.calibration is None:
+        raise DataError("A search needs calibration data", "Give some with --calibration")
+    before = [step for step in passes if step.name not in ("quantize", "quantize-weights")]
+    crew = Crew(search.workers, search.cluster, job.progress)
+    data, steering, proof, labels = _split(job)
+    whole = job.record["model"]["bytes"]
+    max_size = search.max_size * whole if search.max_size is not None and search.max_size <= 1 else search.max_size
+    limits = Limits(search.max_loss, gates and gates.min_snr, gates and gates.min_agreement, max_size)
+    if limits == Limits():
+        limits = Limits(min_snr=DEGRADED_SNR)
+    graph, _ = _after(job, job.graph, [*job.prepared(), *before], data)
+    starts = [(before, graph)]
+    if not any(step.name == _SMOOTH for step in before):
+        smooth, changed = _after(job, graph, [make(_SMOOTH, {})], data)
+        starts += [([*before, make(_SMOOTH, {})], smooth)] if changed else []
+    results = []
+    for number, (steps, start) in enumerate(starts):
+        with prepared(job, start, given, data, crew) as found:
+            first, second = (
+                Split(found.board, keep(found.board, part, name), tuple(labels[i] for i in at) if labels else (), crew)
+                for name, (part, at) in (("steering", steering), ("proof", proof))
+            )
+            sites = choices.priced(start, found.sites, steering[0][0], search.minimize)
+            found = dataclasses.replace(found, sites=sites)
+            work = _Searching(found, first, second, limits, search.trials, whole - found.board.size({}), number > 0)
+            chosen = work.run()
+            record = _record(work, chosen)
+            mix = choices.recipe(steps, found.passes, found.board, chosen.point.chosen(work.sites))
+            results.append(
+                (not record["met"], chosen.point.cost if record["met"] else chosen.error, number, record, mix)
+            )
+    *_, record, mix = min(results, key=lambda result: result[:3])
+    job.record["search"] = _together(record, [other for *_, other, _ in results])
+    job.calibration = data
+    return mix
+
+
+def _together(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The record of the best start with the points of all, without those that others beat."""
+    points = [p | {"chosen": p["chosen"] and other is record} for other in records for p in other["points"]]
+    points.sort(key=lambda p: (p["cost"], -p["error_db"]))
+    kept = [p for i, p in enumerate(points) if p["chosen"] or all(q["error_db"] < p["error_db"] for q in points[:i])]
+    return record | {"points": kept[::-1], "runs": sum(other["runs"] for other in records)}
+
+
+Part = tuple[list[dict[str, np.ndarray]], list[int]]  # samples and their places in the data
+
+
+def _split(job: Job) -> tuple[Data, Part, Part, list[int]]:
+    """(calibration, samples that steer, samples of the proof, labels of the data that both come from)."""
+    calibration, evaluation = job.calibration, job.evaluation
+    assert calibration is not None
+    if evaluation is not None and len(evaluation) > 1:
+        places = [list(range(start, len(evaluation), 2)) for start in (0, 1)]
+        labels = _labels(job.source.evaluation, len(evaluation))
+        source, data = evaluation, calibration
+    else:
+        count = len(calibration)
+        if count < 8:
+            raise DataError(f"A search needs 8 calibration samples, and there are {count}", "Give more")
+        places, labels, source = [list(range(start, count, 4)) for start in (1, 3)], [], calibration
+        data = calibration.at({i for i in range(count) if i % 2 == 0})
+        job.warn("A half of the calibration data was held back, to measure points on; --evaluation gives other data")
+    parts = []
+    for own, limit in zip(places, (STEERING, PROOF), strict=True):
+        own = [own[int(i)] for i in np.linspace(0, len(own) - 1, min(limit, len(own)))]
+        parts.append((list(source.at(own)), own))
+    return data, parts[0], parts[1], labels
+
+
+def _labels(source: Any, count: int) -> list[int]:
+    """The right classes in evaluation data: whole numbers under a usual name, one a sample; none without them."""
+    arrays: dict[str, Any] = {}
+    if isinstance(source, Mapping):
+        arrays = dict(source)
+    elif isinstance(source, str | Path) and Path(source).suffix == ".npz":
+        headers = read_headers(Path(source))
+        if any(name in headers for name in _LABELS):
+            with np.load(source) as stored:
+                arrays = {name: stored[name] for name in _LABELS if name in headers}
+    for name in _LABELS:
+        if name in arrays and np.asarray(arrays[name]).dtype.kind in "iu" and np.shape(arrays[name]) == (count,):
+            return np.asarray(arrays[name]).tolist()
+    return []
+
+
+def _record(work: _Searching, chosen: Figures) -> dict[str, Any]:
+    proved = work.proved[chosen.point]
+    limits = dataclasses.asdict(work.limits)
+    small = work.limits.max_size is None or work.size(chosen.point) <= work.limits.max_size
+    ratios = [f.error / f.point.predicted for f in work.measured if f.point.predicted > 0 and f.error > 0]
+    return {
+        "loss": work.steering.kind,
+        "limits": {name: limit for name, limit in limits.items() if limit is not None},
+        "met": small and work.limits.accurate(proved),
+        "samples": {
+            "sensitivity": len(work.found.samples),
+            "steering": len(work.steering.files),
+            "proof": len(work.proof.files),
+        },
+        "runs": work.runs,
+        "kappa_db": float(10 * np.log10(np.median(ratios))) if ratios else 0.0,
+        "points": [_told_point(work, figures, chosen) for figures in undominated(work.measured)],
+        "sites": [_told_choice(s, o) for s, o in zip(work.sites, chosen.point.options, strict=True)],
+    }
+
+
+def _told_point(work: _Searching, figures: Figures, chosen: Figures) -> dict[str, Any]:
+    point = figures.point
+    shares: dict[str, float] = {}
+    for site, option in zip(work.sites, point.options, strict=True):
+        shares[option] = shares.get(option, 0.0) + site.sizes[FLOAT] / work.found.board.size({})
+    proof = work.proved.get(point)
+    return {
+        "bytes": work.size(point),
+        "cost": point.cost,
+        "smooth": work.smoothed,
+        "options": shares,
+        "predicted_db": float(decibels(point.predicted)),
+        **_figures(figures),
+        "proof": _figures(proof) if proof else None,
+        "chosen": point == chosen.point,
+    }
+
+
+def _figures(found: Figures) -> dict[str, Any]:
+    told = {name: getattr(found, name) for name in ("agreement", "loss", "low", "high")}
+    told["agreement"] = None if math.isnan(found.agreement) else found.agreement
+    return {"error_db": float(decibels(found.error)), "snr_db": found.snr, **told}
+
+
+def _told_choice(site: Site, option: str) -> dict[str, Any]:
+    """The option of a site, and the next better one: what it would cost, and what it would buy."""
+    error = site.errors.get(option, 0.0)
+    better = [o for o in site.options() if site.errors.get(o, 0.0) < error]
+    following = max(better, key=lambda o: (site.errors.get(o, 0.0), -site.sizes[o]), default=None)
+    told = {"nodes": list(site.nodes), "option": option, "bytes": site.sizes[option], "snr_db": float(decibels(error))}
+    if following is None:
+        return told | {"better": None}
+    more = {"option": following, "bytes": site.sizes[following] - site.sizes[option]}
+    return told | {"better": more | {"snr_db": float(decibels(site.errors.get(following, 0.0)))}}
+
+
+def check(job: Job) -> None:
+    """Raises GateMissed where no point keeps the limits of the search."""
+    found = job.record.get("search")
+    if found and not found["met"]:
+        nearest = next(point for point in found["points"] if point["chosen"])
+        shown = nearest["proof"] or nearest
+        what = f"{found['loss']} lost {shown['loss']:.2%}, SNR {shown['snr_db']:.1f} dB, {nearest['bytes']:,} bytes"
+        asked = ", ".join(f"{name.replace('_', '-')} {limit:g}" for name, limit in found["limits"].items())
+        raise GateMissed(
+            GateError(f"No point keeps the limits ({asked})", f"The nearest was written: {what}"), job.record
+        )

@@ -1,0 +1,107 @@
+"""A search and the sensitivities of nodes, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
+
+_DB = "{:.1f}"
+
+
+def show(record: Mapping[str, Any], page: Page) -> None:
+    """Prints the front, and what was chosen for every site."""
+    found = record["search"]
+    names = list(dict.fromkeys(name for point in found["points"] for name in point["options"]))
+    rows = [_point(point, names) for point in found["points"]]
+    columns = (
+        *(f">{name}" for name in names),
+        ">predicted dB",
+        ">error dB",
+        ">SNR dB",
+        ">agree",
+        ">lost",
+    )
+    page.table("Front", (*columns, ">on other samples", "<"), rows)
+    samples = found["samples"]
+    page.note("bytes of the file; cost against float; float, int8, w8, w4: share of the weights; worst output: its SNR")
+    page.note(f"measured on {samples['steering']} samples, proved on {samples['proof']} others, with intervals of 95 %")
+    chosen = next(point for point in found["points"] if point["chosen"])
+    shown = chosen["proof"] or chosen
+    verdict = ("kept", "green") if found["met"] else ("MISSED", "bold red")
+    if found["limits"]:
+        limits = ", ".join(f"{name.replace('_', '-')} {limit:g}" for name, limit in found["limits"].items())
+        page.say(("limits: ", "bold"), limits, ", ", verdict)
+    page.say((f"{found['loss']} lost: ", "bold"), f"{_loss(shown)} on the samples of the proof")
+    limit = found["limits"].get("max_loss")
+    if limit is not None and found["met"] and shown["high"] > limit:
+        page.say(
+            (
+                f"{samples['proof']} samples cannot promise a loss of {limit:.1%}: more evaluation data narrow it",
+                "yellow",
+            )
+        )
+    sites = sorted(found["sites"], key=lambda site: site["snr_db"])
+    columns = ("<option", ">bytes", ">dB alone", "<next better", ">bytes more", ">dB then")
+    page.fill("Nodes", columns, [(_names(site), *_site(site)) for site in sites])
+
+
+def _point(point: Mapping[str, Any], names: list[str]) -> tuple[Any, ...]:
+    shares = (f"{point['options'][name]:.0%}" if name in point["options"] else "" for name in names)
+    proof = point["proof"]
+    told = f"{number(proof['snr_db'], _DB)} dB, {_loss(proof)}" if proof else ""
+    agreement = number(point["agreement"], "{:.1%}")
+    return (
+        size(point["bytes"]),
+        f"{point['cost']:.1%}",
+        "smooth" if point["smooth"] else "",
+        *shares,
+        *(number(point[key], _DB) for key in ("predicted_db", "error_db", "snr_db")),
+        agreement,
+        f"{point['loss']:.2%}",
+        told,
+        ("chosen", "green") if point["chosen"] else "",
+    )
+
+
+def _loss(point: Mapping[str, Any]) -> str:
+    return f"{point['loss']:.2%} ({point['low']:.2%} to {point['high']:.2%})"
+
+
+def _names(site: Mapping[str, Any]) -> str:
+    more = len(site["nodes"]) - 1
+    return site["nodes"][0] + (f" and {more} more" if more else "")
+
+
+def _site(site: Mapping[str, Any]) -> tuple[str, ...]:
+    better = site["better"]
+    told = (better["option"], f"{better['bytes']:+,}", _db(better["snr_db"])) if better else ("", "", "")
+    return (site["option"], size(site["bytes"]), _db(site["snr_db"]), *told)
+
+
+def _db(value: float) -> str:
+    return UNKNOWN if value >= 299 else f"{value:.1f}"  # no error at all
+
+
+def show_sensitivity(record: Mapping[str, Any], page: Page) -> None:
+    """Prints the error of every node and option, from the largest."""
+    found = record["sensitivity"]
+    names = list(found["additive"])
+    columns = [f"<{heading}" if heading == "op" else f">{heading}" for heading in
+               ("op", "bytes", *(f"{name} {what}" for name in names for what in ("dB", "worst", "share")))]  # fmt: skip
+    rows = [(_names(site), site["op"], size(site["bytes"]), *_options(site, names)) for site in found["sites"]]
+    page.fill("Sensitivity", columns, rows)
+    page.note(f"error of {', '.join(found['outputs'])} where one node has the option, on {found['samples']} samples; "
+              "worst: on one sample; share: of the sum of all nodes")  # fmt: skip
+    for name, pair in found["additive"].items():
+        page.say((f"{name}: ", "bold"), f"the nodes add up to {pair['sum_db']:.1f} dB, all together measure "
+                 f"{pair['measured_db']:.1f} dB")  # fmt: skip
+
+
+def _options(site: Mapping[str, Any], names: list[str]) -> list[str]:
+    cells = []
+    for name in names:
+        option = site["options"].get(name)
+        cells += [_db(option["snr_db"]), _db(option["worst_db"]), f"{option['share']:.1%}"] if option else ["", "", ""]
+    return cells

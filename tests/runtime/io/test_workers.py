@@ -1,0 +1,58 @@
+"""Results come in order whatever the number of workers, and survive the death of one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from channelfold.runtime.errors import ChannelfoldError, DependencyError
+from channelfold.runtime.io.workers import each
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def dies_once(folder: Path, number: int) -> int:
+    if number == 2 and not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def dies(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def fails(number: int) -> int:
+    raise ValueError(f"no {number}")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_are_in_the_order_of_the_tasks(workers):
+    assert list(each(square, range(6), workers)) == [0, 1, 4, 9, 16, 25]
+
+
+def test_a_killed_worker_costs_its_task_alone(tmp_path):
+    assert list(each(partial(dies_once, tmp_path), range(5), 2)) == [0, 1, 4, 9, 16]
+    assert (tmp_path / "died").exists()
+
+
+def test_workers_that_die_again_and_again_are_given_up():
+    with pytest.raises(ChannelfoldError, match="again and again"):
+        list(each(dies, range(2), 2))
+
+
+def test_the_error_of_a_task_is_that_of_the_caller():
+    with pytest.raises(ValueError, match="no 0"):
+        list(each(fails, range(2), 2))
+
+
+def test_a_cluster_without_dask_says_what_to_install():
+    with pytest.raises(DependencyError, match=r"channelfold\[dask\]"):
+        list(each(square, range(2), cluster="tcp://127.0.0.1:1"))

@@ -1,0 +1,112 @@
+"""A search ends with a model that keeps the limits on samples that chose nothing, or says so."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from channelfold import models
+from channelfold.runtime import jobs
+from channelfold.runtime.errors import DataError, UsageError
+from channelfold.runtime.stats.compare import Gates
+
+DIGITS = models.path("digits_cnn.onnx")
+CALIBRATION = dict(np.load(models.path("digits_calibration.npz")))
+EVALUATION = dict(np.load(models.path("digits_evaluation.npz")))
+SOURCE = jobs.Source(CALIBRATION, {name: values[:100] for name, values in EVALUATION.items()})
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    return folder, jobs.compress(DIGITS, folder, source=SOURCE, search=jobs.Search(max_loss=0.02, trials=6))
+
+
+def chosen(record):
+    return next(point for point in record["search"]["points"] if point["chosen"])
+
+
+def test_the_model_is_smaller_and_loses_no_more_than_allowed(searched):
+    folder, record = searched
+    assert record["search"]["met"]
+    assert record["search"]["loss"] == "top-1 accuracy"
+    assert chosen(record)["proof"]["loss"] <= 0.02
+    assert chosen(record)["proof"]["low"] <= chosen(record)["proof"]["loss"] <= chosen(record)["proof"]["high"]
+    assert record["output"]["bytes"] < 0.4 * record["model"]["bytes"]
+    assert chosen(record)["bytes"] == pytest.approx(record["output"]["bytes"], rel=0.3)
+    assert (folder / "model.onnx").stat().st_size == record["output"]["bytes"]
+    assert json.loads((folder / "report.json").read_text())["search"]["met"]
+
+
+def test_what_the_board_measured_is_what_the_file_does(searched):
+    _, record = searched
+    (output,) = record["accuracy"]["outputs"]
+    assert output["snr"] == pytest.approx(chosen(record)["proof"]["snr_db"], abs=1.5)  # on other samples
+    for point in record["search"]["points"][1:]:
+        assert point["error_db"] == pytest.approx(point["predicted_db"], abs=2)
+
+
+def test_the_front_has_no_point_that_another_beats(searched):
+    points = searched[1]["search"]["points"]
+    assert [p["cost"] for p in points] == sorted((p["cost"] for p in points), reverse=True)
+    assert [p["error_db"] for p in points] == sorted((p["error_db"] for p in points), reverse=True)
+
+
+def test_the_recipe_makes_the_same_model_again(searched, tmp_path):
+    folder, _ = searched
+    jobs.compress(DIGITS, tmp_path, folder / "recipe.toml", source=SOURCE)
+    assert (tmp_path / "model.onnx").read_bytes() == (folder / "model.onnx").read_bytes()
+
+
+def test_what_no_model_can_keep_ends_with_the_nearest(tmp_path):
+    with pytest.raises(jobs.GateMissed, match="No point keeps the limits"):
+        jobs.compress(DIGITS, tmp_path, source=SOURCE, search=jobs.Search(max_size=0.05, trials=4))
+    assert (tmp_path / "model.onnx").exists()
+    record = json.loads((tmp_path / "report.json").read_text())
+    assert not record["search"]["met"]
+
+
+def test_a_size_is_not_exceeded_by_the_file(tmp_path):
+    record = jobs.compress(DIGITS, tmp_path, source=SOURCE, search=jobs.Search(max_size=80_000, trials=4))
+    assert record["output"]["bytes"] <= 80_000
+    assert set(chosen(record)["options"]) <= {"float", "w8", "w4"}  # activations of 8 bits save no bytes
+
+
+def test_gates_are_limits_of_a_search(tmp_path):
+    record = jobs.compress(DIGITS, tmp_path, source=SOURCE, gates=Gates(min_snr=40), search=jobs.Search(trials=6))
+    assert record["search"]["limits"] == {"min_snr": 40}
+    assert chosen(record)["proof"]["snr_db"] >= 40
+
+
+def test_a_share_of_float_nodes_and_a_search_exclude_each_other(tmp_path):
+    with pytest.raises(UsageError, match="the search chooses the nodes"):
+        jobs.compress(DIGITS, tmp_path, source=SOURCE, overrides={"float_share": 0.1}, search=jobs.Search())
+
+
+def test_a_search_without_data_is_told_what_to_give(tmp_path):
+    with pytest.raises(DataError, match="A search needs calibration data"):
+        jobs.compress(DIGITS, tmp_path, search=jobs.Search())
+
+
+def test_without_evaluation_a_part_of_the_calibration_data_is_held_back(tmp_path):
+    record = jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION), search=jobs.Search(trials=4))
+    assert record["search"]["samples"] == {"sensitivity": 16, "steering": 32, "proof": 32}
+    assert any("held back" in warning for warning in record["warnings"])
+
+
+def test_sensitivities_are_ranked_and_add_up():
+    record = jobs.sensitivity(DIGITS, source=jobs.Source(CALIBRATION))["sensitivity"]
+    errors = [site["options"].get("int8", {"snr_db": 300})["snr_db"] for site in record["sites"]]
+    assert errors == sorted(errors)
+    for pair in record["additive"].values():
+        assert pair["sum_db"] == pytest.approx(pair["measured_db"], abs=1.5)
+    shares = [site["options"]["int8"]["share"] for site in record["sites"] if "int8" in site["options"]]
+    assert sum(shares) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_number_of_workers_changes_no_bit(workers):
+    alone = jobs.sensitivity(DIGITS, source=jobs.Source(CALIBRATION))["sensitivity"]
+    assert jobs.sensitivity(DIGITS, source=jobs.Source(CALIBRATION), workers=workers)["sensitivity"] == alone
