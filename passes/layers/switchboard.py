@@ -139,11 +139,18 @@ class Player:
         return [found[name] for name in self.board.outputs]
 
 
-def build(graph: gs.Graph, variants: Mapping[str, gs.Graph], folder: Path, acting: Sequence[str] = ("int8",)) -> Board:
+def build(
+    graph: gs.Graph,
+    variants: Mapping[str, gs.Graph],
+    folder: Path,
+    acting: Sequence[str] = ("int8",),
+    centered: Mapping[str, Mapping[str, float]] | None = None,
+) -> Board:
     """Writes the board of a float graph into a folder.
 
     ``variants``: by option, the graph that a pass makes of ``graph`` where it gives every node this option; they are
-    used up. Those in ``acting`` also quantize activations; there is one of them at most. Raises ModelError.
+    used up. Those in ``acting`` also quantize activations; there is one of them at most. ``centered``: the linears of
+    that one that read or write x - c, whose biases make up for that in all options. Raises ModelError.
     """
     found = {FLOAT: _Options(graph), **{option: _Options(other, settle(other)) for option, other in variants.items()}}
     infer_shapes(graph)
@@ -154,7 +161,11 @@ def build(graph: gs.Graph, variants: Mapping[str, gs.Graph], folder: Path, actin
     for number, name in enumerate(node.name for node in graph.nodes):
         options = {option: own for option, own in found.items() if name in own}
         if len(options) > 1:
-            slots[name] = _slot(base, name, options, folder, number)
+            values = {option: found.values(name) for option, found in options.items()}
+            if centered and name in base.linears:
+                for option in values.keys() - set(acting):
+                    values[option] = _centered(base.linears[name], *values[option], centered)
+            slots[name] = _slot(base, name, values, {o: own.size(name) for o, own in options.items()}, folder, number)
     switches = tuple(_switches(whole, slots))
     ends = _measured(whole)
     whole.outputs = [tensor for tensor, _ in ends]
@@ -229,9 +240,26 @@ def _is_table(tensor: gs.Tensor) -> bool:
     return isinstance(tensor, gs.Constant) and len(tensor.shape) == 2 and edit.is_float_type(np.dtype(tensor.dtype))
 
 
-def _slot(base: _Options, name: str, options: Mapping[str, _Options], folder: Path, number: int) -> Slot:
+def _centered(
+    linear: Linear, weight: np.ndarray, bias: np.ndarray | None, centered: Mapping[str, Mapping[str, float]]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """A weight, and the bias for a linear that reads x - c or writes y - c."""
+    read, written = (centered.get(side, {}).get(linear.name, 0.0) for side in ("read", "written"))
+    if not read and not written:
+        return weight, bias
+    moved = linear.respond(weight, np.full(linear.channels[1], read)) - written
+    return weight, moved if bias is None else bias + moved
+
+
+def _slot(
+    base: _Options,
+    name: str,
+    values: Mapping[str, tuple[np.ndarray, np.ndarray | None]],
+    sizes: dict[str, int],
+    folder: Path,
+    number: int,
+) -> Slot:
     """Makes the weight and bias of a node inputs of the base, and writes those of all options."""
-    values = {option: found.values(name) for option, found in options.items()}
     linear = base.linears.get(name)
     if linear is None:
         places = [(base.tables[name], 0)]
@@ -251,7 +279,6 @@ def _slot(base: _Options, name: str, options: Mapping[str, _Options], folder: Pa
         files[option] = tuple(f"{number}.{option}.{place}.npy" for place in range(len(own)))
         for file, array in zip(files[option], own, strict=True):
             np.save(folder / file, np.ascontiguousarray(array))
-    sizes = {option: found.size(name) for option, found in options.items()}
     return Slot(name, places[0][0].op, tuple(tensor.name for tensor in inputs), files, sizes)
 
 

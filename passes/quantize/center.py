@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit
 from channelfold.passes.layers.linear import Linear
-from channelfold.passes.quantize.qdq import Range
+from channelfold.passes.quantize.qdq import Inserter, Range
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
@@ -55,18 +55,20 @@ def _pads(site: Linear) -> list[int]:
 
 
 def center(
-    graph: gs.Graph, tensor: gs.Variable, seen: Range, sites: list[Linear], views: Mapping[int, Linear]
+    inserter: Inserter, tensor: gs.Variable, seen: Range, sites: list[Linear], views: Mapping[int, Linear]
 ) -> gs.Variable | None:
     """The tensor x - c that ``sites`` read now instead of ``tensor``; None where x stays.
 
     ``views``: the linears of the graph by the id of their output.
     """
-    kind = sites[0].dtype
+    graph, kind = inserter.graph, sites[0].dtype
     offset = seen.offset(kind)
     if not _take_back(sites) or any(_overflows(site, offset) for site in sites):
         return None
     alone = len(edit.consumers(tensor)) == len(sites) and not edit.is_output(graph, tensor)
-    if alone and _lowered(graph, tensor, offset, views):
+    if alone and (writer := _lowered(graph, tensor, offset, views)):
+        inserter.centered["written"][writer] = offset
+        inserter.centered["read"] |= {site.name: offset for site in sites}
         return _padded(graph, tensor, offset, sites[0]) if sites[0].padded else tensor
     if any(site.is_conv for site in sites):
         return None
@@ -74,6 +76,7 @@ def center(
     by = constant(graph, f"{tensor.name}_center", np.array(offset, kind))
     sub = gs.Node("Sub", free_name(graph, f"{tensor.name}_Sub"), inputs=[tensor, by], outputs=[moved])
     _put_between(graph, sub, sites)
+    inserter.centered["read"] |= {site.name: offset for site in sites}
     return moved
 
 
@@ -109,29 +112,29 @@ def _overflows(site: Linear, offset: float) -> bool:
     return bool(largest > np.finfo(site.dtype).max / 2)
 
 
-def _lowered(graph: gs.Graph, tensor: gs.Variable, offset: float, views: Mapping[int, Linear]) -> bool:
-    """Lets ``tensor`` hold x - c by the bias of the linear that writes it; whether there is such a linear."""
+def _lowered(graph: gs.Graph, tensor: gs.Variable, offset: float, views: Mapping[int, Linear]) -> str:
+    """Lets ``tensor`` hold x - c by the bias of the linear that writes it, whose name is returned; "" without one."""
     node, written = edit.producer(tensor), tensor
     bounds = _bounds(node) if node is not None else None
     if node is not None and bounds is not None:
         written = node.inputs[0]
         if edit.sole_consumer(graph, written) is not node:
-            return False
+            return ""
     linear = views.get(id(written))
     if linear is None or not _has_place(linear):
-        return False
+        return ""
     bias = linear.bias()
     try:
         linear.set_bias((np.zeros(linear.channels[0]) if bias is None else bias) - offset)
     except DoesNotFit:
-        return False
+        return ""
     if node is not None and bounds is not None:
         node.op, node.attrs = "Clip", {}
         for index, bound in enumerate(bounds, 1):
             if np.isfinite(bound):
                 moved = np.array(bound - offset, linear.dtype)
                 edit.set_constant(graph, node, index, moved, f"{node.name}_bound_{index}")
-    return True
+    return linear.name
 
 
 def _bounds(node: gs.Node) -> tuple[float, float] | None:

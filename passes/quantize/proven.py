@@ -31,27 +31,27 @@ WhyFloat = Callable[[gs.Graph, list[Linear]], dict[str, str]]
 
 def in_int8(
     graph: gs.Graph, sites: list[Linear], outcome: Outcome, insert: Insert, why_float: WhyFloat
-) -> tuple[list[Linear], gs.Graph]:
-    """The sites that are int8 once ``insert`` has put QDQ nodes around them alone, and the last copy tried.
+) -> tuple[list[Linear], Inserter]:
+    """The sites that are int8 once ``insert`` has put QDQ nodes around them alone, and the inserter of the last copy.
 
     The others are refused for the reason that ``why_float`` gives by name of the site.
     """
-    before, trial = Snapshot.of(graph), graph
-    while sites:
+    before = Snapshot.of(graph)
+    while True:
         trial = before.graph()
         infer_shapes(trial)
         views = {linear.name: linear for linear in linears(trial)}
         tried = [views[site.name] for site in sites]
-        insert(trial, tried).finish()
+        inserter = insert(trial, tried)
+        inserter.finish()
         edit.remove_dead(trial)
-        lost = why_float(trial, tried)
+        lost = why_float(trial, tried) if tried else {}
         for site in sites:
             if reason := lost.get(site.name):
                 outcome.refuse(site.name, f"{site.node.op} stays float: {reason}", reason)
         sites = [site for site in sites if site.name not in lost]
         if not lost:
-            break
-    return sites, trial
+            return sites, inserter
 
 
 def expanded(outcome: Outcome) -> WhyFloat:

@@ -148,7 +148,8 @@ Codes = dict[str, tuple[np.ndarray, np.ndarray]]  # codes and scales by the name
 class Inserter:
     """Makes QDQ nodes and remembers them, so that readers of one tensor, or of one weight, share them.
 
-    ``codes`` are those of an inserter on a copy of the graph, so that no weight is rounded twice.
+    ``codes`` are those of an inserter on a copy of the graph, so that no weight is rounded twice. ``centered``: by name
+    of the linear, the c of those that read x - c, and of those that write it (see ``center``).
     """
 
     def __init__(self, graph: gs.Graph, symmetric: bool = True, codes: Codes | None = None, format: Format = INT8):
@@ -161,7 +162,7 @@ class Inserter:
         self._pairs: dict[Hashable, gs.Variable] = {}
         self._weights: dict[Hashable, gs.Variable] = {}
         self.stored: dict[Hashable, list[gs.Constant]] = {}
-        self.centered: set[str] = set()
+        self.centered: dict[str, dict[str, float]] = {"read": {}, "written": {}}
 
     def activation(self, tensor: gs.Variable, seen: Range, readers: Sequence[gs.Node], floating: str = "") -> None:
         """Lets ``readers`` read a tensor through a Q and a DQ node, with codes of the type ``floating`` if given."""

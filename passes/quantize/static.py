@@ -114,20 +114,21 @@ class Work(Quantize):
                 outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({worst[site.name]:.1f} dB)", reason)
             kept = [site for site in kept if site.name not in worst]
         if integers:
-            kept, trial = in_int8(graph, kept, outcome, insert, expanded(outcome))
-            if self.reduce_range == "auto" and kept and (lost := saturation.lost(graph, trial, ctx.data)):
+            kept, tried = in_int8(graph, kept, outcome, insert, expanded(outcome))
+            if self.reduce_range == "auto" and kept and (lost := saturation.lost(graph, tried.graph, ctx.data)):
                 format, codes = INT7, Codes()
                 outcome.warnings.append(f"Weights have 7 bits, for with 8 {lost}")
         elif self.verify_plan:
             kept, _ = in_int8(graph, kept, outcome, insert, planned(self.verify_plan, ctx, outcome))
         inserter = insert(graph, kept)
         for site in kept:
-            more = ", centered" if site.name in inserter.centered else ""
+            more = ", centered" if site.name in inserter.centered["read"] else ""
             outcome.change(site.name, f"{says[site.name]} up to {limits[site.name]:.4g}{more}")
         if quantize_tables(inserter, outcome, lambda _: INT8, self) or kept or cells:
             inserter.finish()
             edit.remove_dead(graph)
         outcome.facts = summary(graph, kept, cells) | {"activations": facts, "weight_bits": format.bits}
+        outcome.facts["centered"] = inserter.centered
         return outcome
 
     def left(self, graph: gs.Graph) -> dict[str, Any]:
@@ -158,8 +159,8 @@ class Work(Quantize):
         if count <= 0:
             return {}
         with temporary.folder() as folder:
-            _, quantized = in_int8(graph, sites, Outcome(), insert, lambda *_: {})
-            board = build(graph, {"int8": quantized}, folder)
+            _, tried = in_int8(graph, sites, Outcome(), insert, lambda *_: {})
+            board = build(graph, {"int8": tried.graph}, folder, centered=tried.centered)
             samples = keep(board, spread(ctx.data, SAMPLES), "sample")
             measured = measure(board, samples, crew=Crew(progress=ctx.progress))
         errors = {site.nodes[0]: site.errors["int8"] for site in measured}
@@ -268,7 +269,7 @@ def _insert(
     """
     graph, integers = inserter.graph, not inserter.symmetric
     if not integers:
-        ranges, means, inserter.centered = _centered(graph, sites, ranges, means)
+        ranges, means = _centered(inserter, sites, ranges, means)
     between, everywhere = _integers(graph, sites, poor) if integers else ([], set())
     tensors = {id(tensor): tensor for tensor in [*between, *(site.data for site in sites)]}
     readers: dict[int, list[gs.Node]] = {key: [] for key in tensors}
@@ -299,28 +300,24 @@ def _insert(
 
 
 def _centered(
-    graph: gs.Graph, sites: list[Linear], ranges: Mapping[str, Range], means: Mapping[tuple[str, int | None], Any]
-) -> tuple[dict[str, Range], dict[tuple[str, int | None], Any], set[str]]:
-    """Centers the inputs that have a free range; ranges and means by the names that the sites read then.
-
-    The third result has the names of the sites that read x - c.
-    """
-    ranges, means, centered = dict(ranges), dict(means), set()
+    inserter: Inserter, sites: list[Linear], ranges: Mapping[str, Range], means: Mapping[tuple[str, int | None], Any]
+) -> tuple[dict[str, Range], dict[tuple[str, int | None], Any]]:
+    """Centers the inputs that have a free range; ranges and means by the names that the sites read then."""
+    ranges, means = dict(ranges), dict(means)
     readers: dict[str, list[Linear]] = {}
     for site in sites:
         if ranges[site.data.name].free:
             readers.setdefault(site.data.name, []).append(site)
-    views = {id(one.output): one for one in (*linears(graph), *sites)}
+    views = {id(one.output): one for one in (*linears(inserter.graph), *sites)}
     for name, own in readers.items():
         seen = ranges[name]
-        read = center.center(graph, own[0].data, seen, own, views)
+        read = center.center(inserter, own[0].data, seen, own, views)
         if read is None:
             ranges[name] = replace(seen, free=False)
             continue
         ranges[read.name] = seen
         means |= {(read.name, site.in_axis): means.get((name, site.in_axis)) for site in own}
-        centered |= {site.name for site in own}
-    return ranges, means, centered
+    return ranges, means
 
 
 def _unified(graph: gs.Graph, ranges: Mapping[str, Range]) -> dict[str, Range]:

@@ -51,10 +51,11 @@ def steps(given: Mapping[str, Any]) -> dict[str, Pass]:
 
 def board_of(graph: gs.Graph, passes: Mapping[str, Pass], ctx: Context, folder: Path) -> Board:
     """The board of a graph: every pass runs on a copy, on all nodes that it takes."""
-    before, variants = Snapshot.of(graph), {}
+    before, variants, centered = Snapshot.of(graph), {}, None
     for option, step in passes.items():
-        variants[option], _ = pipeline.run(before.graph(), _comparable(step), ctx, verify=False)
-    return build(graph, variants, folder, ACTING)
+        variants[option], done = pipeline.run(before.graph(), _comparable(step), ctx, verify=False)
+        centered = next((one["facts"]["centered"] for one in done if "centered" in one["facts"]), centered)
+    return build(graph, variants, folder, ACTING, centered)
 
 
 def _comparable(step: Pass) -> list[Pass]:

@@ -14,6 +14,7 @@ from channelfold.passes.base import Context
 from channelfold.passes.layers import sensitivity, switchboard
 from channelfold.passes.layers.switchboard import Board, build, dequantized
 from channelfold.passes.recipe import load_recipe, make
+from channelfold.passes.search.options import board_of
 from channelfold.runtime.data.sources import Data, open_data
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import load, session
@@ -37,9 +38,10 @@ def shipped(name: str) -> tuple[gs.Graph, Data]:
 
 def boards(graph: gs.Graph, data: Data, folder: Path, **options) -> tuple[Board, dict[str, gs.Graph]]:
     steps = {"int8": ("quantize", {"reduce_range": "off", "embeddings": False} | options), **OPTIONS}
-    variants = {option: quantized(graph, data, *step) for option, step in steps.items()}
-    written = {option: Snapshot.of(variant).graph() for option, variant in variants.items()}
-    return build(graph, variants, folder), written
+    made = {option: make(name, settings) for option, (name, settings) in steps.items()}
+    written = {option: pipeline.run(Snapshot.of(graph).graph(), [step], Context(data), verify=False)[0]
+               for option, step in made.items()}  # fmt: skip
+    return board_of(graph, made, Context(data), folder), written
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
