@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 def _source(jobs: Any, options: dict[str, Any]) -> Any:
     """The data of a command. Removes their options from ``options``."""
-    names = ("calibration", "evaluation", "random", "allow_script", "seed")
+    names = ("calibration", "evaluation", "random", "allow_script", "seed", "cache")
     given = {name: value for name in opt.READING if (value := options.pop(name)) is not None}
     found = {name: options.pop(name) for name in names if name in options}
     return jobs.Source(**found, reading=jobs.Reading(**given))

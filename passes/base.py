@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import fnmatch
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from channelfold.passes.options import options
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
     from channelfold.runtime.data.sources import Data
+    from channelfold.runtime.stats.observe import Joint, Observer
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Context:
     ``calibration`` is the data for calibrated passes, or None. Long work calls ``progress(stage, done, total)`` now and
     then. ``seed`` makes random probes repeatable. ``shared`` holds the ids of the values that several parts of the
     model (main graph and bodies) read, each of which has data of its own. ``quantizer`` is the pass that quantizes the
-    graph later, where one is known.
+    graph later, where one is known. ``keep`` is the folder where statistics are kept for a later run.
     """
 
     calibration: Data | None = None
@@ -127,6 +129,7 @@ class Context:
     seed: int = 0
     shared: frozenset[int] = frozenset()
     quantizer: Pass | None = None
+    keep: Path | None = None
 
     @property
     def data(self) -> Data:
@@ -134,6 +137,11 @@ class Context:
         if self.calibration is None:
             raise DataError("There are no calibration data", "Give some with --calibration")
         return self.calibration
+
+    def observe(self, graph: gs.Graph, observers: Mapping[str, Sequence[Observer | Joint]]) -> None:
+        """Shows observers the tensor of their name on the calibration data (``stats.observe``)."""
+        observe = importlib.import_module("channelfold.runtime.stats.observe").observe
+        observe(graph, observers, self.data, self.progress, self.keep)
 
 
 @dataclass(frozen=True)

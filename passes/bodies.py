@@ -104,7 +104,7 @@ def _inside(step: Pass, body: Body, ctx: Context, data: dict[int, Data]) -> Outc
         if why and step.needs_data:
             return _refused(step, body, why)
         with body.apart() as graph:
-            outcome = step.apply(graph, dataclasses.replace(ctx, calibration=mine))
+            outcome = step.apply(graph, dataclasses.replace(ctx, calibration=mine, keep=None))
     except ChannelfoldError:
         if not why:
             raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -150,6 +151,12 @@ source = together(
     random,
     reading,
     seed,
+    click.option(
+        "--cache",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Keep statistics of the calibration data there. The same model and data then take no further run.",
+    ),
 )
 shipped = click.option(
     "--model", type=_Choice(list(MODELS)), default="digits_cnn", show_default=True, help="The shipped network."

@@ -29,7 +29,7 @@ from channelfold.passes.quantize import ClipWeights
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats.channels import ChannelStatistics
-from channelfold.runtime.stats.observe import by_name, observe
+from channelfold.runtime.stats.observe import by_name
 
 _RATIOS = tuple(1 - i / 20 for i in range(1, 10))
 _CHUNK = 1 << 22  # values that are in work at a time
@@ -46,7 +46,7 @@ class Work(ClipWeights):
         scores = score_projections(graph)
         sites = list(usable(graph, outcome, lambda linear: self._why_not(linear, scores), "stays as it is"))
         observers = {site.data.name: ChannelStatistics(site.in_axis, ROWS) for site in sites}
-        observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
+        ctx.observe(graph, by_name(observers.items()))
         facts = []
         for number, site in enumerate(sites):
             ctx.progress("Clipping weights", number, len(sites))

@@ -43,7 +43,7 @@ from channelfold.runtime.io import edit, temporary
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats import saturation
 from channelfold.runtime.stats.histograms import TensorStatistics, counted
-from channelfold.runtime.stats.observe import by_name, observe
+from channelfold.runtime.stats.observe import by_name
 
 # What onnxruntime computes in int8 between convolutions when what it reads and writes is quantized.
 _BETWEEN = (
@@ -79,7 +79,7 @@ class Work(Quantize):
         axes |= {site.data.name: site.in_axis for site in sites}
         enough = counted(len(ctx.data))
         statistics = {name: TensorStatistics(axis, enough) for name, axis in axes.items()}
-        observe(graph, by_name(statistics.items()), ctx.data, ctx.progress)
+        ctx.observe(graph, by_name(statistics.items()))
         movable = set() if integers or not self.center else center.movable(sites)
         ranges = {name: self._range(seen, name in movable) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges

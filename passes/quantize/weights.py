@@ -45,7 +45,7 @@ from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.stats.channels import ChannelMoments
 from channelfold.runtime.stats.covariance import Moments, collect
 from channelfold.runtime.stats.histograms import TensorStatistics
-from channelfold.runtime.stats.observe import by_name, observe
+from channelfold.runtime.stats.observe import by_name
 
 _UNSEEN = "no calibration sample has values other than zero in its activation"
 _OF_TABLES = {"int8": "int8", "fp8": "fp8", "mxfp8": "fp8"}  # all others int4, which every target takes rows of
@@ -107,7 +107,7 @@ class Work(QuantizeWeights):
         """The largest magnitude to represent of every activation; 0 where no sample reached it or all was zero."""
         infer_shapes(graph)
         statistics = {site.data.name: TensorStatistics(site.in_axis) for site in sites}
-        observe(graph, by_name(statistics.items()), ctx.data, ctx.progress)
+        ctx.observe(graph, by_name(statistics.items()))
         calibrator = "mse" if self.activations == "int8" else "minmax"
         return {
             name: calibrators.threshold(seen, calibrator) if seen.total else 0.0 for name, seen in statistics.items()
@@ -132,7 +132,7 @@ class Work(QuantizeWeights):
             else:
                 alone.append(site)
         moments = {(site.data.name, site.in_axis): ChannelMoments(site.in_axis) for site in alone}
-        observe(whole, by_name((name, seen) for (name, _), seen in moments.items()), ctx.data, ctx.progress)
+        ctx.observe(whole, by_name((name, seen) for (name, _), seen in moments.items()))
         for site in alone:
             seen = moments[site.data.name, site.in_axis]
             yield site, seen if seen.positions else None

@@ -29,7 +29,7 @@ from channelfold.passes.smooth import AbsorbBias
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats.channels import ChannelMoments
-from channelfold.runtime.stats.observe import by_name, observe
+from channelfold.runtime.stats.observe import by_name
 
 
 class Work(AbsorbBias):
@@ -39,7 +39,7 @@ class Work(AbsorbBias):
         sites = list(self._sites(graph, outcome))
         seen = {site.activation.name: ChannelMoments(site.axis) for site in sites}
         if sites:
-            observe(graph, by_name(seen.items()), ctx.data, ctx.progress)
+            ctx.observe(graph, by_name(seen.items()))
         for site in sites:
             node = site.writer.node
             with outcome.refusing(node.name, f"{node.op} keeps its bias"):

@@ -39,7 +39,7 @@ from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
-from channelfold.runtime.stats.observe import by_name, observe
+from channelfold.runtime.stats.observe import by_name
 
 Candidate = tuple[str, np.ndarray, np.ndarray]  # description, scale and shift by class
 
@@ -64,7 +64,7 @@ class Work(Smooth):
         keys = list(key_moves(work, caches, shapes, ctx, outcome))
         rows = ROWS if self.searches else 0
         observers = {r.data.name: ChannelStatistics(r.in_axis, rows) for site in sites for r in site.linears}
-        observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
+        ctx.observe(graph, by_name(observers.items()))
         moves = []
         for number, site in enumerate(sites):
             ctx.progress("Smoothing", number, len(sites))

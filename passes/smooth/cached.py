@@ -23,7 +23,7 @@ from channelfold.passes.channels.scale_regions import Shape, trace
 from channelfold.passes.smooth.trial import Move
 from channelfold.runtime.io import edit
 from channelfold.runtime.stats.channels import outlier_ratio
-from channelfold.runtime.stats.observe import by_name, observe
+from channelfold.runtime.stats.observe import by_name
 
 _HEADS, _CHANNELS = 1, 3  # axes of a cache, (batch, heads, tokens, channels)
 _FAINT = 1e-3
@@ -59,7 +59,7 @@ def key_moves(
             if region is not None:
                 found.append((tensor, region))
     observers = {tensor.name: _Largest() for tensor, _ in found}
-    observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
+    ctx.observe(graph, by_name(observers.items()))
     for tensor, region in found:
         amax, writer = observers[tensor.name].amax, edit.producer(tensor)
         assert writer is not None

@@ -36,7 +36,7 @@ from channelfold.passes.smooth import MergeChannels
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.stats.channels import ChannelStatistics
-from channelfold.runtime.stats.observe import by_name, observe
+from channelfold.runtime.stats.observe import by_name
 
 
 class Work(MergeChannels):
@@ -46,7 +46,7 @@ class Work(MergeChannels):
         shapes = measured_shapes(graph, self.feed(ctx))
         sites = self._sites(graph, shapes, outcome)
         observers = {linear.data.name: ChannelStatistics(linear.in_axis, ROWS) for linear in sites}
-        observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
+        ctx.observe(graph, by_name(observers.items()))
         facts = []
         for number, linear in enumerate(sites):
             ctx.progress("Merging channels", number, len(sites))

@@ -36,7 +36,7 @@ from channelfold.passes.smooth import SplitChannels
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.stats.channels import ChannelStatistics
-from channelfold.runtime.stats.observe import by_name, observe
+from channelfold.runtime.stats.observe import by_name
 
 _STEPS = 100  # of the threshold
 _OUTPUTS = 1024  # the greatest number of outputs that the error is measured on
@@ -50,7 +50,7 @@ class Work(SplitChannels):
         shapes = measured_shapes(graph, self.feed(ctx))
         sites = self._sites(graph, shapes, outcome)
         observers = {linear.data.name: ChannelStatistics(linear.in_axis, ROWS) for linear in sites}
-        observe(graph, by_name(observers.items()), ctx.data, ctx.progress)
+        ctx.observe(graph, by_name(observers.items()))
         facts = []
         for number, linear in enumerate(sites):
             ctx.progress("Splitting channels", number, len(sites))

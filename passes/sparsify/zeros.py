@@ -38,7 +38,6 @@ from channelfold.passes.sparsify.masks import Tiles, by_row, n_of_m
 from channelfold.runtime.errors import DataError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.stats.observe import observe
 
 
 class Work(Sparsify):
@@ -52,7 +51,7 @@ class Work(Sparsify):
         with_data = ctx.calibration is not None
         wanda = with_data and self.scores != "magnitude"
         if ctx.calibration is not None and (wanda or self.correct_bias):
-            observe(graph, observers(layers), ctx.calibration, ctx.progress)
+            ctx.observe(graph, observers(layers))
             for layer in layers:
                 if not layer.observed:
                     _refuse(layer, "no calibration sample reached it", outcome)

@@ -75,7 +75,8 @@ class Source:
 
     ``random``: the number of random samples in place of calibration data (in ``diff``, of evaluation data).
     ``allow_script``: a path may be a Python script, which is run. ``seed``: the seed of all random numbers.
-    ``reading``: how images and texts become samples.
+    ``reading``: how images and texts become samples. ``cache``: a folder that keeps statistics of the calibration data,
+    which later calls with the same model and data find there.
     """
 
     calibration: Any = None
@@ -84,6 +85,7 @@ class Source:
     allow_script: bool = False
     seed: int = 0
     reading: Reading = Reading()
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -166,13 +168,15 @@ class Job:
         the warning for the case that no pass has changed anything. ``gated``: a gate needs the comparison.
         """
         self.check_output(out, "an ONNX file")
+        if self.source.cache is not None:
+            check_folder(self.source.cache)
         exact = all(step.kind == "exact" for step in passes)
         if (self.evaluation or not exact) and self.record["model"]["bytes"] <= verify.LARGE:
             self._session(self.model, optimize=False)  # a model that cannot be compared must show before the work
         if counted:
             self.record["model"] |= inspection.costs(self.graph)
         passes = [*self.prepared(), *passes]
-        context = Context(self.calibration, self.progress, self.source.seed)
+        context = Context(self.calibration, self.progress, self.source.seed, keep=self.source.cache or checkpoint)
         with self.blaming():
             graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
         self.record["steps"] = steps

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ import onnx_graphsurgeon as gs
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, no_progress
 from channelfold.runtime.io.shapes import shapes_on
+from channelfold.runtime.stats.kept import Kept
 from channelfold.runtime.stats.parts import Observed
 
 T = TypeVar("T")
@@ -85,27 +87,30 @@ def observe(
     observers: Mapping[str, Sequence[Observer | Joint]],
     data: Data,
     progress: Callable[[str, int, int], None] = no_progress,
+    keep: Path | None = None,
 ) -> None:
     """Shows observers the tensor of their name, in float32, on every feed of ``data``; a Joint stands at all its names.
+
+    ``keep``: a folder where what they see is kept, block by block, and found again (``kept``).
 
     Raises DataError naming the tensor and the sample when an activation is NaN, ModelError when the model fails to run.
     """
     if not observers or not len(data):
         return
-    observed = Observed(graph, list(observers), _sizes(graph, data))
-    runs = ((index, values) for index, feed in enumerate(data) for values in observed.run(feed))
-    begun = -1
-    for index, values in ahead(runs):
-        if index > begun:
-            progress("Observing activations", begun := index, len(data))
-        for name in list(values):
-            try:
-                _show(observers[name], name, values.pop(name))
-            except DataError as error:
-                raise DataError(
-                    f"Activation {name!r} of sample {index} cannot be used: {error}",
-                    "Check that sample, and that the float model computes finite values on it.",
-                ) from None
+    kept = Kept(keep, graph, observers, data) if keep is not None else None
+    begun = done = kept.restore() if kept else 0
+    if done < len(data):
+        observed = Observed(graph, list(observers), _sizes(graph, data))
+        feeds = itertools.islice(enumerate(data), done, None)
+        for index, values in ahead((index, values) for index, feed in feeds for values in observed.run(feed)):
+            if index == begun:
+                progress("Observing activations", begun, len(data))
+                if kept and begun > done:
+                    kept.save(begun)
+                begun += 1
+            _show(observers, values, index)
+        if kept:
+            kept.save(len(data), last=True)
     progress("Observing activations", len(data), len(data))
 
 
@@ -118,12 +123,21 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _show(observers: Iterable[Observer | Joint], name: str, values: np.ndarray) -> None:
-    for observer in observers:
-        if isinstance(observer, Joint):
-            observer.take(name, values)
-        else:
-            observer.add(values)
+def _show(observers: Mapping[str, Sequence[Observer | Joint]], values: dict[str, np.ndarray], index: int) -> None:
+    """Shows some tensors of a sample, each of which is then free again."""
+    for name in list(values):
+        seen = values.pop(name)
+        try:
+            for observer in observers[name]:
+                if isinstance(observer, Joint):
+                    observer.take(name, seen)
+                else:
+                    observer.add(seen)
+        except DataError as error:
+            raise DataError(
+                f"Activation {name!r} of sample {index} cannot be used: {error}",
+                "Check that sample, and that the float model computes finite values on it.",
+            ) from None
 
 
 def by_name(observers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
