@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,13 @@ def computes_as_written(graph: gs.Graph) -> bool:
     )
 
 
-def model_facts(path: Path, graph: gs.Graph) -> dict[str, Any]:
-    """The ``model`` entry of a report record; ``bytes`` counts the file and its external data."""
+def model_facts(path: Path, graph: gs.Graph, external: Sequence[Path] | None = None) -> dict[str, Any]:
+    """The ``model`` entry of a report record; ``bytes`` counts the file and its ``external_files``."""
+    external = external_files(path) if external is None else external
     counts = Counter(node.op for part in all_graphs(graph) for node in part.nodes)
     return {
         "path": str(path),
-        "bytes": path.stat().st_size + sum(file.stat().st_size for file in external_files(path)),
+        "bytes": path.stat().st_size + sum(file.stat().st_size for file in external),
         "nodes": sum(counts.values()),
         "ops": dict(counts.most_common()),
         "opset": graph.opset,

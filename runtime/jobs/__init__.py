@@ -36,7 +36,7 @@ from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.errors import UsageError, nearest, no_progress
 from channelfold.runtime.io import files
-from channelfold.runtime.io.facts import model_facts
+from channelfold.runtime.io.facts import computes_as_written, model_facts
 from channelfold.runtime.io.session import onnxruntime
 from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
@@ -279,8 +279,9 @@ def diff(
     job.evaluation = job.open("evaluation", source.evaluation, source.random)
     if job.evaluation is None:
         raise UsageError("There is nothing to compare the models on", "Give --data, or --random N")
-    job.record["output"] = model_facts(Path(b), files.load(b))
-    job.prove(Path(b))
+    other = files.load(b)
+    job.record["output"] = model_facts(Path(b), other)
+    job.prove(Path(b), computes_as_written(other))
     job.check(gates)
     return job.record
 

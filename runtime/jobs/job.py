@@ -110,17 +110,18 @@ class Job:
         self.graph: gs.Graph = files.load(model, strict=True)
         self.fixed = fix_inputs(self.graph, fixed or {})
         self.inputs = required_inputs(self.graph)
-        self.sources = [model, *external_files(model)]  # files that the command reads and must not overwrite
+        external = external_files(model)
+        self.sources = [model, *external]  # files that the command reads and must not overwrite
         self.calibration: Data | None = None
         self._caches: dict[str, Any] = {}
         self.evaluation: Data | None = None
-        self.proved_on: Data | None = None
+        self._proved: tuple[Data, Runner, Runner] | None = None  # the data, the original, the candidate
         self.comparison: compare.Comparison | None = None
         self.record: Record = {
             "schema": 1,
             "tool": f"channelfold {channelfold.__version__}",
             "command": command,
-            "model": model_facts(model, self.graph),
+            "model": model_facts(model, self.graph, external),
             "output": None,
             "data": {},
             "steps": [],
@@ -193,11 +194,13 @@ class Job:
             facts = inspection.costs(written) if counted else {}
             self.record["output"] = model_facts(candidate, written) | {"path": str(out)} | facts
             self._account(written, nothing)
+            as_written = computes_as_written(written)
             del written
             if self.evaluation or not exact or self.fixed or (gated and self.calibration):
-                self.prove(candidate)
+                self.prove(candidate, as_written)
             if any(step["changed"] and step["options"].get("target") == "onnxruntime" for step in steps):
-                self.time(candidate)
+                self.time()
+            self._proved = None
 
     @contextlib.contextmanager
     def blaming(self) -> Iterator[None]:
@@ -212,13 +215,14 @@ class Job:
                 session.run(next(iter(random_data(self.inputs, 1, seed=self.source.seed))))
             raise
 
-    def time(self, candidate: Path) -> None:
+    def time(self) -> None:
         """Measures the latency of both models, in turns, on one sample of the proof; warns of a slower candidate."""
-        if self.proved_on is None:
+        if self._proved is None:
             return
-        feed = next(iter(self.proved_on))
-        sessions = {"float": self._original(), "quantized": self._candidate(candidate)}
-        runs = {name: functools.partial(session.run, feed) for name, session in sessions.items()}
+        data, *sessions = self._proved
+        feed = next(iter(data))
+        named = zip(("float", "quantized"), sessions, strict=True)
+        runs = {name: functools.partial(session.run, feed) for name, session in named}
         timed = latencies(runs, rounds=9, warmup=1, seconds=1.0)
         self.record["latency"] = [{"name": f"{t.name}, ONNX Runtime on this machine", "ms": t.ms} for t in timed]
         ratio = timed[1].ms / timed[0].ms
@@ -265,8 +269,11 @@ class Job:
                 raise UsageError(f"{out} is one of the files in {source}, which are read", "Give another output")
         check_kind(out, kind)
 
-    def prove(self, candidate: Path) -> None:
-        """Compares the outputs of the candidate with those of the original."""
+    def prove(self, candidate: Path, as_written: bool) -> None:
+        """Compares the outputs of the candidate with those of the original.
+
+        ``as_written``: the file is not quantized for ONNX Runtime (``computes_as_written``).
+        """
         data = self.evaluation or self.calibration
         if data is None:
             data = self._probes()
@@ -275,13 +282,15 @@ class Job:
         elif data is self.calibration and not data.synthetic:
             data = data.first(SEEN)
             self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
-        self.record["data"]["evaluation"], self.proved_on = data.description, data
-        reference, exact = uncut(self._original(exact=True), self._caches), self._candidate(candidate, exact=True)
-        if computes_as_written(files.load(candidate)):
+        self.record["data"]["evaluation"] = data.description
+        original, exact = self._original(exact=True), self._candidate(candidate, exact=True)
+        here = exact if as_written else self._candidate(candidate)
+        reference, self._proved = uncut(original, self._caches), (data, original, here)
+        if as_written:
             self.comparison = compare.compare(reference, exact, data, self.progress)
             self.record["accuracy"] = self.comparison.to_json()
         else:  # the file is for ONNX Runtime, so its results on this machine count as well
-            found = compare.compare_all(reference, [self._candidate(candidate), exact], data, self.progress)
+            found = compare.compare_all(reference, [here, exact], data, self.progress)
             self.comparison = found[0]
             self.record["accuracy"] = found[0].to_json() | {"exact": found[1].to_json()}
             if lost := compare.saturation(*found):
