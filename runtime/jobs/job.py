@@ -57,7 +57,8 @@ from channelfold.runtime.stats.compare import Gates, Runner
 Record = dict[str, Any]
 Progress = Callable[[str, int, int], None]
 
-SEEN = 16  # calibration samples on which outputs are compared without evaluation data; they flatter the result anyway
+SEEN = 16  # calibration samples on which outputs are compared without evaluation data; they flatter the result anyway …
+_COSTLY = 1 << 26  # … bytes of a model from which on half of them must do
 PROBES = 4  # random samples on which outputs are compared without any data
 
 
@@ -280,7 +281,7 @@ class Job:
             if data is None:
                 return
         elif data is self.calibration and not data.synthetic:
-            data = data.first(SEEN)
+            data = data.first(SEEN if self.record["model"]["bytes"] < _COSTLY else SEEN // 2)
             self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
         self.record["data"]["evaluation"] = data.description
         original, exact = self._original(exact=True), self._candidate(candidate, exact=True)

@@ -1,0 +1,180 @@
+"""What statistics and ``channelfold quantize`` cost, as multiples of a plain float run of the same samples.
+
+    python benchmarks/calibration.py run DIR [--model M …] [--samples N] [--json FILE] [--write]
+    python benchmarks/calibration.py one WHAT MODEL DATA N
+
+DIR is what ``shapes.py make DIR`` filled. Every measurement is a process of its own, in turn with the plain run that it
+is divided by. Cost is processor time, of all threads, user and system: on a busy machine seconds on the clock mean
+little. ``floor`` opens the model and runs the samples in a plain session; ``statistics`` opens the model and observes
+the input of every layer that ``quantize`` quantizes; ``quantize CALIBRATOR`` is the whole command, and ``onnxruntime
+METHOD`` the calibrator of ONNX Runtime on the same tensors' graph. Memory is the largest resident set of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import add_results, keep, known, parser, table, write
+
+MODELS = ("resnet50", "vit", "bert")
+CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
+OURS = ("statistics", *(f"quantize {name}" for name in CALIBRATORS))
+PEERS = ("onnxruntime minmax", "onnxruntime percentile")
+HEADER = ("model", "what", "CPU s", "of the floor", "MB", "of the floor")
+
+
+@dataclass
+class Cost:
+    """Processor seconds and peak memory in MB of repeated runs, each beside those of a plain run."""
+
+    model: str
+    what: str
+    seconds: list[float] = field(default_factory=list)
+    floors: list[float] = field(default_factory=list)
+    megabytes: float = 0.0
+    floor_megabytes: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        pairs = zip(self.seconds, self.floors, strict=True)
+        return statistics.median(mine / plain for mine, plain in pairs)
+
+    def row(self) -> tuple[str, ...]:
+        more = self.megabytes / self.floor_megabytes
+        seconds = statistics.median(self.seconds)
+        return self.model, self.what, f"{seconds:.2f}", f"{self.ratio:.2f}", f"{self.megabytes:.0f}", f"{more:.2f}"
+
+
+def measured(what: str, model: Path, data: Path, samples: int) -> tuple[float, float]:
+    """Processor seconds and peak memory in MB of a child process. Ends the script when the child fails."""
+    command = [sys.executable, __file__, "one", what, str(model), str(data), str(samples)]
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(command, stdout=output, stderr=output)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            output.seek(0)
+            sys.exit(f"{what} {model.name} ended with {child.returncode}:\n{output.read().decode()[-2000:]}")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+
+
+def feeds(data: Path, samples: int) -> list[dict[str, np.ndarray]]:
+    """So many samples, from the first again where there are fewer."""
+    with np.load(data) as arrays:
+        columns = {name: arrays[name] for name in arrays.files}
+    stored = len(next(iter(columns.values())))
+    return [{name: column[i % stored][None] for name, column in columns.items()} for i in range(samples)]
+
+
+def one(what: str, model: Path, data: Path, samples: int) -> None:
+    """Does one of the things that are measured."""
+    kind, _, how = what.partition(" ")
+    {"floor": floor, "statistics": observe, "quantize": quantize, "onnxruntime": peer, "start": lambda *_: None}[kind](
+        model, feeds(data, samples), how
+    )
+
+
+def floor(model: Path, samples: list[dict[str, np.ndarray]], _: str) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    for feed in samples:
+        session.run(None, feed)
+
+
+def observe(model: Path, samples: list[dict[str, np.ndarray]], _: str) -> None:
+    from channelfold.passes.base import Context, Outcome
+    from channelfold.passes.quantize.static import Work
+    from channelfold.runtime.data.sources import open_data
+    from channelfold.runtime.io import files
+    from channelfold.runtime.io.facts import required_inputs
+    from channelfold.runtime.stats.histograms import TensorStatistics, counted
+    from channelfold.runtime.stats.observe import by_name
+
+    graph = files.load(model)
+    files.infer_shapes(graph)
+    seen = {s.data.name: TensorStatistics(s.in_axis, counted(len(samples))) for s in Work().sites(graph, Outcome())}
+    Context(open_data(samples, required_inputs(graph))).observe(graph, by_name(seen.items()))
+
+
+def quantize(model: Path, samples: list[dict[str, np.ndarray]], calibrator: str) -> None:
+    from channelfold.runtime import jobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = jobs.Source(calibration=samples)
+        jobs.quantize(model, Path(folder, "int8.onnx"), source=source, options={"calibrator": calibrator})
+
+
+def peer(model: Path, samples: list[dict[str, np.ndarray]], method: str) -> None:
+    """ONNX Runtime's own calibrator, on the operators that ``quantize`` quantizes."""
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.calibrate import CalibrationDataReader, create_calibrator
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(samples)
+
+        def get_next(self) -> Any:
+            return next(self.left, None)
+
+    methods = {"minmax": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile}
+    with tempfile.TemporaryDirectory() as folder:
+        augmented = str(Path(folder, "augmented.onnx"))
+        made = create_calibrator(model, ["Conv", "MatMul", "Gemm"], augmented, methods[method])
+        made.collect_data(Reader())
+        made.compute_data()
+
+
+def main() -> None:
+    options = parse()
+    if options.task == "one":
+        one(options.what, options.model, options.data, options.samples)
+        return
+    costs = {(row["model"], row["what"]): Cost(**row) for row in known(options.json) or []}
+    for model in options.model:
+        path, data = options.folder / f"{model}.onnx", options.folder / f"{model}.calibration.npz"
+        for what in options.what:
+            cost = costs[model, what] = Cost(model, what)
+            for _ in range(options.runs):
+                seconds, cost.megabytes = measured(what, path, data, options.samples)
+                plain, cost.floor_megabytes = measured("floor", path, data, options.samples)
+                cost.seconds.append(round(seconds, 3))
+                cost.floors.append(round(plain, 3))
+            print(f"{model} {what}: {cost.ratio:.2f} x the floor", file=sys.stderr)
+            keep(options.json, [asdict(cost) for cost in costs.values()])
+    text = table(HEADER, [cost.row() for cost in costs.values()])
+    print(text)
+    if options.write:
+        how = f"{options.samples} samples, {options.runs} runs of each in turn with the floor; medians of the ratios."
+        write("calibration.md", "# Processor time and memory of calibration", how, text)
+
+
+def parse() -> argparse.Namespace:
+    made = parser(__doc__)
+    tasks = made.add_subparsers(dest="task", required=True)
+    run = tasks.add_parser("run")
+    run.add_argument("folder", type=Path, metavar="DIR")
+    run.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
+    run.add_argument("--what", nargs="+", choices=(*OURS, *PEERS), default=(*OURS, *PEERS))
+    run.add_argument("--samples", type=int, default=64)
+    run.add_argument("--runs", type=int, default=3)
+    add_results(run, "calibration.md", folder=False)
+    single = tasks.add_parser("one")
+    single.add_argument("what")
+    single.add_argument("model", type=Path)
+    single.add_argument("data", type=Path)
+    single.add_argument("samples", type=int)
+    return made.parse_args()
+
+
+if __name__ == "__main__":
+    main()
