@@ -1,6 +1,7 @@
 """What statistics and ``channelfold quantize`` cost, as multiples of a plain float run of the same samples.
 
     python benchmarks/calibration.py run DIR [--model M …] [--samples N] [--json FILE] [--write]
+    python benchmarks/calibration.py thresholds DIR [--model M …] [--samples N] [--json FILE] [--write]
     python benchmarks/calibration.py one WHAT MODEL DATA N
 
 DIR is what ``shapes.py make DIR`` filled. Every measurement is a process of its own, in turn with the plain run that it
@@ -8,6 +9,9 @@ is divided by. Cost is processor time, of all threads, user and system: on a bus
 little. ``floor`` opens the model and runs the samples in a plain session; ``statistics`` opens the model and observes
 the input of every layer that ``quantize`` quantizes; ``quantize CALIBRATOR`` is the whole command, and ``onnxruntime
 METHOD`` the calibrator of ONNX Runtime on the same tensors' graph. Memory is the largest resident set of the process.
+
+``thresholds``: ``quantize`` counts a part of the values of large tensors (``histograms.COUNTED``). How far the ranges
+are from those by all values, and what that costs: the signal-to-noise ratio of the tensor, of all values, in dB.
 """
 
 from __future__ import annotations
@@ -91,19 +95,46 @@ def floor(model: Path, samples: list[dict[str, np.ndarray]], _: str) -> None:
         session.run(None, feed)
 
 
-def observe(model: Path, samples: list[dict[str, np.ndarray]], _: str) -> None:
+def opened(model: Path, samples: list[dict[str, np.ndarray]]) -> tuple[Any, dict[str, int], Any]:
+    """(graph, axis of the channels of each tensor that ``quantize`` observes, context with the samples)."""
     from channelfold.passes.base import Context, Outcome
     from channelfold.passes.quantize.static import Work
     from channelfold.runtime.data.sources import open_data
     from channelfold.runtime.io import files
     from channelfold.runtime.io.facts import required_inputs
-    from channelfold.runtime.stats.histograms import TensorStatistics, counted
-    from channelfold.runtime.stats.observe import by_name
 
     graph = files.load(model)
     files.infer_shapes(graph)
-    seen = {s.data.name: TensorStatistics(s.in_axis, counted(len(samples))) for s in Work().sites(graph, Outcome())}
-    Context(open_data(samples, required_inputs(graph))).observe(graph, by_name(seen.items()))
+    axes = {site.data.name: site.in_axis for site in Work().sites(graph, Outcome())}
+    return graph, axes, Context(open_data(samples, required_inputs(graph)))
+
+
+def observe(model: Path, samples: list[dict[str, np.ndarray]], _: str) -> None:
+    from channelfold.runtime.stats.histograms import TensorStatistics, counted
+
+    graph, axes, context = opened(model, samples)
+    enough = counted(len(samples))
+    context.observe(graph, {name: [TensorStatistics(axis, enough)] for name, axis in axes.items()})
+
+
+def thresholds(model: Path, samples: list[dict[str, np.ndarray]]) -> list[tuple[str, ...]]:
+    """A row for each calibrator: tensors, ranges that differ, the largest difference, the largest loss in dB."""
+    from channelfold.passes.quantize import calibrators
+    from channelfold.runtime.stats.histograms import TensorStatistics, counted
+
+    graph, axes, context = opened(model, samples)
+    enough = counted(len(samples))
+    seen = {name: [TensorStatistics(axis), TensorStatistics(axis, enough)] for name, axis in axes.items()}
+    context.observe(graph, seen)
+    rows = []
+    for calibrator in CALIBRATORS:
+        found = [[calibrators.threshold(one, calibrator) for one in pair] for pair in seen.values()]
+        exact = [pair[0] for pair in seen.values()]
+        lost = [calibrators.snr(s, a) - calibrators.snr(s, b) for s, (a, b) in zip(exact, found, strict=True)]
+        apart = [abs(b / a - 1) for a, b in found]
+        differ = sum(distance > 0 for distance in apart)
+        rows.append((model.stem, calibrator, f"{differ} of {len(found)}", f"{max(apart):.2%}", f"{max(lost):.3f}"))
+    return rows
 
 
 def quantize(model: Path, samples: list[dict[str, np.ndarray]], calibrator: str) -> None:
@@ -139,6 +170,9 @@ def main() -> None:
     if options.task == "one":
         one(options.what, options.model, options.data, options.samples)
         return
+    if options.task == "thresholds":
+        write_thresholds(options)
+        return
     costs = {(row["model"], row["what"]): Cost(**row) for row in known(options.json) or []}
     for model in options.model:
         path, data = options.folder / f"{model}.onnx", options.folder / f"{model}.calibration.npz"
@@ -158,16 +192,30 @@ def main() -> None:
         write("calibration.md", "# Processor time and memory of calibration", how, text)
 
 
+def write_thresholds(options: argparse.Namespace) -> None:
+    rows = known(options.json) or []
+    for model in options.model:
+        samples = feeds(options.folder / f"{model}.calibration.npz", options.samples)
+        rows = [row for row in rows if row[0] != model] + thresholds(options.folder / f"{model}.onnx", samples)
+        keep(options.json, rows)
+    text = table(("model", "calibrator", "ranges that differ", "at most", "lost, dB"), rows)
+    print(text)
+    if options.write:
+        how = f"{options.samples} samples. Ranges by a part of the values against ranges by all values."
+        write("calibration_thresholds.md", "# What counting a part of the values changes", how, text)
+
+
 def parse() -> argparse.Namespace:
     made = parser(__doc__)
     tasks = made.add_subparsers(dest="task", required=True)
-    run = tasks.add_parser("run")
-    run.add_argument("folder", type=Path, metavar="DIR")
-    run.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
+    run, ranges = tasks.add_parser("run"), tasks.add_parser("thresholds")
+    for task, page in ((run, "calibration.md"), (ranges, "calibration_thresholds.md")):
+        task.add_argument("folder", type=Path, metavar="DIR")
+        task.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
+        task.add_argument("--samples", type=int, default=64)
+        add_results(task, page, folder=False)
     run.add_argument("--what", nargs="+", choices=(*OURS, *PEERS), default=(*OURS, *PEERS))
-    run.add_argument("--samples", type=int, default=64)
     run.add_argument("--runs", type=int, default=3)
-    add_results(run, "calibration.md", folder=False)
     single = tasks.add_parser("one")
     single.add_argument("what")
     single.add_argument("model", type=Path)

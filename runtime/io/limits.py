@@ -115,6 +115,18 @@ def memory() -> int:
         return 0
 
 
+def free_memory() -> int:
+    """Bytes of memory that the system could still give, as far as it says so, and the limit of its group; else 0."""
+    free = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{what}").read_text()) for what in ("max", "current"))
+        free.append(limit - used)
+    return max(0, min(free, default=0))
+
+
 _watches: dict[int, Watch] = {}
 
 

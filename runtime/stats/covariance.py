@@ -14,7 +14,8 @@ and three times the memory, which is more than the last digits are worth. A feat
 estimate needs: of every entry along the first axis (an image, a sentence) at most ``limit`` are taken.
 
 A Moments of n channels holds two matrices of n^2 float64 and the chunk (``bytes_of``). ``collect`` observes as many at
-a time as fit into ``limit`` bytes and runs the data again for the next.
+a time as fit into ``limit`` bytes, by default half of the memory that is free: one run where all of them fit, and else
+the data run again for the next.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ import onnx_graphsurgeon as gs
 
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError, no_progress
+from channelfold.runtime.io import limits
 from channelfold.runtime.stats.observe import Joint, by_name, check_width, observe, within
 
 CHUNK = 1024  # rows multiplied at once
 POSITIONS = 4096  # of one entry along the first axis that are taken
-LIMIT = 2 << 30  # bytes of moments held at a time
+LIMIT = 2 << 30  # bytes of moments held at a time, and more where there is more memory
 
 
 @dataclass
@@ -135,7 +137,7 @@ def collect(
     wanted: Iterable[tuple[Moments, int]],
     data: Data,
     progress: Callable[[str, int, int], None] = no_progress,
-    limit: int = LIMIT,
+    limit: int | None = None,
 ) -> Iterator[list[Moments]]:
     """Fills Moments, given with their numbers of channels, from all feeds of ``data``.
 
@@ -143,6 +145,7 @@ def collect(
     is a run of its own. Memory keeps to the limit if ``wanted`` is a generator and the caller takes the Moments out of
     the lists. Raises DataError as ``observe`` does.
     """
+    limit = max(LIMIT, limits.free_memory() // 2) if limit is None else limit
     for group in within(limit, ((moments, bytes_of(channels)) for moments, channels in wanted)):
         named = ((name, moments) for moments in group for name in moments.axes)
         observe(graph, by_name(named), data, progress)

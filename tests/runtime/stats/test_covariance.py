@@ -133,6 +133,16 @@ class TestCollect:
             assert one.count == 30
             assert np.array_equal(one.covariance, other.covariance)
 
+    @pytest.mark.parametrize(("free", "runs"), [(0, 2), (8 << 30, 1)])
+    def test_one_run_where_memory_is_free(self, monkeypatch, free, runs):
+        """Two of 1.3 GB when full, which are never filled here."""
+        graph = build("(float[2,3,4] x) => (float[2,3,2] y)", self.GRAPH, kind="float", W=(4, 6), V=(6, 2))
+        monkeypatch.setattr(module.limits, "free_memory", lambda: free)
+        seen = []
+        monkeypatch.setattr(module, "observe", lambda *a, real=module.observe: (seen.append(list(a[1])), real(*a)))
+        list(collect(graph, [(Moments({"h": -1}), 9000), (Moments({"a": -1}), 9000)], samples()))
+        assert len(seen) == runs
+
     def test_the_activation_is_seen_beside_its_input(self):
         graph = build("(float[2,3,4] x) => (float[2,3,2] y)", self.GRAPH, kind="float", W=(4, 6), V=(6, 2))
         ((found, *_),) = collect(graph, [(Moments({"x": -1, "a": -1}), 10)], samples())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from channelfold.runtime.errors import DataError
-from channelfold.runtime.stats.histograms import BINS, LOWER, MASK, WIDTH, TensorStatistics
+from channelfold.runtime.stats.histograms import BINS, COUNTED, LOWER, MASK, WIDTH, TensorStatistics, counted, stride
 
 TINY = np.float32(2**-149)
 BELOW_2 = np.nextafter(np.float32(2), np.float32(0))
@@ -149,6 +151,72 @@ def test_channels_must_stay(other):
     statistics.add(np.ones((2, 4), np.float32))
     with pytest.raises(DataError, match=f"it has {other} channels on axis 1, and had 4 before"):
         statistics.add(np.ones((2, other), np.float32))
+
+
+# ---- a part of the values -------------------------------------------------------------------------------------------
+
+
+def large(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seed).laplace(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 96, 40, 40), (1, 64, 2400), (2, 7, 11, 1000), (153_600,)])
+def test_a_part_of_the_values_is_counted_and_stands_for_all(shape):
+    """Every n-th value, n times; minimum, maximum and means by channel are those of all values."""
+    values, axis = large(0, shape), 1 if len(shape) == 4 else -1
+    part, whole = TensorStatistics(axis, 10_000), TensorStatistics(axis)
+    for statistics in (part, whole):
+        statistics.add(values)
+    step = stride(shape, 10_000)
+    assert step >= 15
+    assert all(math.gcd(step, size) == 1 for size in shape)
+    assert abs(part.total - values.size) <= step + 2
+    assert (part.minimum, part.maximum, part.peaks) == (whole.minimum, whole.maximum, whole.peaks)
+    assert np.abs(means(part) - means(whole)).max() == 0
+    exact = np.cumsum(whole.magnitudes) / whole.total
+    assert np.abs(np.cumsum(part.magnitudes) / part.total - exact).max() < 0.02  # two standard errors of 10,000
+    ends = [int(np.float32(abs(end)).view(np.uint32)) >> 16 for end in (whole.maximum, whole.minimum)]
+    assert [int(np.flatnonzero(half)[-1]) for half in part.counts.reshape(2, -1)] == ends
+
+
+def test_a_part_depends_on_no_order_and_no_split():
+    samples = [large(seed, (1, 32, 30, 30)) for seed in range(6)]
+    forward, backward, first, second = (TensorStatistics(1, 3000) for _ in range(4))
+    for index, sample in enumerate(samples):
+        forward.add(sample)
+        (first if index % 2 else second).add(sample)
+    for sample in reversed(samples):
+        backward.add(sample)
+    first.merge(second)
+    for other in (backward, first):
+        assert np.array_equal(other.counts, forward.counts)
+        assert np.array_equal(means(other), means(forward))
+        assert sorted(other.peaks) == sorted(forward.peaks)
+
+
+def test_masks_are_found_among_all_values():
+    values = large(0, (1, 64, 50, 50))
+    values[0, 3, 20, 20] = -3e38
+    statistics = TensorStatistics(1, 1000)
+    statistics.add(values)
+    assert (statistics.masked, statistics.total) == (1, values.size - 1)
+
+
+def test_so_many_values_are_counted_that_enough_are():
+    assert [counted(samples) for samples in (1, 16, 64, 10_000)] == [COUNTED, COUNTED // 16, COUNTED // 64, 1 << 15]
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((1, 64, 70, 70), 1), ((1, 500, 768), -1), ((300, 3, 200), 0)])
+def test_sums_of_large_tensors(shape, axis):
+    """Pieces of up to 128 values in float32, these in float64: to 1e-6 of the mean magnitude."""
+    values = (3 + np.random.default_rng(0).standard_normal(shape)).astype(np.float32)
+    statistics = TensorStatistics(axis)
+    statistics.add(values)
+    others = tuple(i for i in range(3 if len(shape) == 3 else 4) if i != axis % len(shape))
+    assert np.abs(means(statistics) - values.mean(axis=others, dtype=np.float64)).max() < 1e-6 * 3
+    huge = TensorStatistics(axis)
+    huge.add(np.full(shape, 1e30, np.float32))
+    assert means(huge) == pytest.approx(np.full(shape[axis], np.float32(1e30)), rel=1e-5)
 
 
 # ---- peaks and rows ------------------------------------------------------------------------------------------------
