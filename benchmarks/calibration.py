@@ -8,7 +8,8 @@ DIR is what ``shapes.py make DIR`` filled. Every measurement is a process of its
 is divided by. Cost is processor time, of all threads, user and system: on a busy machine seconds on the clock mean
 little. ``floor`` opens the model and runs the samples in a plain session; ``statistics`` opens the model and observes
 the input of every layer that ``quantize`` quantizes; ``quantize CALIBRATOR`` is the whole command, and ``onnxruntime
-METHOD`` the calibrator of ONNX Runtime on the same tensors' graph. Memory is the largest resident set of the process.
+METHOD`` the calibrator of ONNX Runtime on the same operators. Memory is the most that the process held of its own:
+pages of mapped files, which the system drops when it needs the room, do not count.
 
 ``thresholds``: ``quantize`` counts a part of the values of large tensors (``histograms.COUNTED``). How far the ranges
 are from those by all values, and what that costs: the signal-to-noise ratio of the tensor, of all values, in dB.
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ MODELS = ("resnet50", "vit", "bert")
 CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
 OURS = ("statistics", *(f"quantize {name}" for name in CALIBRATORS))
 PEERS = ("onnxruntime minmax", "onnxruntime percentile")
+LOOK = 0.05  # seconds between two looks at the memory of a process
 HEADER = ("model", "what", "CPU s", "of the floor", "MB", "of the floor")
 
 
@@ -62,13 +65,25 @@ def measured(what: str, model: Path, data: Path, samples: int) -> tuple[float, f
     """Processor seconds and peak memory in MB of a child process. Ends the script when the child fails."""
     command = [sys.executable, __file__, "one", what, str(model), str(data), str(samples)]
     with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(command, stdout=output, stderr=output)
+        child, peak = subprocess.Popen(command, stdout=output, stderr=output), 0.0
+        while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+            peak = max(peak, anonymous(child.pid))
+            time.sleep(LOOK)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
             output.seek(0)
             sys.exit(f"{what} {model.name} ended with {child.returncode}:\n{output.read().decode()[-2000:]}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+    return usage.ru_utime + usage.ru_stime, peak
+
+
+def anonymous(process: int) -> float:
+    """MB of memory that a process holds of its own."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) * 1024 / 1e6
 
 
 def feeds(data: Path, samples: int) -> list[dict[str, np.ndarray]]:
