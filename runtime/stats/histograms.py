@@ -140,10 +140,7 @@ class TensorStatistics:
         return max(abs(self.minimum), abs(self.maximum)) if self.total else 0.0
 
     def add(self, values: np.ndarray) -> None:
-        """Counts the values of one sample, float32. Raises DataError for NaN, and where the channels are not as before.
-
-        The upper half of a value is the second of its two uint16: ONNX Runtime runs on little-endian machines only.
-        """
+        """Counts the values of one sample, float32. Raises DataError for NaN, and where the channels are not as before."""
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         if flat.size == 0:
             return
