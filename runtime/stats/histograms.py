@@ -140,7 +140,7 @@ class TensorStatistics:
         return max(abs(self.minimum), abs(self.maximum)) if self.total else 0.0
 
     def add(self, values: np.ndarray) -> None:
-        """Counts the values of one sample, float32. Raises DataError for NaN, and where the channels are not as before."""
+        """Counts the values of one sample, float32. Raises DataError for NaN, and where the channels change."""
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         if flat.size == 0:
             return
