@@ -25,7 +25,7 @@ from channelfold.passes.fold import (
     TakeBranch,
 )
 from channelfold.passes.prune import Prune, RemoveDeadChannels
-from channelfold.passes.quantize import ClipWeights, Quantize, QuantizeWeights
+from channelfold.passes.quantize import ClipWeights, Quantize, QuantizeAttention, QuantizeWeights
 from channelfold.passes.smooth import AbsorbBias, Equalize, MergeChannels, ReorderChannels, Smooth, SplitChannels
 from channelfold.passes.sparsify import Sparsify
 
@@ -35,7 +35,7 @@ PASSES: dict[str, type[Pass]] = {
         *(FoldConstants, TakeBranch, InlineFunctions, RewriteEinsum, FoldShapes, RemoveIdentities, MergeMoves),
         *(MergeEqual, FoldPad, FoldAffine, ReparameterizeFfn, Equalize, AbsorbBias, Smooth, MergeConvs),
         *(SplitChannels, MergeChannels, ReorderChannels, ClipWeights, RemoveDeadChannels, Prune, Sparsify),
-        *(ApproximateFfn, Quantize, QuantizeWeights, Cast, OwnCache),
+        *(ApproximateFfn, QuantizeAttention, Quantize, QuantizeWeights, Cast, OwnCache),
     )
 }
 

@@ -2,6 +2,7 @@
 
 quantize           y = W x + b  ~  DQ(W_q) DQ(Q(x)) + b',   b' = b - (W_q - W) E[x]
 quantize-weights   y = W x + b  ~  DQ(W_q) x + b',          with activations DQ(W_q) DQ(Q(x)) + b'
+quantize-attention y = A B      ~  DQ(Q(A)) DQ(Q(B))
 clip-weights       w' = clip(w, -m, m),   m where the quantized outputs are best
 """
 
@@ -106,6 +107,20 @@ class QuantizeWeights(Pass):
         reason, hint = why_not(*formats, target, sm)
         if reason:
             raise UsageError(reason, hint)
+
+
+@dataclass(frozen=True)
+class QuantizeAttention(Pass):
+    """Multiplies queries with keys, and probabilities with values, in int8, with ranges from calibration data."""
+
+    name, kind, does_it, needs_data = "quantize-attention", "calibrated", "attention", "Quantization"
+    needs_opset = 13
+
+    min_activation_snr: float = option(
+        15.0, "Leave a product in float when 8 bits represent one of its inputs worse than this, in dB.", metavar="DB"
+    )
+    exclude: tuple[str, ...] = option((), "Nodes to leave in float: names, * and ? match.", metavar="PATTERN")
+    exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float, such as MatMul.", metavar="OP")
 
 
 @dataclass(frozen=True)
