@@ -3,8 +3,8 @@
     y = A B   becomes   y = DQ(Q(A)) DQ(Q(B)),    a scale for each tensor, from calibration data
 
 TensorRT multiplies these in int8: in one kernel with the Softmax between them where nothing is added in front of the
-Softmax, as in vision transformers, else in kernels of their own. In float16 and bfloat16 it has one kernel for all with a
-mask too, so that int8 is for float32 files and for attention without a mask.
+Softmax, as in vision transformers, else in kernels of their own. In float16 and bfloat16 it has one kernel for all with
+a mask too, so that int8 is for float32 files and for attention without a mask.
 """
 
 from __future__ import annotations
