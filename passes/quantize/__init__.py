@@ -8,6 +8,7 @@ clip-weights       w' = clip(w, -m, m),   m where the quantized outputs are best
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,8 +73,10 @@ class QuantizeWeights(Pass):
         "Format of the weights: int8 and fp8 (E4M3) by output channel, the others by groups of inputs; dgq is int4 "
         "with scales on a grid of 8 bits, for products of int8.",
     )
-    activations: Literal["none", "int8", "fp8", "fp4"] = option(
-        "none", "What products read: none for float; int8 with dgq, fp8 with fp8, fp4 with nvfp4. Needs data."
+    activations: Literal["none", "int8", "fp8", "fp4", "int8-per-token"] = option(
+        "none",
+        "What products read: none for float; int8 with dgq, fp8 with fp8, fp4 with nvfp4, which need data; "
+        "int8-per-token with int8: a scale for every row, made while the model runs.",
     )
     group: int | None = option(
         None,
@@ -98,6 +101,11 @@ class QuantizeWeights(Pass):
         if self.weights == "dgq" and self.activations == "none":
             object.__setattr__(self, "activations", "int8")
         self.check_for(None)
+
+    def work(self) -> Pass:
+        if self.activations != "int8-per-token":
+            return super().work()
+        return importlib.import_module("channelfold.passes.quantize.dynamic").Work(**vars(self))
 
     def check_for(self, sm: int | None) -> None:
         """Raises UsageError where the target, or an engine for an SM, should not get the formats."""
