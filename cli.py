@@ -237,18 +237,33 @@ def reparam(jobs: Any, progress: Any, model: str, output: str, approximate: bool
 @opt.output
 @opt.source
 @click.option("--weights-only", is_flag=True, help="Quantize weights and compute in float; needs no data.")
+@click.option(
+    "--attention", is_flag=True, help="Also multiply queries with keys, and probabilities with values, in int8."
+)
 @opt.of("quantize-weights", "Of weights only, which it implies", opt.names("quantize"))
 @opt.require_share
 @opt.of("quantize")
 def quantize(
-    jobs: Any, progress: Any, model: str, output: str, weights_only: bool, require_share: float | None, **options: Any
+    jobs: Any,
+    progress: Any,
+    model: str,
+    output: str,
+    weights_only: bool,
+    attention: bool,
+    require_share: float | None,
+    **options: Any,
 ) -> Any:
     """Quantize MODEL with QDQ nodes.
 
     By default weights become int8 by output channel and activations int8 by tensor, with ranges from calibration data.
     For the best accuracy fold first, or use compress, which does both.
     """
-    settings = {"weights_only": weights_only, "require_share": require_share, **_settings(jobs, options)}
+    settings = {
+        "weights_only": weights_only,
+        "attention": attention,
+        "require_share": require_share,
+        **_settings(jobs, options),
+    }
     return jobs.quantize(model, output, progress=progress, **settings)
 
 

@@ -25,7 +25,7 @@ from channelfold.passes.fold import (
     TakeBranch,
 )
 from channelfold.passes.prune import Prune, RemoveDeadChannels
-from channelfold.passes.quantize import ClipWeights, Quantize, QuantizeWeights
+from channelfold.passes.quantize import ClipWeights, Quantize, QuantizeAttention, QuantizeWeights
 from channelfold.passes.smooth import AbsorbBias, Equalize, MergeChannels, ReorderChannels, Smooth, SplitChannels
 from channelfold.passes.sparsify import Sparsify
 
@@ -35,7 +35,7 @@ PASSES: dict[str, type[Pass]] = {
         *(FoldConstants, TakeBranch, InlineFunctions, RewriteEinsum, FoldShapes, RemoveIdentities, MergeMoves),
         *(MergeEqual, FoldPad, FoldAffine, ReparameterizeFfn, Equalize, AbsorbBias, Smooth, MergeConvs),
         *(SplitChannels, MergeChannels, ReorderChannels, ClipWeights, RemoveDeadChannels, Prune, Sparsify),
-        *(ApproximateFfn, Quantize, QuantizeWeights, Cast, OwnCache),
+        *(ApproximateFfn, QuantizeAttention, Quantize, QuantizeWeights, Cast, OwnCache),
     )
 }
 
@@ -50,6 +50,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "int8-reparam": (*_REPARAM, "quantize"),
     "int8-smooth": (*_FOLD, "smooth", "quantize"),
     "int8-weights": (*_FOLD, "quantize-weights"),
+    "int8-dynamic": (*_FOLD, "quantize-weights"),
     "int4": (*_FOLD, "quantize-weights"),
     "int4-gptq": (*_FOLD, "quantize-weights"),
     "fp16": (*_FOLD, "cast"),
@@ -60,6 +61,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "nvfp4": (*_FOLD, "quantize-weights"),
 }
 SETTINGS: dict[str, dict[str, Any]] = {  # of built-in recipes: options of their last pass that differ from its defaults
+    "int8-dynamic": {"activations": "int8-per-token"},
     "int4": {"weights": "int4"},
     "int4-gptq": {"weights": "int4", "rounder": "gptq"},
     "bf16": {"type": "bfloat16"},

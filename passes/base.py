@@ -218,6 +218,11 @@ class Pass:
         return DataError(f"{self.needs_data} needs calibration data", "Give some with --calibration")
 
     @property
+    def retypes(self) -> bool:
+        """Whether the pass may change the types of the inputs and outputs of the model."""
+        return False
+
+    @property
     def patterns(self) -> Patterns:
         """The patterns among the options."""
         return Patterns(getattr(self, "include", ()), getattr(self, "exclude", ()))

@@ -5,7 +5,8 @@
 The contract, for every pass:
 
 - it returns an Outcome in which every change and refusal names a node, and whose facts are JSON;
-- the model's inputs and outputs keep their names, dtypes and shapes (an open size of an output may become known);
+- the model's inputs and outputs keep their names, dtypes (but for a pass that ``retypes``) and shapes (an open size of
+  an output may become known);
 - the pass reports changes if and only if the graph changed;
 - the pass replaces weights and never writes into them;
 - a valid graph stays valid ONNX, and an ``exact`` pass keeps the function of the graph (see ``verify``).
@@ -204,6 +205,8 @@ def _breach(step: Pass, outcome: Any, before: Snapshot, after: Snapshot) -> str:
             return f"it reports {asdict(entry)} without the name of a node"
     for what in ("input", "output"):
         was, now = ([_spec(v) for v in getattr(graph.model.graph, what)] for graph in (before, after))
+        if step.retypes and len(was) == len(now):
+            was = [(name, kind, dims) for (name, _, dims), (_, kind, _) in zip(was, now, strict=True)]
         refined = what == "output" and len(was) == len(now) and all(map(_refines, was, now))
         moved = step.moves_cache and [spec[:2] for spec in was] == [spec[:2] for spec in now]
         if was != now and not refined and not moved:

@@ -45,7 +45,7 @@ QUANTIZATIONS = ("quantize", "quantize-weights")
 # passes that do not touch weights behind DequantizeLinear
 _ANYWHERE = (
     *("rewrite-einsum", "fold-constants", "fold-shapes", "remove-identities", "merge-moves", "merge-equal"),
-    *("cast", "own-cache"),
+    *("quantize-attention", "cast", "own-cache"),
 )
 _TAKEN_BACK = {
     ("smooth", "fold-affine"): "folds the Mul nodes that allow_insert lets it insert back into the weights",

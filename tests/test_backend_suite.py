@@ -29,6 +29,7 @@ from onnx.backend.test.runner import Runner
 from onnx.reference import ReferenceEvaluator
 
 from channelfold.passes.base import Context
+from channelfold.passes.cast import Cast
 from channelfold.passes.fold import (
     FoldAffine,
     FoldConstants,
@@ -233,8 +234,8 @@ def _counted(name: str, suite: Suite, verdict: Callable, skipped: Container[str]
             failures.append(f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     assert not failures, "\n".join([f"{len(failures)} cases failed", *failures[:40]])
     print(f"{name}: {dict(counts)}")
-    known = COUNTS.get((onnx.__version__, onnxruntime.__version__))
-    if known is not None:
+    known = COUNTS.get((onnx.__version__, onnxruntime.__version__), {})
+    if name in known:
         assert counts == known[name]
     return counts
 
@@ -285,6 +286,51 @@ def test_suite_quantized(suite, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr("channelfold.passes.quantize.static.MIN_CHANNELS", 1)  # the suite's operators are tiny
     _counted("quantized", suite, lambda *judged: _quantized(suite, *judged))
+
+
+def _cast(suite: Suite, case: Case, judge: str, before: list) -> str:
+    """What became of a case in float16, with the ranges of its own input; raises when it no longer is near itself."""
+    source, target = suite.folder / "source.onnx", suite.folder / "target.onnx"
+    source.write_bytes(case.model.SerializeToString())
+    step, graph = Cast(), load(source)
+    runs = judge in ("reference", "own values")
+    try:
+        graph = raise_opset(graph, step.opset_for(graph))
+        outcome = step.apply(graph, Context(open_data([case.feed], Session(source).inputs) if runs else None))
+    except (ModelError, DataError):  # inputs that hold infinities on purpose
+        return "refused"
+    if not outcome.changed:
+        return "float32" if outcome.refused else "nothing to cast"
+    save(graph, target)
+    onnx.checker.check_model(target)
+    onnx.shape_inference.infer_shapes(onnx.load(target), check_type=True, strict_mode=True)
+    if not runs:
+        return "structure"
+    for expected, value in zip(before, _run(target, case), strict=True):
+        _assert_near(expected, value)
+    return "float16"
+
+
+def _assert_near(expected, value) -> None:
+    """The same type, shape and infinities; floats to 1 %, codes to one step."""
+    if not isinstance(expected, np.ndarray) or expected.dtype.kind not in "fiu":
+        assert not isinstance(expected, np.ndarray) or np.array_equal(expected, value)
+        return
+    assert (expected.shape, expected.dtype) == (value.shape, value.dtype)
+    finite = np.isfinite(expected)
+    assert np.array_equal(finite, np.isfinite(value))
+    off = value[finite].astype(np.float64) - expected[finite].astype(np.float64)
+    if expected.dtype.kind == "f":
+        error = np.linalg.norm(off) / max(np.linalg.norm(expected[finite].astype(np.float64)), 1e-30)
+        assert error < 0.01, f"relative error {error:.3f}"
+    else:
+        assert np.abs(off).max(initial=0) <= 1
+
+
+def test_suite_cast(suite, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    counts = _counted("cast", suite, lambda *judged: _cast(suite, *judged))
+    assert counts["float16"] > 500
 
 
 def test_suite_is_whole(suite):

@@ -22,11 +22,18 @@ class Cast(Pass):
 
     type: Literal["float16", "bfloat16"] = option("float16", "The type of weights and activations.")
     target: Literal["tensorrt", "onnxruntime"] = option("tensorrt", "Whose kernels decide what can have the type.")
+    io_type: Literal["same", "cast"] = option(
+        "same", "Whether the inputs and outputs of the model keep their types, or take the type too."
+    )
     headroom: float = option(
         2.0, "How many times larger than on the calibration data a value may become without overflow.", low=1
     )
     exclude: tuple[str, ...] = option((), "Nodes to leave in float32: names, * and ? match.", metavar="PATTERN")
     exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float32, such as Softmax.", metavar="OP")
+
+    @property
+    def retypes(self) -> bool:
+        return self.io_type == "cast"
 
     def __post_init__(self) -> None:
         super().__post_init__()

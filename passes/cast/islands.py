@@ -69,11 +69,18 @@ class Islands:
         seen: Mapping[int, Magnitudes] | None,
         headroom: float,
         built: bool,
+        io: bool,
     ):
         self.kinds, self.half, self._asked, self._seen = kinds, half, asked, seen
         self._headroom, self._unbuilt = headroom, _UNBUILT[half.name] if built else ()
         parts = list(all_graphs(graph))
         self.outputs = {id(tensor) for part in parts for tensor in part.outputs}
+        self.inputs: set[int] = set()  # those of the model that take the type
+        if io:
+            self.inputs = {id(t) for t in graph.inputs if kinds.is_float32(t) and not self._overflows(t)}
+            inside = {id(tensor) for part in parts[1:] for tensor in part.outputs}
+            kept = {id(t) for t in graph.outputs if not self._takes(graph, t)}
+            self.outputs = inside | kept
         self.nodes = [node for part in parts for node in part.nodes]
         self.typed = [node for node in self.nodes if any(map(kinds.is_float32, (*node.inputs, *node.outputs)))]
         exact = Exact(self.typed, kinds)
@@ -96,6 +103,16 @@ class Islands:
     def is_free(self, node: gs.Node) -> bool:
         """Whether a node takes the type that its neighbours have."""
         return edit.is_standard(node) and (operator(node).moves or node.op in (*TYPE_ATTRIBUTES, "ConstantOfShape"))
+
+    def _overflows(self, tensor: gs.Tensor) -> bool:
+        seen = (self._seen or {}).get(id(tensor))
+        return seen is not None and seen.largest * self._headroom > self.half.limit
+
+    def _takes(self, graph: gs.Graph, tensor: gs.Tensor) -> bool:
+        """Whether an output of the model can take the type: nodes compute the tensor, and its values fit."""
+        node = edit.producer(tensor)
+        known = node is not None and edit.in_graph(graph, node) and self.kinds.is_float32(tensor)
+        return known and not self._overflows(tensor)
 
     # ---- reasons ------------------------------------------------------------------------------------------------
 
@@ -175,7 +192,7 @@ class Islands:
                 seen = self._seen.get(id(tensor))
                 if seen is None or id(tensor) in self._masked or operator(node).asks_shape:
                     continue
-                if seen.largest * self._headroom > self.half.limit:
+                if self._overflows(tensor):
                     self._keep(node, "a value overflows", f"{tensor.name} reaches {seen.largest:.4g}")
             if (small := self._small_divisor(node)) is not None:
                 seen = self._seen[id(small)]
@@ -257,7 +274,9 @@ class Islands:
     def stays(self, tensor: gs.Tensor) -> bool:
         """Whether a float32 tensor is written as float32."""
         node = edit.producer(tensor)
-        return node is None or id(node) in self.float32 or not self.writes_half(node, tensor)
+        if node is None:
+            return id(tensor) not in self.inputs
+        return id(node) in self.float32 or not self.writes_half(node, tensor)
 
     def writes_half(self, node: gs.Node, tensor: gs.Tensor) -> bool:
         place = next(i for i, other in enumerate(node.outputs) if other is tensor)

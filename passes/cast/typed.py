@@ -44,7 +44,8 @@ class Work(Cast):
         kinds = Kinds(graph)
         blind = self.type == "bfloat16" or ctx.calibration is None
         seen = None if blind else measured(graph, kinds, ctx, divisors(graph))
-        islands = Islands(graph, kinds, self._half, self._asked, seen, self.headroom, self.target == "tensorrt")
+        islands = Islands(graph, kinds, self._half, self._asked, seen, self.headroom, self.target == "tensorrt",
+                          self.retypes)  # fmt: skip
         for node in islands.typed:
             if (why := islands.why.get(id(node))) is not None:
                 detail = f" ({why.detail})" if why.detail else ""
@@ -104,6 +105,7 @@ class Typer:
         self.changed = False
         self.rounded: dict[int, Rounded] = {}
         self._parts = list(all_graphs(graph))
+        self._retyped = {id(tensor) for tensor in graph.outputs} - islands.outputs
         self._before: dict[int, list[gs.Node]] = {}  # what stands first, by the id of the part
         self._behind: dict[int, list[gs.Node]] = {}
 
@@ -164,7 +166,10 @@ class Typer:
         islands = self.islands
         if not isinstance(tensor, gs.Variable) or not islands.kinds.is_float32(tensor):
             return
-        is_half = node is not None and islands.writes_half(node, tensor)
+        is_half = not islands.stays(tensor)
+        if node is not None and not is_half and id(tensor) in self._retyped:
+            self._write_half(tensor, node, part)
+            return
         readers = [(r, i) for r in edit.consumers(tensor) for i, t in enumerate(r.inputs) if t is tensor]
         others = [(r, i) for r, i in readers if islands.needs(r, i) == ("float32" if is_half else "half")]
         if is_half and node is not None and id(tensor) in islands.outputs:
@@ -183,6 +188,17 @@ class Typer:
             for reader, index in others:
                 edit.set_input(reader, index, made)
             self._cast(tensor, made, node, part)
+
+    def _write_half(self, tensor: gs.Variable, node: gs.Node, part: gs.Graph) -> None:
+        """Lets a Cast write an output that takes the type, where the node behind it computes in float32."""
+        made = self._like(tensor, None)
+        edit.set_output(node, next(i for i, t in enumerate(node.outputs) if t is tensor), made)
+        for reader in edit.consumers(tensor):
+            for index, other in enumerate(reader.inputs):
+                if other is tensor and self.islands.needs(reader, index) != "half":
+                    edit.set_input(reader, index, made)
+        tensor.dtype = self.half.dtype
+        self._cast(made, tensor, node, part)
 
     def _like(self, tensor: gs.Variable, half: Half | None) -> gs.Variable:
         name = free_name(self.graph, f"{tensor.name}_{half.name if half else 'float32'}")

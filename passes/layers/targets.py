@@ -34,6 +34,7 @@ _EXPANDED_120: tuple[Verdict, Verdict, Verdict, Verdict] = ("refused", "refused"
 
 ROWS: dict[tuple[str, str], Row] = {  # by format of the weights and of the activations
     ("int8", "none"): Row(("fused", "fused", "fused", "fused"), "fused", ""),
+    ("int8", "int8-per-token"): Row(("int8", "int8", "int8", "int8"), "int8", "int8"),
     ("int4", "none"): Row(_FROM_80, "fused", "int8"),
     ("int2", "none"): Row(_NEVER, "fused", "int4"),
     ("fp8", "none"): Row(_FROM_89, "dequantized first", "int8"),

@@ -2,11 +2,13 @@
 
 quantize           y = W x + b  ~  DQ(W_q) DQ(Q(x)) + b',   b' = b - (W_q - W) E[x]
 quantize-weights   y = W x + b  ~  DQ(W_q) x + b',          with activations DQ(W_q) DQ(Q(x)) + b'
+quantize-attention y = A B      ~  DQ(Q(A)) DQ(Q(B))
 clip-weights       w' = clip(w, -m, m),   m where the quantized outputs are best
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,8 +73,10 @@ class QuantizeWeights(Pass):
         "Format of the weights: int8 and fp8 (E4M3) by output channel, the others by groups of inputs; dgq is int4 "
         "with scales on a grid of 8 bits, for products of int8.",
     )
-    activations: Literal["none", "int8", "fp8", "fp4"] = option(
-        "none", "What products read: none for float; int8 with dgq, fp8 with fp8, fp4 with nvfp4. Needs data."
+    activations: Literal["none", "int8", "fp8", "fp4", "int8-per-token"] = option(
+        "none",
+        "What products read: none for float; int8 with dgq, fp8 with fp8, fp4 with nvfp4, which need data; "
+        "int8-per-token with int8: a scale for every row, made while the model runs.",
     )
     group: int | None = option(
         None,
@@ -98,6 +102,11 @@ class QuantizeWeights(Pass):
             object.__setattr__(self, "activations", "int8")
         self.check_for(None)
 
+    def work(self) -> Pass:
+        if self.activations != "int8-per-token":
+            return super().work()
+        return importlib.import_module("channelfold.passes.quantize.dynamic").Work(**vars(self))
+
     def check_for(self, sm: int | None) -> None:
         """Raises UsageError where the target, or an engine for an SM, should not get the formats."""
         target, formats = self.target, (self.weights, self.activations)
@@ -106,6 +115,20 @@ class QuantizeWeights(Pass):
         reason, hint = why_not(*formats, target, sm)
         if reason:
             raise UsageError(reason, hint)
+
+
+@dataclass(frozen=True)
+class QuantizeAttention(Pass):
+    """Multiplies queries with keys, and probabilities with values, in int8, with ranges from calibration data."""
+
+    name, kind, does_it, needs_data = "quantize-attention", "calibrated", "attention", "Quantization"
+    needs_opset = 13
+
+    min_activation_snr: float = option(
+        15.0, "Leave a product in float when 8 bits represent one of its inputs worse than this, in dB.", metavar="DB"
+    )
+    exclude: tuple[str, ...] = option((), "Nodes to leave in float: names, * and ? match.", metavar="PATTERN")
+    exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float, such as MatMul.", metavar="OP")
 
 
 @dataclass(frozen=True)

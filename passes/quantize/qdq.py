@@ -32,7 +32,7 @@ from channelfold.passes.base import DoesNotFit
 from channelfold.passes.layers.formats import FLOAT, INT8, SCALES, Format, positive_scale
 from channelfold.passes.layers.linear import Linear, linears, live_linears
 from channelfold.passes.operators import operator
-from channelfold.passes.quantize import Quantize, QuantizeWeights
+from channelfold.passes.quantize import Quantize, QuantizeAttention, QuantizeWeights
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
@@ -90,7 +90,7 @@ def opset_of_scales(graph: gs.Graph) -> int:
     return 19 if np.dtype(np.float16) in map(np.dtype, kinds) else 13
 
 
-def excluded(step: Quantize | QuantizeWeights, node: gs.Node) -> str:
+def excluded(step: Quantize | QuantizeAttention | QuantizeWeights, node: gs.Node) -> str:
     """Why the options of a pass leave a node in float; empty when they do not."""
     if node.op in step.exclude_ops:
         return f"excluded by operator type {node.op}"

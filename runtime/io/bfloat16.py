@@ -56,12 +56,23 @@ def make_twin(graph: gs.Graph) -> None:
                 done.add(id(tensor))
                 tensor.values = stored(graph, np.asarray(read(tensor)).astype(np.float32), tensor.name)
         nodes = []
+        for tensor in part.inputs:
+            if edit.dtype(tensor) == _BFLOAT16:
+                nodes += _rounded_input(graph, tensor)
         for node in part.nodes:
             nodes += [node, *_rounded(graph, node)]
         part.nodes[:] = nodes
-        for tensor in part.inputs:
-            if edit.dtype(tensor) == _BFLOAT16:
-                tensor.dtype = np.dtype(np.float32)
+
+
+def _rounded_input(graph: gs.Graph, tensor: gs.Variable) -> list[gs.Node]:
+    """Casts that round an input, which becomes float32, for all its readers."""
+    result = gs.Variable(free_name(graph, f"{tensor.name}_exact"), np.dtype(np.float32), tensor.shape)
+    for reader in edit.consumers(tensor):
+        for index, other in enumerate(reader.inputs):
+            if other is tensor:
+                edit.set_input(reader, index, result)
+    tensor.dtype = np.dtype(np.float32)
+    return _rounding(graph, tensor, result)
 
 
 def _rounded(graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
@@ -71,10 +82,8 @@ def _rounded(graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
         if tensor.is_empty() or edit.dtype(tensor) != _BFLOAT16:
             continue
         exact = gs.Variable(free_name(graph, f"{tensor.name}_exact"), np.dtype(np.float32), tensor.shape)
-        half = gs.Variable(free_name(graph, f"{tensor.name}_rounded"), _BFLOAT16, tensor.shape)
         edit.set_output(node, index, exact)
-        for source, to, result in ((exact, _TO[0], half), (half, _TO[1], tensor)):
-            new.append(gs.Node("Cast", free_name(graph, f"{result.name}_Cast"), {"to": to}, [source], [result]))
+        new += _rounding(graph, exact, tensor)
         tensor.dtype = np.dtype(np.float32)
     for name, value in node.attrs.items():
         if name in ("to", "dtype", "output_dtype") and value == _TO[0] and new:
@@ -82,3 +91,11 @@ def _rounded(graph: gs.Graph, node: gs.Node) -> list[gs.Node]:
         elif isinstance(value, gs.Constant) and edit.dtype(value) == _BFLOAT16:
             node.attrs[name] = gs.Constant(value.name, np.asarray(value.values).astype(np.float32))
     return new
+
+
+def _rounding(graph: gs.Graph, source: gs.Variable, result: gs.Variable) -> list[gs.Node]:
+    half = gs.Variable(free_name(graph, f"{result.name}_rounded"), _BFLOAT16, result.shape)
+    return [
+        gs.Node("Cast", free_name(graph, f"{to.name}_Cast"), {"to": code}, [read], [to])
+        for read, code, to in ((source, _TO[0], half), (half, _TO[1], result))
+    ]

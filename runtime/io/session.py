@@ -187,15 +187,24 @@ class Session:
         return {name: values for name, values in feed.items() if name in known}
 
     def run(self, feed: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
-        """Runs one feed and returns outputs by name: the named outputs, by default all outputs. Raises ModelError."""
+        """Runs one feed and returns outputs by name: the named outputs, by default all outputs. Raises ModelError.
+
+        Floating point numbers are converted to the type of their input.
+        """
         names = list(outputs) if outputs is not None else [spec.name for spec in self.outputs]
         try:
             with limits.watch().over(self._run_options, self._size, self._before):
-                return dict(zip(names, self._session.run(names, dict(feed), self._run_options), strict=True))
+                given = {name: self._typed(name, values) for name, values in feed.items()}
+                return dict(zip(names, self._session.run(names, given, self._run_options), strict=True))
         except LimitError:
             raise
         except Exception as error:
             raise ModelError(f"ONNX Runtime failed while running the model: {_first_line(error)}") from None
+
+    def _typed(self, name: str, values: Any) -> Any:
+        wanted = next((spec.dtype for spec in self.inputs if spec.name == name), None)
+        floats = wanted is not None and wanted.kind == "f" and getattr(values, "dtype", wanted) != wanted
+        return values.astype(wanted) if floats and values.dtype.kind == "f" else values
 
 
 def _size(model: str | Path | bytes) -> int:

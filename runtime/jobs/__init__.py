@@ -228,6 +228,7 @@ def quantize(
     *,
     source: Source = Source(),
     weights_only: bool = False,
+    attention: bool = False,
     options: Mapping[str, Any] | None = None,
     require_share: float | None = None,
     progress: Progress = no_progress,
@@ -235,12 +236,16 @@ def quantize(
     """Quantizes without folding first. Writes ``out``. ``require_share``: as for ``compress``.
 
     ``options`` are those of the pass: ``quantize``, or ``quantize-weights`` with ``weights_only``, which needs no data
-    and which options that ``quantize`` does not have imply.
+    and which options that ``quantize`` does not have imply. ``attention``: products of two activations become int8 too.
     """
     own = set(options_of(PASSES["quantize-weights"])) - set(options_of(PASSES["quantize"]))
     alone = weights_only or not own.isdisjoint(options or {})
     step = recipes.make("quantize-weights" if alone else "quantize", options or {})
-    job = _transformed("quantize", model, out, [step], source, progress)
+    if attention and (alone or step.options()["target"] != "tensorrt"):
+        raise UsageError("--attention is for int8 products of TensorRT", "Leave it out")
+    shared = {name: step.options()[name] for name in ("exclude", "exclude_ops")}
+    first = [recipes.make("quantize-attention", shared)] if attention else []
+    job = _transformed("quantize", model, out, [*first, step], source, progress)
     job.check_share(require_share)
     return job.record
 

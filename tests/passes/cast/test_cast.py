@@ -6,6 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
+from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.cast import Cast
 from channelfold.runtime.errors import UsageError
@@ -92,6 +93,29 @@ def test_a_tensor_is_cast_once_for_all_its_readers_and_moves_follow_the_islands(
     casts = [(n.inputs[0].name, n.outputs[0].name) for n in graph.nodes if n.op == "Cast"]
     assert casts == [("x", "x_float16"), ("h", "h_float32"), ("e", "e_float16"), ("y_float16", "y")]
     assert edit.dtype(graph.tensors()["t"]) == np.float32
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_inputs_and_outputs_take_the_type_where_asked(kind, tmp_path):
+    body = "h = MatMul(x, A)  r = Exp(h)  s = Transpose(r)  y = Transpose(s)  z = MatMul(h, A)"
+    graph = build("(float[N,8] x) => (float[] y, float[] z, float[] r)", body, A=(8, 8), kind="float")
+    feed = feeds(graph)
+    before = computed(graph, feed)
+    step = Cast(type=kind, io_type="cast", exclude_ops=("Exp",))
+    (record,) = pipeline.run(graph, [step], Context())[1]
+    assert not record.get("warnings") or kind == "float16"
+    assert {edit.dtype(t).name for t in (*graph.inputs, *graph.outputs)} == {kind}
+    assert [n.op for n in graph.nodes if n.op == "Cast"] == ["Cast", "Cast"]
+    after = computed(graph, feed) if kind == "float16" else twin(graph, tmp_path, feed)
+    assert error(before, after) < 16 * EPSILON[kind]
+
+
+def test_an_input_that_overflows_keeps_its_type():
+    graph = build("(float[4,8] x) => (float[] y)", "h = Mul(x, c)  y = MatMul(h, A)", A=(8, 8), c=np.array(1e-3),
+                  kind="float")  # fmt: skip
+    outcome = cast(graph, Cast(io_type="cast"), data_from({"x": np.full((4, 8), 1e5, np.float32)}))
+    assert [edit.dtype(t) for t in (*graph.inputs, *graph.outputs)] == [np.float32, np.float16]
+    assert [r.code for r in outcome.refused] == ["a value overflows"]
 
 
 def test_an_output_inside_the_graph_keeps_its_type():
