@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.layers.linear import Linear, linears
-from channelfold.passes.quantize.rounders import DAMPING
+from channelfold.passes.quantize.rounders import DAMPING, Factored
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError
 from channelfold.runtime.io.snapshot import Snapshot
@@ -53,6 +54,11 @@ class Products:
     def of(cls, seen: Moments, centered: bool) -> Products:
         """From the moments of x; ``centered`` takes covariances."""
         return cls(seen.mean, seen.covariance + (0.0 if centered else np.outer(seen.mean, seen.mean)))
+
+    @cached_property
+    def factored(self) -> Factored:
+        """For GPTQ; linears that read the same input share the factor."""
+        return Factored(self.own)
 
     def wanted(self, weight: np.ndarray) -> np.ndarray:
         """What to round instead of a weight (out, in): a share of the way to W*, float32."""
@@ -123,7 +129,10 @@ class Corrected:
                     pair.add(*(rows(np.asarray(v, np.float32), axis % v.ndim, POSITIONS) for v in (x, later)))
             if not pair.count:
                 raise DataError(f"No calibration sample reached {name!r}", "Check the data")
+            found = {}
             for site in sites:
                 progress("Quantizing weights", done, total)
-                yield site, pair.products(site.takes_bias)
+                if site.takes_bias not in found:
+                    found[site.takes_bias] = pair.products(site.takes_bias)
+                yield site, found[site.takes_bias]
                 done += 1

@@ -16,6 +16,7 @@ onnxruntime   reads integers inside its kernel (MatMulNBits) where the inputs ar
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -151,8 +152,8 @@ class Work(QuantizeWeights):
         wanted = ((Moments({name: axis}), found[0].channels[1]) for (name, axis), found in joint.items())
         for group in collect(whole, wanted, ctx.data, ctx.progress):
             for seen in group:
-                for site in joint[next(iter(seen.axes.items()))]:
-                    yield site, Products.of(seen, site.takes_bias)
+                of = functools.cache(functools.partial(Products.of, seen))
+                yield from ((site, of(site.takes_bias)) for site in joint[next(iter(seen.axes.items()))])
 
     def _quantize(
         self,
@@ -197,7 +198,7 @@ class Work(QuantizeWeights):
         self, linear: Linear, seen: Products | ChannelMoments | None, format: Format, base: np.ndarray | None
     ) -> Rounder:
         if isinstance(seen, Products):
-            return gptq(format, linear.dtype, seen.own, base)
+            return gptq(format, linear.dtype, seen.factored, base)
         importance = None
         if seen is not None:
             power = (seen.variance if linear.takes_bias else np.square(seen.rms)).astype(np.float32)
