@@ -131,6 +131,11 @@ class Format:
         """Scales (out, groups) for every weight: (out, in), or (out, 1) where an output channel has one scale."""
         return np.repeat(scales, self.group, axis=1)[:, :ins] if self.group else scales
 
+    def restored(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """The float32 weight (out, in, ...) of codes and their scales (out, groups)."""
+        steps = self.spread(scales.astype(np.float32), codes.shape[1])
+        return codes.astype(np.float32) * steps.reshape(*steps.shape, *[1] * (codes.ndim - 2))
+
     def fitted(self, ins: int, whole: bool = False) -> Format:
         """The format with groups for ``ins`` inputs: halved until an output channel has at least two groups.
 

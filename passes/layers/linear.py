@@ -149,7 +149,7 @@ class Linear:
     def set_bias(self, bias: np.ndarray) -> None:
         """Replaces the effective bias by a vector (out,), or adds a bias. Raises DoesNotFit."""
         values, name = self.shaped_bias(cast(np.asarray(bias), self.dtype)), f"{self.name}_bias"
-        if self.bias_node is not None or self.node.op != "MatMul":
+        if self.takes_bias:
             edit.set_constant(self.graph, *(self.bias_place or (self.node, 2)), values, name)
             if "beta" in self.node.attrs:
                 self.node.attrs["beta"] = 1.0
@@ -233,6 +233,11 @@ class Linear:
     def shaped_bias(self, bias: np.ndarray) -> np.ndarray:
         """A vector over the output channels in the shape that the node or the Add behind the node reads."""
         return bias[:, None] if self.out_axis == -2 else bias
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether the linear has a bias, or a place for one without a new node."""
+        return self.node.op != "MatMul" or self.bias_node is not None
 
     @property
     def bias_place(self) -> tuple[gs.Node, int] | None:

@@ -91,6 +91,9 @@ class QuantizeWeights(Pass):
         "How weights are rounded: to the nearest code, with the scale of the least error (weighted by calibration data "
         "where there are some), or by GPTQ, which needs data.",
     )
+    correct_inputs: bool = option(
+        False, "With GPTQ a layer makes up for a part of what the rounded layers before have changed of its input."
+    )
     target: Literal["tensorrt", "onnxruntime"] = option("tensorrt", "Whose rules for DequantizeLinear nodes.")
     embeddings: bool = option(True, "Store the tables from which Gather takes rows like the weights.")
     exclude: tuple[str, ...] = option((), "Nodes to leave in float: names, * and ? match.", metavar="PATTERN")

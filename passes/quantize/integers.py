@@ -38,10 +38,11 @@ def multiply_integers(
     format: Format,
     base: np.ndarray | None,
     mean: np.ndarray | None,
+    later: np.ndarray | None = None,
 ) -> None:
     """Replaces a MatMul or Gemm by a product of integers; codes (out, in), scales (out, groups), base (out, 1)."""
     assert base is not None
-    inserter.correct_bias(linear, codes, scales, format, mean)
+    inserter.correct_bias(linear, codes, scales, format, mean, later)
     graph, node, name = inserter.graph, linear.node, linear.source.name
     outs, ins = codes.shape
     bias = linear.bias() if node.op == "Gemm" else None

@@ -263,29 +263,41 @@ class Inserter:
         variant: Hashable = None,
         inputs_first: bool = False,
         base: np.ndarray | None = None,
+        later: np.ndarray | None = None,
     ) -> None:
         """Lets a linear node read ``codes`` (out, in / groups, ...) with ``scales`` (out, groups of the format).
 
         Readers of one weight share its codes where ``variant`` is the same. ``mean``: as for ``weight``. With
         ``inputs_first`` a Gemm gets its weight as (in, out).
         """
-        self.correct_bias(linear, codes, scales, format, mean)
+        self.correct_bias(linear, codes, scales, format, mean, later)
         key = self._key(linear, variant)
         if key not in self._weights:
             self._weights[key] = self._stored(linear, codes, scales, format, inputs_first, base)
         self._connect(linear, key, inputs_first)
 
     def correct_bias(
-        self, linear: Linear, codes: np.ndarray, scales: np.ndarray, format: Format, mean: np.ndarray | None
+        self,
+        linear: Linear,
+        codes: np.ndarray,
+        scales: np.ndarray,
+        format: Format,
+        mean: np.ndarray | None,
+        later: np.ndarray | None = None,
     ) -> None:
-        """Lets the bias take back what rounding the weight does on average, where there is a place and a mean."""
-        if mean is not None and (linear.node.op != "MatMul" or linear.bias_node is not None):
-            weight, old = linear.weight(), linear.bias()
-            steps = format.spread(scales.astype(np.float32), weight.shape[1])
-            steps = steps.reshape(*steps.shape, *[1] * (weight.ndim - 2))
-            with contextlib.suppress(DoesNotFit):  # a float16 bias at the end of its type stays as it is
-                error = codes.astype(np.float32) * steps - weight
-                linear.set_bias((0.0 if old is None else old) - linear.respond(error, mean))
+        """Lets the bias take back what rounding the weight does on average, where there is a place and a mean.
+
+        ``later``: the mean of the input once the layers before are rounded, if it is known.
+        """
+        if mean is None or not linear.takes_bias:
+            return
+        weight, old = linear.weight(), linear.bias()
+        restored = format.restored(codes, scales)
+        missed = linear.respond(restored - weight, mean)
+        if later is not None:
+            missed += linear.respond(restored, later - mean)
+        with contextlib.suppress(DoesNotFit):  # a float16 bias at the end of its type stays as it is
+            linear.set_bias((0.0 if old is None else old) - missed)
 
     def shared(self, linear: Linear, inputs_first: bool = False, variant: Hashable = None) -> bool:
         """Lets a linear node read the codes that another reader of its weight has; whether there are any."""

@@ -16,6 +16,7 @@ onnxruntime   reads integers inside its kernel (MatMulNBits) where the inputs ar
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,6 +27,7 @@ from channelfold.passes.layers.formats import FORMATS, Format
 from channelfold.passes.layers.linear import Linear, usable
 from channelfold.passes.quantize import QuantizeWeights, calibrators
 from channelfold.passes.quantize.cells import quantize_cells
+from channelfold.passes.quantize.corrected import Corrected, Products
 from channelfold.passes.quantize.integers import multiply_integers, why_not_integers
 from channelfold.passes.quantize.qdq import (
     MIN_CHANNELS,
@@ -89,9 +91,10 @@ class Work(QuantizeWeights):
         for site in [site for site in sites if not limits.get(site.data.name, 1.0)]:
             outcome.refuse(site.name, f"{site.node.op} stays float: {_UNSEEN} ({site.data.name})", _UNSEEN)
         sites = [site for site in sites if limits.get(site.data.name, 1.0)]
-        for linear, seen in self._measured(graph, sites, ctx):
+        restored: dict[str, np.ndarray] = {}
+        for linear, seen in self._measured(graph, sites, ctx, restored):
             ctx.progress("Quantizing weights", len(kept), len(sites))
-            what = self._quantize(inserter, linear, seen, limits)
+            what = self._quantize(inserter, linear, seen, limits, restored)
             outcome.change(linear.name, f"{linear.node.op}: {what}")
             kept.append(linear)
         if quantize_tables(inserter, outcome, self._of_table, self) or kept or cells:
@@ -114,9 +117,12 @@ class Work(QuantizeWeights):
         }
 
     def _measured(
-        self, graph: gs.Graph, sites: list[Linear], ctx: Context
-    ) -> Iterator[tuple[Linear, Moments | ChannelMoments | None]]:
-        """Every site with what the data say of its input: E[x x^T] for GPTQ, else E[x^2], None without data."""
+        self, graph: gs.Graph, sites: list[Linear], ctx: Context, restored: dict[str, np.ndarray]
+    ) -> Iterator[tuple[Linear, Products | ChannelMoments | None]]:
+        """Every site with what the data say of its input: E[x x^T] for GPTQ, else E[x^2], None without data.
+
+        With ``correct_inputs`` the caller leaves in ``restored`` the rounded weight of a site before the next site.
+        """
         if ctx.calibration is None:
             yield from ((site, None) for site in sites)
             return
@@ -136,13 +142,26 @@ class Work(QuantizeWeights):
         for site in alone:
             seen = moments[site.data.name, site.in_axis]
             yield site, seen if seen.positions else None
+        if self.correct_inputs and joint:
+            corrected = Corrected(whole, [site for found in joint.values() for site in found], ctx.data)
+            for site, products in corrected.run(ctx.progress):
+                yield site, products
+                if site.name in restored:
+                    corrected.take(site, restored.pop(site.name))
+            return
         wanted = ((Moments({name: axis}), found[0].channels[1]) for (name, axis), found in joint.items())
         for group in collect(whole, wanted, ctx.data, ctx.progress):
-            for products in group:
-                yield from ((site, products) for site in joint[next(iter(products.axes.items()))])
+            for seen in group:
+                of = functools.cache(functools.partial(Products.of, seen))
+                yield from ((site, of(site.takes_bias)) for site in joint[next(iter(seen.axes.items()))])
 
     def _quantize(
-        self, inserter: Inserter, linear: Linear, seen: Moments | ChannelMoments | None, limits: dict[str, float]
+        self,
+        inserter: Inserter,
+        linear: Linear,
+        seen: Products | ChannelMoments | None,
+        limits: dict[str, float],
+        restored: dict[str, np.ndarray],
     ) -> str:
         """Stores the weight of a linear in its format, and lets it read its activation in another; says how."""
         name, activations = self._formats(linear.node)
@@ -152,15 +171,20 @@ class Work(QuantizeWeights):
         if not (shared := not integers and inserter.shared(linear, inputs_first, name)):
             weight = linear.weight()
             format = self._fitted(name, weight.shape[1])
+            later = seen.later if isinstance(seen, Products) else None
+            if isinstance(seen, Products):
+                weight = seen.wanted(weight.reshape(weight.shape[:2])).reshape(weight.shape)
             base = format.base(weight)
-            codes, scales = rounded(weight, self._rounder(linear, weight, seen, format, base), format)
+            codes, scales = rounded(weight, self._rounder(linear, seen, format, base), format)
             mean = None if seen is None else np.asarray(seen.mean)
+            if later is not None:
+                restored[linear.name] = format.restored(codes, scales)
             if integers:
-                multiply_integers(inserter, linear, codes, scales, format, base, mean)
+                multiply_integers(inserter, linear, codes, scales, format, base, mean, later)
             else:
-                inserter.store(linear, codes, scales, format, mean, name, inputs_first, base)
+                inserter.store(linear, codes, scales, format, mean, name, inputs_first, base, later)
             says += f" in groups of {format.group}" if format.group else ""
-            says += ", GPTQ" if isinstance(seen, Moments) else ""
+            says += ", GPTQ" if isinstance(seen, Products) else ""
         linear.data.dtype = linear.dtype if activations != "none" else linear.data.dtype
         limit = limits.get(linear.data.name, 0.0)
         if activations == "fp4":
@@ -171,22 +195,17 @@ class Work(QuantizeWeights):
         return says + (", shared" if shared else "") + ("" if activations == "none" else f", {activations} activation")
 
     def _rounder(
-        self,
-        linear: Linear,
-        weight: np.ndarray,
-        seen: Moments | ChannelMoments | None,
-        format: Format,
-        base: np.ndarray | None,
+        self, linear: Linear, seen: Products | ChannelMoments | None, format: Format, base: np.ndarray | None
     ) -> Rounder:
-        if isinstance(seen, Moments):
-            return gptq(format, linear.dtype, seen.covariance + np.outer(seen.mean, seen.mean), base)
+        if isinstance(seen, Products):
+            return gptq(format, linear.dtype, seen.factored, base)
         importance = None
         if seen is not None:
-            power = np.square(seen.rms).astype(np.float32)
-            power = (
-                linear.spread_inputs(power) if linear.groups > 1 else power.reshape(1, -1, *[1] * len(linear.kernel))
-            )
-            importance = np.broadcast_to(power, (len(power), *weight.shape[1:])).reshape(len(power), -1)
+            power = (seen.variance if linear.takes_bias else np.square(seen.rms)).astype(np.float32)
+            kernel = [1] * len(linear.kernel)
+            power = linear.spread_inputs(power) if linear.groups > 1 else power.reshape(1, -1, *kernel)
+            ins = linear.channels[1] // linear.groups
+            importance = np.broadcast_to(power, (len(power), ins, *linear.kernel)).reshape(len(power), -1)
         return by_scale(format, linear.dtype, importance, self.rounder != "nearest", base)
 
     def _why_float(self, linear: Linear) -> str:

@@ -13,7 +13,7 @@ from channelfold.passes.quantize import QuantizeWeights
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.errors import BuildError, UsageError
 from channelfold.runtime.io.files import check, raise_opset, save, session
-from channelfold.tests.graphs import build, feeds, run, samples
+from channelfold.tests.graphs import build, constants, feeds, listing, run, samples
 from channelfold.tests.passes.quantize.quantized import optimized, snr
 
 SMS = (75, 80, 86, 89, 120, 121) if os.environ.get("CHANNELFOLD_ALL_SMS") else (120,)
@@ -145,3 +145,63 @@ def test_what_an_sm_cannot_run_is_refused_before_the_work():
         QuantizeWeights(weights="fp8", activations="fp8").check_for(86)
     QuantizeWeights(weights="int4", target="onnxruntime").check_for(75)
     QuantizeWeights(weights="int4").check_for(87)
+
+
+def test_what_is_printed():
+    """DGQ for TensorRT multiplies the codes by integers; fp8 reads both operands through E4M3; NVFP4 has two levels."""
+    printed = {}
+    for weights, activations in (("dgq", "int8"), ("fp8", "fp8"), ("nvfp4", "fp4")):
+        graph = build("(float[N,64] x) => (float[] y)", "y = MatMul(x, W)", kind="float", opset=23, W=(64, 32))
+        QuantizeWeights(weights=weights, activations=activations).apply(graph, Context(calibration=samples(graph)))
+        printed[weights] = listing(graph)
+    assert printed["dgq"].splitlines()[2:] == [
+        "W_dequantized = DequantizeLinear<axis=0, block_size=32>(W_quantized, W_scale, W_zero_point)",
+        "W_integers = QuantizeLinear<axis=1>(W_dequantized, W_one, W_zero)",
+        "W_int8 = DequantizeLinear<axis=1>(W_integers, W_base, W_zero)",
+        "y = MatMul(x_dequantized, W_int8)",
+    ]
+    assert printed["fp8"] == (
+        "x_quantized = QuantizeLinear(x, x_scale, x_zero_point)\n"
+        "x_dequantized = DequantizeLinear(x_quantized, x_scale, x_zero_point)\n"
+        "W_dequantized = DequantizeLinear<axis=1>(W_quantized, W_scale, W_zero_point)\n"
+        "y = MatMul(x_dequantized, W_dequantized)"
+    )
+    assert printed["nvfp4"] == (
+        "x_codes, x_scales = TRT_FP4DynamicQuantize<axis=-1, block_size=16, scale_type=17>(x, x_unit)\n"
+        "x_factor = DequantizeLinear(x_scales, x_unit)\n"
+        "x_dequantized = DequantizeLinear<axis=-1, block_size=16>(x_codes, x_factor)\n"
+        "W_factor = DequantizeLinear(W_scale, W_unit)\n"
+        "W_dequantized = DequantizeLinear<axis=0, block_size=16>(W_quantized, W_factor)\n"
+        "y = MatMul(x_dequantized, W_dequantized)"
+    )
+
+
+def test_dgq_for_onnxruntime(tmp_path):
+    """Codes of 4 bits in the file, a product of integers at run time, the integer weight made when it is loaded."""
+    graph = build("(float[N,512] x) => (float[] y)", "y = Gemm(x, W, b)", kind="float", opset=21, W=(512, 512), b=512)
+    step = QuantizeWeights(weights="dgq", target="onnxruntime")
+    before = run(graph, feeds(graph))
+    step.apply(graph, Context(calibration=samples(graph)))
+    save(graph, tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").stat().st_size < 512 * 512 * 4 * 0.14
+    found = optimized(graph, tmp_path)
+    assert {"MatMulInteger", "DequantizeLinear", "Mul"}.isdisjoint(found)
+    assert "DynamicQuantizeMatMul" in found or "MatMulIntegerToFloat" in found
+    assert snr(before, session(graph).run(feeds(graph))) > 15
+
+
+def test_nodes_that_keep_8_bits():
+    body = "h = MatMul(x, W) g = MatMul(h, V) y = MatMul(g, U)"
+    sizes = {"W": (64, 64), "V": (64, 64), "U": (64, 64)}
+    for weights, kept in (("int4", "int8"), ("dgq", "int8"), ("nvfp4", "float4_e2m1fn")):
+        graph = build("(float[N,64] x) => (float[] y)", body, kind="float", opset=23, **sizes)
+        for node in graph.nodes:
+            node.name = node.outputs[0].name
+        step = QuantizeWeights(weights=weights, keep_8bit=("g",), activations="fp4" if weights == "nvfp4" else "none")
+        outcome = step.apply(graph, Context(calibration=samples(graph)))
+        stored = {name: t.dtype.name for name, t in constants(graph).items() if name.endswith("_quantized")}
+        assert len(outcome.changed) == 3
+        if weights == "nvfp4":
+            assert stored == {"W_quantized": kept, "V_quantized": "float8_e4m3fn", "U_quantized": kept}
+        else:
+            assert stored == {"W_quantized": "int4", "V_quantized": kept, "U_quantized": "int4"}

@@ -115,6 +115,21 @@ def test_data_make_the_rounding_better():
     assert found["search"] + 5 < found["gptq"]
 
 
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
+def test_later_layers_make_up_for_earlier_ones(target):
+    """In a chain of layers, with more rows than weights, what was lost in front is won back in part."""
+    body = "a = Gemm(x, A, b) r = Relu(a) c = MatMul(r, B) s = Add(c, x) d = MatMul(s, C) t = Tanh(d) y = MatMul(t, D)"
+    names = {name: random((64, 64), name) / 8 for name in "ABCD"}
+    rows = np.random.default_rng(1).normal(size=(2048, 64)) @ random((64, 64), "mix")
+    data, unseen = data_from({"x": rows[:1024].astype(np.float32)}), {"x": rows[1024:].astype(np.float32)}
+    found = []
+    for correct in (False, True):
+        step = QuantizeWeights(weights="int4", rounder="gptq", group=32, correct_inputs=correct, target=target)
+        before, graph = weights(("float[N,64] x", body, names | {"b": 64}), step, data)
+        found.append(snr(run(before, unseen), session(graph).run(unseen)))
+    assert found[0] + 0.3 < found[1]
+
+
 def test_gptq_needs_data_and_takes_what_it_cannot_do_by_search():
     with pytest.raises(DataError, match="GPTQ needs calibration data"):
         QuantizeWeights(rounder="gptq").apply(build("(float[N,8] x) => (float[] y)", "y = Relu(x)"), Context())
