@@ -292,9 +292,16 @@ def build(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> 
 @opt.reading
 @opt.gates
 @opt.seed
-def diff(jobs: Any, progress: Any, a: str, b: str, **options: Any) -> Any:
-    """Compare the outputs of B with those of A on the same samples."""
-    return jobs.diff(a, b, source=_source(jobs, options), gates=_gates(jobs, options), progress=progress)
+@click.option("--explain", is_flag=True, help="Find the nodes of B that the error comes from.")
+def diff(jobs: Any, progress: Any, a: str, b: str, explain: bool, **options: Any) -> Any:
+    """Compare the outputs of B with those of A on the same samples.
+
+    With --explain, tensors that both models compute are found by their values, also where B was folded, renamed or
+    quantized by another tool. Each part of B in between is run on the values of A, and what its error alone does to the
+    outputs is measured. The list ends with the nodes to leave in float, and what this recovers.
+    """
+    settings = {"source": _source(jobs, options), "gates": _gates(jobs, options), "explain": explain}
+    return jobs.diff(a, b, progress=progress, **settings)
 
 
 @_command("channelfold report out --open")

@@ -38,6 +38,7 @@ from channelfold.runtime.errors import UsageError, nearest, no_progress
 from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import model_facts
 from channelfold.runtime.io.session import onnxruntime
+from channelfold.runtime.jobs import explain_diff as explaining
 from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
 from channelfold.runtime.jobs import inspect_model as inspection
@@ -272,15 +273,22 @@ def diff(
     *,
     source: Source = Source(),
     gates: Gates | None = None,
+    explain: bool = False,
     progress: Progress = no_progress,
 ) -> Record:
-    """Compares the outputs of two models on the same data. Raises GateMissed."""
+    """Compares the outputs of two models on the same data; ``explain`` finds the nodes that the error comes from.
+
+    Raises GateMissed.
+    """
     job = Job("diff", Path(a), progress, source)
     job.evaluation = job.open("evaluation", source.evaluation, source.random)
     if job.evaluation is None:
         raise UsageError("There is nothing to compare the models on", "Give --data, or --random N")
     job.record["output"] = model_facts(Path(b), files.load(b))
     job.prove(Path(b))
+    if explain:
+        with job.or_warning("The error was not explained"):
+            job.record["explanation"] = explaining.explain(Path(a), Path(b), job.evaluation, progress)
     job.check(gates)
     return job.record
 

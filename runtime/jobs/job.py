@@ -420,6 +420,14 @@ class Job:
         self.warn(f"The outputs were compared on {probes.description} only, which says nothing about accuracy. {hint}")
         return probes
 
+    @contextlib.contextmanager
+    def or_warning(self, failed: str) -> Iterator[None]:
+        """Makes a warning of an error in a part of a command that is not its result."""
+        try:
+            yield
+        except (ModelError, DataError) as error:
+            self.warn(f"{failed}: {error}")
+
     def warn(self, *texts: str) -> None:
         self.record["warnings"] += [text for text in texts if text not in self.record["warnings"]]
 
