@@ -319,6 +319,37 @@ def report(jobs: Any, progress: Any, first: str, second: str | None, show: bool)
     return record
 
 
+@_command("channelfold bench model.onnx out/model.onnx --threads 1 --batch 1 --batch 8")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=click.Path())
+@opt.data("data", "evaluation", f"The first sample is run: {opt.DATA}.  [default: a random one]")
+@opt.allow_script
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Batch size, where the model leaves it open. Repeatable.  [default: as in the data]",
+)
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of ONNX Runtime.  [default: all]")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=50,
+    show_default=True,
+    help="Runs of each model, in turns; ends after 10 seconds.",
+)
+@opt.seed
+def bench(jobs: Any, progress: Any, models: tuple[str, ...], **options: Any) -> Any:
+    """Time models in turns in ONNX Runtime, on this machine.
+
+    Shows medians and the middle half, peak memory, multiply-accumulates, parameters and weight bytes by type. Runs in
+    turns make a change of the machine's speed affect all models alike.
+    """
+    return jobs.bench(models, source=_source(jobs, options), progress=progress, **options)
+
+
 @_command("channelfold lint int8.onnx --target tensorrt --sm 89")
 @opt.model
 @click.option(

@@ -38,6 +38,7 @@ from channelfold.runtime.errors import UsageError, nearest, no_progress
 from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import model_facts
 from channelfold.runtime.io.session import onnxruntime
+from channelfold.runtime.jobs import bench_models as benching
 from channelfold.runtime.jobs import explain_diff as explaining
 from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
@@ -339,6 +340,21 @@ def inspect(
         if groups:
             job.record["groups"] = channel_groups.describe(job.graph, source.seed)
     return job.record
+
+
+def bench(
+    models: Sequence[PathLike],
+    *,
+    batches: Sequence[int] = (),
+    threads: int | None = None,
+    rounds: int = 50,
+    source: Source = Source(),
+    progress: Progress = no_progress,
+) -> Record:
+    """Times models in turns in ONNX Runtime, on a sample of the evaluation data, else a random one, in each batch."""
+    if not models:
+        raise UsageError("There is no model to measure", "Give one or more")
+    return benching.run(list(map(Path, models)), batches, threads, rounds, source, progress)
 
 
 def lint(

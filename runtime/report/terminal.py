@@ -32,6 +32,8 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                   verdicts: {how linear nodes run: count}, dequantized_first: [node],
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
     latency     [{name, ms}]         the others are compared with the first
+    bench       {threads: null for all, rows: [{model, batch, ms, low, high: the middle half, runs, memory, bytes,
+                 parameters, macs, weights: {type: bytes}}]}
     lint        {target, sm, errors, warnings, notes: counts of findings, findings: [{rule, level, node, detail,
                  checks, consequence, fix, repairable}]}; of a repair also before: the counts,
                  fixed: [{rule, fix, nodes}]
@@ -53,7 +55,7 @@ import numpy as np
 from rich.console import Console
 
 from channelfold.runtime.io.files import writing
-from channelfold.runtime.report import demo, explanation, inspection, linting, runs, search, steps, web
+from channelfold.runtime.report import benching, demo, explanation, inspection, linting, runs, search, steps, web
 from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 from channelfold.runtime.stats.compare import json_number
 
@@ -271,5 +273,6 @@ _SECTIONS = {
     "explanation": explanation.show,
     "engines": _engines,
     "latency": _latency,
+    "bench": benching.show,
     "warnings": _warnings,
 }
