@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import multiprocessing
-import resource
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -89,7 +88,7 @@ def _memory(path: Path, feed: Feed, threads: int | None) -> int | None:
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(peak, str(path), feed, threads).result()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ImportError) as error:
         raise DataError(f"The memory of {path.name} cannot be measured ({error})") from None
 
 
@@ -109,4 +108,6 @@ def _peak() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    import resource  # which Windows lacks
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
