@@ -107,11 +107,13 @@ def compress(
     terminal.write_both(job.record, out_dir)
     for sm in sms:
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
-    terminal.write_both(job.record, out_dir)
     clear(out_dir / "checkpoint")
-    searching.check(job)
-    job.check_share(require_share)
-    job.check(gates)
+    try:
+        searching.check(job)
+        job.check_share(require_share)
+        job.check(gates)
+    finally:
+        terminal.write_both(job.record, out_dir)
     return job.record
 
 

@@ -50,6 +50,7 @@ from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.shapes import check_sizes
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.own_cache import Owned, uncut
+from channelfold.runtime.report import advice
 from channelfold.runtime.stats import compare
 from channelfold.runtime.stats.bench import latencies
 from channelfold.runtime.stats.compare import Gates, Runner
@@ -285,6 +286,7 @@ class Job:
         level, reasons = compare.verdict(self.comparison)
         if level != "ok":
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+            self.record["next"] = advice.next_steps(self.record)
 
     def _original(self, **options: Any) -> Runner:
         """The original, which is given the values of the inputs that are fixed."""
@@ -377,6 +379,7 @@ class Job:
         try:
             compare.check_gates(self.comparison, gates)
         except GateError as error:
+            self.record["next"] = advice.next_steps(self.record)
             raise GateMissed(error, self.record) from None
 
     def _opened(self, source: Any) -> Data | None:

@@ -38,6 +38,7 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                  checks, consequence, fix, repairable}]}; of a repair also before: the counts,
                  fixed: [{rule, fix, nodes}]
     search      the front of a search; sensitivity: the errors of all nodes      see jobs/search.py
+    next        [str]                what to do where the verdict is not ok or a gate was missed
     warnings    [str]
     runs        [record, record]     of a comparison of two runs
 
@@ -55,7 +56,18 @@ import numpy as np
 from rich.console import Console
 
 from channelfold.runtime.io.files import writing
-from channelfold.runtime.report import benching, demo, explanation, inspection, linting, runs, search, steps, web
+from channelfold.runtime.report import (
+    advice,
+    benching,
+    demo,
+    explanation,
+    inspection,
+    linting,
+    runs,
+    search,
+    steps,
+    web,
+)
 from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 from channelfold.runtime.stats.compare import json_number
 
@@ -270,6 +282,7 @@ _SECTIONS = {
     "inspection": inspection.show,
     "weights": _weights,
     "accuracy": lambda record, page: _comparison("Accuracy", record["accuracy"], page),
+    "next": advice.show,
     "explanation": explanation.show,
     "engines": _engines,
     "latency": _latency,
