@@ -307,9 +307,16 @@ def build(jobs: Any, progress: Any, model: str, output: str, **options: Any) -> 
 @opt.reading
 @opt.gates
 @opt.seed
-def diff(jobs: Any, progress: Any, a: str, b: str, **options: Any) -> Any:
-    """Compare the outputs of B with those of A on the same samples."""
-    return jobs.diff(a, b, source=_source(jobs, options), gates=_gates(jobs, options), progress=progress)
+@click.option("--explain", is_flag=True, help="Find the nodes of B that the error comes from.")
+def diff(jobs: Any, progress: Any, a: str, b: str, explain: bool, **options: Any) -> Any:
+    """Compare the outputs of B with those of A on the same samples.
+
+    With --explain, tensors that both models compute are found by their values, also where B was folded, renamed or
+    quantized by another tool. Each part of B in between is run on the values of A, and what its error alone does to the
+    outputs is measured. The list ends with the nodes to leave in float, and what this recovers.
+    """
+    settings = {"source": _source(jobs, options), "gates": _gates(jobs, options), "explain": explain}
+    return jobs.diff(a, b, progress=progress, **settings)
 
 
 @_command("channelfold report out --open")
@@ -325,6 +332,37 @@ def report(jobs: Any, progress: Any, first: str, second: str | None, show: bool)
     if show:
         click.launch(str(jobs.page_beside(record, first)))
     return record
+
+
+@_command("channelfold bench model.onnx out/model.onnx --threads 1 --batch 1 --batch 8")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=click.Path())
+@opt.data("data", "evaluation", f"The first sample is run: {opt.DATA}.  [default: a random one]")
+@opt.allow_script
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Batch size, where the model leaves it open. Repeatable.  [default: as in the data]",
+)
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of ONNX Runtime.  [default: all]")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=50,
+    show_default=True,
+    help="Runs of each model, in turns; ends after 10 seconds.",
+)
+@opt.seed
+def bench(jobs: Any, progress: Any, models: tuple[str, ...], **options: Any) -> Any:
+    """Time models in turns in ONNX Runtime, on this machine.
+
+    Shows medians and the middle half, peak memory, multiply-accumulates, parameters and weight bytes by type. Runs in
+    turns make a change of the machine's speed affect all models alike.
+    """
+    return jobs.bench(models, source=_source(jobs, options), progress=progress, **options)
 
 
 @_command("channelfold lint int8.onnx --target tensorrt --sm 89")

@@ -19,7 +19,7 @@ SAMPLES = 8  # on which sites are measured
 _SKETCHED = 2
 _EXACT = 1e-5  # relative error of a site that is rounding
 _ROUNDS = 32  # of looking for pairs that do not mean the same; a chain of them takes as many
-_STRANGE, _NOTABLE = 4, 1e-3  # squared errors of a site: own against so far, and the least that is looked at
+_STRANGE, _NOTABLE = 4, 1e-4  # squared errors of a site: own against so far, and the least that is looked at
 _STEPS = (1, 2, 3, 5, 8, 12, 20)  # numbers of sites that are restored together, to see what it recovers
 
 Progress = Callable[[str, int, int], None]

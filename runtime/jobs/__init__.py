@@ -38,6 +38,8 @@ from channelfold.runtime.errors import UsageError, nearest, no_progress
 from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import computes_as_written, model_facts
 from channelfold.runtime.io.session import onnxruntime
+from channelfold.runtime.jobs import bench_models as benching
+from channelfold.runtime.jobs import explain_diff as explaining
 from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
 from channelfold.runtime.jobs import inspect_model as inspection
@@ -105,11 +107,13 @@ def compress(
     terminal.write_both(job.record, out_dir)
     for sm in sms:
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
-    terminal.write_both(job.record, out_dir)
     clear(out_dir / "checkpoint")
-    searching.check(job)
-    job.check_share(require_share)
-    job.check(gates)
+    try:
+        searching.check(job)
+        job.check_share(require_share)
+        job.check(gates)
+    finally:
+        terminal.write_both(job.record, out_dir)
     return job.record
 
 
@@ -277,9 +281,13 @@ def diff(
     *,
     source: Source = Source(),
     gates: Gates | None = None,
+    explain: bool = False,
     progress: Progress = no_progress,
 ) -> Record:
-    """Compares the outputs of two models on the same data. Raises GateMissed."""
+    """Compares the outputs of two models on the same data; ``explain`` finds the nodes that the error comes from.
+
+    Raises GateMissed.
+    """
     job = Job("diff", Path(a), progress, source)
     job.evaluation = job.open("evaluation", source.evaluation, source.random)
     if job.evaluation is None:
@@ -287,6 +295,9 @@ def diff(
     other = files.load(b)
     job.record["output"] = model_facts(Path(b), other)
     job.prove(Path(b), computes_as_written(other))
+    if explain:
+        with job.or_warning("The error was not explained"):
+            job.record["explanation"] = explaining.explain(Path(a), Path(b), job.evaluation, progress)
     job.check(gates)
     return job.record
 
@@ -337,6 +348,21 @@ def inspect(
         if groups:
             job.record["groups"] = channel_groups.describe(job.graph, source.seed)
     return job.record
+
+
+def bench(
+    models: Sequence[PathLike],
+    *,
+    batches: Sequence[int] = (),
+    threads: int | None = None,
+    rounds: int = 50,
+    source: Source = Source(),
+    progress: Progress = no_progress,
+) -> Record:
+    """Times models in turns in ONNX Runtime, on a sample of the evaluation data, else a random one, in each batch."""
+    if not models:
+        raise UsageError("There is no model to measure", "Give one or more")
+    return benching.run(list(map(Path, models)), batches, threads, rounds, source, progress)
 
 
 def lint(

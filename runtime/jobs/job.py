@@ -50,6 +50,7 @@ from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.shapes import check_sizes
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.own_cache import Owned, uncut
+from channelfold.runtime.report import advice
 from channelfold.runtime.stats import compare
 from channelfold.runtime.stats.bench import latencies
 from channelfold.runtime.stats.compare import Gates, Runner
@@ -299,6 +300,7 @@ class Job:
         level, reasons = compare.verdict(self.comparison)
         if level != "ok":
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+            self.record["next"] = advice.next_steps(self.record)
 
     def _original(self, **options: Any) -> Runner:
         """The original, which is given the values of the inputs that are fixed."""
@@ -391,6 +393,7 @@ class Job:
         try:
             compare.check_gates(self.comparison, gates)
         except GateError as error:
+            self.record["next"] = advice.next_steps(self.record)
             raise GateMissed(error, self.record) from None
 
     def _opened(self, source: Any) -> Data | None:
@@ -433,6 +436,14 @@ class Job:
             return None
         self.warn(f"The outputs were compared on {probes.description} only, which says nothing about accuracy. {hint}")
         return probes
+
+    @contextlib.contextmanager
+    def or_warning(self, failed: str) -> Iterator[None]:
+        """Makes a warning of an error in a part of a command that is not its result."""
+        try:
+            yield
+        except (ModelError, DataError) as error:
+            self.warn(f"{failed}: {error}")
 
     def warn(self, *texts: str) -> None:
         self.record["warnings"] += [text for text in texts if text not in self.record["warnings"]]

@@ -22,6 +22,7 @@ from channelfold.runtime.report.names import safe, shorten, shorten_all
 
 UNKNOWN = "–"  # in place of a figure
 Cell = str | tuple[str, str]  # a text, or a text and its style
+_BLOCKS = "▁▂▃▄▅▆▇█"
 _WHOLE = "whole names: --json, or pipe the output"
 
 
@@ -80,6 +81,15 @@ class Page:
         taken = (max(len(column) - 1, *map(_width, cells)) + 2 for column, cells in _filled(columns, rows))
         return self._console.width - 2 - sum(taken)
 
+    def curve(self, label: str, points: Sequence[tuple[str, Any]]) -> None:
+        """Prints figures in a row as blocks of different heights; of neighbours that share a block the least counts."""
+        heights = heights_of([value for _, value in points])
+        if len(heights) < 2:
+            return
+        width = min(len(heights), max(self._console.width - 4 - len(label), 8), 64)
+        parts = [heights[i * len(heights) // width : (i + 1) * len(heights) // width] for i in range(width)]
+        self.say(f"{label}  ", "".join(_BLOCKS[round(min(part) * (len(_BLOCKS) - 1))] for part in parts))
+
     def grid(self, rows: Sequence[Sequence[Cell]], indent: int = 2, gap: int = 2) -> None:
         """Prints rows of a label and its remark, without headings."""
         grid = Table.grid(padding=(0, gap))
@@ -120,6 +130,15 @@ def _text(*cells: Cell) -> Text:
 
 def _width(cell: Cell) -> int:
     return len(cell if isinstance(cell, str) else cell[0])
+
+
+def heights_of(values: Sequence[Any]) -> list[float]:
+    """Figures of a record, from 0 for the least to 1 for the largest; infinite ones count as the nearest finite one."""
+    known = [value for value in values if isinstance(value, int | float)]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    span = high - low or 1.0
+    told = (value if isinstance(value, int | float) else low if value == "-inf" else high for value in values)
+    return [(value - low) / span for value in told]
 
 
 def number(value: Any, form: str) -> str:

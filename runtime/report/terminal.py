@@ -24,14 +24,21 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                                        that the model computes in
     accuracy    Comparison.to_json()   in exact arithmetic; of a file for ONNX Runtime as this machine runs it, and
                                        under ``exact`` in exact arithmetic
+    explanation {samples, aligned: tensors, linears: products, covered: of them; snr of the outputs; sites: [{node, op,
+                 tensor, original, nodes, products, share of the sum; snr of the outputs alone, own_snr, so_far_snr at
+                 its end}]; restored: [{sites: the first n, snr}], depth: [{node, snr}],
+                 advice: {sites, nodes, gain in dB, command} or null}
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   verdicts: {how linear nodes run: count}, dequantized_first: [node],
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
     latency     [{name, ms}]         the others are compared with the first
+    bench       {threads: null for all, rows: [{model, batch, ms, low, high: the middle half, runs, memory, bytes,
+                 parameters, macs, weights: {type: bytes}}]}
     lint        {target, sm, errors, warnings, notes: counts of findings, findings: [{rule, level, node, detail,
                  checks, consequence, fix, repairable}]}; of a repair also before: the counts,
                  fixed: [{rule, fix, nodes}]
     search      the front of a search; sensitivity: the errors of all nodes      see jobs/search.py
+    next        [str]                what to do where the verdict is not ok or a gate was missed
     warnings    [str]
     runs        [record, record]     of a comparison of two runs
 
@@ -49,7 +56,18 @@ import numpy as np
 from rich.console import Console
 
 from channelfold.runtime.io.files import writing
-from channelfold.runtime.report import demo, inspection, linting, runs, search, steps, web
+from channelfold.runtime.report import (
+    advice,
+    benching,
+    demo,
+    explanation,
+    inspection,
+    linting,
+    runs,
+    search,
+    steps,
+    web,
+)
 from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 from channelfold.runtime.stats.compare import json_number
 
@@ -264,7 +282,10 @@ _SECTIONS = {
     "inspection": inspection.show,
     "weights": _weights,
     "accuracy": lambda record, page: _comparison("Accuracy", record["accuracy"], page),
+    "next": advice.show,
+    "explanation": explanation.show,
     "engines": _engines,
     "latency": _latency,
+    "bench": benching.show,
     "warnings": _warnings,
 }

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from channelfold.runtime.report.names import safe
-from channelfold.runtime.report.tables import Cell, Page, size
+from channelfold.runtime.report.tables import Cell, Page, heights_of, number, size
 
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -94,6 +94,23 @@ class Web(Page):
         )
         told = ", ".join(f"{name} {size(count)}" for name, count in parts)
         self._parts.append(f'<div class="bar" role="img" aria-label="{_attribute(f"{label}: {told}")}">{pieces}</div>')
+
+    def curve(self, label: str, points: Sequence[tuple[str, Any]]) -> None:
+        """Draws figures in a row as a line; each point tells its name and its figure."""
+        heights = heights_of([value for _, value in points])
+        if len(heights) < 2:
+            return
+        step = 600 / (len(heights) - 1)
+        places = [(i * step, 100 - 96 * height) for i, height in enumerate(heights)]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        told = (_cell(f"{name}: {number(value, '{:.1f}')}") for name, value in points)
+        dots = "".join(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"><title>{text}</title></circle>'
+            for (x, y), text in zip(places, told, strict=True)
+        )
+        picture = f'<polyline points="{line}" fill="none" stroke="currentColor"/>{dots}'
+        frame = f'viewBox="-4 0 608 104" role="img" aria-label="{_attribute(label)}"'
+        self._parts.append(f"<figure><figcaption>{_cell(label)}</figcaption><svg {frame}>{picture}</svg></figure>")
 
     def section(self, key: str) -> None:
         """Begins a section; those of ``key`` "" stand at the top."""

@@ -1,0 +1,64 @@
+"""What to do next where a result is not good enough, from what the record says was done."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from channelfold.runtime.report.tables import Page
+
+_FEW = 64  # calibration samples below which more of them are worth a try
+_NOISE = 3.0  # dB that exact arithmetic must be better for this machine to be the cause
+_SMOOTHING = ("smooth", "smooth-activations", "equalize", "split-merge", "reorder-channels")
+
+
+def next_steps(record: Mapping[str, Any]) -> list[str]:
+    """Sentences, the most promising first, on a result whose verdict is not ok or that has missed a gate."""
+    return list(_steps(record, {step["pass"]: step for step in record["steps"] if step["changed"]}))
+
+
+def _steps(record: Mapping[str, Any], done: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    data = record["data"].get("calibration") or ""
+    quantized = done.get("quantize")
+    weights = done.get("quantize-weights")
+    if "random" in data:
+        yield "Calibrate on real samples (--calibration): ranges of random data mean nothing"
+    if _saturates(record):
+        yield "Take weights of 7 bits (--reduce-range on): products of 8 bits saturate on this processor"
+    if any(done) and record["command"] != "diff" and record.get("output"):
+        yield f"See which nodes lose most, and what leaving them in float recovers: {_diff(record)}"
+    if quantized and not any(name.startswith(_SMOOTHING) for name in done):
+        yield "Smooth before quantizing: channelfold compress --recipe int8-smooth"
+    if quantized and not quantized["options"].get("float_share"):
+        yield "Let the nodes that lose most stay in float: --float-share 0.05"
+    if weights and weights["options"].get("rounder") != "gptq":
+        yield "Round the weights by GPTQ: --rounder gptq, with calibration data"
+    if weights and weights["options"].get("weights") == "int4" and weights["options"].get("group", 0) > 32:
+        yield "Let fewer weights share a scale: --group 32"
+    if "prune" in done:
+        yield "Cut less: a larger --keep-macs or --keep-params, or --tolerance"
+    if "approximate-ffn" in done:
+        yield "Keep more of the hidden channels: a larger --keep-hidden"
+    count = data.split(" ", 1)[0]
+    if quantized and count.isdigit() and int(count) < _FEW and "random" not in data:
+        yield f"Calibrate on more than {count} samples"
+
+
+def _saturates(record: Mapping[str, Any]) -> bool:
+    accuracy = record.get("accuracy") or {}
+    pairs = zip(accuracy.get("outputs", ()), (accuracy.get("exact") or {}).get("outputs", ()), strict=False)
+    known = ((here["snr"], there["snr"]) for here, there in pairs)
+    return any(isinstance(a, float) and isinstance(b, float) and b - a > _NOISE for a, b in known)
+
+
+def _diff(record: Mapping[str, Any]) -> str:
+    paths = (shlex.quote(str(record[side]["path"])) for side in ("model", "output"))
+    return f"channelfold diff {' '.join(paths)} --data DATA --explain"
+
+
+def show(record: Mapping[str, Any], page: Page) -> None:
+    """Prints ``next`` of a record."""
+    page.say(("What to do next", "bold"), indent=0)
+    for sentence in record["next"]:
+        page.grid([("-", sentence)], gap=1)

@@ -1,0 +1,61 @@
+"""What a report says to do next."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from channelfold.runtime import jobs
+from channelfold.runtime.jobs import GateMissed, Gates
+from channelfold.runtime.report.advice import next_steps
+from channelfold.tests.shipped import CALIBRATION, DIGITS, EVALUATION
+
+
+def record(*steps, data="32 samples from c.npz", **more):
+    made = [{"pass": name, "changed": [{}], "options": options} for name, options in steps]
+    return {"steps": made, "data": {"calibration": data}, "command": "compress", "model": {"path": "a b.onnx"},
+            "output": {"path": "out/m.onnx"}} | more  # fmt: skip
+
+
+def test_the_advice_follows_what_was_done():
+    explain, smooth, share, more = next_steps(record(("fold", {}), ("quantize", {"float_share": 0.0})))
+    assert explain.endswith("channelfold diff 'a b.onnx' out/m.onnx --data DATA --explain")
+    assert "int8-smooth" in smooth
+    assert "--float-share" in share
+    assert more == "Calibrate on more than 32 samples"
+    again = next_steps(record(("smooth", {}), ("quantize", {"float_share": 0.1}), data="512 samples"))
+    assert [step[:8] for step in again] == ["See whic"]
+
+
+@pytest.mark.parametrize(
+    ("step", "word"),
+    [
+        (("quantize-weights", {"weights": "int4", "group": 128, "rounder": "search"}), "--rounder gptq"),
+        (("quantize-weights", {"weights": "int4", "group": 128, "rounder": "gptq"}), "--group 32"),
+        (("prune", {}), "--keep-macs"),
+        (("approximate-ffn", {}), "--keep-hidden"),
+    ],
+)
+def test_each_pass_has_its_own(step, word):
+    assert any(word in sentence for sentence in next_steps(record(step)))
+
+
+def test_saturation_and_random_data_come_first():
+    outputs = ([{"snr": 5.0}], [{"snr": 30.0}])
+    accuracy = {"outputs": outputs[0], "exact": {"outputs": outputs[1]}}
+    first, second, *_ = next_steps(record(("quantize", {}), data="8 random samples", accuracy=accuracy))
+    assert "--calibration" in first
+    assert "--reduce-range on" in second
+
+
+def test_a_missed_gate_says_what_to_do(run, tmp_path):
+    source = jobs.Source(CALIBRATION, EVALUATION)
+    with pytest.raises(GateMissed) as missed:
+        jobs.compress(DIGITS, tmp_path, source=source, gates=Gates(min_snr=60))
+    assert missed.value.record["next"][0].startswith("See which nodes lose most")
+    line = ("compress", DIGITS, "-o", tmp_path, "--calibration", CALIBRATION, "--min-snr", "60")
+    code, shown, _ = run(*line)
+    assert code == 3
+    assert "What to do next" in shown
+    assert json.loads((tmp_path / "report.json").read_text())["next"] == missed.value.record["next"]
