@@ -67,7 +67,7 @@ def _settings(jobs: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def _search(jobs: Any, options: dict[str, Any]) -> Any:
     """What to search for, or None. Removes the options of a search from ``options``."""
-    names = ("max_loss", "max_size", "minimize", "trials", "workers", "cluster")
+    names = ("max_loss", "max_size", "metric", "minimize", "trials", "workers", "cluster")
     found = {name: options.pop(name) for name in names}
     asked = options.pop("searches") or found["max_loss"] is not None or found["max_size"] is not None
     return jobs.Search(**found) if asked else None

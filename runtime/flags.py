@@ -239,6 +239,13 @@ search = together(
         help="Search without these limits, for 20 dB. In a search --min-snr and --min-agreement are limits.",
     ),
     click.option(
+        "--metric",
+        default="",
+        metavar="FILE.py:FUNCTION",
+        help="Search: what --max-loss is of. The function takes the path of a model and returns a number, higher is "
+        "better; the loss is relative. Runs the script, with --allow-script.",
+    ),
+    click.option(
         "--minimize",
         type=_Choice(["both", "size", "arithmetic"]),
         default="both",

@@ -62,17 +62,23 @@ class Limits:
 
 @dataclass
 class Split:
-    """Samples to measure points on: files of the board, with a label for each or none."""
+    """Samples to measure points on: files of the board, with a label for each or none.
+
+    ``metric`` gives the loss of a point by a metric that has data of its own.
+    """
 
     board: Board
     files: tuple[str, ...]
     labels: tuple[int, ...] = ()
+    metric: Callable[[Point], float] | None = None
     crew: Crew = field(default_factory=Crew)
     known: dict[Point, Figures] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
         """What ``loss`` is."""
+        if self.metric:
+            return "metric"
         if self.labels:
             return "top-1 accuracy"
         return "argmax agreement" if any(self.board.scores) else "relative squared error"
@@ -96,13 +102,17 @@ class Split:
         snr = float(np.min(decibels(lost / np.maximum(energy, _TINY))))
         agreed = errors.agreed[place][:, list(self.board.scores)]
         agreement = float(agreed.mean(axis=0).min()) if agreed.size and np.isfinite(agreed).all() else math.nan
+        error = float(errors.by_sample()[place].mean())
+        if self.metric:
+            loss = self.metric(point)
+            return Figures(point, error, snr, agreement, loss, loss, loss)
         if self.labels:
             losses = errors.right[0].astype(float) - errors.right[1 + place]
         elif not math.isnan(agreement):
             losses = 1 - agreed.mean(axis=1)
         else:
             losses = errors.by_sample()[place]
-        return Figures(point, float(errors.by_sample()[place].mean()), snr, agreement, *interval(losses))
+        return Figures(point, error, snr, agreement, *interval(losses))
 
 
 def interval(losses: np.ndarray) -> tuple[float, float, float]:

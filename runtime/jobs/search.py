@@ -32,9 +32,9 @@ from channelfold.passes.search import options as choices
 from channelfold.passes.search.front import Point, cheapest, front, most_accurate, uniform
 from channelfold.passes.search.proof import Figures, Limits, Split, refined, undominated
 from channelfold.runtime.data.npz import read_headers
-from channelfold.runtime.data.sources import Data
+from channelfold.runtime.data.sources import Data, call_script
 from channelfold.runtime.errors import DataError, GateError, UsageError
-from channelfold.runtime.io import temporary
+from channelfold.runtime.io import files, temporary
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.jobs.job import GateMissed, Job
 from channelfold.runtime.stats.compare import DEGRADED_SNR
@@ -49,11 +49,14 @@ _NODE = 1000  # bytes of the nodes and names that a quantized node adds to a fil
 class Search:
     """What to search for. ``max_size``: bytes of the file, or a share of the model's where it is 1 at most.
 
-    ``minimize``: "size", "arithmetic" or "both". Without a limit the outputs must have an SNR of ``compare``'s OK.
+    ``metric``: a script and a function of it, which takes the path of a model and returns a number, higher is better;
+    its loss is relative to that of the float model. ``minimize``: "size", "arithmetic" or "both". Without a limit the
+    outputs must have the SNR of the verdict OK.
     """
 
     max_loss: float | None = None
     max_size: float | None = None
+    metric: str = ""
     minimize: str = "both"
     trials: int = 12
     workers: int = 1
@@ -236,12 +239,19 @@ def find(job: Job, passes: Sequence[Pass], given: Mapping[str, Any], search: Sea
     results = []
     for number, (steps, start) in enumerate(starts):
         with prepared(job, start, given, data, crew) as found:
-            first, second = (
-                Split(found.board, keep(found.board, part, name), tuple(labels[i] for i in at) if labels else (), crew)
-                for name, (part, at) in (("steering", steering), ("proof", proof))
-            )
             sites = choices.priced(start, found.sites, steering[0][0], search.minimize)
             found = dataclasses.replace(found, sites=sites)
+            metric = _Metric(job, found, search.metric, data) if search.metric else None
+            first, second = (
+                Split(
+                    found.board,
+                    keep(found.board, part, name),
+                    tuple(labels[i] for i in at) if labels else (),
+                    metric,
+                    crew,
+                )
+                for name, (part, at) in (("steering", steering), ("proof", proof))
+            )
             work = _Searching(found, first, second, limits, search.trials, whole - found.board.size({}), number > 0)
             chosen = work.run()
             record = _record(work, chosen)
@@ -261,6 +271,36 @@ def _together(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict
     points.sort(key=lambda p: (p["cost"], -p["error_db"]))
     kept = [p for i, p in enumerate(points) if p["chosen"] or all(q["error_db"] < p["error_db"] for q in points[:i])]
     return record | {"points": kept[::-1], "runs": sum(other["runs"] for other in records)}
+
+
+class _Metric:
+    """The loss of points by a function of the user's, which is called with the file of each point."""
+
+    def __init__(self, job: Job, found: Prepared, where: str, data: Data):
+        script, colon, self._function = where.rpartition(":")
+        if not (colon and Path(script).suffix == ".py"):
+            raise UsageError(f"--metric is {where!r}", "Give a script and a function of it, such as metric.py:accuracy")
+        if not job.source.allow_script:
+            raise UsageError(f"{script} is a Python script, and measuring with it runs it", "Add --allow-script")
+        self._job, self._found, self._script, self._data = job, found, Path(script), data
+        self._float = self._value(job.model)
+        self._known: dict[Point, float] = {}
+
+    def __call__(self, point: Point) -> float:
+        if point not in self._known:
+            found = self._found
+            steps = choices.recipe([], found.passes, found.board, point.chosen(found.sites))
+            graph, _ = _after(self._job, found.graph, steps, self._data)
+            file = found.board.folder / "point.onnx"
+            files.save(graph, file)
+            self._known[point] = (self._float - self._value(file)) / max(abs(self._float), 1e-12)
+        return self._known[point]
+
+    def _value(self, model: Path) -> float:
+        value = call_script(self._script, self._function, str(model))
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise DataError(f"{self._function}() in {self._script} returned {value!r}", "Return a number")
+        return float(value)
 
 
 Part = tuple[list[dict[str, np.ndarray]], list[int]]  # samples and their places in the data

@@ -9,7 +9,7 @@ import pytest
 
 from channelfold import models
 from channelfold.runtime import jobs
-from channelfold.runtime.errors import DataError, UsageError
+from channelfold.runtime.errors import ChannelfoldError, DataError, UsageError
 from channelfold.runtime.stats.compare import Gates
 
 DIGITS = models.path("digits_cnn.onnx")
@@ -78,6 +78,45 @@ def test_gates_are_limits_of_a_search(tmp_path):
     record = jobs.compress(DIGITS, tmp_path, source=SOURCE, gates=Gates(min_snr=40), search=jobs.Search(trials=6))
     assert record["search"]["limits"] == {"min_snr": 40}
     assert chosen(record)["proof"]["snr_db"] >= 40
+
+
+METRIC = """
+from pathlib import Path
+
+def kilobytes_saved(model):
+    return 1000 - Path(model).stat().st_size / 1000
+
+def text(model):
+    return "good"
+"""
+
+
+def test_a_metric_of_the_user_is_the_loss(tmp_path):
+    (tmp_path / "own.py").write_text(METRIC)
+    source = jobs.Source(CALIBRATION, SOURCE.evaluation, allow_script=True)
+    search = jobs.Search(max_loss=0.01, trials=4, metric=f"{tmp_path / 'own.py'}:kilobytes_saved")
+    found = jobs.compress(DIGITS, tmp_path / "out", source=source, search=search)["search"]
+    assert found["loss"] == "metric"
+    for point in found["points"]:
+        saved = (190.4 - point["bytes"] / 1000) / (1000 - 190.4)
+        assert point["loss"] == pytest.approx(-saved, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("metric", "allowed", "says"),
+    [
+        ("own.py:kilobytes_saved", False, "Add --allow-script"),
+        ("own.py:text", True, "returned 'good'"),
+        ("own.py:texts", True, "defines no texts"),
+        ("own.py", True, "such as metric.py:accuracy"),
+    ],
+)
+def test_a_metric_that_cannot_be_used(metric, allowed, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(METRIC)
+    source = jobs.Source(CALIBRATION, SOURCE.evaluation, allow_script=allowed)
+    with pytest.raises(ChannelfoldError, match=says):
+        jobs.compress(DIGITS, "out", source=source, search=jobs.Search(max_loss=0.1, trials=2, metric=metric))
 
 
 def test_a_share_of_float_nodes_and_a_search_exclude_each_other(tmp_path):
