@@ -3,8 +3,8 @@
 ``record["sensitivity"]``: {samples, additive: {option: {sum_db, measured_db}}, sites: [{nodes, op, options: {option:
 {snr_db, worst_db, share, bytes}}}]}, from the site that int8 hurts most.
 
-``record["search"]``: {loss: what it is, limits, met, samples: {sensitivity, steering, proof}, runs (of one sample),
-kappa_db, points: [{bytes, cost, smooth, options: {option: share of the bytes}, predicted_db, error_db, snr_db,
+``record["search"]``: {loss: what it is, options, limits, met, samples: {sensitivity, steering, proof}, runs (of one
+sample), kappa_db, points: [{bytes, cost, smooth, options: {option: share of the bytes}, predicted_db, error_db, snr_db,
 agreement, loss, low, high, proof (the same figures on other samples, or null), chosen}], sites: [{nodes, option, bytes,
 snr_db, better: {option, bytes, snr_db} or null}]}. Bytes of a point are those of its file, nearly; its cost is relative
 to float.
@@ -255,7 +255,7 @@ def find(job: Job, passes: Sequence[Pass], given: Mapping[str, Any], search: Sea
             work = _Searching(found, first, second, limits, search.trials, whole - found.board.size({}), number > 0)
             chosen = work.run()
             record = _record(work, chosen)
-            mix = choices.recipe(steps, found.passes, found.board, chosen.point.chosen(work.sites))
+            mix = choices.recipe(steps, found.passes, start, found.board, chosen.point.chosen(work.sites))
             results.append(
                 (not record["met"], chosen.point.cost if record["met"] else chosen.error, number, record, mix)
             )
@@ -289,7 +289,7 @@ class _Metric:
     def __call__(self, point: Point) -> float:
         if point not in self._known:
             found = self._found
-            steps = choices.recipe([], found.passes, found.board, point.chosen(found.sites))
+            steps = choices.recipe([], found.passes, found.graph, found.board, point.chosen(found.sites))
             graph, _ = _after(self._job, found.graph, steps, self._data)
             file = found.board.folder / "point.onnx"
             files.save(graph, file)
@@ -351,6 +351,7 @@ def _record(work: _Searching, chosen: Figures) -> dict[str, Any]:
     ratios = [f.error / f.point.predicted for f in work.measured if f.point.predicted > 0 and f.error > 0]
     return {
         "loss": work.steering.kind,
+        "options": [FLOAT, *choices.OPTIONS],
         "limits": {name: limit for name, limit in limits.items() if limit is not None},
         "met": small and work.limits.accurate(proved),
         "samples": {

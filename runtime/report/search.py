@@ -13,7 +13,7 @@ _DB = "{:.1f}"
 def show(record: Mapping[str, Any], page: Page) -> None:
     """Prints the front, and what was chosen for every site."""
     found = record["search"]
-    names = list(dict.fromkeys(name for point in found["points"] for name in point["options"]))
+    names = [name for name in found["options"] if any(name in point["options"] for point in found["points"])]
     rows = [_point(point, names) for point in found["points"]]
     columns = (
         *(f">{name}" for name in names),

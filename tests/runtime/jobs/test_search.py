@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
+import onnx.parser
+import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold import models
 from channelfold.runtime import jobs
 from channelfold.runtime.errors import ChannelfoldError, DataError, UsageError
+from channelfold.runtime.io.convert import all_graphs
+from channelfold.runtime.io.files import load
 from channelfold.runtime.stats.compare import Gates
+from channelfold.tests.graphs import random
 
 DIGITS = models.path("digits_cnn.onnx")
 CALIBRATION = dict(np.load(models.path("digits_calibration.npz")))
@@ -133,6 +139,44 @@ def test_without_evaluation_a_part_of_the_calibration_data_is_held_back(tmp_path
     record = jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION), search=jobs.Search(trials=4))
     assert record["search"]["samples"] == {"sensitivity": 16, "steering": 32, "proof": 32}
     assert any("held back" in warning for warning in record["warnings"])
+
+
+BODY = """
+    <ir_version: 10, opset_import: ["": 17]>
+    g (float[n,16] x, bool c) => (float[n,16] y) {
+        a = MatMul(x, A)
+        b = If(c) <
+            then_branch = t () => (float[n,16] p) { p = MatMul(a, B) },
+            else_branch = e () => (float[n,16] q) { q = Identity(a) }
+        >
+        y = MatMul(b, C)
+    }
+"""
+
+
+def test_nodes_in_bodies_stay_float(tmp_path):
+    model = onnx.parser.parse_model(BODY)
+    for name in "ABC":
+        model.graph.initializer.append(onnx.numpy_helper.from_array(random((16, 16), name).astype(np.float32), name))
+    model.graph.node[1].attribute[0].g.node[0].name = "inside"
+    onnx.save(model, tmp_path / "model.onnx")
+    feeds = [{"x": random((1, 16), f"{i}").astype(np.float32), "c": np.array(i % 4 < 2)} for i in range(32)]
+    record = jobs.compress(tmp_path / "model.onnx", tmp_path / "out", source=jobs.Source(feeds, feeds),
+                           search=jobs.Search(trials=4))  # fmt: skip
+    assert {name for site in record["search"]["sites"] for name in site["nodes"]} == {"MatMul_0", "MatMul_2"}
+    graph = load(tmp_path / "out" / "model.onnx")
+    inner = [node for part in list(all_graphs(graph))[1:] for node in part.nodes if node.op == "MatMul"]
+    assert [type(node.inputs[1]) for node in inner] == [gs.Constant]
+    (output,) = record["accuracy"]["outputs"]
+    assert output["snr"] == pytest.approx(chosen(record)["proof"]["snr_db"], abs=1)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
+def test_a_search_knows_the_target(target, tmp_path):
+    record = jobs.compress(DIGITS, tmp_path, source=SOURCE, overrides={"target": target}, search=jobs.Search(trials=4))
+    accuracy = record["accuracy"].get("exact", record["accuracy"])
+    assert accuracy["outputs"][0]["snr"] == pytest.approx(chosen(record)["proof"]["snr_db"], abs=2)
+    assert {step["options"]["target"] for step in record["steps"] if "target" in step["options"]} == {target}
 
 
 def test_sensitivities_are_ranked_and_add_up():
