@@ -40,12 +40,13 @@ class Figures:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the user allows. ``max_size``: bytes of the file."""
+    """What the user allows. ``max_size``: bytes of the file; ``max_latency``: relative to float."""
 
     max_loss: float | None = None
     min_snr: float | None = None
     min_agreement: float | None = None
     max_size: float | None = None
+    max_latency: float | None = None
 
     def accurate(self, found: Figures) -> bool:
         agreement = 1.0 if math.isnan(found.agreement) else found.agreement

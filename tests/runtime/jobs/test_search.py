@@ -80,6 +80,22 @@ def test_a_size_is_not_exceeded_by_the_file(tmp_path):
     assert set(chosen(record)["options"]) <= {"float", "w8", "w4"}  # activations of 8 bits save no bytes
 
 
+def test_a_latency_is_measured_and_kept(tmp_path):
+    target = {"target": "onnxruntime"}
+    found = jobs.compress(DIGITS, tmp_path, source=SOURCE, overrides=target,
+                          search=jobs.Search(max_latency=50.0, trials=2))["search"]  # fmt: skip
+    assert found["met"]
+    assert all(0 < point["latency"] < 50 for point in found["points"])
+    with pytest.raises(jobs.GateMissed, match="max-latency"):
+        jobs.compress(DIGITS, tmp_path, source=SOURCE, overrides=target,
+                      search=jobs.Search(max_latency=1e-6, trials=2))  # fmt: skip
+
+
+def test_a_latency_is_of_onnxruntime(tmp_path):
+    with pytest.raises(UsageError, match="Add --target onnxruntime"):
+        jobs.compress(DIGITS, tmp_path, source=SOURCE, search=jobs.Search(max_latency=0.5))
+
+
 def test_gates_are_limits_of_a_search(tmp_path):
     record = jobs.compress(DIGITS, tmp_path, source=SOURCE, gates=Gates(min_snr=40), search=jobs.Search(trials=6))
     assert record["search"]["limits"] == {"min_snr": 40}
