@@ -82,7 +82,8 @@ class Split:
             return "metric"
         if self.labels:
             return "top-1 accuracy"
-        return "argmax agreement" if any(self.board.scores) else "relative squared error"
+        compared = any(not math.isnan(figures.agreement) for figures in self.known.values())
+        return "argmax agreement" if compared else "relative squared error"
 
     def measured(self, points: Sequence[Point], sites: Sequence[Site]) -> list[Figures]:
         """The figures of points; each point is measured once."""
