@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from channelfold.passes.base import Pass
-from channelfold.passes.layers.sensitivity import Crew, Site, decibels, keep
+from channelfold.passes.layers.sensitivity import Crew, Site, Trial, attempt, decibels, keep
 from channelfold.passes.layers.switchboard import FLOAT
 from channelfold.passes.recipe import make
 from channelfold.passes.search import options as choices
@@ -39,6 +39,7 @@ from channelfold.runtime.stats.compare import DEGRADED_SNR
 STEERING, PROOF = 32, 256  # samples at most on which points are compared, and on which the best is proved
 _LABELS = ("label", "labels", "target", "targets", "y", "class", "classes")
 _SMOOTH = "smooth"
+_GAIN = 0.8  # of the error of all in int8: where smoothing leaves more, it is not searched
 _NODE = 1000  # bytes of the nodes and names that a quantized node adds to a file
 
 
@@ -171,32 +172,39 @@ def find(job: Job, passes: Sequence[Pass], given: Mapping[str, Any], search: Sea
     if not any(step.name == _SMOOTH for step in before):
         smooth, changed = after(job, graph, [make(_SMOOTH, {})], data)
         starts += [([*before, make(_SMOOTH, {})], smooth)] if changed else []
-    results = []
+    results, int8 = [], math.inf
     for number, (steps, start) in enumerate(starts):
         with prepared(job, start, given, data, crew) as found:
-            sites = choices.priced(start, found.sites, steering[0][0], search.minimize)
-            found = dataclasses.replace(found, sites=sites)
-            written = _Files(job, found, data)
-            metric = _Metric(written, search.metric) if search.metric else None
-            first, second = (
+            splits = [
                 Split(
                     found.board,
                     keep(found.board, part, name),
                     tuple(labels[i] for i in at) if labels else (),
-                    metric,
-                    crew,
+                    crew=crew,
                 )
                 for name, (part, at) in (("steering", steering), ("proof", proof))
+            ]
+            error = attempt(Trial(found.board, splits[0].files, (found.all_in("int8"),))).by_sample().mean()
+            if number and error > _GAIN * int8:
+                continue
+            int8 = float(error)
+            found = found.measured(choices.groups(start, found.board))
+            found = dataclasses.replace(
+                found, sites=choices.priced(start, found.sites, steering[0][0], search.minimize)
             )
-            work = _Searching(found, first, second, limits, search.trials, whole - found.board.size({}), number > 0)
+            written = _Files(job, found, data)
+            if search.metric:
+                splits = [dataclasses.replace(split, metric=_Metric(written, search.metric)) for split in splits]
+            work = _Searching(
+                found, splits[0], splits[1], limits, search.trials, whole - found.board.size({}), number > 0
+            )
             if search.max_latency is not None:
                 work.clock = functools.partial(written.latency, feed=steering[0][0])
             chosen = work.run()
             record = _record(work, chosen)
             mix = choices.recipe(steps, found.passes, start, found.board, chosen.point.chosen(work.sites))
-            results.append(
-                (not record["met"], chosen.point.cost if record["met"] else chosen.error, number, record, mix)
-            )
+            value = chosen.point.cost if record["met"] else chosen.error
+            results.append((not record["met"], value, number, record, mix))
     *_, record, mix = min(results, key=lambda result: result[:3])
     job.record["search"] = _together(record, [other for *_, other, _ in results])
     job.calibration = data

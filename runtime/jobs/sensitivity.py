@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -27,29 +27,33 @@ from channelfold.runtime.jobs.job import Job
 
 @dataclass(frozen=True)
 class Prepared:
-    """A board with what is measured on it, and the graph that it is of."""
+    """A board, the graph that it is of, and its ``sites`` once they are measured."""
 
     graph: gs.Graph
     board: Board
-    sites: list[Site]
     samples: tuple[str, ...]
     passes: dict[str, Pass]
     crew: Crew
+    sites: list[Site] = field(default_factory=list)
+
+    def measured(self, groups: Sequence[tuple[str, ...]] | None = None) -> Prepared:
+        return replace(self, sites=measure(self.board, self.samples, groups, self.crew))
+
+    def all_in(self, option: str) -> dict[str, str]:
+        """The option for all nodes that have it."""
+        return {name: option for name in self.board.slots if option in self.board.options(name)}
 
 
 @contextlib.contextmanager
-def prepared(
-    job: Job, graph: gs.Graph, given: Mapping[str, Any], data: Data, crew: Crew, together: bool = True
-) -> Iterator[Prepared]:
-    """Makes the board of all options of a graph, and measures its sites on some of the data."""
+def prepared(job: Job, graph: gs.Graph, given: Mapping[str, Any], data: Data, crew: Crew) -> Iterator[Prepared]:
+    """Makes the board of all options of a graph, with samples of the data to measure its sites on."""
     passes = choices.steps(given)
     with temporary.folder() as folder:
         board = choices.board_of(graph, passes, Context(data, job.progress, job.source.seed), folder)
         if not board.slots:
             raise UsageError("No node of the model can be quantized", "channelfold inspect shows why")
         samples = keep(board, spread(data, SAMPLES), "sensitivity")
-        groups = choices.groups(graph, board) if together else None
-        yield Prepared(graph, board, measure(board, samples, groups, crew), samples, passes, crew)
+        yield Prepared(graph, board, samples, passes, crew)
 
 
 def after(job: Job, graph: gs.Graph, passes: Sequence[Pass], data: Data) -> tuple[gs.Graph, bool]:
@@ -64,10 +68,11 @@ def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew
     if job.calibration is None:
         raise DataError("There are no calibration data", "Give some with --calibration")
     graph, _ = after(job, job.graph, [*job.prepared(), *before], job.calibration)
-    with prepared(job, graph, given, job.calibration, crew, together=False) as found:
+    with prepared(job, graph, given, job.calibration, crew) as board:
+        found = board.measured()
         names = [option for option in choices.OPTIONS if any(option in site.errors for site in found.sites)]
-        mixes = [{n: o for n in found.board.slots if o in found.board.options(n)} for o in names]
-        whole = attempt(Trial(found.board, found.samples, tuple(mixes))).by_sample().mean(axis=1)
+        mixes = tuple(found.all_in(option) for option in names)
+        whole = attempt(Trial(found.board, found.samples, mixes)).by_sample().mean(axis=1)
         sums = {o: sum(site.errors.get(o, 0.0) for site in found.sites) for o in names}
         additive = {
             option: {"sum_db": float(decibels(sums[option])), "measured_db": float(decibels(error))}
