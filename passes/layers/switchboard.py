@@ -358,7 +358,7 @@ def _reached(switches: Sequence[Switch], open: Set[str]) -> dict[str, None]:
     """The results of the switches that the options of some nodes can change."""
     found: dict[str, None] = {}
     for switch in switches:
-        if open.intersection(switch.readers) or found.keys() & set(switch.carried):
+        if open & set(switch.readers) or found.keys() & set(switch.carried):
             found[switch.result] = None
     return found
 

@@ -161,12 +161,7 @@ def find(job: Job, passes: Sequence[Pass], given: Mapping[str, Any], search: Sea
     crew = Crew(search.workers, search.cluster, job.progress)
     data, steering, proof, labels = _split(job)
     whole = job.record["model"]["bytes"]
-    max_size = search.max_size * whole if search.max_size is not None and search.max_size <= 1 else search.max_size
-    limits = Limits(
-        search.max_loss, gates and gates.min_snr, gates and gates.min_agreement, max_size, search.max_latency
-    )
-    if limits == Limits():
-        limits = Limits(min_snr=DEGRADED_SNR)
+    limits = _limits(search, gates, whole)
     graph, _ = after(job, job.graph, [*job.prepared(), *before], data)
     starts = [(before, graph)]
     if not any(step.name == _SMOOTH for step in before):
@@ -209,6 +204,13 @@ def find(job: Job, passes: Sequence[Pass], given: Mapping[str, Any], search: Sea
     job.record["search"] = _together(record, [other for *_, other, _ in results])
     job.calibration = data
     return mix
+
+
+def _limits(search: Search, gates: Any, whole: int) -> Limits:
+    """The limits of a search for a model of ``whole`` bytes; those of the verdict OK where there are none."""
+    size = search.max_size * whole if search.max_size is not None and search.max_size <= 1 else search.max_size
+    limits = Limits(search.max_loss, gates and gates.min_snr, gates and gates.min_agreement, size, search.max_latency)
+    return Limits(min_snr=DEGRADED_SNR) if limits == Limits() else limits
 
 
 def _together(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
