@@ -67,9 +67,10 @@ def _settings(jobs: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def _search(jobs: Any, options: dict[str, Any]) -> Any:
     """What to search for, or None. Removes the options of a search from ``options``."""
-    names = ("max_loss", "max_size", "minimize", "trials", "workers", "cluster")
+    names = ("max_loss", "max_size", "max_latency", "metric", "minimize", "trials", "workers", "cluster")
     found = {name: options.pop(name) for name in names}
-    asked = options.pop("searches") or found["max_loss"] is not None or found["max_size"] is not None
+    limits = (found[name] for name in ("max_loss", "max_size", "max_latency"))
+    asked = options.pop("searches") or any(limit is not None for limit in limits)
     return jobs.Search(**found) if asked else None
 
 
@@ -105,9 +106,9 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
     Writes DIR/model.onnx, DIR/model.sm89.engine for --sm 89, and DIR/report.json. A repeated command continues where
     an interrupted one stopped. Options of passes replace those in the recipe.
 
-    With --max-loss, --max-size or --search, searches for the best option of every node (float, int8, weights alone in 8
-    or 4 bits) in place of the recipe's quantization, by what reaches the outputs. Writes DIR/recipe.toml too. Exit code
-    3 where no model keeps the limits: the nearest is written.
+    With --max-loss, --max-size, --max-latency or --search, searches for the best option of every node (float, int8,
+    weights alone in 8 or 4 bits) in place of the recipe's quantization, by what reaches the outputs. Writes
+    DIR/recipe.toml too. Exit code 3 where no model keeps the limits: the nearest is written.
     """
     settings = {"search": _search(jobs, options)}
     settings |= {name: options.pop(name) for name in ("sms", "shapes", "require_share", "fixed")}

@@ -6,6 +6,7 @@ The module imports click and the faces of the passes alone, so that help is inst
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -201,25 +202,23 @@ gates = together(
 
 
 class _Amount(click.ParamType):
-    """A share, such as 1% or 0.01, or where ``bytes`` is set a number of bytes, such as 5MB."""
+    """A share, such as 1% or 0.01; with ``size`` also a number of bytes, such as 5MB."""
 
     name = "amount"
 
     def __init__(self, size: bool = False):
-        self.size = size
+        self.units = {"%": 0.01} | ({"KB": 1e3, "MB": 1e6, "GB": 1e9} if size else {})
+        self.most, self.wanted = (math.inf, "a size such as 5MB or 30%") if size else (1.0, "a share such as 30%")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         text = str(value).strip().upper()
-        units = {"%": 0.01} | ({"KB": 1e3, "MB": 1e6, "GB": 1e9} if self.size else {})
-        unit = next((unit for unit in units if text.endswith(unit)), "")
+        unit = next((unit for unit in self.units if text.endswith(unit)), "")
         try:
-            amount = float(text.removesuffix(unit)) * units.get(unit, 1.0)
+            amount = float(text.removesuffix(unit)) * self.units.get(unit, 1.0)
         except ValueError:
             amount = -1.0
-        if not (amount >= 0 and (self.size or amount <= 1)):
-            self.fail(
-                f"{value!r} is not {'a size such as 5MB or 30%' if self.size else 'a share such as 1%'}", param, ctx
-            )
+        if not 0 <= amount <= self.most:
+            self.fail(f"{value!r} is not {self.wanted}", param, ctx)
         return amount
 
 
@@ -237,13 +236,29 @@ search = together(
         "argmaxes of class scores, or of the energy of other outputs.",
     ),
     click.option(
-        "--max-size", type=_Amount(size=True), metavar="X", help="Search: a file of at most X, such as 5MB or 30%."
+        "--max-size",
+        type=_Amount(size=True),
+        metavar="X",
+        help="Search: a file of at most X, such as 5MB or 30%.",
+    ),
+    click.option(
+        "--max-latency",
+        type=_Amount(),
+        metavar="X",
+        help="Search: at most X, such as 60%, of the float model's time in ONNX Runtime on this machine.",
     ),
     click.option(
         "--search",
         "searches",
         is_flag=True,
         help="Search without these limits, for 20 dB. In a search --min-snr and --min-agreement are limits.",
+    ),
+    click.option(
+        "--metric",
+        default="",
+        metavar="FILE.py:FUNCTION",
+        help="Search: what --max-loss is of. The function takes the path of a model and returns a number, higher is "
+        "better; the loss is relative. Runs the script, with --allow-script.",
     ),
     click.option(
         "--minimize",

@@ -23,6 +23,7 @@ from channelfold.runtime.io.session import Feed
 
 SAMPLES = 16  # on which sensitivities are measured
 FEW = 4  # of them, on which every site is measured
+_MANY = 96  # sites
 _HEAD = 0.9  # share of the error that is measured on all samples
 _BLOCK = 8  # nodes that one session tries: few, for only constants have the fast layouts of ONNX Runtime
 _BYTES = 1 << 28  # of outputs that are kept
@@ -184,10 +185,12 @@ def measure(
 ) -> list[Site]:
     """The error of every option of every site, alone: on ``FEW`` of the samples, where it is large on all of them.
 
-    ``samples``: files that ``keep`` has written. ``groups``: the nodes of each site, by default each node by itself.
+    Networks of many sites are large, and are measured on half of the samples. ``samples``: files that ``keep`` has
+    written. ``groups``: the nodes of each site, by default each node by itself.
     """
     groups = [(name,) for name in board.slots] if groups is None else groups
-    few = [samples[int(i)] for i in np.linspace(0, len(samples) - 1, min(FEW, len(samples)))]
+    samples = _some(samples, SAMPLES if len(groups) <= _MANY else SAMPLES // 2)
+    few = _some(samples, FEW if len(groups) <= _MANY else FEW // 2)
     own = {group: [o for o in board.options(group[0]) if all(o in board.options(n) for n in group)] for group in groups}
     pairs = [(group, option) for group in groups for option in own[group] if option != FLOAT]
     found = _measured(board, few, pairs, crew)
@@ -199,6 +202,10 @@ def measure(
         by_sample = {o: found[group, o] for o in own[group] if o != FLOAT}
         sites.append(Site(group, {o: float(np.mean(e)) for o, e in by_sample.items()}, sizes, by_sample))
     return sites
+
+
+def _some(samples: Sequence[str], count: int) -> list[str]:
+    return [samples[int(i)] for i in np.linspace(0, len(samples) - 1, min(count, len(samples)))]
 
 
 Pair = tuple[tuple[str, ...], str]  # the nodes of a site, and an option

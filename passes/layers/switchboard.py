@@ -20,7 +20,7 @@ writes the tensor is quantized, or where an operator in between reads quantized 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class Player:
     def __init__(self, board: Board, chosen: Configuration, open: Collection[str]):
         self.board, self.chosen = board, dict(chosen)
         self.open = [board.slots[name] for name in board.slots if name in open]
-        self._switched = [s.result for s in board.switches if set(s.readers) & set(open)]
+        self._switched = list(_reached(board.switches, set(open)))
         model = onnx.load(board.folder / _FILE, load_external_data=False)
         closed = {name: board.slots[name] for name in board.slots if name not in open}
         _close(model.graph, closed.values(), board.folder, self.chosen)
@@ -326,29 +326,41 @@ def _switches(graph: gs.Graph, slots: Collection[str]) -> Iterator[Switch]:
             continue
         restored, parameters = after.outputs[0], before.inputs[:3]
         readers = edit.consumers(restored)
-        alone = edit.dtype(before.inputs[2]) == np.int8 or all(node.op in ("MatMul", "Gemm") for node in readers)
-        for group in [[node] for node in readers] if alone else [readers]:
+        writers, carried = _writers(parameters[0], slots)
+        apart = all(node.op in ("MatMul", "Gemm") for node in readers) and not (writers or carried)
+        apart = apart or edit.dtype(before.inputs[2]) == np.int8
+        for group in [[node] for node in readers] if apart else [readers]:
             result = gs.Variable(free_name(graph, f"{restored.name}_switched"), restored.dtype, restored.shape)
             edit.insert_after(graph, after, gs.Node(_SWITCH, result.name, {}, list(parameters), [result]))
             for node in group:
                 for place in [i for i, tensor in enumerate(node.inputs) if tensor is restored]:
                     edit.set_input(node, place, result)
-            owners = [node.name for node in group if node.name in slots]
-            if alone:
-                yield Switch(result.name, tuple(owners))
-                continue
-            writer = edit.producer(parameters[0])
-            while writer is not None and (writer.op in _FUSED or (writer.op == "Sum" and len(writer.inputs) == 1)):
-                writer = edit.producer(writer.inputs[0])
-            if writer is not None and writer.name in slots and operator(writer).kind == "conv":
-                yield Switch(result.name, (*owners, writer.name))
-            else:
-                made = [] if writer is None else [edit.producer(tensor) for tensor in writer.inputs]
-                yield Switch(result.name, tuple(owners), tuple(n.name for n in made if n and n.op == _SWITCH))
+            owners = tuple(node.name for node in group if node.name in slots)
+            yield Switch(result.name, owners) if apart else Switch(result.name, (*owners, *writers), carried)
         edit.detach(after)
         if not edit.consumers(before.outputs[0]):
             edit.detach(before)
     edit.sweep(graph)
+
+
+def _writers(tensor: gs.Tensor, slots: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The convolution that writes a tensor, or else the switches that the operator which writes it reads."""
+    writer = edit.producer(tensor)
+    while writer is not None and (writer.op in _FUSED or (writer.op == "Sum" and len(writer.inputs) == 1)):
+        writer = edit.producer(writer.inputs[0])
+    if writer is None or operator(writer).weighted:
+        return ((writer.name,) if writer and writer.name in slots and operator(writer).kind == "conv" else ()), ()
+    made = map(edit.producer, writer.inputs)
+    return (), tuple(node.name for node in made if node is not None and node.op == _SWITCH)
+
+
+def _reached(switches: Sequence[Switch], open: Set[str]) -> dict[str, None]:
+    """The results of the switches that the options of some nodes can change."""
+    found: dict[str, None] = {}
+    for switch in switches:
+        if open & set(switch.readers) or found.keys() & set(switch.carried):
+            found[switch.result] = None
+    return found
 
 
 def _condition(name: str) -> str:

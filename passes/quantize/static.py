@@ -155,7 +155,9 @@ class Work(Quantize):
 
     def _worst(self, graph: gs.Graph, sites: list[Linear], insert: Insert, ctx: Context) -> dict[str, float]:
         """The nodes that ``float_share`` leaves in float, with the error of the outputs in dB that each one saves."""
-        count = int(self.float_share * len(live_linears(graph))) - (len(live_linears(graph)) - len(sites))
+        live = {id(node) for node in live_linears(graph)}
+        total = sum(id(linear.node) in live for linear in linears(graph))
+        count = int(self.float_share * total) - (total - len(sites))
         if count <= 0:
             return {}
         with temporary.folder() as folder:

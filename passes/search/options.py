@@ -16,14 +16,17 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from channelfold.passes import PASSES, pipeline
+from channelfold.passes import PASSES
 from channelfold.passes.base import Context, Pass
 from channelfold.passes.layers.linear import linears
 from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.layers.switchboard import FLOAT, Board, Configuration, build
+from channelfold.passes.operators import operator
 from channelfold.passes.options import options as options_of
 from channelfold.passes.recipe import make
 from channelfold.runtime.errors import UsageError
+from channelfold.runtime.io.convert import all_graphs
+from channelfold.runtime.io.files import raise_opset
 from channelfold.runtime.io.session import Feed
 from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.io.snapshot import Snapshot
@@ -50,11 +53,16 @@ def steps(given: Mapping[str, Any]) -> dict[str, Pass]:
 
 
 def board_of(graph: gs.Graph, passes: Mapping[str, Pass], ctx: Context, folder: Path) -> Board:
-    """The board of a graph: every pass runs on a copy, on all nodes that it takes."""
+    """The board of a graph: every pass runs on a copy, on all nodes of the main graph that it takes."""
     before, variants, centered = Snapshot.of(graph), {}, None
     for option, step in passes.items():
-        variants[option], done = pipeline.run(before.graph(), _comparable(step), ctx, verify=False)
-        centered = next((one["facts"]["centered"] for one in done if "centered" in one["facts"]), centered)
+        variant = before.graph()
+        for part in _comparable(step):
+            work = part.work()
+            if (needed := work.least_opset(variant)) > variant.opset:
+                variant = raise_opset(variant, needed)
+            centered = work.apply(variant, ctx).facts.get("centered", centered)
+        variants[option] = variant
     return build(graph, variants, folder, ACTING, centered)
 
 
@@ -99,14 +107,25 @@ def priced(graph: gs.Graph, sites: Sequence[Site], feed: Feed, minimize: str) ->
     return [dataclasses.replace(s, costs={option: cost(s, option) for option in s.options()}) for s in sites]
 
 
-def recipe(before: Sequence[Pass], passes: Mapping[str, Pass], board: Board, chosen: Configuration) -> list[Pass]:
-    """The passes that give every node its option: each excludes the nodes that are for another pass, or for none."""
+def recipe(
+    before: Sequence[Pass], passes: Mapping[str, Pass], graph: gs.Graph, board: Board, chosen: Configuration
+) -> list[Pass]:
+    """The passes that give every node its option: each excludes the nodes that are for another pass, or for none.
+
+    Nodes in bodies of If, Loop and Scan stay float.
+    """
+    inside = [node.name for part in list(all_graphs(graph))[1:] for node in part.nodes if _is_weighted(node)]
     made, done = list(before), set()
     for option, step in passes.items():
         mine = {name for name in board.slots if chosen.get(name, FLOAT) == option}
         done |= mine
         if mine:
             others = [name for name, slot in board.slots.items() if name not in done and option in slot.files]
-            settings = step.options()
-            made.append(make(step.name, settings | {"exclude": (*settings["exclude"], *map(glob.escape, others))}))
+            settings, names = step.options(), dict.fromkeys([*others, *(n for n in inside if n not in mine)])
+            made.append(make(step.name, settings | {"exclude": (*settings["exclude"], *map(glob.escape, names))}))
     return made
+
+
+def _is_weighted(node: gs.Node) -> bool:
+    """Whether a node can have a stored weight: a linear, or a Gather of a table."""
+    return operator(node).weighted or operator(node).kind == "gather"

@@ -40,12 +40,13 @@ class Figures:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the user allows. ``max_size``: bytes of the file."""
+    """What the user allows. ``max_size``: bytes of the file; ``max_latency``: relative to float."""
 
     max_loss: float | None = None
     min_snr: float | None = None
     min_agreement: float | None = None
     max_size: float | None = None
+    max_latency: float | None = None
 
     def accurate(self, found: Figures) -> bool:
         agreement = 1.0 if math.isnan(found.agreement) else found.agreement
@@ -62,20 +63,27 @@ class Limits:
 
 @dataclass
 class Split:
-    """Samples to measure points on: files of the board, with a label for each or none."""
+    """Samples to measure points on: files of the board, with a label for each or none.
+
+    ``metric`` gives the loss of a point by a metric that has data of its own.
+    """
 
     board: Board
     files: tuple[str, ...]
     labels: tuple[int, ...] = ()
+    metric: Callable[[Point], float] | None = None
     crew: Crew = field(default_factory=Crew)
     known: dict[Point, Figures] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
         """What ``loss`` is."""
+        if self.metric:
+            return "metric"
         if self.labels:
             return "top-1 accuracy"
-        return "argmax agreement" if any(self.board.scores) else "relative squared error"
+        compared = any(not math.isnan(figures.agreement) for figures in self.known.values())
+        return "argmax agreement" if compared else "relative squared error"
 
     def measured(self, points: Sequence[Point], sites: Sequence[Site]) -> list[Figures]:
         """The figures of points; each point is measured once."""
@@ -96,13 +104,17 @@ class Split:
         snr = float(np.min(decibels(lost / np.maximum(energy, _TINY))))
         agreed = errors.agreed[place][:, list(self.board.scores)]
         agreement = float(agreed.mean(axis=0).min()) if agreed.size and np.isfinite(agreed).all() else math.nan
+        error = float(errors.by_sample()[place].mean())
+        if self.metric:
+            loss = self.metric(point)
+            return Figures(point, error, snr, agreement, loss, loss, loss)
         if self.labels:
             losses = errors.right[0].astype(float) - errors.right[1 + place]
         elif not math.isnan(agreement):
             losses = 1 - agreed.mean(axis=1)
         else:
             losses = errors.by_sample()[place]
-        return Figures(point, float(errors.by_sample()[place].mean()), snr, agreement, *interval(losses))
+        return Figures(point, error, snr, agreement, *interval(losses))
 
 
 def interval(losses: np.ndarray) -> tuple[float, float, float]:

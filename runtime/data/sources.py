@@ -5,6 +5,7 @@ Feeds are single samples wherever the model allows this; feeds.py has the rules.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -239,17 +240,34 @@ def _read_all(reader: Any) -> Iterator[Any]:
 
 
 def _run_script(path: Path) -> Iterator[Any]:
+    with _running(path) as module:
+        if not hasattr(module, "load_data"):
+            raise DataError(f"{path} defines no load_data()", "Write one that yields feeds: {input name: array}")
+        yield from module.load_data()
+
+
+def call_script(path: Path, function: str, *arguments: Any) -> Any:
+    """What a function of a Python script returns. Raises DataError as ``load_script`` does."""
+    if not path.is_file():
+        raise DataError(f"There is no {path}", nearest_path(path))
+    with _running(path) as module:
+        if not hasattr(module, function):
+            raise DataError(f"{path} defines no {function}()", nearest(function, vars(module)))
+        return getattr(module, function)(*arguments)
+
+
+@contextlib.contextmanager
+def _running(path: Path) -> Iterator[Any]:
+    """The module that a script makes. Raises DataError, with the line of the script, where its code fails."""
     spec = importlib.util.spec_from_file_location(f"_channelfold_data_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise DataError(f"{path} is not a Python script", "Give a .py file that defines load_data()")
+        raise DataError(f"{path} is not a Python script", "Give a .py file with the function")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(module)
-        if not hasattr(module, "load_data"):
-            raise DataError(f"{path} defines no load_data()", "Write one that yields feeds: {input name: array}")
-        yield from module.load_data()
+        yield module
     except ChannelfoldError:
         raise
     except (

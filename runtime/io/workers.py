@@ -7,16 +7,18 @@ task, which another worker does again.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from typing import TypeVar
 
-from channelfold.runtime.errors import ChannelfoldError, DependencyError
+from channelfold.runtime.errors import ChannelfoldError, DependencyError, UsageError
 
 A = TypeVar("A")
 B = TypeVar("B")
 
+_SECONDS = 10  # to reach a scheduler
 _DEATHS = 3  # of a whole pool, after which the fault is not that of the machine
 
 
@@ -24,7 +26,8 @@ def each(function: Callable[[A], B], tasks: Sequence[A], workers: int = 1, clust
     """The results of a function for every task, in order.
 
     ``workers``: the number of processes; 1 is this process. ``cluster``: the address of a Dask scheduler in their
-    place. Raises ChannelfoldError where workers die again and again.
+    place, whose workers see the temporary folder of this machine under the same path, and which does the tasks of lost
+    workers again by itself. Raises ChannelfoldError where workers die again and again.
     """
     if workers <= 1 and not cluster:
         yield from map(function, tasks)
@@ -47,11 +50,19 @@ def each(function: Callable[[A], B], tasks: Sequence[A], workers: int = 1, clust
     raise ChannelfoldError("Worker processes were killed again and again", "Is there enough memory? Take fewer workers")
 
 
-def _executor(workers: int, cluster: str) -> Executor:
+@contextlib.contextmanager
+def _executor(workers: int, cluster: str) -> Iterator[Executor]:
     if not cluster:
-        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as executor:
+            yield executor
+        return
     try:
         from distributed import Client  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise DependencyError(f"A cluster needs Dask ({error})", "Run: pip install 'channelfold[dask]'") from None
-    return Client(cluster).get_executor()
+    try:
+        client = Client(cluster, timeout=_SECONDS, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"There is no cluster at {cluster!r} ({error})", "Give the address of a scheduler") from None
+    with client:
+        yield client.get_executor()

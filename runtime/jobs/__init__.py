@@ -45,6 +45,7 @@ from channelfold.runtime.jobs import inspect_groups as channel_groups
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs import lint_model as linting
 from channelfold.runtime.jobs import search as searching
+from channelfold.runtime.jobs import sensitivity as sensitivities
 from channelfold.runtime.jobs.cast import cast as cast
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
 from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder, check_kind
@@ -312,7 +313,7 @@ def sensitivity(
     options: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> Record:
-    """What every option of every node does to the outputs: ``record["sensitivity"]``, described in ``jobs.search``.
+    """What every option of every node does to the outputs: ``record["sensitivity"]``, described there.
 
     ``recipe``: the passes that run before, without its quantizations. ``options``: those of the pass ``quantize``.
     ``workers``: the number of processes, ``cluster``: the address of a Dask scheduler in their place.
@@ -321,7 +322,7 @@ def sensitivity(
     job.calibration = job.open("calibration", source.calibration, source.random)
     passes = [step for step in recipes.load_recipe(recipe).passes if step.name not in ("quantize", "quantize-weights")]
     with job.blaming():
-        searching.sensitivity(job, passes, options or {}, searching.Crew(workers, cluster, progress))
+        sensitivities.sensitivity(job, passes, options or {}, sensitivities.Crew(workers, cluster, progress))
     return job.record
 
 

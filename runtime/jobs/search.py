@@ -1,47 +1,45 @@
-"""The jobs ``sensitivity`` and the search of ``compress``: options, errors, front and proof, as a record.
+"""The search of ``compress``: front, proof and choice, as a record.
 
-``record["sensitivity"]``: {samples, additive: {option: {sum_db, measured_db}}, sites: [{nodes, op, options: {option:
-{snr_db, worst_db, share, bytes}}}]}, from the site that int8 hurts most.
-
-``record["search"]``: {loss: what it is, limits, met, samples: {sensitivity, steering, proof}, runs (of one sample),
-kappa_db, points: [{bytes, cost, smooth, options: {option: share of the bytes}, predicted_db, error_db, snr_db,
-agreement, loss, low, high, proof (the same figures on other samples, or null), chosen}], sites: [{nodes, option, bytes,
-snr_db, better: {option, bytes, snr_db} or null}]}. Bytes of a point are those of its file, nearly; its cost is relative
-to float.
+``record["search"]``: {loss: what it is, options, limits, met, samples: {sensitivity, steering, proof}, runs (of one
+sample), kappa_db, points: [{bytes, cost, latency, smooth, options: {option: share of the bytes}, predicted_db,
+error_db, snr_db, agreement, loss, low, high, proof (the same figures on other samples, or null), chosen}], sites:
+[{nodes, option, bytes, snr_db, better: {option, bytes, snr_db} or null}]}. Bytes of a point are those of its file,
+nearly; cost and latency are relative to float.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
-from channelfold.passes import pipeline
-from channelfold.passes.base import Context, Pass
-from channelfold.passes.layers.sensitivity import SAMPLES, Crew, Site, Trial, attempt, decibels, keep, measure, spread
-from channelfold.passes.layers.switchboard import FLOAT, Board
+from channelfold.passes.base import Pass
+from channelfold.passes.layers.sensitivity import Crew, Site, Trial, attempt, decibels, keep
+from channelfold.passes.layers.switchboard import FLOAT
 from channelfold.passes.recipe import make
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.front import Point, cheapest, front, most_accurate, uniform
 from channelfold.passes.search.proof import Figures, Limits, Split, refined, undominated
 from channelfold.runtime.data.npz import read_headers
-from channelfold.runtime.data.sources import Data
+from channelfold.runtime.data.sources import Data, call_script
 from channelfold.runtime.errors import DataError, GateError, UsageError
-from channelfold.runtime.io import temporary
-from channelfold.runtime.io.snapshot import Snapshot
+from channelfold.runtime.io import files
+from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.jobs.job import GateMissed, Job
+from channelfold.runtime.jobs.sensitivity import Prepared, after, prepared
+from channelfold.runtime.stats.bench import latencies
 from channelfold.runtime.stats.compare import DEGRADED_SNR
 
 STEERING, PROOF = 32, 256  # samples at most on which points are compared, and on which the best is proved
 _LABELS = ("label", "labels", "target", "targets", "y", "class", "classes")
 _SMOOTH = "smooth"
+_GAIN = 0.8  # of the error of all in int8: where smoothing leaves more, it is not searched
 _NODE = 1000  # bytes of the nodes and names that a quantized node adds to a file
 
 
@@ -49,93 +47,20 @@ _NODE = 1000  # bytes of the nodes and names that a quantized node adds to a fil
 class Search:
     """What to search for. ``max_size``: bytes of the file, or a share of the model's where it is 1 at most.
 
-    ``minimize``: "size", "arithmetic" or "both". Without a limit the outputs must have an SNR of ``compare``'s OK.
+    ``max_latency``: share of the float model's time in ONNX Runtime on this machine.
+    ``metric``: a script and a function of it, which takes the path of a model and returns a number, higher is better;
+    its loss is relative to that of the float model. ``minimize``: "size", "arithmetic" or "both". Without a limit the
+    outputs must have the SNR of the verdict OK.
     """
 
     max_loss: float | None = None
     max_size: float | None = None
+    max_latency: float | None = None
+    metric: str = ""
     minimize: str = "both"
     trials: int = 12
     workers: int = 1
     cluster: str = ""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A board with what is measured on it, and the graph that it is of."""
-
-    graph: gs.Graph
-    board: Board
-    sites: list[Site]
-    samples: tuple[str, ...]
-    passes: dict[str, Pass]
-    crew: Crew
-
-
-@contextlib.contextmanager
-def prepared(
-    job: Job, graph: gs.Graph, given: Mapping[str, Any], data: Data, crew: Crew, together: bool = True
-) -> Iterator[Prepared]:
-    """Makes the board of all options of a graph, and measures its sites on some of the data."""
-    passes = choices.steps(given)
-    with temporary.folder() as folder:
-        board = choices.board_of(graph, passes, Context(data, job.progress, job.source.seed), folder)
-        if not board.slots:
-            raise UsageError("No node of the model can be quantized", "channelfold inspect shows why")
-        samples = keep(board, spread(data, SAMPLES), "sensitivity")
-        groups = choices.groups(graph, board) if together else None
-        yield Prepared(graph, board, measure(board, samples, groups, crew), samples, passes, crew)
-
-
-def _after(job: Job, graph: gs.Graph, passes: Sequence[Pass], data: Data) -> tuple[gs.Graph, bool]:
-    """A copy of a graph after passes; whether the last one has changed it."""
-    context = Context(data, job.progress, job.source.seed)
-    graph, steps = pipeline.run(Snapshot.of(graph).graph(), passes, context, verify=False)
-    return graph, bool(steps and steps[-1]["changed"])
-
-
-def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew: Crew) -> None:
-    """Adds ``record["sensitivity"]``."""
-    if job.calibration is None:
-        raise DataError("There are no calibration data", "Give some with --calibration")
-    graph, _ = _after(job, job.graph, [*job.prepared(), *before], job.calibration)
-    with prepared(job, graph, given, job.calibration, crew, together=False) as found:
-        names = [option for option in choices.OPTIONS if any(option in site.errors for site in found.sites)]
-        mixes = [{n: o for n in found.board.slots if o in found.board.options(n)} for o in names]
-        whole = attempt(Trial(found.board, found.samples, tuple(mixes))).by_sample().mean(axis=1)
-        sums = {o: sum(site.errors.get(o, 0.0) for site in found.sites) for o in names}
-        additive = {
-            option: {"sum_db": float(decibels(sums[option])), "measured_db": float(decibels(error))}
-            for option, error in zip(names, whole, strict=True)
-        }
-        ranked = sorted(found.sites, key=lambda s: -s.errors.get(names[0], 0.0))
-        job.record["sensitivity"] = {
-            "samples": len(found.samples),
-            "outputs": list(found.board.outputs),
-            "additive": additive,
-            "sites": [_told(site, found.board, sums) for site in ranked],
-        }
-
-
-def _told(site: Site, board: Board, sums: Mapping[str, float]) -> dict[str, Any]:
-    options = {
-        option: {
-            "snr_db": float(decibels(error)),
-            "worst_db": float(decibels(max(site.by_sample[option]))),
-            "share": error / sums[option] if sums[option] > 0 else 0.0,
-            "bytes": site.sizes[option],
-        }
-        for option, error in site.errors.items()
-    }
-    return {
-        "nodes": list(site.nodes),
-        "op": board.slots[site.nodes[0]].op,
-        "bytes": site.sizes[FLOAT],
-        "options": options,
-    }
-
-
-# ---- the search --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -149,6 +74,8 @@ class _Searching:
     trials: int
     bytes_beside: int
     smoothed: bool = False
+    clock: Callable[[Point], float] | None = None
+    times: dict[Point, float] = field(default_factory=dict)
     measured: list[Figures] = field(default_factory=list)
     proved: dict[Point, Figures] = field(default_factory=dict)
 
@@ -176,7 +103,15 @@ class _Searching:
                 lambda point: self.steering.measured([point], self.sites)[0],
                 left,
             )
+        if self.clock:
+            self.times = {f.point: self.clock(f.point) for f in undominated(self.measured)}
         return self._proved()
+
+    def small(self, point: Point) -> bool:
+        """Whether a point keeps the limits of size and time."""
+        limits = self.limits
+        fast = limits.max_latency is None or self.times.get(point, math.inf) <= limits.max_latency
+        return fast and (limits.max_size is None or self.size(point) <= limits.max_size)
 
     def _within(self, size: float) -> Point:
         """The most accurate point whose file has at most ``size`` bytes."""
@@ -190,8 +125,8 @@ class _Searching:
 
     def _proved(self) -> Figures:
         """The best point that keeps the limits on the samples of the proof as well; else the nearest one."""
-        fits = [f for f in self.measured if self.limits.max_size is None or self.size(f.point) <= self.limits.max_size]
-        fits = fits or [min(self.measured, key=lambda f: f.point.size)]
+        fits = [f for f in self.measured if self.small(f.point)]
+        fits = fits or [min(self.measured, key=lambda f: (self.times.get(f.point, math.inf), f.point.size))]
         if not self.limits.of_accuracy:
             best = min(fits, key=lambda f: f.error)
             self.proved[best.point] = self.proof.measured([best.point], self.sites)[0]
@@ -220,39 +155,62 @@ def find(job: Job, passes: Sequence[Pass], given: Mapping[str, Any], search: Sea
     """
     if job.calibration is None:
         raise DataError("A search needs calibration data", "Give some with --calibration")
+    if search.max_latency is not None and given.get("target") != "onnxruntime":
+        raise UsageError("Latency is measured in ONNX Runtime, which is not the target", "Add --target onnxruntime")
     before = [step for step in passes if step.name not in ("quantize", "quantize-weights")]
     crew = Crew(search.workers, search.cluster, job.progress)
     data, steering, proof, labels = _split(job)
     whole = job.record["model"]["bytes"]
-    max_size = search.max_size * whole if search.max_size is not None and search.max_size <= 1 else search.max_size
-    limits = Limits(search.max_loss, gates and gates.min_snr, gates and gates.min_agreement, max_size)
-    if limits == Limits():
-        limits = Limits(min_snr=DEGRADED_SNR)
-    graph, _ = _after(job, job.graph, [*job.prepared(), *before], data)
+    limits = _limits(search, gates, whole)
+    graph, _ = after(job, job.graph, [*job.prepared(), *before], data)
     starts = [(before, graph)]
     if not any(step.name == _SMOOTH for step in before):
-        smooth, changed = _after(job, graph, [make(_SMOOTH, {})], data)
+        smooth, changed = after(job, graph, [make(_SMOOTH, {})], data)
         starts += [([*before, make(_SMOOTH, {})], smooth)] if changed else []
-    results = []
+    results, int8 = [], math.inf
     for number, (steps, start) in enumerate(starts):
         with prepared(job, start, given, data, crew) as found:
-            first, second = (
-                Split(found.board, keep(found.board, part, name), tuple(labels[i] for i in at) if labels else (), crew)
+            splits = [
+                Split(
+                    found.board,
+                    keep(found.board, part, name),
+                    tuple(labels[i] for i in at) if labels else (),
+                    crew=crew,
+                )
                 for name, (part, at) in (("steering", steering), ("proof", proof))
+            ]
+            error = attempt(Trial(found.board, splits[0].files, (found.all_in("int8"),))).by_sample().mean()
+            if number and error > _GAIN * int8:
+                continue
+            int8 = float(error)
+            found = found.measured(choices.groups(start, found.board))
+            found = dataclasses.replace(
+                found, sites=choices.priced(start, found.sites, steering[0][0], search.minimize)
             )
-            sites = choices.priced(start, found.sites, steering[0][0], search.minimize)
-            found = dataclasses.replace(found, sites=sites)
-            work = _Searching(found, first, second, limits, search.trials, whole - found.board.size({}), number > 0)
+            written = _Files(job, found, data)
+            if search.metric:
+                splits = [dataclasses.replace(split, metric=_Metric(written, search.metric)) for split in splits]
+            work = _Searching(
+                found, splits[0], splits[1], limits, search.trials, whole - found.board.size({}), number > 0
+            )
+            if search.max_latency is not None:
+                work.clock = functools.partial(written.latency, feed=steering[0][0])
             chosen = work.run()
             record = _record(work, chosen)
-            mix = choices.recipe(steps, found.passes, found.board, chosen.point.chosen(work.sites))
-            results.append(
-                (not record["met"], chosen.point.cost if record["met"] else chosen.error, number, record, mix)
-            )
+            mix = choices.recipe(steps, found.passes, start, found.board, chosen.point.chosen(work.sites))
+            value = chosen.point.cost if record["met"] else chosen.error
+            results.append((not record["met"], value, number, record, mix))
     *_, record, mix = min(results, key=lambda result: result[:3])
     job.record["search"] = _together(record, [other for *_, other, _ in results])
     job.calibration = data
     return mix
+
+
+def _limits(search: Search, gates: Any, whole: int) -> Limits:
+    """The limits of a search for a model of ``whole`` bytes; those of the verdict OK where there are none."""
+    size = search.max_size * whole if search.max_size is not None and search.max_size <= 1 else search.max_size
+    limits = Limits(search.max_loss, gates and gates.min_snr, gates and gates.min_agreement, size, search.max_latency)
+    return Limits(min_snr=DEGRADED_SNR) if limits == Limits() else limits
 
 
 def _together(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -261,6 +219,56 @@ def _together(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict
     points.sort(key=lambda p: (p["cost"], -p["error_db"]))
     kept = [p for i, p in enumerate(points) if p["chosen"] or all(q["error_db"] < p["error_db"] for q in points[:i])]
     return record | {"points": kept[::-1], "runs": sum(other["runs"] for other in records)}
+
+
+class _Files:
+    """The files of points, each written once: for what only a file can tell."""
+
+    def __init__(self, job: Job, found: Prepared, data: Data):
+        self.job, self._found, self._data = job, found, data
+        self._known: dict[Point, Path] = {}
+
+    def of(self, point: Point) -> Path:
+        if point not in self._known:
+            found = self._found
+            steps = choices.recipe([], found.passes, found.graph, found.board, point.chosen(found.sites))
+            graph, _ = after(self.job, found.graph, steps, self._data)
+            self._known[point] = found.board.folder / f"point.{len(self._known)}.onnx"
+            files.save(graph, self._known[point])
+        return self._known[point]
+
+    def latency(self, point: Point, feed: Feed) -> float:
+        """The time of a point as a share of the float model's, measured in turns."""
+        sessions = {name: Session(path) for name, path in (("float", self.job.model), ("point", self.of(point)))}
+        runs = {name: functools.partial(session.run, feed) for name, session in sessions.items()}
+        whole, found = latencies(runs, rounds=25, warmup=3, seconds=5.0)
+        return found.ms / whole.ms
+
+
+class _Metric:
+    """The loss of points by a function of the user's, which is called with the file of each point."""
+
+    def __init__(self, written: _Files, where: str):
+        script, colon, self._function = where.rpartition(":")
+        if not (colon and Path(script).suffix == ".py"):
+            raise UsageError(f"--metric is {where!r}", "Give a script and a function of it, such as metric.py:accuracy")
+        if not written.job.source.allow_script:
+            raise UsageError(f"{script} is a Python script, and measuring with it runs it", "Add --allow-script")
+        self._files, self._script = written, Path(script)
+        self._float = self._value(written.job.model)
+        self._known: dict[Point, float] = {}
+
+    def __call__(self, point: Point) -> float:
+        if point not in self._known:
+            value = self._value(self._files.of(point))
+            self._known[point] = (self._float - value) / max(abs(self._float), 1e-12)
+        return self._known[point]
+
+    def _value(self, model: Path) -> float:
+        value = call_script(self._script, self._function, str(model))
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise DataError(f"{self._function}() in {self._script} returned {value!r}", "Return a number")
+        return float(value)
 
 
 Part = tuple[list[dict[str, np.ndarray]], list[int]]  # samples and their places in the data
@@ -307,12 +315,12 @@ def _labels(source: Any, count: int) -> list[int]:
 def _record(work: _Searching, chosen: Figures) -> dict[str, Any]:
     proved = work.proved[chosen.point]
     limits = dataclasses.asdict(work.limits)
-    small = work.limits.max_size is None or work.size(chosen.point) <= work.limits.max_size
     ratios = [f.error / f.point.predicted for f in work.measured if f.point.predicted > 0 and f.error > 0]
     return {
         "loss": work.steering.kind,
+        "options": [FLOAT, *choices.OPTIONS],
         "limits": {name: limit for name, limit in limits.items() if limit is not None},
-        "met": small and work.limits.accurate(proved),
+        "met": work.small(chosen.point) and work.limits.accurate(proved),
         "samples": {
             "sensitivity": len(work.found.samples),
             "steering": len(work.steering.files),
@@ -335,6 +343,7 @@ def _told_point(work: _Searching, figures: Figures, chosen: Figures) -> dict[str
         "bytes": work.size(point),
         "cost": point.cost,
         "smooth": work.smoothed,
+        "latency": work.times.get(point),
         "options": shares,
         "predicted_db": float(decibels(point.predicted)),
         **_figures(figures),

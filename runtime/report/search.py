@@ -13,7 +13,7 @@ _DB = "{:.1f}"
 def show(record: Mapping[str, Any], page: Page) -> None:
     """Prints the front, and what was chosen for every site."""
     found = record["search"]
-    names = list(dict.fromkeys(name for point in found["points"] for name in point["options"]))
+    names = [name for name in found["options"] if any(name in point["options"] for point in found["points"])]
     rows = [_point(point, names) for point in found["points"]]
     columns = (
         *(f">{name}" for name in names),
@@ -25,7 +25,9 @@ def show(record: Mapping[str, Any], page: Page) -> None:
     )
     page.table("Front", (*columns, ">on other samples", "<"), rows)
     samples = found["samples"]
-    page.note("bytes of the file; cost against float; float, int8, w8, w4: share of the weights; worst output: its SNR")
+    page.note(
+        "bytes of the file; cost, latency: relative to float; float, int8 …: share of the weights; worst output: SNR"
+    )
     page.note(f"measured on {samples['steering']} samples, proved on {samples['proof']} others, with intervals of 95 %")
     chosen = next(point for point in found["points"] if point["chosen"])
     shown = chosen["proof"] or chosen
@@ -55,6 +57,7 @@ def _point(point: Mapping[str, Any], names: list[str]) -> tuple[Any, ...]:
     return (
         size(point["bytes"]),
         f"{point['cost']:.1%}",
+        "" if point["latency"] is None else f"{point['latency']:.0%}",
         "smooth" if point["smooth"] else "",
         *shares,
         *(number(point[key], _DB) for key in ("predicted_db", "error_db", "snr_db")),

@@ -65,14 +65,16 @@ def test_every_option_of_all_nodes_is_the_file_of_its_pass(name, target, tmp_pat
             assert relative(everything.run(feed, chosen)[0], expected) <= max(1e-9, 0.15 * lost)
 
 
-def test_a_mix_is_the_file_that_excludes_the_other_nodes(tmp_path):
-    graph, data = shipped("digits_vit")
-    board, _ = boards(graph, data, tmp_path)
+@pytest.mark.parametrize(("name", "target"), [("digits_vit", "tensorrt"), ("digits_cnn", "onnxruntime")])
+def test_a_mix_is_the_file_that_excludes_the_other_nodes(name, target, tmp_path):
+    graph, data = shipped(name)
+    board, _ = boards(graph, data, tmp_path, target=target)
     nodes = [node for node in board.slots if "int8" in board.options(node)]
-    mix = quantized(graph, data, "quantize", {"exclude": nodes[::2]})
+    options = {"target": target, "reduce_range": "off", "exclude": nodes[::2]}
+    literal = session(quantized(graph, data, "quantize", options), optimize=False)
     chosen = dict.fromkeys(nodes[1::2], "int8")
     for feed in list(data)[:3]:
-        (expected,) = session(mix, optimize=False).run(feed).values()
+        (expected,) = literal.run(feed).values()
         assert relative(board.player(chosen).run(feed)[0], expected) < 1e-9
         assert relative(board.player(open=nodes[:4], chosen=chosen).run(feed)[0], expected) < 1e-9
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from channelfold.runtime.errors import ChannelfoldError, DependencyError
+from channelfold.runtime.errors import ChannelfoldError, DependencyError, UsageError
 from channelfold.runtime.io.workers import each
 
 
@@ -53,6 +54,29 @@ def test_the_error_of_a_task_is_that_of_the_caller():
         list(each(fails, range(2), 2))
 
 
-def test_a_cluster_without_dask_says_what_to_install():
+def test_a_cluster_without_dask_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(DependencyError, match=r"channelfold\[dask\]"):
         list(each(square, range(2), cluster="tcp://127.0.0.1:1"))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(2, processes=True, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster.scheduler_address
+
+
+def test_a_cluster_gives_the_same_results(cluster):
+    assert list(each(square, range(6), cluster=cluster)) == [0, 1, 4, 9, 16, 25]
+
+
+def test_a_killed_worker_of_a_cluster_costs_its_task_alone(cluster, tmp_path):
+    assert list(each(partial(dies_once, tmp_path), range(5), cluster=cluster)) == [0, 1, 4, 9, 16]
+    assert (tmp_path / "died").exists()
+
+
+def test_an_address_without_a_scheduler_is_refused():
+    pytest.importorskip("distributed")
+    with pytest.raises(UsageError, match="There is no cluster"):
+        list(each(square, range(2), cluster="127.0.0.1"))

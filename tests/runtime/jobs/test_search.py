@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
+import onnx.parser
+import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold import models
 from channelfold.runtime import jobs
-from channelfold.runtime.errors import DataError, UsageError
+from channelfold.runtime.errors import ChannelfoldError, DataError, UsageError
+from channelfold.runtime.io.convert import all_graphs
+from channelfold.runtime.io.files import load
 from channelfold.runtime.stats.compare import Gates
+from channelfold.tests.graphs import random
 
 DIGITS = models.path("digits_cnn.onnx")
 CALIBRATION = dict(np.load(models.path("digits_calibration.npz")))
@@ -74,10 +80,65 @@ def test_a_size_is_not_exceeded_by_the_file(tmp_path):
     assert set(chosen(record)["options"]) <= {"float", "w8", "w4"}  # activations of 8 bits save no bytes
 
 
+def test_a_latency_is_measured_and_kept(tmp_path):
+    target = {"target": "onnxruntime"}
+    found = jobs.compress(DIGITS, tmp_path, source=SOURCE, overrides=target,
+                          search=jobs.Search(max_latency=50.0, trials=2))["search"]  # fmt: skip
+    assert found["met"]
+    assert all(0 < point["latency"] < 50 for point in found["points"])
+    with pytest.raises(jobs.GateMissed, match="max-latency"):
+        jobs.compress(DIGITS, tmp_path, source=SOURCE, overrides=target,
+                      search=jobs.Search(max_latency=1e-6, trials=2))  # fmt: skip
+
+
+def test_a_latency_is_of_onnxruntime(tmp_path):
+    with pytest.raises(UsageError, match="Add --target onnxruntime"):
+        jobs.compress(DIGITS, tmp_path, source=SOURCE, search=jobs.Search(max_latency=0.5))
+
+
 def test_gates_are_limits_of_a_search(tmp_path):
     record = jobs.compress(DIGITS, tmp_path, source=SOURCE, gates=Gates(min_snr=40), search=jobs.Search(trials=6))
     assert record["search"]["limits"] == {"min_snr": 40}
     assert chosen(record)["proof"]["snr_db"] >= 40
+
+
+METRIC = """
+from pathlib import Path
+
+def kilobytes_saved(model):
+    return 1000 - Path(model).stat().st_size / 1000
+
+def text(model):
+    return "good"
+"""
+
+
+def test_a_metric_of_the_user_is_the_loss(tmp_path):
+    (tmp_path / "own.py").write_text(METRIC)
+    source = jobs.Source(CALIBRATION, SOURCE.evaluation, allow_script=True)
+    search = jobs.Search(max_loss=0.01, trials=4, metric=f"{tmp_path / 'own.py'}:kilobytes_saved")
+    found = jobs.compress(DIGITS, tmp_path / "out", source=source, search=search)["search"]
+    assert found["loss"] == "metric"
+    for point in found["points"]:
+        saved = (190.4 - point["bytes"] / 1000) / (1000 - 190.4)
+        assert point["loss"] == pytest.approx(-saved, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("metric", "allowed", "says"),
+    [
+        ("own.py:kilobytes_saved", False, "Add --allow-script"),
+        ("own.py:text", True, "returned 'good'"),
+        ("own.py:texts", True, "defines no texts"),
+        ("own.py", True, "such as metric.py:accuracy"),
+    ],
+)
+def test_a_metric_that_cannot_be_used(metric, allowed, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(METRIC)
+    source = jobs.Source(CALIBRATION, SOURCE.evaluation, allow_script=allowed)
+    with pytest.raises(ChannelfoldError, match=says):
+        jobs.compress(DIGITS, "out", source=source, search=jobs.Search(max_loss=0.1, trials=2, metric=metric))
 
 
 def test_a_share_of_float_nodes_and_a_search_exclude_each_other(tmp_path):
@@ -94,6 +155,44 @@ def test_without_evaluation_a_part_of_the_calibration_data_is_held_back(tmp_path
     record = jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION), search=jobs.Search(trials=4))
     assert record["search"]["samples"] == {"sensitivity": 16, "steering": 32, "proof": 32}
     assert any("held back" in warning for warning in record["warnings"])
+
+
+BODY = """
+    <ir_version: 10, opset_import: ["": 17]>
+    g (float[n,16] x, bool c) => (float[n,16] y) {
+        a = MatMul(x, A)
+        b = If(c) <
+            then_branch = t () => (float[n,16] p) { p = MatMul(a, B) },
+            else_branch = e () => (float[n,16] q) { q = Identity(a) }
+        >
+        y = MatMul(b, C)
+    }
+"""
+
+
+def test_nodes_in_bodies_stay_float(tmp_path):
+    model = onnx.parser.parse_model(BODY)
+    for name in "ABC":
+        model.graph.initializer.append(onnx.numpy_helper.from_array(random((16, 16), name).astype(np.float32), name))
+    model.graph.node[1].attribute[0].g.node[0].name = "inside"
+    onnx.save(model, tmp_path / "model.onnx")
+    feeds = [{"x": random((1, 16), f"{i}").astype(np.float32), "c": np.array(i % 4 < 2)} for i in range(32)]
+    record = jobs.compress(tmp_path / "model.onnx", tmp_path / "out", source=jobs.Source(feeds, feeds),
+                           search=jobs.Search(trials=4))  # fmt: skip
+    assert {name for site in record["search"]["sites"] for name in site["nodes"]} == {"MatMul_0", "MatMul_2"}
+    graph = load(tmp_path / "out" / "model.onnx")
+    inner = [node for part in list(all_graphs(graph))[1:] for node in part.nodes if node.op == "MatMul"]
+    assert [type(node.inputs[1]) for node in inner] == [gs.Constant]
+    (output,) = record["accuracy"]["outputs"]
+    assert output["snr"] == pytest.approx(chosen(record)["proof"]["snr_db"], abs=1)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
+def test_a_search_knows_the_target(target, tmp_path):
+    record = jobs.compress(DIGITS, tmp_path, source=SOURCE, overrides={"target": target}, search=jobs.Search(trials=4))
+    accuracy = record["accuracy"].get("exact", record["accuracy"])
+    assert accuracy["outputs"][0]["snr"] == pytest.approx(chosen(record)["proof"]["snr_db"], abs=2)
+    assert {step["options"]["target"] for step in record["steps"] if "target" in step["options"]} == {target}
 
 
 def test_sensitivities_are_ranked_and_add_up():
