@@ -50,9 +50,11 @@ class Work(weights.Work):
             return f"fewer than {MIN_CHANNELS} channels"
         return super()._why_float(linear)
 
-    def _quantize(self, inserter: Inserter, linear: Linear, seen: Any, limits: Mapping[str, Any]) -> str:
+    def _quantize(
+        self, inserter: Inserter, linear: Linear, seen: Any, limits: Mapping[str, Any], restored: dict[str, np.ndarray]
+    ) -> str:
         tokens, magnitudes = limits[linear.data.name]
-        says = super()._quantize(inserter, linear, seen, {})
+        says = super()._quantize(inserter, linear, seen, {}, restored)
         edit.set_input(linear.node, 0, tokens)
         _multiply(inserter.graph, linear, magnitudes)
         return f"{says}, int8 activation by token"
