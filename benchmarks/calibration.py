@@ -36,7 +36,7 @@ CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
 OURS = ("statistics", *(f"quantize {name}" for name in CALIBRATORS))
 PEERS = ("onnxruntime minmax", "onnxruntime percentile")
 LOOK = 0.05  # seconds between two looks at the memory of a process
-HEADER = ("model", "what", "CPU s", "of the floor", "MB", "of the floor")
+HEADER = ("model", "what", "samples", "runs", "CPU s", "of the floor", "MB", "of the floor")
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Cost:
 
     model: str
     what: str
+    samples: int
     seconds: list[float] = field(default_factory=list)
     floors: list[float] = field(default_factory=list)
     megabytes: float = 0.0
@@ -58,7 +59,16 @@ class Cost:
     def row(self) -> tuple[str, ...]:
         more = self.megabytes / self.floor_megabytes
         seconds = statistics.median(self.seconds)
-        return self.model, self.what, f"{seconds:.2f}", f"{self.ratio:.2f}", f"{self.megabytes:.0f}", f"{more:.2f}"
+        counts = str(self.samples), str(len(self.seconds))
+        return (
+            self.model,
+            self.what,
+            *counts,
+            f"{seconds:.2f}",
+            f"{self.ratio:.2f}",
+            f"{self.megabytes:.0f}",
+            f"{more:.2f}",
+        )
 
 
 def measured(what: str, model: Path, data: Path, samples: int) -> tuple[float, float]:
@@ -188,11 +198,11 @@ def main() -> None:
     if options.task == "thresholds":
         write_thresholds(options)
         return
-    costs = {(row["model"], row["what"]): Cost(**row) for row in known(options.json) or []}
+    costs = {(row["model"], row["what"], row["samples"]): Cost(**row) for row in known(options.json) or []}
     for model in options.model:
         path, data = options.folder / f"{model}.onnx", options.folder / f"{model}.calibration.npz"
         for what in options.what:
-            cost = costs[model, what] = Cost(model, what)
+            cost = costs[model, what, options.samples] = Cost(model, what, options.samples)
             for _ in range(options.runs):
                 seconds, cost.megabytes = measured(what, path, data, options.samples)
                 plain, cost.floor_megabytes = measured("floor", path, data, options.samples)
@@ -203,7 +213,7 @@ def main() -> None:
     text = table(HEADER, [cost.row() for cost in costs.values()])
     print(text)
     if options.write:
-        how = f"{options.samples} samples, {options.runs} runs of each in turn with the floor; medians of the ratios."
+        how = "Runs of each in turn with the floor, the same samples in a plain float session; medians of the ratios."
         write("calibration.md", "# Processor time and memory of calibration", how, text)
 
 

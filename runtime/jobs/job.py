@@ -117,7 +117,7 @@ class Job:
         self.calibration: Data | None = None
         self._caches: dict[str, Any] = {}
         self.evaluation: Data | None = None
-        self._proved: tuple[Data, Runner, Runner] | None = None  # the data, the original, the candidate
+        self._proved: tuple[Data, Runner | None, Runner] | None = None  # the data, the original, the candidate
         self.comparison: compare.Comparison | None = None
         self.record: Record = {
             "schema": 1,
@@ -221,10 +221,10 @@ class Job:
         """Measures the latency of both models, in turns, on one sample of the proof; warns of a slower candidate."""
         if self._proved is None:
             return
-        data, *sessions = self._proved
+        data, original, candidate = self._proved
         feed = next(iter(data))
-        named = zip(("float", "quantized"), sessions, strict=True)
-        runs = {name: functools.partial(session.run, feed) for name, session in named}
+        sessions = {"float": original or self._original(), "quantized": candidate}
+        runs = {name: functools.partial(session.run, feed) for name, session in sessions.items()}
         timed = latencies(runs, rounds=9, warmup=1, seconds=1.0)
         self.record["latency"] = [{"name": f"{t.name}, ONNX Runtime on this machine", "ms": t.ms} for t in timed]
         ratio = timed[1].ms / timed[0].ms
@@ -285,9 +285,11 @@ class Job:
             data = data.first(SEEN if self.record["model"]["bytes"] < _COSTLY else SEEN // 2)
             self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
         self.record["data"]["evaluation"] = data.description
-        original, exact = self._original(exact=True), self._candidate(candidate, exact=True)
+        original = None if as_written else self._original(exact=True)  # to be timed, else to make room
+        reference = compare.remembered(uncut(original or self._original(exact=True), self._caches), data)
+        exact = self._candidate(candidate, exact=True)
         here = exact if as_written else self._candidate(candidate)
-        reference, self._proved = uncut(original, self._caches), (data, original, here)
+        self._proved = data, original, here
         if as_written:
             self.comparison = compare.compare(reference, exact, data, self.progress)
             self.record["accuracy"] = self.comparison.to_json()

@@ -26,6 +26,9 @@ COLLAPSED_SNR, DEGRADED_SNR = 10.0, 20.0  # dB
 COLLAPSED_AGREEMENT, DEGRADED_AGREEMENT = 0.5, 0.95
 
 
+_HELD = 1 << 26  # bytes of outputs that are held in memory
+
+
 class Runner(Protocol):
     """A model that maps a feed to outputs by name: a Session, an engine."""
 
@@ -117,6 +120,30 @@ def compare_all(
             comparing.add(index, expected, _leaves(candidate.run(feed)))
     progress("compare", len(data), len(data))
     return [comparing.result(data) for comparing in found]
+
+
+def remembered(model: Runner, data: Data) -> Runner:
+    """The model's outputs on all feeds in their order, so that the model can be closed; the model where they are large.
+
+    Of two models only one is then in memory at a time.
+    """
+    found: list[Mapping[str, Any]] = []
+    for feed in data:
+        found.append(model.run(feed))
+        if sum(getattr(value, "nbytes", _HELD) for value in found[0].values()) * len(data) > _HELD:
+            return _Known(model, iter(found))
+    return _Known(None, iter(found))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The outputs on the first feeds, which come in their order, and the model for all others."""
+
+    model: Runner | None
+    outputs: Iterator[Mapping[str, Any]]
+
+    def run(self, feed: Feed) -> Mapping[str, Any]:
+        return next(self.outputs) if self.model is None else next(self.outputs, None) or self.model.run(feed)
 
 
 class _Comparing:

@@ -165,7 +165,7 @@ def plant(graph: gs.Graph, shifted: bool = False) -> None:
         rescale(graph, region, scale, shift)
 
 
-def observe_in_float64(graph: gs.Graph, observers: Mapping[str, list[ChannelStatistics]], data: Data, progress) -> None:
+def observe_in_float64(graph: gs.Graph, observers: Mapping[str, list[ChannelStatistics]], data: Data, *_) -> None:
     """Statistics from the reference evaluator: ONNX Runtime has no Erf and no Conv in float64."""
     model = whole(graph)
     known = {value.name for value in (*model.graph.input, *model.graph.output)}

@@ -29,7 +29,7 @@ from channelfold.tests.region_strategies import difference, graphs
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_method_is_exact(name, method, insert, monkeypatch):
     """To 1e-12 on inputs of other sizes than those of the calibration, too; without ``insert`` no node is added."""
-    monkeypatch.setattr("channelfold.passes.smooth.activations.observe", observe_in_float64)
+    monkeypatch.setattr("channelfold.runtime.stats.observe.observe", observe_in_float64)
     graph = block(name, "double")
     plant(graph, shifted=True)
     data = samples(graph, 2, size=3)
@@ -53,7 +53,7 @@ def test_random_networks(data, method, insert):
     graph = data.draw(strategies.graphs())
     feed, before, nodes = feeds(graph), run(graph, feeds(graph)), len(graph.nodes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("channelfold.passes.smooth.activations.observe", observe_in_float64)
+        patch.setattr("channelfold.runtime.stats.observe.observe", observe_in_float64)
         smooth(graph, dataclasses.replace(METHODS[method], allow_insert=insert), samples(graph, 2, size=2))
     assert_same(before, run(graph, feed), 1e-9)
     assert insert or len(graph.nodes) <= nodes
@@ -68,7 +68,7 @@ def test_random_regions(made, method, insert):
     data = data_from(feed, {"x": -0.7 * values["x"]})
     before = run(graph, feed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("channelfold.passes.smooth.activations.observe", observe_in_float64)
+        patch.setattr("channelfold.runtime.stats.observe.observe", observe_in_float64)
         patch.setattr(
             "channelfold.passes.smooth.activations.measured_shapes",
             lambda *_: {name: np.shape(v) for name, v in values.items()},
