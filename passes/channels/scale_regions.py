@@ -362,7 +362,8 @@ class _Tracer(Classes):
         shifted = place.shifted and operand is not None and known.adds
         if place.shifted and not shifted:
             self.forbid_shift(index, f"a shift does not pass {node.op}")
-        if operand is not None and self.takes_scale(node, operand, index):
+        at_a_cache = not self.insert and self.caches.owns_inside(tied[0]) and self.caches.owns_inside(result)
+        if operand is not None and self.takes_scale(node, operand, index) and not at_a_cache:
             self.ends.append(End("factor", node, -index if forward else index, False))
             return []
         moves = [(tensor, self.fitted(index, self.shape(tensor)), False) for tensor in (*tied, result)]
