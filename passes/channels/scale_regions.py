@@ -311,6 +311,10 @@ class _Tracer(Classes):
             return self.product(node, place, forward)
         if known.kind in ("concat", "split"):
             return self.pieces(node, place)
+        if known.kind == "scatter":
+            if place.index.shape[int(node.attrs.get("axis", -2))] > 1:
+                raise Refused(f"{node.op} writes along it")
+            return [(tensor, place.index, place.shifted) for tensor in (*node.inputs[:2], node.outputs[0])]
         raise Refused(f"{node.op} reads it") if forward else InBetween(node.op)
 
     def moved(self, node: gs.Node, source: gs.Tensor, place: _Place, forward: bool) -> list[Move]:

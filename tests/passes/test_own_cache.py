@@ -38,6 +38,7 @@ HEADS = f"""
 """
 BACK = "c1 = Transpose<perm=[0,2,1,3]>(c) o = Reshape(c1, wide) y = MatMul(o, O)"
 SHAPES = {"four": np.array([0, 0, 4, 16]), "two": np.array([0, 0, 2, 16]), "wide": np.array([0, 0, 64])}
+REPEATED = {"at2": np.array([2]), "twice": np.array([1, 1, 2, 1, 1]), "apart": np.array([0, 4, -1, 16])}
 DOMAIN = '"com.microsoft" : 1'
 COSINES = {"cos": np.cos(random((64, 8), "angle")), "sin": np.sin(random((64, 8), "angle"))}
 FORMS = {
@@ -47,8 +48,15 @@ FORMS = {
         ku = Unsqueeze(new_k, at2) ke = Expand(ku, twice) kr = Reshape(ke, apart)
         vu = Unsqueeze(new_v, at2) ve = Expand(vu, twice) vr = Reshape(ve, apart)
         kq = Transpose<perm=[0,1,3,2]>(kr) s = MatMul(qt, kq) p = Softmax<axis=-1>(s) c = MatMul(p, vr) {BACK}""",
-        SHAPES
-        | {"at2": np.array([2]), "twice": np.array([1, 1, 2, 1, 1]), "apart": np.array([0, 4, -1, 16])},
+        SHAPES | REPEATED,
+    ),
+    "TensorScatter": (
+        24,
+        f"""{HEADS} new_k = TensorScatter<axis=2>(past_k, kt, length) new_v = TensorScatter<axis=2>(past_v, vt, length)
+        ku = Unsqueeze(new_k, at2) ke = Expand(ku, twice) kr = Reshape(ke, apart)
+        vu = Unsqueeze(new_v, at2) ve = Expand(vu, twice) vr = Reshape(ve, apart)
+        kq = Transpose<perm=[0,1,3,2]>(kr) s = MatMul(qt, kq) p = Softmax<axis=-1>(s) c = MatMul(p, vr) {BACK}""",
+        SHAPES | REPEATED,
     ),
     "Attention": (
         23,
@@ -63,14 +71,15 @@ FORMS = {
         COSINES,
     ),
 }  # fmt: skip
+STATIC = CACHED.replace("2,P,16", "2,24,16").replace("float[B,T,64] x,", "float[B,T,64] x, int64[B] length,")
 GROUPED = CACHED.replace("float[B,T,64] x,", "float[B,T,64] x, int32[B] seqlens_k, int32 total_sequence_length,")
 
 
 def decoder(form: str, planted: bool = False) -> gs.Graph:
     """Four query heads, two heads of keys and values. Planted: channel 3 of head 1 is large in both caches."""
     opset, body, given = FORMS[form]
-    grouped = form == "GroupQueryAttention"
-    graph = build(GROUPED if grouped else CACHED, body, kind="float", opset=opset, domains=DOMAIN, **WEIGHTS, **given)
+    signature = {"GroupQueryAttention": GROUPED, "TensorScatter": STATIC}.get(form, CACHED)
+    graph = build(signature, body, kind="float", opset=opset, domains=DOMAIN, **WEIGHTS, **given)
     if planted:
         for name, factor in (("new_k", 16.0), ("new_v", 8.0)):
             plant(graph, name, factor)
