@@ -271,7 +271,7 @@ def _scatter(p: Ports) -> None:
         if axis == along:
             p.block(axis, f"{p.node.op} writes along it", 0, 1, -1)
         else:
-            p.link((0, axis), (1, axis), (-1, axis))
+            p.link((0, axis), (1, axis), (-1, axis), *([(2, 0)] if axis == 0 else []))
 
 
 RULES: Rules = {
