@@ -17,7 +17,7 @@ from channelfold.passes.recipe import loads
 from channelfold.passes.smooth import Smooth
 from channelfold.passes.verify import verify_rollout
 from channelfold.runtime import jobs
-from channelfold.runtime.data.probes import random_data, rollout
+from channelfold.runtime.data.probes import random_data, rollout_results
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import UsageError, VerificationError
 from channelfold.runtime.io import files
@@ -106,7 +106,7 @@ def shapes_of(graph: gs.Graph) -> dict:
 
 
 def rolled(graph: gs.Graph) -> list[dict]:
-    found = [dict(step) for step in rollout(required_inputs(graph), Snapshot.of(graph).session().run)]
+    found = [dict(step) for step in rollout_results(required_inputs(graph), Snapshot.of(graph).session().run)]
     assert len(found) == 9
     return found
 
