@@ -99,6 +99,7 @@ def _gates(jobs: Any, options: dict[str, Any]) -> Any:
 @opt.require_share
 @opt.fixed
 @opt.search
+@opt.own_cache
 @opt.of("quantize")
 def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **options: Any) -> Any:
     """Run a recipe on MODEL, compare with the original, build engines.

@@ -198,6 +198,7 @@ _STANDARD = {
     "DepthToSpace SpaceToDepth": Operator("depth_to_space", linear=True, scale="any", shift=True),
     "GatherElements GatherND": _move(""),
     "ScatterElements ScatterND": _move("", (0, 2)),
+    "TensorScatter": _move("scatter", (0, 1)),
     "Resize": Operator("resize", linear=True, scale="any", shift=True, sized=3),
     "Upsample": Operator("resize", linear=True, scale="any", shift=True),
     "GridSample RoiAlign": Operator("sampled", linear=True, scale="any"),

@@ -187,6 +187,7 @@ fixed = click.option(
     callback=_pairs,
     help="Make an input a constant, such as use_cache_branch=true, which leaves of an If one branch. Repeatable.",
 )
+own_cache = flag(options(PASSES["smooth"])["own_cache"])
 require_share = click.option(
     "--require-share",
     type=click.FloatRange(0, 1),

@@ -20,7 +20,7 @@ from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 from channelfold.runtime.io.meanings import cache_pairs, keeps_interface
 
-_HINT = "own_cache takes the cache as the model's own"
+_HINT = "--own-cache takes the cache as the model's own"
 
 
 @dataclass(frozen=True)

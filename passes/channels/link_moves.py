@@ -264,6 +264,16 @@ def _shape(p: Ports) -> None:
         p.edit("shape", 0, 0, axis)
 
 
+def _scatter(p: Ports) -> None:
+    """The second input is written into the first along one axis."""
+    along = p.attribute("axis", -2) % len(p.shape(0))
+    for axis in range(len(p.shape(0))):
+        if axis == along:
+            p.block(axis, f"{p.node.op} writes along it", 0, 1, -1)
+        else:
+            p.link((0, axis), (1, axis), (-1, axis), *([(2, 0)] if axis == 0 else []))
+
+
 RULES: Rules = {
     "along_axis": _along_an_axis,
     "concat": _concat,
@@ -275,6 +285,7 @@ RULES: Rules = {
     "reshape": _reshape,
     "resize": _resize,
     "sampled": _sampled,
+    "scatter": _scatter,
     "shape": _shape,
     "slice": _slice,
     "split": _split,

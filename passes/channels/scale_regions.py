@@ -311,6 +311,10 @@ class _Tracer(Classes):
             return self.product(node, place, forward)
         if known.kind in ("concat", "split"):
             return self.pieces(node, place)
+        if known.kind == "scatter":
+            if place.index.shape[int(node.attrs.get("axis", -2))] > 1:
+                raise Refused(f"{node.op} writes along it")
+            return [(tensor, place.index, place.shifted) for tensor in (*node.inputs[:2], node.outputs[0])]
         raise Refused(f"{node.op} reads it") if forward else InBetween(node.op)
 
     def moved(self, node: gs.Node, source: gs.Tensor, place: _Place, forward: bool) -> list[Move]:
@@ -362,7 +366,8 @@ class _Tracer(Classes):
         shifted = place.shifted and operand is not None and known.adds
         if place.shifted and not shifted:
             self.forbid_shift(index, f"a shift does not pass {node.op}")
-        if operand is not None and self.takes_scale(node, operand, index):
+        at_a_cache = not self.insert and self.caches.owns_inside(tied[0]) and self.caches.owns_inside(result)
+        if operand is not None and self.takes_scale(node, operand, index) and not at_a_cache:
             self.ends.append(End("factor", node, -index if forward else index, False))
             return []
         moves = [(tensor, self.fitted(index, self.shape(tensor)), False) for tensor in (*tied, result)]

@@ -66,10 +66,10 @@ class _Pair:
             return None
         if head is None or tail is None or head.op != tail.op:
             raise Refused("what the model does to past and present is not the same")
-        step, inner = _scaled(head, tail) if head.op == "Mul" else _selected(head, tail)
+        step, inner, tails = _scaled(head, tail) if head.op == "Mul" else _selected(head, tail)
         size = self.past.shape
-        edit.replace_uses(self.graph, head.outputs[0], self.past)
-        self._write_present(inner)
+        edit.bypass(self.graph, self.past, [head], head.outputs[0])
+        edit.bypass(self.graph, inner, tails, self.present)
         if "kept" in step and size is not None:
             axis = step["axis"]
             for tensor in (self.past, self.present):
@@ -77,38 +77,26 @@ class _Pair:
                     tensor.shape = [*tensor.shape[:axis], len(step["kept"]), *tensor.shape[axis + 1 :]]
         return step
 
-    def _write_present(self, inner: gs.Tensor) -> None:
-        """Lets the producer of ``inner`` write the present."""
-        node, writer = edit.producer(inner), edit.producer(self.present)
-        assert node is not None
-        assert writer is not None
-        edit.set_output(writer, 0, gs.Variable(f"{self.present.name}_dropped"))
-        edit.set_output(node, next(k for k, result in enumerate(node.outputs) if result is inner), self.present)
-        for reader in edit.consumers(inner):
-            for place, read in enumerate(reader.inputs):
-                if read is inner:
-                    edit.set_input(reader, place, self.present)
-
 
 def _by_constant(node: gs.Node) -> bool:
     return node.op in ("Mul", "Gather") and isinstance(node.inputs[1], gs.Constant)
 
 
-def _scaled(head: gs.Node, tail: gs.Node) -> tuple[dict[str, Any], gs.Tensor]:
+def _scaled(head: gs.Node, tail: gs.Node) -> tuple[dict[str, Any], gs.Tensor, list[gs.Node]]:
     inverse, scale = (np.asarray(edit.value(node.inputs[1])) for node in (head, tail))
     exponents = np.log2(np.abs(scale.astype(np.float64)))
     if inverse.shape != scale.shape or not np.array_equal(inverse * scale, np.ones_like(scale)):
         raise Refused("the scales of past and present are not inverse")
     if not np.array_equal(exponents, np.rint(exponents)):
         raise Refused("its scales are no powers of two")
-    return {"scale": scale.tolist()}, tail.inputs[0]
+    return {"scale": scale.tolist()}, tail.inputs[0], [tail]
 
 
-def _selected(head: gs.Node, tail: gs.Node) -> tuple[dict[str, Any], gs.Tensor]:
+def _selected(head: gs.Node, tail: gs.Node) -> tuple[dict[str, Any], gs.Tensor, list[gs.Node]]:
     kept, places = (np.asarray(edit.value(node.inputs[1])) for node in (head, tail))
     pad, axis = edit.producer(tail.inputs[0]), int(head.attrs["axis"])
     expected = np.full(len(places), len(kept))
     expected[kept] = np.arange(len(kept))
     if pad is None or pad.op != "Pad" or not np.array_equal(places, expected):
         raise Refused("the heads of past and present are not the same")
-    return {"axis": axis, "kept": kept.tolist(), "size": len(places)}, pad.inputs[0]
+    return {"axis": axis, "kept": kept.tolist(), "size": len(places)}, pad.inputs[0], [pad, tail]

@@ -1,7 +1,10 @@
-"""Embeddings: the tables from which Gather takes rows, stored in the format of the weights.
+"""Embeddings and experts: the tables from which Gather takes rows, stored in the format of the weights.
 
     y = Gather(E, i)   becomes    tensorrt      y = Gather(DQ(E_q), i)
                                   onnxruntime   y = Gather(E_q, i) Gather(s, i);   in groups GatherBlockQuantized
+
+Rows may be matrices (out, in), the weights of experts: every output channel then has a scale, E (experts, out, in) is
+stored as (experts * out, in) for TensorRT, and a GatherND that takes whole rows becomes a Gather.
 
 TensorRT fuses the first form and keeps the table as small as it is stored. ONNX Runtime would expand the whole table on
 every call, so there only the rows that were taken are scaled.
@@ -22,17 +25,35 @@ from channelfold.passes.quantize import Quantize, QuantizeWeights
 from channelfold.passes.quantize.qdq import MIN_CHANNELS, Inserter, excluded
 from channelfold.passes.quantize.rounders import by_scale, rounded
 from channelfold.runtime.io import edit
-from channelfold.runtime.io.files import constant, free_name, read
+from channelfold.runtime.io.files import constant, free_name, infer_shapes, read
 
 
 def tables(graph: gs.Graph) -> Iterator[tuple[gs.Node, gs.Constant]]:
-    """Every Gather that takes rows of a constant table of floating point numbers, and the table."""
+    """Every node that takes rows of a constant table of floating point numbers, and the table."""
     for node in graph.nodes:
-        if operator(node).kind != "gather" or not isinstance(node.inputs[0], gs.Constant):
+        if not node.inputs or not isinstance(table := node.inputs[0], gs.Constant):
             continue
-        table = node.inputs[0]
-        if len(table.shape) == 2 and node.attrs.get("axis", 0) in (0, -2) and edit.is_float_type(table.dtype):
+        if len(table.shape) < 2 or not edit.is_float_type(table.dtype):
+            continue
+        by_axis = operator(node).kind == "gather" and node.attrs.get("axis", 0) in (0, -len(table.shape))
+        if by_axis or _takes_rows(node):
             yield node, table
+
+
+def _takes_rows(node: gs.Node) -> bool:
+    """Whether a GatherND does what a Gather of the first axis does."""
+    shape = node.inputs[1].shape if node.op == "GatherND" else None
+    return bool(shape) and shape[-1] == 1 and not node.attrs.get("batch_dims", 0)
+
+
+def _as_gather(inserter: Inserter, node: gs.Node) -> None:
+    """Makes a Gather of a GatherND that takes rows."""
+    table, index = node.inputs
+    axes = constant(inserter.graph, f"{index.name}_axes", np.array([-1], np.int64))
+    squeezed = gs.Variable(free_name(inserter.graph, f"{index.name}_squeezed"), index.dtype)
+    name = free_name(inserter.graph, f"{node.name}_Squeeze")
+    inserter.before(node, [gs.Node("Squeeze", name, {}, [index, axes], [squeezed])])
+    edit.rewrite(node, "Gather", [table, squeezed])
 
 
 def quantize_tables(
@@ -40,24 +61,35 @@ def quantize_tables(
 ) -> int:
     """Stores every table in its format, refuses those that it leaves in float; returns how many nodes read one now."""
     graph, done = inserter.graph, 0
+    if any(node.op == "GatherND" for node in graph.nodes):
+        infer_shapes(graph)  # the shape of the index decides
     for node, table in list(tables(graph)) if step.embeddings else ():
-        own = format_of(node).fitted(table.shape[1], whole=step.target == "tensorrt")
-        odd = own.why_not(table.shape[1], table.shape[0]) if step.target == "tensorrt" else ""
+        width, count = table.shape[-1], int(np.prod(table.shape[:-1]))
+        own = format_of(node).fitted(width, whole=step.target == "tensorrt")
+        odd = own.why_not(width, count) if step.target == "tensorrt" else ""
         if reason := excluded(step, node) or _why_float(table) or odd.replace("inputs", "columns"):
             outcome.refuse(node.name, f"{node.op} stays float: {reason}", reason)
             continue
-        key = ("table", id(table), own)
+        op, key = node.op, ("table", id(table), own)
         if key not in inserter.stored:
-            codes, scales = rounded(read(table), by_scale(own, np.dtype(table.dtype)), own)
-            inserter.stored[key] = inserter.constants(table.name, codes, scales if own.group else scales[:, 0])
+            rows = np.asarray(read(table)).reshape(-1, width)
+            codes, scales = rounded(rows, by_scale(own, np.dtype(table.dtype)), own)
+            if step.target != "tensorrt":
+                codes, scales = codes.reshape(table.shape), scales.reshape(*table.shape[:-1], -1)
+            inserter.stored[key] = inserter.constants(table.name, codes, scales if own.group else scales[..., 0])
+        if op == "GatherND":
+            _as_gather(inserter, node)
         if step.target == "tensorrt":
             attrs = {"axis": 1, "block_size": own.group} if own.group else {"axis": 0}
-            edit.set_input(node, 0, inserter.dequantized(table.name, inserter.stored[key], attrs, node))
+            restored = inserter.dequantized(table.name, inserter.stored[key], attrs, node)
+            if len(table.shape) > 2:
+                restored = _reshaped(inserter, node, restored, table)
+            edit.set_input(node, 0, restored)
         elif own.group:
             _take_from_groups(node, inserter.stored[key], own.group)
         else:
             _scale_rows(inserter, node, inserter.stored[key])
-        outcome.change(node.name, f"{node.op}: table in {own.dtype.name}")
+        outcome.change(node.name, f"{op}: table in {own.dtype.name}")
         done += 1
     return done
 
@@ -65,22 +97,31 @@ def quantize_tables(
 def _why_float(table: gs.Constant) -> str:
     if np.dtype(table.dtype) not in SCALES:
         return f"its table is {table.dtype}, expected float32 or float16"
-    if min(table.shape) < MIN_CHANNELS:
+    if min(table.shape[-2:]) < MIN_CHANNELS:
         return f"its table has fewer than {MIN_CHANNELS} rows or columns"
     return "" if np.isfinite(read(table)).all() else "its table holds infinities or NaN"
+
+
+def _reshaped(inserter: Inserter, node: gs.Node, restored: gs.Variable, table: gs.Constant) -> gs.Variable:
+    """The restored rows of a table of matrices in the shape of the table, in front of the node that reads them."""
+    whole = gs.Variable(free_name(inserter.graph, f"{table.name}_restored"), restored.dtype, list(table.shape))
+    shape = constant(inserter.graph, f"{table.name}_shape", np.array(table.shape, np.int64))
+    name = free_name(inserter.graph, f"{table.name}_Reshape")
+    inserter.before(node, [gs.Node("Reshape", name, {}, [restored, shape], [whole])])
+    return whole
 
 
 def _take_from_groups(node: gs.Node, stored: list[gs.Constant], group: int) -> None:
     codes, scales, _ = stored
     edit.rewrite(node, "GatherBlockQuantized", [codes, node.inputs[1], scales])
     node.domain = "com.microsoft"
-    node.attrs = {"gather_axis": 0, "quantize_axis": 1, "block_size": group}
+    node.attrs = {"gather_axis": 0, "quantize_axis": len(codes.shape) - 1, "block_size": group}
 
 
 def _scale_rows(inserter: Inserter, node: gs.Node, stored: list[gs.Constant]) -> None:
     graph, (codes, scales, _) = inserter.graph, stored
     result, dtype = node.outputs[0], scales.dtype
-    column = constant(graph, f"{scales.name}_column", np.asarray(read(scales))[:, None])
+    column = constant(graph, f"{scales.name}_column", np.asarray(read(scales))[..., None])
 
     def made(what: str, kind: np.dtype | None = None) -> gs.Variable:
         return gs.Variable(free_name(graph, f"{result.name}_{what}"), kind or dtype)

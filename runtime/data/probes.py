@@ -159,6 +159,8 @@ def rollout(
     for number, new in enumerate(sizes):
         step = Step(inputs, dims, past, new, sum(sizes), number > 0)
         feed = values(step, number) | cached
+        if number == 0:  # a cache of fixed width is empty as well
+            feed |= {s.name: np.zeros_like(feed[s.name]) for s in inputs if _meaning(s).present and not _grows(s)}
         found = run(feed)
         yield feed
         for spec in inputs:
@@ -188,7 +190,7 @@ class Step:
     ):
         caches = [spec for spec in inputs if _grows(spec)]
         lengths = [spec.shape[_axis(spec)] for spec in caches]
-        tokens = _tokens(inputs) if caches else []
+        tokens = _tokens(inputs) if any(_meaning(spec).present for spec in inputs) else []
         masks = [spec.shape[-1] for spec in inputs if caches and _meaning(spec).kind == "mask" and spec.shape]
         self.inputs, self.size, self.continues = inputs, size, continues
         self.past = next((dim for dim in lengths if isinstance(dim, int)), past)

@@ -209,7 +209,8 @@ def _source(tensor: gs.Tensor) -> gs.Tensor:
 def keeps_interface(node: gs.Node) -> bool:
     """Whether a node may stand between a cache as the model has it and the past or present of the interface."""
     scaled = node.op in ("Mul", "Gather", "Pad") and len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant)
-    return node.op in ("Identity", "Cast") or scaled
+    alone = node.op == "Concat" and len(node.inputs) == 1  # of an empty cache, as transformers writes it
+    return node.op in ("Identity", "Cast") or scaled or alone
 
 
 def _present_names(past: str) -> list[str]:

@@ -23,7 +23,7 @@ NOT_LOOKED_AT = {  # operators by domain that the table knows nothing about; pas
         "NegativeLogLikelihoodLoss NonMaxSuppression NonZero OneHot Optional OptionalGetElement OptionalHasElement "
         "QLinearConv QLinearMatMul Range RegexFullMatch ReverseSequence STFT Scan Scatter SequenceAt SequenceConstruct "
         "SequenceEmpty SequenceErase SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss SplitToSequence "
-        "StringConcat StringNormalizer StringSplit SwiGLU TensorScatter TfIdfVectorizer Trilu Unique"
+        "StringConcat StringNormalizer StringSplit SwiGLU TfIdfVectorizer Trilu Unique"
     ),
     "com.microsoft": (
         "BiasAdd BiasDropout BiasSoftmax BiasSplitGelu BitmaskBiasDropout BitmaskDropout CDist ComplexMul "
@@ -75,6 +75,7 @@ OTHER_INPUTS: dict[str, dict[int, np.ndarray]] = {  # those that hold no data
     "ScatterND": {1: PLACES},
     "Slice": {1: np.array([1]), 2: np.array([5]), 3: np.array([2])},
     "Squeeze": {1: np.array([2])},
+    "TensorScatter": {2: np.array([1, 2])},
     "Tile": {1: np.array([1, 1, 2, 1])},
     "Unsqueeze": {1: np.array([2])},
     "Upsample": {1: np.array([1, 1, 2, 2], np.float32)},
@@ -86,6 +87,7 @@ DATA: dict[str, dict[int, tuple[int, ...]]] = {  # shapes of data that are not a
     "Gemm": {0: (3, 4)},
     "ScatterElements": {2: (2, 4, 3, 6)},
     "Squeeze": {0: (2, 4, 1, 6)},
+    "TensorScatter": {1: (2, 4, 3, 6)},
 }
 ATTRIBUTES: dict[str, dict[str, object]] = {
     "Cast": {"to": TensorProto.DOUBLE},
@@ -105,7 +107,7 @@ ATTRIBUTES: dict[str, dict[str, object]] = {
     "Split": {"axis": 2, "num_outputs": 2},
     "Transpose": {"perm": [0, 1, 3, 2]},
 }
-OPSETS = {"GlobalLpPool": 17, "MaxRoiPool": 17, "Swish": 24, "Upsample": 9}
+OPSETS = {"GlobalLpPool": 17, "MaxRoiPool": 17, "Swish": 24, "TensorScatter": 24, "Upsample": 9}
 
 Run = Callable[..., np.ndarray]
 

@@ -7,10 +7,12 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold.passes.base import Context
+from channelfold.passes.layers.account import account
 from channelfold.passes.quantize import Quantize, QuantizeWeights
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io.files import load, raise_opset, save, session
+from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.tests.graphs import build, changes, constants, data_from, feeds, listing, random, reasons, run
 from channelfold.tests.passes.quantize.quantized import optimized, quantize, samples, snr
 
@@ -182,6 +184,39 @@ def test_a_table_in_front_of_what_is_quantized(target):
     outcome = quantize(graph, Quantize(target=target), data)
     assert changes(outcome)[-1] == "Gather: table in int8"
     assert snr(before, session(graph, optimize=False).run({"ids": np.arange(300)})) > 35
+
+
+EXPERTS = {"E": random((4, 48, 64), "experts").astype(np.float32)}
+
+
+@pytest.mark.parametrize("taken", ["Gather(E, which)", "GatherND(E, index)"])
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_the_weights_of_experts(name, target, taken, tmp_path):
+    """Each token takes the matrix of its expert; every row of every matrix has a scale, or scales, of its own."""
+    index = "" if taken.startswith("Gather(") else "index = Unsqueeze(which, last)"
+    body = f"{index} w = {taken} y = MatMul(w, x)"
+    graph = build(
+        "(float[N,64,1] x, int64[N] which) => (float[] y)", body, kind="float", **EXPERTS, last=np.array([-1])
+    )
+    before = Snapshot.of(graph).graph()
+    graph = raise_opset(graph, (step := QuantizeWeights(weights=name, target=target, group=32)).opset_for(graph))
+    assert changes(step.apply(graph, Context())) == [f"{taken.partition('(')[0]}: table in {name}"]
+    feed = {"x": random((6, 64, 1), "x").astype(np.float32), "which": np.array([3, 0, 1, 1, 2, 3])}
+    assert snr(run(before, feed), session(graph).run(feed)) > LEAST[name]
+    assert not any(isinstance(t, gs.Constant) and t.shape == [4, 48, 64] and t.dtype == np.float32
+                   for node in graph.nodes for t in node.inputs)  # fmt: skip
+    (row,) = (row for row in account(graph) if row.state == name)
+    assert row.bytes == EXPERTS["E"].nbytes
+
+
+def test_a_gather_of_parts_of_rows_stays():
+    body = (
+        "a = GatherND(E, pairs) b = Gather<axis=1>(E, which) y = ReduceSum<keepdims=0>(a) z = ReduceSum<keepdims=0>(b)"
+    )
+    graph = build("(int64[N,2] pairs, int64[N] which) => (float[] y, float[] z)", body, kind="float", **EXPERTS)
+    outcome = QuantizeWeights().apply(graph, Context())
+    assert (outcome.changed, outcome.refused) == ([], [])
 
 
 def test_tables_that_stay_float():

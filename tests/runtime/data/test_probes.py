@@ -12,8 +12,10 @@ from channelfold.passes.verify import Verifier, Violation
 from channelfold.runtime.data.probes import PREFILL, STEPS, random_data, random_feeds, rolls
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import import_model, session
+from channelfold.runtime.io.meanings import cache_pairs
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.tests.decoders import DECODER, decoder
+from channelfold.tests.graphs import build
 
 
 def graph_of(text: str):
@@ -125,3 +127,19 @@ def test_a_merged_decoder_takes_both_branches():
     assert [feed["past"].shape[1] for feed in feeds[1:]] == [*range(PREFILL, PREFILL + STEPS)]
     for feed in feeds[1:]:  # what the first step returned, because the later ones return nothing
         np.testing.assert_array_equal(feed["past_encoder"], feeds[0]["states"])
+
+
+def test_a_cache_behind_a_concat_of_one_input_and_what_keeps_its_interface():
+    """transformers joins an empty cache with the past first; scales and selections stand at the interface."""
+    graph = build(
+        "(float[B,P,4] past, float[B,Q,4] scaled, float[B,T,4] x) => (float[] present, float[] other)",
+        """a = Concat<axis=1>(past) present = Concat<axis=1>(a, x)
+        b = Mul(scaled, half) c = Gather<axis=2>(b, kept) d = Gather<axis=2>(x, kept) e = Concat<axis=1>(c, d)
+        f = Mul(e, two) g = Pad(f, pads) other = Gather<axis=2>(g, places)""",
+        kind="float", half=0.5, two=2.0, kept=np.array([0, 2]), pads=np.array([0, 0, 0, 0, 0, 1]),
+        places=np.array([0, 2, 1, 2]),
+    )  # fmt: skip
+    assert cache_pairs(graph) == {"past": "present", "scaled": "other"}
+    graph = build("(float[B,P,4] past, float[B,T,4] x) => (float[] y)", "z = Concat<axis=1>(past, x) y = Relu(z)",
+                  kind="float")  # fmt: skip
+    assert cache_pairs(graph) == {}
