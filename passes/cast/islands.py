@@ -31,7 +31,7 @@ from channelfold.runtime.io import edit
 from channelfold.runtime.io.convert import all_graphs
 
 _UNBUILT = {  # operators that TensorRT refuses in a type
-    "bfloat16": ("ConvTranspose", "GRU", "RNN", "Mish", "HardSwish", "LpNormalization"),
+    "bfloat16": ("ConvTranspose", "GRU", "Mish", "HardSwish", "LpNormalization", "MeanVarianceNormalization"),
     "float16": (),
 }
 _DIVIDES = {"Div": 1, "Reciprocal": 0, "Log": 0, "Sqrt": 0}  # the input whose smallest value matters

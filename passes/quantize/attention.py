@@ -2,9 +2,8 @@
 
     y = A B   becomes   y = DQ(Q(A)) DQ(Q(B)),    a scale for each tensor, from calibration data
 
-TensorRT multiplies these in int8: in one kernel with the Softmax between them where nothing is added in front of the
-Softmax, as in vision transformers, else in kernels of their own. In float16 and bfloat16 it has one kernel for all with
-a mask too, so that int8 is for float32 files and for attention without a mask.
+TensorRT multiplies these in int8, as a rule in kernels of their own. In float16 and bfloat16 it otherwise computes an
+attention in one kernel, which int8 products break up; in float32 it has no such kernel, and int8 is what saves traffic.
 """
 
 from __future__ import annotations
