@@ -23,8 +23,11 @@ SETTINGS = {
     "int4 g128 nearest": ("--weights", "int4", "--rounder", "nearest"),
     "int4 g128 search": ("--weights", "int4"),
     "int4 g128 gptq": ("--weights", "int4", "--rounder", "gptq"),
+    "int4 g128 gptq, corrected": ("--weights", "int4", "--rounder", "gptq", "--correct-inputs"),
     "int4 g32 search": ("--weights", "int4", "--group", "32"),
     "int4 g32 gptq": ("--weights", "int4", "--group", "32", "--rounder", "gptq"),
+    "dgq g32 gptq, int8": ("--weights", "dgq", "--group", "32", "--rounder", "gptq"),
+    "fp8, fp8": ("--weights", "fp8", "--activations", "fp8"),
 }
 
 

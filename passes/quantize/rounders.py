@@ -25,6 +25,7 @@ from channelfold.passes.layers.formats import Format, chunks
 
 _FACTORS = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 _POWERS = (1.0, 2.0, 0.5)
+_FLOATS = (1.5, 1.35, 1.2)  # E2M1 has large steps from 4 to 6: the largest weight may do better near 4
 DAMPING = 0.01  # of the mean of the diagonal of E[x x^T]
 _PANEL = 192  # columns of a Cholesky factor made at once
 _BLOCK, _STEP = 128, 16  # inputs between which errors travel by one product of matrices
@@ -110,7 +111,8 @@ def _scales(
         return best[..., 0]
     weights = 1.0 if importance is None else format.grouped(np.broadcast_to(importance, weight.shape))
     least = np.full(peak.shape, np.inf, np.float32)
-    for factor in _POWERS if format.grid == "2" else _FACTORS:
+    factors = _FACTORS + (_FLOATS if format.floating and format.bits == 4 else ())
+    for factor in _POWERS if format.grid == "2" else factors:
         scale = format.scales(peak * factor, dtype, base)
         step = scale.astype(np.float32)
         error = np.square(format.snap(parts / step) * step - parts)

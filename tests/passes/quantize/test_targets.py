@@ -205,3 +205,21 @@ def test_nodes_that_keep_8_bits():
             assert stored == {"W_quantized": kept, "V_quantized": "float8_e4m3fn", "U_quantized": kept}
         else:
             assert stored == {"W_quantized": "int4", "V_quantized": kept, "U_quantized": "int4"}
+
+
+@pytest.mark.rtx
+def test_convolutions_in_fp8(tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    body = "a = Conv<pads=[1,1,1,1]>(x, W, b) r = Relu(a) c = Conv<group=2>(r, V) p = GlobalAveragePool(c) " \
+           "f = Flatten(p) y = Gemm<transB=1>(f, U, d)"  # fmt: skip
+    graph = build("(float[4,16,12,12] x) => (float[] y)", body, kind="float", opset=19, W=(32, 16, 3, 3), b=32,
+                  V=(32, 16, 1, 1), U=(20, 32), d=20)  # fmt: skip
+    data = samples(graph)
+    before = [run(graph, feed) for feed in data]
+    outcome = QuantizeWeights(weights="fp8", activations="fp8").apply(graph, Context(calibration=data))
+    assert len(outcome.changed) == 3
+    for old, feed in zip(before, data, strict=True):
+        assert snr(old, session(graph, optimize=False).run(feed)) > 20
+    save(graph, tmp_path / "m.onnx")
+    engine = tensorrt.build(tmp_path / "m.onnx", tmp_path / "m.engine", sm=89)
+    assert {name: found.verdict for name, found in engine.plan.nodes.items()} == dict.fromkeys(engine.plan.nodes, "fp8")

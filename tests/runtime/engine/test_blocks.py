@@ -96,3 +96,18 @@ def test_build_refuses(fails, tmp_path):
     text = fails(1, "build", tmp_path / "m.onnx", "-o", tmp_path / "m.engine", "--sm", 89)
     assert "TensorRT would compute 1 nodes of m.onnx wrongly, without a warning: y0: an activation is quantized" in text
     assert not (tmp_path / "m.engine").exists()
+
+
+@pytest.mark.rtx
+def test_tensorrt_takes_no_notice_of_a_block_size(tmp_path):
+    """180 entries in blocks of 64 and in blocks of 60 become the same engine."""
+    pytest.importorskip("tensorrt_rtx")
+    engines = []
+    for group in (64, 60):
+        _, own = dequantized("w", "int4", (180, 32), 0, 60)
+        text = f"w = DequantizeLinear<axis=0,block_size={group}>(w_q, w_s) y = MatMul(x, w)"
+        graph = build("(float16[8,180] x) => (float16[] y)", text, opset=21, **own)
+        save(graph, tmp_path / "m.onnx")
+        tensorrt.build(tmp_path / "m.onnx", tmp_path / "m.engine", sm=89)
+        engines.append((tmp_path / "m.engine").read_bytes())
+    assert engines[0] == engines[1]
