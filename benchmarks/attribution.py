@@ -95,9 +95,10 @@ def _changed(graph: gs.Graph, node: gs.Node, place: int, change: Callable[[np.nd
 def planted(path: Path, places: int) -> Iterator[tuple[str, gs.Graph, str]]:
     """(fault, damaged graph, damaged node) for layers that lie apart in a quantized model, each fault in turn."""
     names = [site.reader.name for site in _layers(load(path))]
-    chosen = dict.fromkeys(names[i] for i in np.linspace(0, len(names) - 1, min(places, len(names))).astype(int))
-    for number, name in enumerate(chosen):
-        fault, graph = FAULTS[number % len(FAULTS)], load(path)
+    chosen = [names[i] for i in np.linspace(0, len(names) - 1, min(places, len(names))).astype(int)]
+    for number in range(places):
+        name, graph = chosen[number % len(chosen)], load(path)
+        fault = FAULTS[(number + number // len(chosen)) % len(FAULTS)]
         site = next(site for site in _layers(graph) if site.reader.name == name)
         yield fault.__name__.replace("_", " "), graph, fault(graph, site).name
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
+import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,6 +58,15 @@ def model_facts(path: Path, graph: gs.Graph, external: Sequence[Path] | None = N
         "ops": dict(counts.most_common()),
         "opset": graph.opset,
     }
+
+
+def environment() -> dict[str, str]:
+    """What a result may depend on: the machine, Python, and the versions of the packages that compute."""
+    versions = {"system": platform.platform(), "python": platform.python_version()}
+    for package in ("onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "tensorrt", "tensorrt-rtx-cu12"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def external_files(path: Path) -> list[Path]:

@@ -44,7 +44,7 @@ from channelfold.runtime.io.bodies import share_constants
 from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.edit import fix_inputs, see_through_identities, take_defaults
 from channelfold.runtime.io.emulate import emulate
-from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
+from channelfold.runtime.io.facts import computes_as_written, environment, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.shapes import check_sizes
@@ -131,6 +131,7 @@ class Job:
             "engines": [],
             "latency": [],
             "warnings": [],
+            "environment": environment(),
         }
         check_sizes(self.graph, self.record["model"]["bytes"])
         if stale := files.drop_stale_shapes(self.graph):
@@ -461,6 +462,10 @@ def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
         "int8": len(runs) - len(others),
         "total": len(runs),
         "not_int8": others,
+        "nodes": [
+            {"node": node, "runs_as": run.verdict, "kernel": run.op, "operands": list(run.operands)}
+            for node, run in engine.plan.nodes.items()
+        ],
     }
     verdicts = {node: run.verdict for node, run in engine.plan.nodes.items()}
     return {

@@ -30,7 +30,8 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                  advice: {sites, nodes, gain in dB, command} or null}
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   verdicts: {how linear nodes run: count}, dequantized_first: [node],
-                  plan: {readable, reason, int8, total, not_int8: [{node, runs_as}]}}]
+                  plan: {readable, reason, int8, total, not_int8: [{node, runs_as}],
+                         nodes: [{node, runs_as, kernel, operands: types}]}}]
     latency     [{name, ms}]         the others are compared with the first
     bench       {threads: null for all, rows: [{model, batch, ms, low, high: the middle half, runs, memory, bytes,
                  parameters, macs, weights: {type: bytes}}]}
@@ -40,6 +41,7 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
     search      the front of a search; sensitivity: the errors of all nodes      see jobs/search.py
     next        [str]                what to do where the verdict is not ok or a gate was missed
     warnings    [str]
+    environment {system, python, onnxruntime …: versions}
     runs        [record, record]     of a comparison of two runs
 
 A number that JSON cannot hold is the string "inf" or "-inf", or null for NaN.
@@ -48,7 +50,7 @@ A number that JSON cannot hold is the string "inf" or "-inf", or null for NaN.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +111,7 @@ def to_html(record: Mapping[str, Any]) -> str:
     """The record as a web page that needs no other file."""
     record, body = plain(record), web.Web()
     title = f"{record['tool']}  {record.get('command', '')}"
-    sections = {"demo": demo.show} if "demo" in record else _SECTIONS
+    sections = {"demo": demo.show} if "demo" in record else _SECTIONS | _PAGE_ALONE
     shown = [key for key in sections if record.get(key)]
     body.section("summary")
     if accuracy := record.get("accuracy"):
@@ -246,9 +248,27 @@ def _engines(record: Mapping[str, Any], page: Page) -> None:
         if nodes := engine.get("dequantized_first"):
             page.say((f"written out in front of every product, no faster than float on {_sm(engine)}:", "yellow"))
             page.nodes([(node, "dequantized first") for node in nodes], _EXCEPTIONS)
+    _kernels(record["engines"], page)
     for engine in record["engines"]:
         if engine.get("accuracy"):
             _comparison(f"Accuracy of {Path(engine['path']).name} on the GPU", engine["accuracy"], page)
+
+
+def _kernels(engines: Sequence[Mapping[str, Any]], page: Page) -> None:
+    """Prints how each node runs in each engine; in a terminal only the nodes that run in different ways."""
+    readable = [engine for engine in engines if engine["plan"].get("nodes")]
+    runs = {id(engine): {row["node"]: row for row in engine["plan"]["nodes"]} for engine in readable}
+    names = dict.fromkeys(name for engine in readable for name in runs[id(engine)])
+    rows = []
+    for name in names:
+        found = [runs[id(engine)].get(name) for engine in readable]
+        told = [row["runs_as"] if row else UNKNOWN for row in found]
+        if page.whole or len(set(told)) > 1:
+            kernels = dict.fromkeys(row["kernel"] for row in found if row and row["kernel"])
+            rows.append((name, *told, ", ".join(kernels)))
+    if rows:
+        page.blank()
+        page.fill("Nodes run as", (*(f"<{_sm(engine)}" for engine in readable), "<kernel"), rows)
 
 
 def _sm(engine: Mapping[str, Any]) -> str:
@@ -262,6 +282,10 @@ def _latency(record: Mapping[str, Any], page: Page) -> None:
         faster = "" if row is first else f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
         rows.append((row["name"], f"{row['ms']:.3f}", (faster, "green" if ratio >= 1 else "yellow")))
     page.fill("Latency", (">ms", "<"), rows)
+
+
+def _environment(record: Mapping[str, Any], page: Page) -> None:
+    page.table("Environment", ("<version",), list(record["environment"].items()))
 
 
 def _warnings(record: Mapping[str, Any], page: Page) -> None:
@@ -289,3 +313,4 @@ _SECTIONS = {
     "bench": benching.show,
     "warnings": _warnings,
 }
+_PAGE_ALONE = {"environment": _environment}
