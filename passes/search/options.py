@@ -23,7 +23,7 @@ from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.layers.switchboard import FLOAT, Board, Configuration, build
 from channelfold.passes.operators import operator
 from channelfold.passes.options import options as options_of
-from channelfold.passes.recipe import make
+from channelfold.passes.recipe import QUANTIZATIONS, make
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.files import raise_opset
@@ -38,7 +38,13 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "w4": ("quantize-weights", {"weights": "int4"}),
 }
 ACTING = ("int8",)
+LAST = "cast"  # what stays float gets another type
 _BITS = 8 / 32  # arithmetic of int8 against float
+
+
+def in_front(passes: Sequence[Pass]) -> list[Pass]:
+    """The passes of a recipe that a search keeps in front of its own; ``LAST`` stays behind them."""
+    return [step for step in passes if step.name not in (*QUANTIZATIONS, LAST)]
 
 
 def steps(given: Mapping[str, Any]) -> dict[str, Pass]:

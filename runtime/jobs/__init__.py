@@ -30,6 +30,7 @@ from channelfold.passes.fold import OwnCache
 from channelfold.passes.layers import account
 from channelfold.passes.options import options as options_of
 from channelfold.passes.prune import AMOUNTS
+from channelfold.passes.search import options as choices
 from channelfold.passes.sparsify import zeros
 from channelfold.runtime.data.reading import Reading as Reading
 from channelfold.runtime.engine import build as tensorrt
@@ -320,7 +321,7 @@ def sensitivity(
     """
     job = Job("sensitivity", Path(model), progress, source)
     job.calibration = job.open("calibration", source.calibration, source.random)
-    passes = [step for step in recipes.load_recipe(recipe).passes if step.name not in ("quantize", "quantize-weights")]
+    passes = choices.in_front(recipes.load_recipe(recipe).passes)
     with job.blaming():
         sensitivities.sensitivity(job, passes, options or {}, sensitivities.Crew(workers, cluster, progress))
     return job.record

@@ -157,7 +157,8 @@ def find(job: Job, passes: Sequence[Pass], given: Mapping[str, Any], search: Sea
         raise DataError("A search needs calibration data", "Give some with --calibration")
     if search.max_latency is not None and given.get("target") != "onnxruntime":
         raise UsageError("Latency is measured in ONNX Runtime, which is not the target", "Add --target onnxruntime")
-    before = [step for step in passes if step.name not in ("quantize", "quantize-weights")]
+    before = choices.in_front(passes)
+    behind = [step for step in passes if step.name == choices.LAST]
     crew = Crew(search.workers, search.cluster, job.progress)
     data, steering, proof, labels = _split(job)
     whole = job.record["model"]["bytes"]
@@ -203,7 +204,7 @@ def find(job: Job, passes: Sequence[Pass], given: Mapping[str, Any], search: Sea
     *_, record, mix = min(results, key=lambda result: result[:3])
     job.record["search"] = _together(record, [other for *_, other, _ in results])
     job.calibration = data
-    return mix
+    return [*mix, *behind]
 
 
 def _limits(search: Search, gates: Any, whole: int) -> Limits:

@@ -170,6 +170,11 @@ BODY = """
 """
 
 
+def test_the_type_of_what_stays_float_comes_last(tmp_path):
+    record = jobs.compress(DIGITS, tmp_path, "int8-fp16", source=SOURCE, search=jobs.Search(trials=2))
+    assert [step["pass"] for step in record["steps"] if step["changed"]][-1] == "cast"
+
+
 def test_nodes_in_bodies_stay_float(tmp_path):
     model = onnx.parser.parse_model(BODY)
     for name in "ABC":
