@@ -63,13 +63,13 @@ def load(path: str | os.PathLike[str], *, strict: bool = False) -> gs.Graph:
     short, or lie outside the model's folder.
     """
     path = Path(path)
-    model, file = _read(path)
+    model, file = read_skeleton(path)
     if strict:
         validate(model, path)
     return import_model(model, path, file)
 
 
-def _read(path: Path) -> tuple[onnx.ModelProto, MappedFile]:
+def read_skeleton(path: Path) -> tuple[onnx.ModelProto, MappedFile]:
     try:
         if path.exists() and not path.is_file():
             raise ModelError(f"{path} is not a file", "Give the path of an .onnx file.")
@@ -94,29 +94,6 @@ def _read(path: Path) -> tuple[onnx.ModelProto, MappedFile]:
         raise ModelError(
             f"{path} is truncated or not an ONNX file ({error})", "Export or download it again and compare its size."
         ) from None
-
-
-_FOREIGN = (b"PK", b"\x93NUMPY", b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"%PDF", b"\x1f\x8b", b"BM")
-
-
-def is_of_kind(path: Path, kind: str) -> bool:
-    """Whether an output of a kind (``an ONNX file``, ``an engine``, ``a report``, ``a web page``) may replace a file.
-
-    The file must be of that kind, or empty.
-    """
-    if not path.stat().st_size:
-        return True
-    with path.open("rb") as file:
-        start = file.read(4096)
-    if kind == "a web page":
-        return start.lower().startswith(b"<!doctype html>")
-    if kind == "a report":
-        return b'"schema"' in start and b'"tool"' in start
-    try:
-        is_model = _read(path)[0].HasField("graph")
-    except ModelError:
-        is_model = False
-    return is_model if kind == "an ONNX file" else not is_model and not start.startswith(_FOREIGN) and b"\0" in start
 
 
 def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
@@ -238,7 +215,7 @@ def _old_data(path: Path) -> list[Path]:
 
 def locations(path: Path) -> set[str]:
     """The names of the files beside a model that hold its weights. Raises ModelError where there is no model."""
-    model, _ = _read(path)
+    model, _ = read_skeleton(path)
     named = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
     return named - {_weights.OWN_FILE}
 

@@ -46,6 +46,7 @@ from channelfold.runtime.io.edit import fix_inputs, see_through_identities, take
 from channelfold.runtime.io.emulate import emulate
 from channelfold.runtime.io.facts import computes_as_written, environment, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
+from channelfold.runtime.io.kinds import is_of_kind
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.shapes import check_sizes
 from channelfold.runtime.jobs import inspect_model as inspection
@@ -484,7 +485,7 @@ def check_kind(out: Path, kind: str) -> None:
     """Raises OutputError where a file of a kind cannot be written, or would replace one that is not of the kind."""
     if out.is_dir():
         raise OutputError(f"{out} is a folder", "Give the name of a file")
-    if out.is_file() and not files.is_of_kind(out, kind):
+    if out.is_file() and not is_of_kind(out, kind):
         raise OutputError(f"{out} is there, and is not {kind}", "Remove it, or give another output")
     check_folder(out.parent)
 

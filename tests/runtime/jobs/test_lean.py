@@ -33,7 +33,7 @@ def counted(monkeypatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, counting)
 
-    count("loads", files, "_read")
+    count("loads", files, "read_skeleton")
     count("saves", files, "saving")
     count("sessions", Session, "__init__")
     count("runs", Session, "run")
