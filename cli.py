@@ -50,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 def _source(jobs: Any, options: dict[str, Any]) -> Any:
     """The data of a command. Removes their options from ``options``."""
     names = ("calibration", "evaluation", "random", "allow_script", "seed", "cache")
-    given = {name: value for name in opt.READING if (value := options.pop(name)) is not None}
+    given = {name: value for name in opt.READING if (value := options.pop(name, None)) is not None}
     found = {name: options.pop(name) for name in names if name in options}
     return jobs.Source(**found, reading=jobs.Reading(**given))
 
@@ -339,7 +339,7 @@ def report(jobs: Any, progress: Any, first: str, second: str | None, show: bool)
 @_command("channelfold bench model.onnx out/model.onnx --threads 1 --batch 1 --batch 8")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=click.Path())
 @opt.data("data", "evaluation", f"The first sample is run: {opt.DATA}.  [default: a random one]")
-@opt.allow_script
+@opt.reading
 @click.option(
     "--batch",
     "batches",
@@ -380,7 +380,7 @@ def bench(jobs: Any, progress: Any, models: tuple[str, ...], **options: Any) -> 
 @click.option("--fix", is_flag=True, help="Repair what can be repaired safely, and write OUT.")
 @click.option("-o", "--output", metavar="OUT", type=click.Path(), help="Of --fix: the ONNX file to write.")
 @opt.data("data", "evaluation", f"Of --fix: samples on which both files are compared: {opt.DATA}.")
-@opt.allow_script
+@opt.reading
 @click.option("--sarif", metavar="FILE", type=click.Path(), help="Also write the findings as SARIF.")
 @click.option("--junit", metavar="FILE", type=click.Path(), help="Also write the findings as a JUnit report.")
 def lint(jobs: Any, progress: Any, model: str, fix: bool, output: str | None, **options: Any) -> Any:

@@ -29,7 +29,7 @@ from channelfold.runtime.io.files import load
 from channelfold.runtime.lint.reading import Weight, quantized, weights
 
 SHIPPED = ("digits_cnn", "digits_vit", "digits_repavit", "digits_repavit_ln")
-OPEN_SET = ("crepe_tiny", "magika", "plcmos")
+OPEN_SET = ("crepe_tiny", "magika")
 PLACES = 10  # of a model
 SAMPLES = 32  # for the ranges
 
@@ -123,7 +123,7 @@ def main() -> None:
     options = made.parse_args()
     rows = known(options.json)
     subjects = {name: (models.path(f"{name}.onnx"), models.path("digits_calibration.npz")) for name in SHIPPED}
-    subjects |= {n: (options.dir / f"open/{n}.onnx", _data(options.dir / f"calibration/{n}.npz")) for n in OPEN_SET}
+    subjects |= {n: (options.dir / f"open/{n}.onnx", options.dir / f"calibration/{n}.npz") for n in OPEN_SET}
     for name, (model, data) in subjects.items():
         if name in rows or not (Path(model).exists() and Path(data).exists()):
             continue
@@ -140,11 +140,6 @@ def main() -> None:
     print(text)
     if options.write:
         write("attribution.md", "# Planted faults that diff --explain names", text)
-
-
-def _data(path: Path) -> Path:
-    """A file of samples, or the folder of samples of unequal shapes that stands in its place."""
-    return path if path.exists() else path.with_suffix("")
 
 
 def report(rows: dict[str, dict[str, int]]) -> str:

@@ -79,7 +79,7 @@ def test_the_damaged_node_is_named_first(int8, fault, place):
 def test_the_contributions_add_up_to_the_error(int8):
     found = explain(load(VIT), load(int8))
     assert (found.linears, found.covered) == (26, 26)
-    assert sum(found.contributions.values()) == pytest.approx(found.total, rel=1.0)
+    assert abs(decibels(sum(found.contributions.values())) - decibels(found.total)) < 4
     assert decibels(found.restored[20]) > decibels(found.total) + 10
     assert all(site.own == 0 for site in found.sites if "MatMul" in site.op and site.node.endswith("_61"))
 
