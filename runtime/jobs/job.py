@@ -47,7 +47,7 @@ from channelfold.runtime.io.emulate import emulate
 from channelfold.runtime.io.facts import computes_as_written, external_files, model_facts, required_inputs
 from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Feed, Session
-from channelfold.runtime.io.shapes import check_sizes
+from channelfold.runtime.io.shapes import check_sizes, squeeze_weights
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.own_cache import Owned, uncut
 from channelfold.runtime.stats import compare
@@ -227,6 +227,7 @@ class Job:
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             self.warn(f"Inputs with default values were taken as constants, which no caller can override: {some}")
         see_through_identities(self.graph)
+        squeeze_weights(self.graph)
         if saved := share_constants(self.graph):
             self.warn(f"Parts of the model held the same weights, which are now stored once: {saved:,} bytes less")
         own = carried(self.graph)
