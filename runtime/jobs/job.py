@@ -174,7 +174,7 @@ class Job:
         passes = [*self.prepared(), *passes]
         context = Context(self.calibration, self.progress, self.source.seed)
         with self.blaming():
-            graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
+            graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint, on_violation="undo")
         self.record["steps"] = steps
         for step in steps:
             self._caches |= step["facts"].pop("cache", {})
