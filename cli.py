@@ -238,6 +238,7 @@ def reparam(jobs: Any, progress: Any, model: str, output: str, approximate: bool
 @opt.source
 @click.option("--weights-only", is_flag=True, help="Quantize weights and compute in float; needs no data.")
 @opt.of("quantize-weights", "Of weights only, which it implies", opt.names("quantize"))
+@opt.gates
 @opt.require_share
 @opt.of("quantize")
 def quantize(
@@ -248,8 +249,8 @@ def quantize(
     By default weights become int8 by output channel and activations int8 by tensor, with ranges from calibration data.
     For the best accuracy fold first, or use compress, which does both.
     """
-    settings = {"weights_only": weights_only, "require_share": require_share, **_settings(jobs, options)}
-    return jobs.quantize(model, output, progress=progress, **settings)
+    settings = {"weights_only": weights_only, "require_share": require_share, "gates": _gates(jobs, options)}
+    return jobs.quantize(model, output, progress=progress, **settings, **_settings(jobs, options))
 
 
 @_command("channelfold cast folded.onnx -o fp16.onnx --calibration samples.npz")

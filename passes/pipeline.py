@@ -166,11 +166,20 @@ class _Runner:
             node = error.node or WHOLE
             if self._reaction == "undo":
                 return _rolled_back(step, seconds, f"taken back, because {error}", node)
-            message = _blame(step, f"it declares itself exact, but {error}")
+            message = self._blame(step, f"it declares itself exact, but {error}")
             error = Violation(message, error.tensor, error.node, error.error)
         if self._reaction != "skip":
             raise error from error.__cause__
         return _rolled_back(step, seconds, str(error), node)
+
+    def _blame(self, step: Pass, what: str) -> str:
+        """What a pass did, in words for its author, and what a user can do."""
+        hint = f"leave {step.name!r} out of the recipe"
+        hint += ", or go on without it with on_violation='skip'" if self._reaction == "raise" else ""
+        if isinstance(step, RaiseOpset):
+            hint = f"export the model again with opset_version={step.opset}"
+        broke = f"Pass {step.name!r} broke its contract and was rolled back: {what.rstrip('.')}"
+        return f"{broke}. Mend the pass; until then {hint}."
 
     def _apply(self, step: Pass, left: Mapping[str, str]) -> tuple[Outcome, Snapshot]:
         """(outcome of a pass, snapshot of the graph after the pass). Raises VerificationError for a broken contract."""
@@ -184,9 +193,9 @@ class _Runner:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}, line {frame.lineno}"
             what = f"it failed with {type(error).__name__}: {error} ({where})"
-            raise VerificationError(_blame(step, what)) from error
+            raise VerificationError(self._blame(step, what)) from error
         if broken := _breach(step, outcome, self._state, after):
-            raise VerificationError(_blame(step, broken))
+            raise VerificationError(self._blame(step, broken))
         return outcome, after
 
     def _accept(self, step: Pass, outcome: Outcome, after: Snapshot) -> tuple[dict[str, Any] | None, list[str]]:
@@ -212,7 +221,7 @@ class _Runner:
             except VerificationError as before:  # an operator that ONNX does not know is no news at every step
                 same = str(before) == str(error)
                 return [] if same else [f"{error}. It was not before the step either, for another reason: {before}"]
-            raise VerificationError(_blame(step, str(error))) from None
+            raise VerificationError(self._blame(step, str(error))) from None
         return []
 
 
@@ -274,14 +283,6 @@ def _refines(old: _Spec, new: _Spec) -> bool:
 
 def _listed(specs: list) -> str:
     return ", ".join(f"{name}: {kind}{'' if dims is None else list(dims)}" for name, kind, dims in specs) or "none"
-
-
-def _blame(step: Pass, what: str) -> str:
-    hint = f"leave {step.name!r} out of the recipe, or go on without it with on_violation='skip'"
-    if isinstance(step, RaiseOpset):
-        hint = f"export the model again with opset_version={step.opset}"
-    broke = f"Pass {step.name!r} broke its contract and was rolled back: {what.rstrip('.')}"
-    return f"{broke}. Mend the pass; until then {hint}."
 
 
 def _record(

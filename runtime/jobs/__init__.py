@@ -45,7 +45,7 @@ from channelfold.runtime.jobs import lint_model as linting
 from channelfold.runtime.jobs import search as searching
 from channelfold.runtime.jobs.cast import cast as cast
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
-from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder, check_kind
+from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_kind
 from channelfold.runtime.jobs.search import Search as Search
 from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.compare import Gates
@@ -91,7 +91,6 @@ def compress(
         for step in passes:
             step.check_for(sm)
         tensorrt.backend(sm)
-    check_folder(out_dir)
     out = out_dir / "model.onnx"
     job = Job(command, model, progress, source, fixed)
     job.warn(*loaded.warnings)
@@ -229,10 +228,11 @@ def quantize(
     source: Source = Source(),
     weights_only: bool = False,
     options: Mapping[str, Any] | None = None,
+    gates: Gates | None = None,
     require_share: float | None = None,
     progress: Progress = no_progress,
 ) -> Record:
-    """Quantizes without folding first. Writes ``out``. ``require_share``: as for ``compress``.
+    """Quantizes without folding first. Writes ``out``. ``gates``, ``require_share``: as for ``compress``.
 
     ``options`` are those of the pass: ``quantize``, or ``quantize-weights`` with ``weights_only``, which needs no data
     and which options that ``quantize`` does not have imply.
@@ -242,6 +242,7 @@ def quantize(
     step = recipes.make("quantize-weights" if alone else "quantize", options or {})
     job = _transformed("quantize", model, out, [step], source, progress)
     job.check_share(require_share)
+    job.check(gates)
     return job.record
 
 

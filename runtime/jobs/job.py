@@ -49,6 +49,7 @@ from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.shapes import check_sizes, squeeze_weights
 from channelfold.runtime.jobs import inspect_model as inspection
+from channelfold.runtime.jobs.advice import advice
 from channelfold.runtime.jobs.own_cache import Owned, uncut
 from channelfold.runtime.stats import compare
 from channelfold.runtime.stats.bench import latencies
@@ -286,6 +287,8 @@ class Job:
         level, reasons = compare.verdict(self.comparison)
         if level != "ok":
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
+            seen = self.calibration
+            self.warn(*filter(None, [advice(self.record, len(seen or ()), seen is not None and seen.synthetic)]))
 
     def _original(self, **options: Any) -> Runner:
         """The original, which is given the values of the inputs that are fixed."""

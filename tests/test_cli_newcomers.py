@@ -1,0 +1,73 @@
+"""What people meet who use the command line for the first time."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from channelfold.passes.base import Patterns
+from channelfold.runtime.report.names import shorten, shorten_all
+from channelfold.tests.shipped import CALIBRATION, DIGITS, EVALUATION
+
+
+def test_an_error_is_json_where_json_is_asked_for(run, tmp_path):
+    code, out, err = run("quantize", tmp_path / "absent.onnx", "-o", tmp_path / "q.onnx", "--json")
+    found = json.loads(out)
+    assert (code, found["exit_code"], found["schema"]) == (1, 1, 1)
+    assert err == f"error: {found['error']}\n"
+    code, out, _ = run("quantise", "--json")
+    assert (code, json.loads(out)["exit_code"]) == (2, 2)
+
+
+def test_a_missed_gate_is_one_report(run, tmp_path):
+    line = ("quantize", DIGITS, "-o", tmp_path / "q.onnx", "--calibration", CALIBRATION, "--evaluation", EVALUATION)
+    code, out, err = run(*line, "--min-snr", "200", "--json")
+    record = json.loads(out)
+    assert (code, record["command"], "error" in record) == (3, "quantize", False)
+    assert "error: " in err
+    assert run(*line, "--min-snr", "5", "--min-agreement", "0.5")[0] == 0
+    assert record["data"]["evaluation"].startswith("500 samples")
+
+
+def test_quiet_prints_nothing_but_errors(run, fails, tmp_path):
+    line = ("quantize", DIGITS, "-o", tmp_path / "q.onnx", "--calibration", CALIBRATION)
+    assert run(*line, "--quiet") == (0, "", "")
+    code, out, err = run(*line, "-q", "--json")
+    assert (code, json.loads(out)["command"], err) == (0, "quantize", "")
+    assert "does not exist" in fails(1, "inspect", tmp_path / "m.onnx", "-q")
+
+
+@pytest.mark.parametrize("mistyped", ["modle.onnx", "model.onx", "model"])
+def test_a_mistyped_model_gets_the_nearest_name(mistyped, fails, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(DIGITS.read_bytes())
+    assert f"Did you mean '{tmp_path / 'model.onnx'}'?" in fails(1, "inspect", tmp_path / mistyped)
+
+
+@pytest.mark.parametrize("line", [("--calibration", "absent.npz"), ("--evaluation", "absent.npz", "--random", "2")])
+def test_a_failed_compress_leaves_no_empty_folder(line, fails, tmp_path):
+    fails(1, "compress", DIGITS, "-o", tmp_path / "out", *line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_collapsed_outputs_come_with_what_may_help(run, tmp_path):
+    np.savez(tmp_path / "tiny.npz", image=np.full((4, 1, 8, 8), 1e-3, np.float32))
+    line = ("quantize", DIGITS, "-o", tmp_path / "q.onnx", "--evaluation", EVALUATION, "--min-activation-snr", "0")
+    _, out, _ = run(*line, "--calibration", tmp_path / "tiny.npz", "--json")
+    warned = json.loads(out)["warnings"]
+    assert any(text.startswith("THE OUTPUTS HAVE COLLAPSED") for text in warned)
+    (helps,) = [text for text in warned if text.startswith("What may help: ")]
+    assert "calibrate on more than 4 samples" in helps
+    assert "compress --recipe int8-smooth" in helps
+
+
+NAMES = [f"/model/decoder/layers.{i}/self_attn/{p}_proj/MatMul" for i in (1, 11) for p in "qk"]
+
+
+@pytest.mark.parametrize("width", [20, 24, 30, 40, 60])
+def test_a_shortened_name_can_be_pasted_as_a_pattern(width):
+    for name, short in zip(NAMES, shorten_all(NAMES, width), strict=True):
+        assert Patterns(exclude=(short,)).why_not(name)
+        assert Patterns(exclude=(shorten(name, width),)).why_not(name)
+    assert not Patterns(exclude=("…/q_proj",)).why_not("/model/v_proj/MatMul")
