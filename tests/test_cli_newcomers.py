@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from channelfold.passes.base import Patterns
+from channelfold.runtime.io.files import save
 from channelfold.runtime.report.names import shorten, shorten_all
+from channelfold.tests.graphs import build
 from channelfold.tests.shipped import CALIBRATION, DIGITS, EVALUATION
 
 
@@ -71,3 +73,22 @@ def test_a_shortened_name_can_be_pasted_as_a_pattern(width):
         assert Patterns(exclude=(short,)).why_not(name)
         assert Patterns(exclude=(shorten(name, width),)).why_not(name)
     assert not Patterns(exclude=("…/q_proj",)).why_not("/model/v_proj/MatMul")
+
+
+@pytest.mark.parametrize(
+    ("x", "node", "weight", "macs"),
+    [
+        ("float[N,S,64]", "MatMul(x, W)", (64, 32), 64 * 32),
+        ("float[N,3,H,V]", "Conv<pads=[1,1,1,1]>(x, W)", (16, 3, 3, 3), 16 * 27),
+        ("float[N,3,H,V]", "Conv(x, W)", (16, 3, 3, 3), None),  # the kernel is larger than one pixel
+        ("float[N,5,64]", "MatMul(x, W)", (64, 32), 5 * 64 * 32),
+    ],
+)
+def test_macs_take_1_for_open_sizes_and_say_so(x, node, weight, macs, run, tmp_path):
+    save(build(f"({x} x) => (float[] y)", f"y = {node}", kind="float", W=weight), tmp_path / "m.onnx")
+    _, out, _ = run("inspect", tmp_path / "m.onnx", "--json")
+    found = json.loads(out)["inspection"]
+    assert (found["macs"], found["linears"][0]["macs"]) == (macs, macs)
+    _, out, _ = run("inspect", tmp_path / "m.onnx")
+    (line,) = [line for line in out.splitlines() if "MACs per sample" in line]
+    assert ("with 1 for open sizes" in line) == (macs is not None and "5" not in x)
