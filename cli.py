@@ -243,6 +243,7 @@ def reparam(jobs: Any, progress: Any, model: str, output: str, approximate: bool
     "--attention", is_flag=True, help="Also multiply queries with keys, and probabilities with values, in int8."
 )
 @opt.of("quantize-weights", "Of weights only, which it implies", opt.names("quantize"))
+@opt.gates
 @opt.require_share
 @opt.of("quantize")
 def quantize(
@@ -264,6 +265,7 @@ def quantize(
         "weights_only": weights_only,
         "attention": attention,
         "require_share": require_share,
+        "gates": _gates(jobs, options),
         **_settings(jobs, options),
     }
     return jobs.quantize(model, output, progress=progress, **settings)

@@ -110,8 +110,19 @@ class Patterns:
 
 
 def _match(names: Sequence[str], patterns: Sequence[str]) -> str:
-    """The first pattern that one of the names matches; empty where no pattern matches."""
-    return next((p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in names)), "")
+    """The first pattern that one of the names matches; empty where no pattern matches.
+
+    A name that a report has shortened is a pattern as well: its … stands for parts that are left out, and so may its
+    ends.
+    """
+    return next((p for p in patterns if any(_fits(name, p) for name in names)), "")
+
+
+def _fits(name: str, pattern: str) -> bool:
+    if "…" not in pattern:
+        return fnmatch.fnmatchcase(name, pattern)
+    middle = pattern.replace("…", "*")
+    return any(fnmatch.fnmatchcase(name, f"{head}{middle}{tail}") for head in ("", "*/") for tail in ("", "/*"))
 
 
 @dataclass

@@ -13,6 +13,8 @@ The contract, for every pass:
 
 A pass that breaks the contract is rolled back: the graph is bit for bit what it was. The run then fails, because the
 user did not ask for a model that lacks a step. With ``on_violation="skip"`` the run goes on and the record says so.
+With ``on_violation="undo"`` an exact pass that changes the function is no error: the site to blame is taken back
+(``undo``), or, where none can be found, the whole pass, and the record says why.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +35,7 @@ from channelfold.passes.base import Context, Outcome, Pass
 from channelfold.passes.bodies import verify_bodies
 from channelfold.passes.checkpoint import Checkpoint, Progress
 from channelfold.passes.smooth_methods import quantizer
+from channelfold.passes.undo import SITES, leaving, to_blame
 from channelfold.passes.verify import Verdict, Verifier, Violation, verify_rollout
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import ChannelfoldError, UsageError, VerificationError
@@ -65,7 +68,7 @@ def run(
     probes: Data | None = None,
     verify: bool = True,
     checkpoint: Path | None = None,
-    on_violation: Literal["raise", "skip"] = "raise",
+    on_violation: Literal["raise", "skip", "undo"] = "raise",
 ) -> tuple[gs.Graph, list[dict[str, Any]]]:
     """Runs ``passes`` in order; returns the graph and one record a step (JSON-able, see ``warnings``).
 
@@ -76,8 +79,8 @@ def run(
     Raises VerificationError for a pass that broke its contract. Other errors of a pass (missing calibration data, an
     opset that cannot be reached) pass through. In both cases the graph is as it was before the pass.
     """
-    if on_violation not in ("raise", "skip"):
-        raise UsageError(f"on_violation is {on_violation!r}", "Expected 'raise' or 'skip'")
+    if on_violation not in ("raise", "skip", "undo"):
+        raise UsageError(f"on_violation is {on_violation!r}", "Expected 'raise', 'skip' or 'undo'")
     probes = probes if probes is not None else ctx.calibration
     state = Snapshot.of(graph)
     progress, store = Progress(), None
@@ -113,7 +116,7 @@ class _Runner:
         self._state = state
         self._ctx = ctx
         self._verifier = verifier
-        self._skips = on_violation == "skip"
+        self._reaction = on_violation
 
     def run(self, step: Pass, later: Sequence[Pass]) -> tuple[list[dict[str, Any]], bool]:
         """Runs a pass at the opset that the pass needs. Returns the records, and whether the graph changed."""
@@ -131,28 +134,59 @@ class _Runner:
 
     def _step(self, step: Pass) -> dict[str, Any]:
         started = time.perf_counter()
-        try:
-            outcome, after = self._apply(step)
-            seconds = time.perf_counter() - started
-            verified, warned = self._accept(step, outcome, after)
-        except VerificationError as error:
-            self._state.restore(self._graph)
-            if not self._skips:
+        left: dict[str, str] = {}  # sites that are taken back, and why
+        outcome = Outcome()
+        while True:
+            try:
+                outcome, after = self._apply(step, left)
+                seconds = time.perf_counter() - started
+                verified, warned = self._accept(step, outcome, after)
+            except VerificationError as error:
+                self._state.restore(self._graph)
+                if self._reaction == "undo" and isinstance(error, Violation) and len(left) < SITES:
+                    site = to_blame(self._state, {change.node for change in outcome.changed} - left.keys(), error)
+                    if site is not None:
+                        left[site] = f"taken back, because {error}"
+                        continue
+                return self._give_up(step, error, time.perf_counter() - started)
+            except Exception:
+                self._state.restore(self._graph)
                 raise
-            node = error.node if isinstance(error, Violation) and error.node else WHOLE
-            return _rolled_back(step, time.perf_counter() - started, str(error), node)
-        except Exception:
-            self._state.restore(self._graph)
-            raise
+            break
         if outcome.changed:
             self._state = after
+        outcome.refused = [one for one in outcome.refused if one.node not in left]
+        for site, reason in left.items():
+            outcome.refuse(site, reason, "taken back")
         return _record(step, seconds, outcome, verified, [*outcome.warnings, *warned])
 
-    def _apply(self, step: Pass) -> tuple[Outcome, Snapshot]:
+    def _give_up(self, step: Pass, error: VerificationError, seconds: float) -> dict[str, Any]:
+        """The record of a pass that was rolled back. Raises the error where the reaction does not allow that."""
+        node = WHOLE
+        if isinstance(error, Violation):
+            node = error.node or WHOLE
+            if self._reaction == "undo":
+                return _rolled_back(step, seconds, f"taken back, because {error}", node)
+            message = self._blame(step, f"it declares itself exact, but {error}")
+            error = Violation(message, error.tensor, error.node, error.error)
+        if self._reaction != "skip":
+            raise error from error.__cause__
+        return _rolled_back(step, seconds, str(error), node)
+
+    def _blame(self, step: Pass, what: str) -> str:
+        """What a pass did, in words for its author, and what a user can do."""
+        hint = f"leave {step.name!r} out of the recipe"
+        hint += ", or go on without it with on_violation='skip'" if self._reaction == "raise" else ""
+        if isinstance(step, RaiseOpset):
+            hint = f"export the model again with opset_version={step.opset}"
+        broke = f"Pass {step.name!r} broke its contract and was rolled back: {what.rstrip('.')}"
+        return f"{broke}. Mend the pass; until then {hint}."
+
+    def _apply(self, step: Pass, left: Mapping[str, str]) -> tuple[Outcome, Snapshot]:
         """(outcome of a pass, snapshot of the graph after the pass). Raises VerificationError for a broken contract."""
         try:
-            with self._state.frozen():
-                outcome = step.apply(self._graph, self._ctx)
+            with self._state.frozen(), leaving(step, self._graph, left.keys()) as pass_:
+                outcome = pass_.apply(self._graph, self._ctx)
             after = Snapshot.of(self._graph)
         except ChannelfoldError:
             raise
@@ -160,9 +194,9 @@ class _Runner:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}, line {frame.lineno}"
             what = f"it failed with {type(error).__name__}: {error} ({where})"
-            raise VerificationError(_blame(step, what)) from error
+            raise VerificationError(self._blame(step, what)) from error
         if broken := _breach(step, outcome, self._state, after):
-            raise VerificationError(_blame(step, broken))
+            raise VerificationError(self._blame(step, broken))
         return outcome, after
 
     def _accept(self, step: Pass, outcome: Outcome, after: Snapshot) -> tuple[dict[str, Any] | None, list[str]]:
@@ -172,13 +206,9 @@ class _Runner:
         warned = self._check(step)
         if self._verifier is None or step.kind != "exact":
             return None, warned
-        try:
-            verify = verify_rollout if step.moves_cache else self._verifier.verify
-            verdict = verify(self._state, after)
-            inside = list(verify_bodies(self._state, after, self._verifier.feeds, self._ctx.seed))
-        except Violation as error:
-            message = _blame(step, f"it declares itself exact, but {error}")
-            raise Violation(message, error.tensor, error.node, error.error) from None
+        verify = verify_rollout if step.moves_cache else self._verifier.verify
+        verdict = verify(self._state, after)
+        inside = list(verify_bodies(self._state, after, self._verifier.feeds, self._ctx.seed))
         said = [verdict.warning, *(f"{place}: {found.warning}" for place, found in inside if found.warning)]
         return _with(verdict.record, inside), [*warned, *filter(None, said)]
 
@@ -192,7 +222,7 @@ class _Runner:
             except VerificationError as before:  # an operator that ONNX does not know is no news at every step
                 same = str(before) == str(error)
                 return [] if same else [f"{error}. It was not before the step either, for another reason: {before}"]
-            raise VerificationError(_blame(step, str(error))) from None
+            raise VerificationError(self._blame(step, str(error))) from None
         return []
 
 
@@ -256,14 +286,6 @@ def _refines(old: _Spec, new: _Spec) -> bool:
 
 def _listed(specs: list) -> str:
     return ", ".join(f"{name}: {kind}{'' if dims is None else list(dims)}" for name, kind, dims in specs) or "none"
-
-
-def _blame(step: Pass, what: str) -> str:
-    hint = f"leave {step.name!r} out of the recipe, or go on without it with on_violation='skip'"
-    if isinstance(step, RaiseOpset):
-        hint = f"export the model again with opset_version={step.opset}"
-    broke = f"Pass {step.name!r} broke its contract and was rolled back: {what.rstrip('.')}"
-    return f"{broke}. Mend the pass; until then {hint}."
 
 
 def _record(

@@ -74,10 +74,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_path(path: Path) -> str:
-    """``did you mean 'x'?`` for a path that does not exist: the nearest name with the same suffix in its folder."""
+    """``did you mean 'x'?`` for a path that does not exist: the nearest name there, of its suffix where any is."""
     if not path.parent.is_dir():
         return f"There is no folder {path.parent} either"
-    names = [file.name for file in path.parent.iterdir() if file.suffix == path.suffix or file.is_dir()]
+    files = list(path.parent.iterdir())
+    alike = any(file.suffix == path.suffix for file in files)
+    names = [file.name for file in files if file.suffix == path.suffix or not alike or file.is_dir()]
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"Did you mean {str(path.parent / close[0])!r}?" if close else f"Check the name and the folder {path.parent}"
 

@@ -11,6 +11,7 @@ import errno
 import functools
 import importlib
 import io
+import json
 import os
 import sys
 import traceback
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 
 import click
 
-from channelfold.runtime.errors import ChannelfoldError, OutputError, nearest
+from channelfold.runtime.errors import ChannelfoldError, OutputError, nearest, no_progress
 from channelfold.runtime.report.names import one_line, safe
 from channelfold.runtime.report.progress import Progress
 
@@ -39,27 +40,28 @@ class Commands(click.Group):
 def command(group: click.Group, example: str) -> Callable[[Callable[..., Any]], click.Command]:
     """Makes a command of ``group`` out of a function that returns a record. The help ends with the example.
 
-    The command also has --json, --html and --debug, and passes ``jobs`` and ``progress`` to the function.
+    The command also has --json, --html, --quiet and --debug, and passes ``jobs`` and ``progress`` to the function.
     """
 
     def register(function: Callable[..., Any]) -> click.Command:
         @functools.wraps(function)
-        def run(as_json: bool, html: str | None, debug: bool, **options: Any) -> None:
+        def run(as_json: bool, html: str | None, quiet: bool, debug: bool, **options: Any) -> None:
             jobs = importlib.import_module("channelfold.runtime.jobs")
             if html:
                 importlib.import_module("channelfold.runtime.jobs.job").check_kind(Path(html), "a web page")
             try:
-                with Progress() as progress, contextlib.redirect_stdout(sys.stderr):
-                    record = function(jobs, progress=progress, **options)
+                with Progress() as shown, contextlib.redirect_stdout(sys.stderr):
+                    record = function(jobs, progress=no_progress if quiet else shown, **options)
             except jobs.GateMissed as missed:
-                _deliver(missed.record, as_json, html)
+                _deliver(missed.record, as_json, html, quiet)
                 raise
-            _deliver(record, as_json, html)
+            _deliver(record, as_json, html, quiet)
 
         made = group.command(name=function.__name__, epilog=f"\b\nExample:\n  {example}")(run)
         made.params += [
-            click.Option(["--json", "as_json"], is_flag=True, help="Print the report as JSON."),
+            click.Option(["--json", "as_json"], is_flag=True, help="Print the report, or the error, as JSON."),
             click.Option(["--html"], metavar="FILE", type=click.Path(), help="Also write the report as a web page."),
+            click.Option(["-q", "--quiet"], is_flag=True, help="Print no report, no warnings and no progress."),
             click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
         ]
         return made
@@ -67,15 +69,20 @@ def command(group: click.Group, example: str) -> Callable[[Callable[..., Any]], 
     return register
 
 
-def _deliver(record: dict[str, Any], as_json: bool, html: str | None) -> None:
+def _deliver(record: dict[str, Any], as_json: bool, html: str | None, quiet: bool) -> None:
     """Prints the record, and writes it as a web page."""
     if html:
         importlib.import_module("channelfold.runtime.report.terminal").write_html(record, html)
-    _print(record, as_json)
+    if as_json or not quiet:
+        _print(record, as_json)
+    collapsed = (record.get("accuracy") or {}).get("verdict", {}).get("level") == "collapsed"
+    for warning in () if quiet else record["warnings"]:  # a terminal has shown them already
+        if as_json or not sys.stdout.isatty() or (collapsed and warning.startswith("THE OUTPUTS")):
+            _say("warning:", warning, "yellow")
 
 
 def _print(record: dict[str, Any], as_json: bool) -> None:
-    """Prints the record to stdout. Warnings go to stderr too, unless stdout is a terminal, which shows them already."""
+    """Prints the record to stdout."""
     from rich.console import Console
 
     from channelfold.runtime.report.terminal import render, to_json
@@ -92,10 +99,6 @@ def _print(record: dict[str, Any], as_json: bool) -> None:
         with contextlib.suppress(OSError):  # else Python fails again at exit, on the rest of the buffer
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputError(f"The report cannot be written to stdout ({error.strerror})") from None
-    collapsed = (record.get("accuracy") or {}).get("verdict", {}).get("level") == "collapsed"
-    for warning in record["warnings"]:
-        if as_json or not sys.stdout.isatty() or (collapsed and warning.startswith("THE OUTPUTS")):
-            _say("warning:", warning, "yellow")
 
 
 def _say(label: str, text: str, color: str) -> None:
@@ -138,6 +141,9 @@ def run(group: click.Group, args: list[str]) -> int:
             # indented, so that no line of a message looks like a line of this program
             click.echo("\n  ".join(map(safe, traceback.format_exc().splitlines())), err=True)
         message, code = _explained(error, args)
+        if "--json" in args and not hasattr(error, "record"):  # else the report is printed already
+            with contextlib.suppress(OSError):
+                click.echo(json.dumps({"schema": 1, "error": one_line(message, 499), "exit_code": code}, indent=2))
         _say("error:", message, "red")
         return code
 
@@ -154,7 +160,7 @@ def _explained(error: Exception, args: list[str]) -> tuple[str, int]:
         case click.ClickException():
             return error.format_message(), error.exit_code
         case ImportError():
-            return f"channelfold is not fully installed ({error}). Run: pip install 'channelfold[cpu]'", 1
+            return f"channelfold is not fully installed ({error}). In its folder, run: pip install '.[cpu]'", 1
         case MemoryError():
             return "There is not enough memory. Close other programs, or use a machine with more", 1
         case OSError():

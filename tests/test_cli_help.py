@@ -55,7 +55,7 @@ def test_a_command_says_what_is_missing_where_only_click_is_installed():
     done = bare("inspect", "model.onnx")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: channelfold is not fully installed (")
-    assert done.stderr.endswith("Run: pip install 'channelfold[cpu]'\n")
+    assert done.stderr.endswith("In its folder, run: pip install '.[cpu]'\n")
 
 
 def imported(*args: str) -> set[str]:

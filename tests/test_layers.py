@@ -16,7 +16,7 @@ STOREYS = (  # from the ground up: a file imports from its own storey and those 
     "data engine",
     "stats",
     "options",
-    "base operators numeric verify bodies",
+    "base operators numeric verify undo bodies",
     "layers",
     "lint explain",
     "channels",

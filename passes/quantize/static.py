@@ -84,7 +84,8 @@ class Work(Quantize):
         ranges = {name: self._range(seen, name in movable) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges
         facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
-        reasons = {name: self._why_beyond_int8(statistics[name], _lower_snr(facts[name])) for name in axes}
+        even = {name: self._facts(statistics[name], self._range(statistics[name], False)) for name in movable}
+        reasons = {name: self._why_beyond_int8(statistics[name], _lower_snr((facts | even)[name])) for name in axes}
         kept = []
         for site in sites:
             name = site.data.name

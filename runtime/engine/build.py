@@ -64,7 +64,8 @@ NO_SPARSE_KERNELS = (
     "time. The package tensorrt, on the GPU itself, has kernels for them"
 )
 
-INSTALL = "pip install 'channelfold[rtx]' (builds without a GPU) or 'channelfold[tensorrt]' (needs an NVIDIA GPU)"
+_RTX = "pip install polygraphy tensorrt-rtx-cu12"
+INSTALL = f"{_RTX} (builds without a GPU), or polygraphy tensorrt (needs an NVIDIA GPU)"
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def backend(sm: int | None = None) -> Backend:
         if not _installed(package):
             raise DependencyError(f"The package {package} is missing; {name} was chosen: {reason}", f"Run: {INSTALL}")
     if name == "tensorrt" and gpu is None:
-        raise DependencyError(f"tensorrt cannot build here: {no_gpu}", "Run: pip install 'channelfold[rtx]'")
+        raise DependencyError(f"tensorrt cannot build here: {no_gpu}", f"Run: {_RTX}")
     return Backend(name, reason, _target(sm, gpu, name, reason))
 
 
@@ -235,7 +236,7 @@ def _target(sm: int | None, gpu: int | None, name: str, reason: str) -> int | Li
     if name == "tensorrt":
         raise UsageError(
             f"tensorrt builds only for the GPU of this machine (SM {gpu}), not for SM {sm}",
-            "Build on such a machine, or run: pip install 'channelfold[rtx]'",
+            f"Build on such a machine, or run: {_RTX}",
         )
     raise UsageError(
         f"An engine for SM {sm} can be built only on a machine with such a GPU (tensorrt_rtx was chosen: {reason})",

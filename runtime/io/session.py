@@ -93,7 +93,7 @@ def onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise DependencyError(
-            f"ONNX Runtime cannot be imported ({error})", "Run: pip install 'channelfold[cpu]' (or [gpu])"
+            f"ONNX Runtime cannot be imported ({error})", "Run: pip install onnxruntime (or onnxruntime-gpu)"
         ) from None
     onnxruntime.set_default_logger_severity(4)
     return onnxruntime

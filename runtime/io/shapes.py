@@ -10,8 +10,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.runtime.errors import ModelError
-from channelfold.runtime.io import limits
-from channelfold.runtime.io.files import export, inferred, open_model, weightless
+from channelfold.runtime.io import edit, limits
+from channelfold.runtime.io.convert import all_graphs
+from channelfold.runtime.io.files import export, infer_shapes, inferred, open_model, read, weightless
 from channelfold.runtime.io.front import behind_of, unknown
 from channelfold.runtime.io.session import Feed
 from channelfold.runtime.io.weights import bits
@@ -100,3 +101,25 @@ def check_sizes(graph: gs.Graph, size: int) -> None:
     kinds = {name: types[name].tensor_type.elem_type for name in _known(types)}
     sized = {name: bits(kind) for name, kind in kinds.items() if kind not in (_TYPE.UNDEFINED, _TYPE.STRING)}
     limits.check(((name, math.prod(shape) * sized.get(name, 8) // 8) for name, shape in _known(types).items()), size)
+
+
+def squeeze_weights(graph: gs.Graph) -> None:
+    """Drops leading axes of 1 of the constants that MatMul multiplies by, where the result keeps its shape.
+
+    Some exporters write W (in, out) as (1, in, out). With as many axes of the other operand both are the same product.
+    """
+    places = [(part, n, i) for part in all_graphs(graph) for n in part.nodes for i in _wide_operands(n)]
+    if any(edit.rank(node.inputs[1 - index]) is None for _, node, index in places):
+        infer_shapes(graph)
+    for part, node, index in places:
+        weight, other = node.inputs[index], edit.rank(node.inputs[1 - index])
+        if other is not None and other >= len(weight.shape):
+            edit.set_constant(part, node, index, read(weight).reshape(weight.shape[-2:]), f"{weight.name}_squeezed")
+
+
+def _wide_operands(node: gs.Node) -> list[int]:
+    """The operands of a MatMul that are constants (1, ..., in, out)."""
+    if node.op != "MatMul" or not edit.is_standard(node):
+        return []
+    wide = (i for i, t in enumerate(node.inputs[:2]) if isinstance(t, gs.Constant) and len(t.shape) > 2)
+    return [i for i in wide if all(size == 1 for size in node.inputs[i].shape[:-2])]

@@ -49,7 +49,7 @@ from channelfold.runtime.jobs import search as searching
 from channelfold.runtime.jobs import sensitivity as sensitivities
 from channelfold.runtime.jobs.cast import cast as cast
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
-from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_folder, check_kind
+from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_kind
 from channelfold.runtime.jobs.search import Search as Search
 from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.compare import Gates
@@ -95,7 +95,6 @@ def compress(
         for step in passes:
             step.check_for(sm)
         tensorrt.backend(sm)
-    check_folder(out_dir)
     out = out_dir / "model.onnx"
     job = Job(command, model, progress, source, fixed)
     job.warn(*loaded.warnings)
@@ -236,10 +235,11 @@ def quantize(
     weights_only: bool = False,
     attention: bool = False,
     options: Mapping[str, Any] | None = None,
+    gates: Gates | None = None,
     require_share: float | None = None,
     progress: Progress = no_progress,
 ) -> Record:
-    """Quantizes without folding first. Writes ``out``. ``require_share``: as for ``compress``.
+    """Quantizes without folding first. Writes ``out``. ``gates``, ``require_share``: as for ``compress``.
 
     ``options`` are those of the pass: ``quantize``, or ``quantize-weights`` with ``weights_only``, which needs no data
     and which options that ``quantize`` does not have imply. ``attention``: products of two activations become int8 too.
@@ -253,6 +253,7 @@ def quantize(
     first = [recipes.make("quantize-attention", shared)] if attention else []
     job = _transformed("quantize", model, out, [*first, step], source, progress)
     job.check_share(require_share)
+    job.check(gates)
     return job.record
 
 

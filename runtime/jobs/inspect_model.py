@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from channelfold.passes.bodies import data_inside, runs_on
 from channelfold.passes.layers.linear import Linear, linears, view
 from channelfold.passes.operators import operator
 from channelfold.passes.quantize.static import Work
+from channelfold.runtime.data.probes import random_data
 from channelfold.runtime.data.sources import Data
-from channelfold.runtime.errors import no_progress
+from channelfold.runtime.errors import ChannelfoldError, no_progress
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.bodies import bodies, located
-from channelfold.runtime.io.facts import external_files, spec
+from channelfold.runtime.io.facts import external_files, required_inputs, spec
 from channelfold.runtime.io.files import all_graphs, infer_shapes
+from channelfold.runtime.io.shapes import Shape, measured_shapes
 from channelfold.runtime.stats.channels import ChannelStatistics, outlier_ratio
 from channelfold.runtime.stats.observe import by_name, observe
 
@@ -55,9 +57,11 @@ def inspect(
     unknown), and the ``reason`` where the pass ``quantize`` would leave the node in float. With ``data`` an entry has
     ``outlier_ratio``: the largest magnitude of the channels of the input against the median; None for a product of two
     activations. ``parameters`` counts the elements of constants that are not int32, int64, bool or strings. Fills in
-    the shapes of ``graph``.
+    the shapes of ``graph``. Where an open size leaves the MACs unknown, every open size of an input counts as 1, which
+    ``ones`` says.
     """
-    entries = _linears(graph, data, progress)
+    known = _shapes_with_ones(graph) if costs(graph)["macs"] is None else {}
+    entries = _linears(graph, data, progress, known)
     inside = data_inside(graph, data) if data is not None and bodies(graph) else {}
     pending = bodies(graph)
     while pending:
@@ -71,20 +75,39 @@ def inspect(
     return {
         "inputs": [str(spec(tensor)) for tensor in graph.inputs],
         "outputs": [str(spec(tensor)) for tensor in graph.outputs],
-        **costs(graph),
+        **costs(graph, known),
+        "ones": bool(known),
         "norms": dict(norms),
         "external_data": [{"path": str(f), "bytes": f.stat().st_size} for f in external_files(path)],
         "linears": entries,
     }
 
 
-def _linears(graph: gs.Graph, data: Data | None, progress: Callable[[str, int, int], None]) -> list[dict[str, Any]]:
+def _shapes_with_ones(graph: gs.Graph) -> dict[str, Shape]:
+    """The shapes of all tensors when every open size of an input is 1; empty where the model does not run on those."""
+    try:
+        found = measured_shapes(graph, next(iter(random_data(required_inputs(graph), 1, size=1))))
+    except ChannelfoldError:
+        return {}
+    return found if all(min(shape, default=0) >= 0 for shape in found.values()) else {}  # kernels larger than an image
+
+
+def _linears(
+    graph: gs.Graph,
+    data: Data | None,
+    progress: Callable[[str, int, int], None],
+    known: Mapping[str, Shape] | None = None,
+) -> list[dict[str, Any]]:
     infer_shapes(graph)
     refused = Outcome()
     quantizable = {id(site.node) for site in Work().sites(graph, refused)}
     reasons = {refusal.node: refusal.code or refusal.reason for refusal in refused.refused}
     entries: list[dict[str, Any]] = [
-        {**_linear(graph, node), "quantizable": id(node) in quantizable, "reason": reasons.get(node.name, "")}
+        {
+            **_linear(graph, node, known or {}),
+            "quantizable": id(node) in quantizable,
+            "reason": reasons.get(node.name, ""),
+        }
         for node in graph.nodes
         if operator(node).weighted
     ]
@@ -94,13 +117,14 @@ def _linears(graph: gs.Graph, data: Data | None, progress: Callable[[str, int, i
     return entries
 
 
-def costs(graph: gs.Graph) -> dict[str, int | None]:
+def costs(graph: gs.Graph, known: Mapping[str, Shape] | None = None) -> dict[str, int | None]:
     """``parameters`` and ``macs`` of a graph, as ``inspect`` counts them. Fills in its shapes.
 
-    How often the bodies of If, Loop and Scan run is not known, and so neither are the MACs of a graph with such bodies.
+    ``known`` has shapes that come before those of the graph. How often the bodies of If, Loop and Scan run is not
+    known, and so neither are the MACs of a graph with such bodies.
     """
     infer_shapes(graph)
-    macs = [_linear(graph, node)["macs"] for node in graph.nodes if operator(node).weighted]
+    macs = [_linear(graph, node, known or {})["macs"] for node in graph.nodes if operator(node).weighted]
     macs += [None for part in list(all_graphs(graph))[1:] for node in part.nodes if operator(node).weighted]
     tensors = {id(tensor): tensor for part in all_graphs(graph) for tensor in part.tensors().values()}
     return {
@@ -118,31 +142,32 @@ def _outlier_ratios(graph: gs.Graph, data: Data, progress: Callable[[str, int, i
     return {name: outlier_ratio(statistics.amax) for name, statistics in reached if statistics.positions}
 
 
-def _linear(graph: gs.Graph, node: gs.Node) -> dict[str, Any]:
+def _linear(graph: gs.Graph, node: gs.Node, known: Mapping[str, Shape]) -> dict[str, Any]:
     entry: dict[str, Any] = {"node": node.name, "op": node.op}
     try:
         linear = view(graph, node)
     except Refused:
-        return entry | {"shape": None, "groups": 1, "parameters": 0, "macs": _product_macs(node)}
+        return entry | {"shape": None, "groups": 1, "parameters": 0, "macs": _product_macs(node, known)}
     outs, ins = linear.channels
     shape = [outs, ins // linear.groups, *linear.kernel]
     weights = math.prod(shape)
     entry |= {"shape": shape, "groups": linear.groups, "parameters": weights + outs * (linear.bias() is not None)}
-    return entry | {"macs": _macs(linear, weights)}
+    return entry | {"macs": _macs(linear, weights, known)}
 
 
-def _macs(linear: Linear, weights: int) -> int | None:
+def _macs(linear: Linear, weights: int, known: Mapping[str, Shape]) -> int | None:
     """The products of all weights with every position of the output (of a ConvTranspose: of the input)."""
     tensor, channels = linear.node.outputs[0], linear.channels[0]
     if linear.node.op == "ConvTranspose":
         tensor, channels = linear.data, linear.channels[1]
-    positions = _elements(tensor.shape)
+    positions = _elements(known.get(tensor.name, tensor.shape))
     return None if positions is None else positions // channels * weights
 
 
-def _product_macs(node: gs.Node) -> int | None:
+def _product_macs(node: gs.Node, known: Mapping[str, Shape]) -> int | None:
     """The products of a MatMul of two activations: one for each element of its output and of the summed axis."""
-    outputs, left = _elements(node.outputs[0].shape), node.inputs[0].shape
+    result, left = (known.get(tensor.name, tensor.shape) for tensor in (node.outputs[0], node.inputs[0]))
+    outputs = _elements(result)
     if node.op != "MatMul" or outputs is None or not left or not isinstance(left[-1], int):
         return None
     return outputs * left[-1]

@@ -48,7 +48,7 @@ from channelfold.runtime.io.facts import computes_as_written, environment, exter
 from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.kinds import is_of_kind
 from channelfold.runtime.io.session import Feed, Session
-from channelfold.runtime.io.shapes import check_sizes
+from channelfold.runtime.io.shapes import check_sizes, squeeze_weights
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.own_cache import Owned, uncut
 from channelfold.runtime.report import advice
@@ -183,7 +183,7 @@ class Job:
         passes = [*self.prepared(), *passes]
         context = Context(self.calibration, self.progress, self.source.seed, keep=self.source.cache or checkpoint)
         with self.blaming():
-            graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint)
+            graph, steps = pipeline.run(self.graph, passes, context, checkpoint=checkpoint, on_violation="undo")
         self.record["steps"] = steps
         for step in steps:
             self._caches |= step["facts"].pop("cache", {})
@@ -239,6 +239,7 @@ class Job:
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             self.warn(f"Inputs with default values were taken as constants, which no caller can override: {some}")
         see_through_identities(self.graph)
+        squeeze_weights(self.graph)
         if saved := share_constants(self.graph):
             self.warn(f"Parts of the model held the same weights, which are now stored once: {saved:,} bytes less")
         own = carried(self.graph)

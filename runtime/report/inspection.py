@@ -14,11 +14,12 @@ def show(record: Mapping[str, Any], page: Page) -> None:
     """Prints the record of ``jobs.inspect``: the model, then every linear node, FFN and group of channels."""
     found = record["inspection"]
     linears = found["linears"]
+    ones = found["macs"] and found.get("ones")
     facts = (
         ("inputs", found["inputs"]),
         ("outputs", found["outputs"]),
         ("parameters", [count(found["parameters"])]),
-        ("MACs per sample", [count(found["macs"])]),
+        ("MACs per sample", [count(found["macs"]) + (" with 1 for open sizes" if ones else "")]),
         ("norms", [f"{number} {op}" for op, number in found["norms"].items()]),
         ("external data", [f"{Path(f['path']).name}, {f['bytes']:,} bytes" for f in found["external_data"]]),
         ("could be int8", [f"{sum(linear['quantizable'] for linear in linears)} of {len(linears)} linear nodes"]),

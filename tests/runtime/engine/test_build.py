@@ -209,7 +209,7 @@ def test_backend(monkeypatch, packages, gpu, env, sm, chosen, target) -> None:
 @pytest.mark.parametrize(
     ("packages", "gpu", "env", "sm", "kind", "says"),
     [
-        ((), None, None, 89, DependencyError, "pip install 'channelfold[rtx]'"),
+        ((), None, None, 89, DependencyError, "pip install polygraphy tensorrt-rtx-cu12"),
         (("tensorrt",), None, None, 89, DependencyError, "tensorrt needs a GPU, and there is no NVIDIA driver"),
         (("tensorrt",), None, "0", 89, DependencyError, "tensorrt cannot build here: there is no NVIDIA driver"),
         (("tensorrt",), 89, None, 86, UsageError, "only for the GPU of this machine (SM 89), not for SM 86"),

@@ -9,8 +9,8 @@ import pytest
 from channelfold.runtime.engine.repair import name_squeezed_axes, squeezes_without_axes
 from channelfold.runtime.errors import ChannelfoldError
 from channelfold.runtime.io import files
-from channelfold.runtime.io.shapes import measured_shapes, shapes_on
-from channelfold.tests.graphs import build
+from channelfold.runtime.io.shapes import measured_shapes, shapes_on, squeeze_weights
+from channelfold.tests.graphs import build, constants, random, run
 
 
 def squeeze(opset: int) -> gs.Graph:
@@ -132,3 +132,24 @@ def test_what_the_runtime_defines_in_the_domain_of_onnx_is_measured():
     body = "n = SimplifiedLayerNormalization<axis = -1>(x, g) y = MatMul(n, W)"
     graph = build("(float[N,4] x) => (float[] y)", body, kind="float", g=4, W=(4, 3))
     assert measured_shapes(graph, {"x": np.ones((2, 4), np.float32)}) == {"x": (2, 4), "n": (2, 4), "y": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("x", "body", "squeezed"),
+    [
+        ("float[N,5,8]", "y = MatMul(x, W)", True),
+        ("float[N,2,5,8]", "h = Relu(x) y = MatMul(h, W)", True),  # whose rank only inference knows
+        ("float[5,8]", "y = MatMul(x, W)", False),  # the result has three axes
+        ("float[N,6,5]", "y = MatMul(V, x)", True),
+        ("float[3,5,8]", "y = MatMul(x, U)", False),
+    ],
+)
+def test_weights_lose_leading_axes_of_one(x, body, squeezed):
+    name = next(name for name in "UVW" if name in body)
+    weight = random({"U": (3, 8, 6), "V": (1, 4, 6), "W": (1, 8, 6)}[name], name)
+    graph = build(f"({x} x) => (float[] y)", body, kind="float", **{name: weight})
+    feed = {"x": random(tuple(2 if d == "N" else d for d in graph.inputs[0].shape), "x").astype(np.float32)}
+    before = run(graph, feed)
+    squeeze_weights(graph)
+    assert len(constants(graph)[name].shape) == (2 if squeezed else 3)
+    np.testing.assert_array_equal(run(graph, feed)["y"], before["y"])

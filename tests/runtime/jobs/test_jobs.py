@@ -452,7 +452,7 @@ def test_demo_without_tensorrt_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("channelfold.runtime.engine.build._installed", lambda package: False)
     record = jobs.demo(tmp_path)
     assert record["engines"] == []
-    assert "channelfold[rtx]" in record["demo"]["no_engines"]
+    assert "pip install polygraphy tensorrt-rtx-cu12" in record["demo"]["no_engines"]
     before, after = record["demo"]["stages"]
     assert (before["name"], after["name"]) == ("float", "int8")
     assert before["accuracy"] == models.MODELS["digits_cnn"].accuracy == 0.998
