@@ -85,12 +85,13 @@ class Work(Quantize):
         ranges = _unified(graph, ranges) if integers else ranges
         facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
         even = {name: self._facts(statistics[name], self._range(statistics[name], False)) for name in movable}
-        reasons = {name: self._why_beyond_int8(statistics[name], _lower_snr((facts | even)[name])) for name in axes}
+        found = {name: _lower_snr((facts | even)[name]) for name in axes}  # an input is not taken for being centered
+        reasons = {name: self._why_beyond_int8(statistics[name], found[name]) for name in axes}
         kept = []
         for site in sites:
             name = site.data.name
             if reason := reasons[name]:
-                snr = _lower_snr(facts[name])
+                snr = found[name]
                 detail = name if snr is None else f"{name}: {snr} dB, {self.min_activation_snr:g} wanted"
                 outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({detail})", reason)
                 continue

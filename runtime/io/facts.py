@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import all_graphs, locations
 from channelfold.runtime.io.meanings import meanings
 from channelfold.runtime.io.session import TensorSpec
@@ -45,6 +46,12 @@ def computes_as_written(graph: gs.Graph) -> bool:
     return not any(point.dtype == np.uint8 for point in points) and not any(
         node.op.startswith("QLinear") or node.op in _INTEGER for node in nodes
     )
+
+
+def fuses_rightly(graph: gs.Graph) -> bool:
+    """Whether ONNX Runtime (1.32) computes QDQ nodes rightly when it fuses them: not those with scales of float16."""
+    quantizers = (node for part in all_graphs(graph) for node in part.nodes if node.op == "QuantizeLinear")
+    return not any(edit.dtype(node.inputs[1]) == np.float16 for node in quantizers)
 
 
 def model_facts(path: Path, graph: gs.Graph, external: Sequence[Path] | None = None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.errors import UsageError, nearest, no_progress
 from channelfold.runtime.io import files
-from channelfold.runtime.io.facts import computes_as_written, model_facts
+from channelfold.runtime.io.facts import computes_as_written, fuses_rightly, model_facts
 from channelfold.runtime.io.session import onnxruntime
 from channelfold.runtime.jobs import bench_models as benching
 from channelfold.runtime.jobs import explain_diff as explaining
@@ -297,7 +297,7 @@ def diff(
         raise UsageError("There is nothing to compare the models on", "Give --data, or --random N")
     other = files.load(b)
     job.record["output"] = model_facts(Path(b), other)
-    job.prove(Path(b), computes_as_written(other))
+    job.prove(Path(b), computes_as_written(other), fuses_rightly(other))
     if explain:
         with job.or_warning("The error was not explained"):
             job.record["explanation"] = explaining.explain(Path(a), Path(b), job.evaluation, progress)

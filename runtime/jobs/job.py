@@ -44,7 +44,14 @@ from channelfold.runtime.io.bodies import share_constants
 from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.edit import fix_inputs, see_through_identities, take_defaults
 from channelfold.runtime.io.emulate import emulate
-from channelfold.runtime.io.facts import computes_as_written, environment, external_files, model_facts, required_inputs
+from channelfold.runtime.io.facts import (
+    computes_as_written,
+    environment,
+    external_files,
+    fuses_rightly,
+    model_facts,
+    required_inputs,
+)
 from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.kinds import is_of_kind
 from channelfold.runtime.io.session import Feed, Session
@@ -198,10 +205,10 @@ class Job:
             facts = inspection.costs(written) if counted else {}
             self.record["output"] = model_facts(candidate, written) | {"path": str(out)} | facts
             self._account(written, nothing)
-            as_written = computes_as_written(written)
+            as_written, fuse = computes_as_written(written), fuses_rightly(written)
             del written
             if self.evaluation or not exact or self.fixed or (gated and self.calibration):
-                self.prove(candidate, as_written)
+                self.prove(candidate, as_written, fuse)
             if any(step["changed"] and step["options"].get("target") == "onnxruntime" for step in steps):
                 self.time()
             self._proved = None
@@ -274,10 +281,11 @@ class Job:
                 raise UsageError(f"{out} is one of the files in {source}, which are read", "Give another output")
         check_kind(out, kind)
 
-    def prove(self, candidate: Path, as_written: bool) -> None:
+    def prove(self, candidate: Path, as_written: bool, fuse: bool = True) -> None:
         """Compares the outputs of the candidate with those of the original.
 
-        ``as_written``: the file is not quantized for ONNX Runtime (``computes_as_written``).
+        ``as_written``: the file is not quantized for ONNX Runtime (``computes_as_written``). ``fuse``: see
+        ``fuses_rightly``.
         """
         data = self.evaluation or self.calibration
         if data is None:
@@ -290,7 +298,7 @@ class Job:
         self.record["data"]["evaluation"] = data.description
         original = None if as_written else self._original(exact=True)  # to be timed, else to make room
         reference = compare.remembered(uncut(original or self._original(exact=True), self._caches), data)
-        exact = self._candidate(candidate, exact=True)
+        exact = self._candidate(candidate, exact=True, fuse=fuse)
         here = exact if as_written else self._candidate(candidate)
         self._proved = data, original, here
         if as_written:

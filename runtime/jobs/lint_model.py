@@ -8,7 +8,7 @@ from typing import Any
 
 from channelfold.runtime.errors import GateError, UsageError
 from channelfold.runtime.io import files
-from channelfold.runtime.io.facts import computes_as_written, model_facts
+from channelfold.runtime.io.facts import computes_as_written, fuses_rightly, model_facts
 from channelfold.runtime.jobs.job import GateMissed, Job, Progress, Record, Source, check_kind
 from channelfold.runtime.lint import TARGETS, Finding, fix, formats, lint
 from channelfold.runtime.lint.rules import RULES
@@ -45,10 +45,10 @@ def run(
         with files.saving(graph, out) as candidate:
             written = files.load(candidate)
             job.record["output"] = model_facts(candidate, written) | {"path": str(out)}
-            found, as_written = lint(written, RULES, target, sm), computes_as_written(written)
+            found, how = lint(written, RULES, target, sm), (computes_as_written(written), fuses_rightly(written))
             del written
             if entry["fixed"]:
-                job.prove(candidate, as_written)
+                job.prove(candidate, *how)
     for kind, path in reports.items():
         form: Callable[..., str] = getattr(formats, kind)
         with files.writing(path) as file:
