@@ -20,7 +20,7 @@ from channelfold.runtime.stats.observe import within
 
 BLOCK = 1 << 26  # bytes of activations that are in memory at once
 _PLACES = 2048  # elements of a sketch
-_FITS = 0.95  # correlation from which two tensors may be the same
+_FITS = 0.95  # from which two tensors may be the same: 1 less half their relative squared error
 _TRUST = 4  # a tensor of the same name may fit as many times worse than another
 
 
@@ -90,7 +90,7 @@ def align(first: Mapping[str, Sketch], second: Mapping[str, Sketch]) -> list[Pai
 
 
 def _fits(first: Mapping[str, Sketch], second: Mapping[str, Sketch]) -> dict[str, dict[str, float]]:
-    """For each tensor of the second model the correlations with the tensors of the first that have its shapes."""
+    """For each tensor of the second model, 1 less half the relative error to each of the first with its shapes."""
     groups: dict[tuple, tuple[list[str], list[str]]] = {}
     for side, tensors in enumerate((first, second)):
         for name, sketch in tensors.items():
@@ -98,15 +98,14 @@ def _fits(first: Mapping[str, Sketch], second: Mapping[str, Sketch]) -> dict[str
     found: dict[str, dict[str, float]] = {}
     for a, b in groups.values():
         if a and b:
-            table = _standard([second[name].flat for name in b]) @ _standard([first[name].flat for name in a]).T
+            rows, columns = (_finite([t[name].flat for name in names]) for t, names in ((second, b), (first, a)))
+            sizes = np.maximum.outer((rows**2).sum(axis=1), (columns**2).sum(axis=1))
+            apart = np.add.outer((rows**2).sum(axis=1), (columns**2).sum(axis=1)) - 2 * rows @ columns.T
+            table = np.where(sizes > 0, 1 - apart / np.maximum(2 * sizes, 1e-300), 0.0)
             for row, name in zip(table, b, strict=True):
                 found[name] = dict(zip(a, row.tolist(), strict=True))
     return found
 
 
-def _standard(rows: list[np.ndarray]) -> np.ndarray:
-    """Rows with the mean 0 and the norm 1; constant rows, and those that are not finite, become zero."""
-    table = np.nan_to_num(np.stack(rows), nan=0.0, posinf=0.0, neginf=0.0)
-    table = table - table.mean(axis=1, keepdims=True)
-    norms = np.linalg.norm(table, axis=1, keepdims=True)
-    return np.divide(table, norms, out=np.zeros_like(table), where=norms > 0)
+def _finite(rows: list[np.ndarray]) -> np.ndarray:
+    return np.nan_to_num(np.stack(rows), nan=0.0, posinf=0.0, neginf=0.0)
