@@ -3,7 +3,8 @@
     opsets        the opset of ONNX is 1 or higher
     names         each tensor is written once; initializers, inputs and outputs are listed once; what is read is written
     order         no node depends on itself
-    operators     the numbers of inputs and outputs, and the attributes, are those of the operator
+    operators     the numbers of inputs and outputs, and the attributes, are those of the operator; the equation of an
+                  Einsum is one
 
 The ONNX checker has more rules. ONNX Runtime and TensorRT accept many models against these, so they are not checked.
 """
@@ -11,6 +12,7 @@ The ONNX checker has more rules. ONNX Runtime and TensorRT accept many models ag
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,8 @@ from channelfold.runtime.io.names import in_order
 
 _KIND = onnx.AttributeProto
 _STANDARD = ("", "ai.onnx")
+_TERM = rb"[a-zA-Z ]*(\.\.\.[a-zA-Z ]*)?"  # in which every text matches in one way
+_EQUATION, _LONGEST = rb"%s(,%s)*(->%s)?" % (_TERM, _TERM, _TERM), 1000
 
 
 def validate(model: onnx.ModelProto, path: Path) -> None:
@@ -111,6 +115,11 @@ def _misuses(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Iterator[str]:
     for name in missing:
         if name not in {attribute.name for attribute in node.attribute}:
             yield f"{_named(node)} lacks the attribute {name!r}"
+    if not domain and node.op_type == "Einsum":
+        text = next((a.s for a in node.attribute if a.name == "equation"), b"")
+        if len(text) > _LONGEST or not re.fullmatch(_EQUATION, text):  # on which shape inference may never end
+            shown = f"{text[:40].decode(errors='replace')}{'…' if len(text) > 40 else ''}"
+            yield f"{_named(node)} has the equation {shown!r}"
 
 
 def _named(node: onnx.NodeProto) -> str:

@@ -114,3 +114,31 @@ def test_nodes_are_put_in_order():
     feed = {"x": np.array([1, -2], np.float32), "c": np.array(True)}
     found = files.session(graph, optimize=False).run(feed)
     np.testing.assert_allclose(found["y"], feed["x"] - np.exp(feed["x"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("equation", "fine"),
+    [
+        ("ij,jk->ik", True),
+        ("ij, jk -> ik", True),
+        ("...ij,...jk", True),
+        ("ii->i", True),
+        ("i,->i", True),
+        ("." * 30_000, False),  # shape inference does not end
+        ("ij,j.k->ik", False),
+        ("ij,jk->ik->i", False),
+        ("ij,j1", False),
+        (",".join("a" * 2000), False),
+    ],
+)
+def test_the_equation_of_an_einsum(equation, fine, tmp_path):
+    made = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]> m (float[2,2] x) => (float y) {
+        y = Einsum<equation = "ij,jk">(x, x) }""")
+    made.graph.node[0].attribute[0].s = equation.encode()
+    (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
+    if fine:
+        assert load(tmp_path / "m.onnx", strict=True).nodes
+        return
+    with pytest.raises(ModelError, match="has the equation") as error:
+        load(tmp_path / "m.onnx", strict=True)
+    assert len(str(error.value)) < 400
