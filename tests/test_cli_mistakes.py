@@ -37,8 +37,8 @@ def samples(tmp_path):
         (("compres", "m.onnx"), "No such command 'compres'. Did you mean 'compress'? See: channelfold --help"),
         (
             ("frobnicate",),
-            "Known: bench, build, cast, compress, demo, diff, fold, inspect, lint, passes, prune, quantize, reparam, report, "
-            "sensitivity, smooth, sparsify",
+            "Known: bench, build, cast, compress, demo, diff, fold, inspect, lint, passes, prune, quantize, reparam, "
+            "report, sensitivity, smooth, sparsify",
         ),
         (("fold", "m.onnx", "--outptu", "x"), "--output"),
         (("fold", "m.onnx"), "Missing option '-o' / '--output'. See: channelfold fold --help"),
