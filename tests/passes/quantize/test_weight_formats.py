@@ -19,7 +19,7 @@ from channelfold.tests.passes.quantize.quantized import optimized, quantize, sam
 FORMS = {
     "matmul": ("float[N,96] x", "y = MatMul(x, W)", {"W": (96, 64)}),
     "matmul, bias, ragged groups": ("float[2,N,75] x", "h = MatMul(x, W) y = Add(h, b)", {"W": (75, 33), "b": 33}),
-    "matmul, bias, groups of a divisor": (
+    "matmul, groups of a divisor": (
         "float[2,N,90] x",
         "h = MatMul(x, W) y = Add(h, b)",
         {"W": (90, 33), "b": 33},
