@@ -16,6 +16,7 @@ def show(record: Mapping[str, Any], page: Page) -> None:
     names = [name for name in found["options"] if any(name in point["options"] for point in found["points"])]
     rows = [_point(point, names) for point in found["points"]]
     columns = (
+        *(">cost", ">latency", "<start"),
         *(f">{name}" for name in names),
         ">predicted dB",
         ">error dB",
@@ -23,7 +24,7 @@ def show(record: Mapping[str, Any], page: Page) -> None:
         ">agree",
         ">lost",
     )
-    page.table("Front", (*columns, ">on other samples", "<"), rows)
+    page.table("Front", (*columns, "<on other samples", "<"), rows)
     samples = found["samples"]
     page.note(
         "bytes of the file; cost, latency: relative to float; float, int8 …: share of the weights; worst output: SNR"
