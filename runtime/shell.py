@@ -48,7 +48,7 @@ def command(group: click.Group, example: str) -> Callable[[Callable[..., Any]], 
         def run(as_json: bool, html: str | None, quiet: bool, debug: bool, **options: Any) -> None:
             jobs = importlib.import_module("channelfold.runtime.jobs")
             if html:
-                importlib.import_module("channelfold.runtime.jobs.job").check_kind(Path(html), "a web page")
+                importlib.import_module("channelfold.runtime.io.outputs").check_kind(Path(html), "a web page")
             try:
                 with Progress() as shown, contextlib.redirect_stdout(sys.stderr):
                     record = function(jobs, progress=no_progress if quiet else shown, **options)

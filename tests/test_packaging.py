@@ -53,7 +53,7 @@ def test_the_wheel_is_exactly_the_package(wheel):
         code |= {f"channelfold/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / package).rglob("*.py")}
     data = {f"channelfold/models/{name}" for model in models.MODELS.values() for name in model.files}
     metadata = f"channelfold-{channelfold.__version__}.dist-info"
-    data |= {f"channelfold/runtime/report/assets/page.{kind}" for kind in ("css", "js")}
+    data |= {f"channelfold/runtime/report/assets/{name}" for name in ("page.css", "page.js", "report.schema.json")}
     assert {name for name in names if not name.startswith(metadata)} == code | data
     assert f"{metadata}/licenses/LICENSE" in names
 

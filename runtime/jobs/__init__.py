@@ -38,6 +38,7 @@ from channelfold.runtime.engine.build import ShapeRange
 from channelfold.runtime.errors import UsageError, nearest, no_progress
 from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import computes_as_written, fuses_rightly, model_facts
+from channelfold.runtime.io.outputs import check_folder, check_kind
 from channelfold.runtime.io.session import onnxruntime
 from channelfold.runtime.jobs import bench_models as benching
 from channelfold.runtime.jobs import explain_diff as explaining
@@ -49,7 +50,7 @@ from channelfold.runtime.jobs import search as searching
 from channelfold.runtime.jobs import sensitivity as sensitivities
 from channelfold.runtime.jobs.cast import cast as cast
 from channelfold.runtime.jobs.job import GateMissed as GateMissed
-from channelfold.runtime.jobs.job import Job, Progress, Record, Source, check_kind
+from channelfold.runtime.jobs.job import Job, Progress, Record, Source
 from channelfold.runtime.jobs.search import Search as Search
 from channelfold.runtime.report import terminal
 from channelfold.runtime.stats.compare import Gates
@@ -95,6 +96,7 @@ def compress(
         for step in passes:
             step.check_for(sm)
         tensorrt.backend(sm)
+    check_folder(out_dir, make=False)
     out = out_dir / "model.onnx"
     job = Job(command, model, progress, source, fixed)
     job.warn(*loaded.warnings)
@@ -102,8 +104,10 @@ def compress(
     job.open_both()
     job.check_output(out_dir / "report.json", "a report")
     if search:
+        job.check_output(out_dir / "recipe.toml", "a recipe")
         passes = searching.find(job, passes, overrides or {}, search, gates)
-        (out_dir / "recipe.toml").write_text(recipes.dumps(recipes.Recipe("search", tuple(passes))), encoding="utf-8")
+        with files.writing(out_dir / "recipe.toml") as file:
+            file.write(recipes.dumps(recipes.Recipe("search", tuple(passes))).encode())
     job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
     terminal.write_both(job.record, out_dir)
     for sm in sms:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from channelfold.runtime.errors import (
     DependencyError,
     GateError,
     ModelError,
-    OutputError,
     UsageError,
     VerificationError,
     nearest,
@@ -53,7 +51,7 @@ from channelfold.runtime.io.facts import (
     required_inputs,
 )
 from channelfold.runtime.io.front import Front, unknown
-from channelfold.runtime.io.kinds import is_of_kind
+from channelfold.runtime.io.outputs import check_folder, check_kind
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.shapes import check_sizes, squeeze_weights
 from channelfold.runtime.jobs import inspect_model as inspection
@@ -488,22 +486,3 @@ def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
         "backend": f"{engine.backend} {engine.version}",
         "plan": plan,
     }
-
-
-def check_kind(out: Path, kind: str) -> None:
-    """Raises OutputError where a file of a kind cannot be written, or would replace one that is not of the kind."""
-    if out.is_dir():
-        raise OutputError(f"{out} is a folder", "Give the name of a file")
-    if out.is_file() and not is_of_kind(out, kind):
-        raise OutputError(f"{out} is there, and is not {kind}", "Remove it, or give another output")
-    check_folder(out.parent)
-
-
-def check_folder(folder: Path) -> None:
-    """Makes the folder where it is missing, and writes a file in it. Raises OutputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(f"Nothing can be written in {folder} ({error.strerror})", "Give another output") from None

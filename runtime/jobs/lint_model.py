@@ -9,7 +9,8 @@ from typing import Any
 from channelfold.runtime.errors import GateError, UsageError
 from channelfold.runtime.io import files
 from channelfold.runtime.io.facts import computes_as_written, fuses_rightly, model_facts
-from channelfold.runtime.jobs.job import GateMissed, Job, Progress, Record, Source, check_kind
+from channelfold.runtime.io.outputs import check_kind
+from channelfold.runtime.jobs.job import GateMissed, Job, Progress, Record, Source
 from channelfold.runtime.lint import TARGETS, Finding, fix, formats, lint
 from channelfold.runtime.lint.rules import RULES
 

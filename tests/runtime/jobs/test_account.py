@@ -42,7 +42,7 @@ def test_bytes_that_stay_float_without_being_asked_for_are_named(tmp_path):
     record = jobs.quantize(model, tmp_path / "q.onnx", source=source)
     assert record["weights"]["share"] == pytest.approx(1 / 3)
     (said,) = (text for text in record["warnings"] if "weight bytes" in text)
-    assert said.startswith("67% of the weight bytes stay float: 8.2 kB read by Gather such as E (no weight of Gather")
+    assert said.startswith("67% of the weight bytes stay float: 8.2 kB read by Gather such as E (its table has")
 
 
 def test_what_was_excluded_is_not_warned_of(tmp_path):

@@ -251,8 +251,12 @@ def test_smooth_runs_the_calibration_data_once(folded, tmp_path, monkeypatch):
     fed = []
     run = Session.run
     monkeypatch.setattr(Session, "run", lambda self, feed, *rest: (fed.append(feed), run(self, feed, *rest))[1])
-    jobs.smooth(folded, tmp_path / "s.onnx", "smoothquant", source=jobs.Source(CALIBRATION))
+    source = jobs.Source(CALIBRATION)
+    jobs.smooth(folded, tmp_path / "s.onnx", "smoothquant", source=source, options={"roll_back": False})
     assert 128 <= len(fed) <= 128 + 1 + 2 * 3
+    fed.clear()
+    jobs.smooth(folded, tmp_path / "t.onnx", "smoothquant", source=source)
+    assert len(fed) <= 128 + 1 + 2 * 3 + 8 * (32 + 16)  # trials, each on samples for ranges and for errors
 
 
 def test_smooth_compares_on_evaluation_data(folded, tmp_path):
@@ -405,7 +409,9 @@ def test_build_says_what_runs_as_int8(tmp_path, compressed):
     (engine,) = record["engines"]
     assert (engine["sm"], engine["bytes"]) == (89, (tmp_path / "e.engine").stat().st_size)
     assert engine["backend"].startswith("tensorrt_rtx ")
+    runs = engine["plan"].pop("nodes")
     assert engine["plan"] == {"readable": True, "reason": "", "int8": 5, "total": 5, "not_int8": []}
+    assert sorted(run["runs_as"] for run in runs) == ["float", "float", *["int8"] * 5]
 
 
 @needs_rtx
