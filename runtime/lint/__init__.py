@@ -25,7 +25,8 @@ class Rule:
 
     ``level``: an ``error`` is refused or computed wrongly, a ``warning`` runs slowly or in float without a word, a
     ``note`` is worth knowing. ``below``: the SM from which on a GPU no longer breaks the rule; None where all do.
-    ``repair`` rewrites the graph so that ``find`` finds less, and returns the names of the nodes that it changed.
+    ``repair`` rewrites the graph so that ``find`` finds less, and returns the names of the nodes that it changed; a
+    ``late`` one needs the weights and biases as the others leave them.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Rule:
     targets: tuple[str, ...] = ("tensorrt",)
     below: int | None = None
     repair: Callable[[gs.Graph], list[str]] | None = None
+    late: bool = False
 
     def concerns(self, target: str, sm: int | None) -> bool:
         """Whether the rule holds for a target, and for a GPU where the rule is about some GPUs.
@@ -72,6 +74,7 @@ def fix(graph: gs.Graph, rules: Iterable[Rule], target: str, sm: int | None = No
     """Repairs what can be repaired safely. Returns the rules that changed the graph, with the names of the nodes."""
     done: dict[Rule, list[str]] = {}
     able = [(rule, rule.repair) for rule in rules if rule.repair is not None and rule.concerns(target, sm)]
+    able.sort(key=lambda one: one[0].late)
     again = True
     while again:
         again = False

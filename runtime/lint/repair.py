@@ -1,11 +1,12 @@
 """Repairs of quantized files for TensorRT. Each returns the names of the nodes that it changed.
 
-    activation   uint8, zero point z, scale s    becomes    int8, 0, s max(z, 255 - z) / 127
+    activation   uint8, zero point z, scale s    becomes    int8, 0, s of x - c (see ``center``),
+                                                 else       int8, 0, s max(z, 255 - z) / 127
     weight       codes q, zero point z           becomes    int8 codes of (q - z) s, exactly where these fit
     bias         DQ(b_q)                         becomes    the float constant b_q s
 
-An activation keeps its range, in fewer steps where zero was not in the middle. Where the zero point was 0 the codes
-ended at zero, and tools leave out a Relu in front of such a quantizer, so a Relu comes back.
+Where no bias can take c back, an activation keeps its range, in fewer steps where zero was not in the middle. Where the
+zero point was 0 the codes ended at zero, and tools leave out a Relu in front of such a quantizer, so a Relu comes back.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.layers.formats import SCALES, positive_scale
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
+from channelfold.runtime.lint.center import centered
 from channelfold.runtime.lint.reading import is_quantizer, kind, linears, origin, pair, quantized, serves_product
 
 _Q, _DQ = "QuantizeLinear", "DequantizeLinear"
@@ -51,7 +53,12 @@ def symmetric_activations(graph: gs.Graph) -> list[str]:
             group = None
         if group is None:
             continue
-        low = _ends_at_zero(node, zero)
+        names = [member.name for member in group]
+        if _ends_at_zero(node, zero) and not _not_negative(node.inputs[0]):
+            _rectify(graph, node)
+        if centered(graph, group):
+            done += names
+            continue
         for member in group:
             key = id(member.inputs[1]), id(member.inputs[2]) if edit.has_input(member, 2) else 0
             if key not in made:
@@ -60,9 +67,7 @@ def symmetric_activations(graph: gs.Graph) -> list[str]:
             for place, tensor in enumerate(made[key], 1):
                 edit.set_input(member, place, tensor)
             member.attrs.pop("output_dtype", None) if member.op == _Q else None
-        if low and not _not_negative(node.inputs[0]):
-            _rectify(graph, node)
-        done += [member.name for member in group]
+        done += names
     return done
 
 

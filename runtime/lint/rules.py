@@ -92,16 +92,16 @@ RULES: tuple[Rule, ...] = (
         "uint8-activation", "error", "Activations are int8.",
         "TensorRT clamps uint8 to -128 … 127: half of the range is lost, with a warning at most",
         "Quantize symmetrically to int8: channelfold quantize --target tensorrt",
-        find.unsigned_activations, repair=repair.symmetric_activations,
+        find.unsigned_activations, repair=repair.symmetric_activations, late=True,
     ),
     Rule(
         "no-zero-point", "error", "A QuantizeLinear says its type by a zero point.",
         "Its type is uint8 then, and TensorRT clamps half of the range away", "Write a zero point: int8, 0",
-        find.unwritten_zero_points, repair=repair.symmetric_activations,
+        find.unwritten_zero_points, repair=repair.symmetric_activations, late=True,
     ),
     Rule(
         "zero-point", "error", "Zero points are constants of the value 0.",
-        _REFUSED, "Quantize symmetrically", find.zero_points, repair=repair.symmetric_activations,
+        _REFUSED, "Quantize symmetrically", find.zero_points, repair=repair.symmetric_activations, late=True,
     ),
     Rule(
         "uint8-weight", "error", "Weights of 8 bits are int8.",
