@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from channelfold.runtime.errors import ChannelfoldError, DependencyError, UsageError
 from channelfold.runtime.io.workers import each
-
-
-def square(number: int) -> int:
-    return number * number
-
-
-def dies_once(folder: Path, number: int) -> int:
-    if number == 2 and not (folder / "died").exists():
-        (folder / "died").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number * number
-
-
-def dies(number: int) -> int:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def fails(number: int) -> int:
-    raise ValueError(f"no {number}")
+from channelfold.tests.tasks import dies, dies_once, fails, square
 
 
 @pytest.mark.parametrize("workers", [1, 2])
