@@ -59,7 +59,7 @@ def _executor(workers: int, cluster: str) -> Iterator[Executor]:
     try:
         from distributed import Client  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise DependencyError(f"A cluster needs Dask ({error})", "Run: pip install 'channelfold[dask]'") from None
+        raise DependencyError(f"A cluster needs Dask ({error})", "Run: pip install distributed") from None
     try:
         client = Client(cluster, timeout=_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
