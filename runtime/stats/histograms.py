@@ -19,7 +19,7 @@ from channelfold.runtime.stats.observe import check_width
 
 BINS = 1 << 15  # of magnitudes; with the sign there are twice as many
 MASK = 2.0**100  # values at least this large (1.3e30) are attention masks and the like; the edge of a bin
-COUNTED = 1 << 21  # values of a tensor, all samples together, that a histogram needs at least
+COUNTED = 1 << 24  # values of a tensor, all samples together, that a histogram needs at least
 _SINGLY = 1 << 15  # values that are added up one by one in float64
 _PIECE = 1 << 16  # values that stay in the cache
 _SUMMABLE = 1e37  # float32 ends at 3e38
