@@ -72,12 +72,8 @@ def _inward(graph: gs.Graph, tensor: gs.Tensor) -> Iterator[gs.Tensor]:
 
 def at_input(graph: gs.Graph, tensor: gs.Tensor, op: str, values: np.ndarray, attrs: dict[str, Any]) -> gs.Variable:
     """Puts a node between an input of the graph and its readers; returns what these read now."""
-    readers = edit.consumers(tensor)
     inner = gs.Variable(free_name(graph, f"{tensor.name}_own"), tensor.dtype, tensor.shape)
-    for reader in readers:
-        for place, read in enumerate(reader.inputs):
-            if read is tensor:
-                edit.set_input(reader, place, inner)
+    edit.redirect(tensor, inner)
     name = free_name(graph, f"{tensor.name}_{op}")
     edit.insert(graph, gs.Node(op, name, attrs, [tensor, constant(graph, f"{name}_by", values)], [inner]))
     return inner
@@ -88,10 +84,7 @@ def at_output(graph: gs.Graph, tensor: gs.Tensor, *steps: tuple[str, np.ndarray,
     node = edit.producer(tensor)
     assert node is not None
     inner = gs.Variable(free_name(graph, f"{tensor.name}_own"), tensor.dtype, tensor.shape)
-    for reader in edit.consumers(tensor):
-        for place, read in enumerate(reader.inputs):
-            if read is tensor:
-                edit.set_input(reader, place, inner)
+    edit.redirect(tensor, inner)
     edit.set_output(node, next(k for k, result in enumerate(node.outputs) if result is tensor), inner)
     source: gs.Tensor = inner
     for number, (op, values, attrs) in enumerate(steps, 1):

@@ -159,7 +159,4 @@ def _insert(graph: gs.Graph, tensor: gs.Tensor, readers: list[gs.Node], steps: l
         else:
             edit.insert_after(graph, after, node)
         after, source = node, result
-    for reader in readers:
-        for place, read in enumerate(reader.inputs):
-            if read is tensor:
-                edit.set_input(reader, place, source)
+    edit.redirect(tensor, source, readers)

@@ -135,13 +135,6 @@ def summary(graph: gs.Graph, kept: list[Linear], cells: Sequence[gs.Node] = ()) 
     }
 
 
-def _redirect(readers: Sequence[gs.Node], old: gs.Tensor, new: gs.Tensor) -> None:
-    for node in readers:
-        for index, read in enumerate(node.inputs):
-            if read is old:
-                edit.set_input(node, index, new)
-
-
 Codes = dict[str, tuple[np.ndarray, np.ndarray]]  # codes and scales by the name of the linear node
 
 
@@ -183,7 +176,7 @@ class Inserter:
             ]
             self._behind(tensor, pair)
             self._pairs[key] = restored
-        _redirect(readers, tensor, self._pairs[key])
+        edit.redirect(tensor, self._pairs[key], readers)
 
     def activation_fp4(self, tensor: gs.Variable, limit: float, readers: Sequence[gs.Node]) -> None:
         """Lets ``readers`` read a tensor in NVFP4: E2M1 codes, and a scale for 16 of them made at run time.
@@ -206,7 +199,7 @@ class Inserter:
             last.attrs = {"axis": -1, "block_size": 16}
             self._behind(tensor, [quantize, *nodes, last])
             self._pairs[key] = restored
-        _redirect(readers, tensor, self._pairs[key])
+        edit.redirect(tensor, self._pairs[key], readers)
 
     def _scales_of(
         self, of: gs.Tensor, codes: gs.Tensor, unit: gs.Tensor, dtype: np.dtype

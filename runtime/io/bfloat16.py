@@ -67,10 +67,7 @@ def make_twin(graph: gs.Graph) -> None:
 def _rounded_input(graph: gs.Graph, tensor: gs.Variable) -> list[gs.Node]:
     """Casts that round an input, which becomes float32, for all its readers."""
     result = gs.Variable(free_name(graph, f"{tensor.name}_exact"), np.dtype(np.float32), tensor.shape)
-    for reader in edit.consumers(tensor):
-        for index, other in enumerate(reader.inputs):
-            if other is tensor:
-                edit.set_input(reader, index, result)
+    edit.redirect(tensor, result)
     tensor.dtype = np.dtype(np.float32)
     return _rounding(graph, tensor, result)
 

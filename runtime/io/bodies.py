@@ -126,11 +126,7 @@ def _nodes(graph: gs.Graph) -> set[int]:
 
 def _swap(inside: set[int], old: gs.Tensor, new: gs.Tensor) -> None:
     """Lets the nodes that are ``inside`` read ``new`` in place of ``old``."""
-    for node in edit.consumers(old):
-        if id(node) in inside:
-            for index, tensor in enumerate(node.inputs):
-                if tensor is old:
-                    edit.set_input(node, index, new)
+    edit.redirect(old, new, [node for node in edit.consumers(old) if id(node) in inside])
 
 
 def share_constants(graph: gs.Graph) -> int:

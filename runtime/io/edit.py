@@ -6,7 +6,7 @@ outermost graph: its nodes are in topological order, and its subgraphs (bodies o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -134,7 +134,12 @@ def set_constant(graph: gs.Graph, node: gs.Node, index: int, values: np.ndarray,
 def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
     """Lets every reader of ``old`` in the graph and its subgraphs read ``new``. ``old`` must not be a graph output."""
     assert not is_output(graph, old)
-    for node in consumers(old):
+    redirect(old, new)
+
+
+def redirect(old: gs.Tensor, new: gs.Tensor, readers: Iterable[gs.Node] | None = None) -> None:
+    """Lets readers of ``old``, by default all of them, read ``new``."""
+    for node in consumers(old) if readers is None else readers:
         for index, tensor in enumerate(node.inputs):
             if tensor is old:
                 set_input(node, index, new)
@@ -196,10 +201,7 @@ _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 def _replace_input(graph: gs.Graph, tensor: gs.Tensor, new: gs.Constant) -> None:
     """Lets everything that reads an input read a constant, and takes the input away."""
-    for node in consumers(tensor):
-        for index, other in enumerate(node.inputs):
-            if other is tensor:
-                set_input(node, index, new)
+    redirect(tensor, new)
     graph.outputs = [new if output is tensor else output for output in graph.outputs]
     graph.inputs = [other for other in graph.inputs if other is not tensor]
 

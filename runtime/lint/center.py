@@ -143,9 +143,7 @@ def _restore(graph: gs.Graph, readers: Sequence[tuple[gs.Node, gs.Node]], offset
             by = constant(graph, f"{node.name}_center", np.array(offset, dtype))
             sums[id(node)] = _node(graph, "Add", node, [tensor, by])
             edit.insert_after(graph, node, sums[id(node)])
-        for place, read in enumerate(reader.inputs):
-            if read is tensor:
-                edit.set_input(reader, place, sums[id(node)].outputs[0])
+        edit.redirect(tensor, sums[id(node)].outputs[0], [reader])
 
 
 def _pad(
