@@ -11,12 +11,27 @@ from hypothesis import settings
 from onnx import numpy_helper
 
 from channelfold import cli
+from channelfold.passes import pipeline
 from channelfold.runtime import shell
 
 # The same examples every time; --hypothesis-profile=explore draws new ones.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", derandomize=False, deadline=None)
 settings.load_profile("same")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_taken_back(request, monkeypatch):
+    """A site that is taken back is a refusal to the user, and would hide a pass that computes something else."""
+    blame, blamed = pipeline.to_blame, []
+
+    def noted(before, sites, error):
+        blamed.append(str(error))
+        return blame(before, sites, error)
+
+    monkeypatch.setattr(pipeline, "to_blame", noted)
+    yield
+    assert not blamed or "takes_back" in request.keywords
 
 
 @pytest.fixture

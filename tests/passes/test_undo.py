@@ -17,6 +17,8 @@ from channelfold.runtime.errors import VerificationError
 from channelfold.runtime.io.files import export, read
 from channelfold.tests.graphs import build, listing, ops, random
 
+pytestmark = pytest.mark.takes_back
+
 SIGNS = np.where(np.arange(8) % 2, 1.0, -1.0)[:, None] * np.ones((8, 8))
 
 
