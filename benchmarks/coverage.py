@@ -46,6 +46,7 @@ output. fold and smooth: the sites that changed, all verified. prune (`--ratio .
 --keep-hidden .5`): the parameters that are left, and the SNR. legacy17, dynamo18 and dynamo23 are torch's exporters and
 their opsets, fused32 and fused16 ONNX Runtime's transformer optimizer, genai the builder of onnxruntime-genai."""
 LEFT = "biases, norms and scales stay float"
+UNDONE = "taken back"  # the code of a refusal: the site changed the outputs
 QUANTIZED = ("tensorrt", "onnxruntime", "int4")
 Row = dict[str, Any]
 
@@ -90,6 +91,7 @@ def _told(command: str, record: Mapping[str, Any]) -> Row:
     """What a report says: shares, reasons with bytes, figures, warnings."""
     steps, accuracy = record["steps"], record["accuracy"]
     weights = record.get("weights", {"rows": [], "bytes": 0, "share": 0.0})
+    refused = [(step, one) for step in steps for one in step["refused"]]
     left = [row for row in weights["rows"] if row["state"] == "float" and row["reason"] != LEFT]
     figures = [output["snr"] for output in accuracy["outputs"] if output["snr"] is not None] if accuracy else []
     proofs = [step["verified"] for step in steps if step["verified"]]
@@ -98,7 +100,8 @@ def _told(command: str, record: Mapping[str, Any]) -> Row:
         "share": weights["share"],
         "left": [[row["op"], row["place"], row["bytes"], row["reason"]] for row in left],
         "changed": sum(len(step["changed"]) for step in steps),
-        "refused": [f"{step['pass']}: {one['reason']}" for step in steps for one in step["refused"]],
+        "refused": [f"{step['pass']}: {one['reason']}" for step, one in refused],
+        "undone": [f"{step['pass']}: {one['node']}" for step, one in refused if one.get("code") == UNDONE],
         "snr": min(map(float, figures), default=None),
         "unverified": [proof["unverified"] for proof in proofs if "unverified" in proof],
         "proofs": len(proofs),
@@ -118,6 +121,7 @@ def faults(found: Mapping[str, Row]) -> list[str]:
         if row["exit"] != 0:
             continue
         said += [f"{command}: not verified: {reason[:200]}" for reason in row["unverified"][:1]]
+        said += [f"{command}: taken back, a fault of the pass: {site}" for site in row["undone"]]
         if command in QUANTIZED and not row["compared"]:
             said.append(f"{command}: not compared")
         if command in QUANTIZED:
