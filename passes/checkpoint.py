@@ -1,10 +1,10 @@
 """Checkpoints of long runs: a folder with the graph and the records after the latest step.
 
-The folder holds ``manifest.json``, one model, ``step-N.onnx``, and what the latest step has seen of the data so far
-(``stats.kept``). A step writes the model first and then replaces the manifest atomically, so that a killed run leaves a
-valid folder. A run resumes a folder where everything that its results depend on is the same: the source model, the
-data, the options of the run, and the version. The passes done must be the first passes of the run. Otherwise the run
-starts anew.
+The folder holds ``manifest.json``, one model, ``step-N.onnx``, and what the latest step has seen of the data and done
+so far (``stats.kept``, ``quantize.done``). A step writes the model first and then replaces the manifest atomically, so
+that a killed run leaves a valid folder. A run resumes a folder where everything that its results depend on is the same:
+the source model, the data, the options of the run, and the version. The passes done must be the first passes of the
+run. Otherwise the run starts anew.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def clear(folder: str | Path) -> None:
     """Removes a checkpoint, and its folder where the folder holds nothing else."""
     folder = Path(folder)
     remove_leftovers(folder)
-    _remove([folder / MANIFEST, *_models(folder, "step-"), *folder.glob("statistics-*.npz")])
+    _remove(
+        [folder / MANIFEST, *_models(folder, "step-"), *folder.glob("statistics-*.npz"), *folder.glob("rounded-*.npz")]
+    )
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

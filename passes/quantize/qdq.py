@@ -29,7 +29,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit
-from channelfold.passes.layers.formats import FLOAT, INT8, SCALES, Format, positive_scale
+from channelfold.passes.layers.formats import FLOAT, INT8, SCALES, Format, all_finite, positive_scale
 from channelfold.passes.layers.linear import Linear, linears, live_linears
 from channelfold.passes.operators import operator
 from channelfold.passes.quantize import Quantize, QuantizeAttention, QuantizeWeights
@@ -102,7 +102,7 @@ def why_not_int8(linear: Linear) -> str:
     if linear.dtype not in SCALES:
         return f"it computes in {linear.dtype}, expected float32 or float16"
     bias = linear.bias()
-    if not np.isfinite(linear.weight()).all() or (bias is not None and not np.isfinite(bias).all()):
+    if not all_finite(linear.weight()) or (bias is not None and not all_finite(bias)):
         return "its weight or bias holds infinities or NaN"
     return ""
 

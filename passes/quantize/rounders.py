@@ -61,29 +61,32 @@ class Factored:
     def __init__(self, products: np.ndarray):
         self.importance = np.diagonal(products).astype(np.float32)
         self.order = np.argsort(-self.importance, kind="stable")
-        self.factor = _upper_factor(products[np.ix_(self.order, self.order)])
+        self.ratio = _ratio(products, self.order)
 
 
 def gptq(format: Format, dtype: np.dtype, products: np.ndarray | Factored, base: np.ndarray | None = None) -> Rounder:
     """Rounds with ``products``, E[x x^T] (in, in), so that the errors of the inputs of a channel cancel."""
     made = products if isinstance(products, Factored) else Factored(products)
-    importance, order, factor = made.importance, made.order, made.factor
+    importance, order = made.importance, made.order
 
     def round_rows(weight: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         ins = weight.shape[1]
         scales = _scales(weight, format, dtype, importance, True, _of_rows(base, rows))
         steps = np.broadcast_to(format.spread(scales.astype(np.float32), ins), weight.shape)
         codes = np.empty_like(weight)
-        codes[:, order] = _in_order(weight[:, order].T.copy(), steps[:, order].T.copy(), factor, format).T
+        codes[:, order] = _in_order(weight[:, order].T.copy(), steps[:, order].T.copy(), made.ratio, format).T
         return codes.astype(format.dtype), scales
 
     return round_rows
 
 
-def rounded(weight: np.ndarray, rounder: Rounder, format: Format) -> tuple[np.ndarray, np.ndarray]:
-    """(codes like ``weight``, scales (out, groups)) of a weight (out, ...), a part of its channels at a time."""
+def rounded(weight: np.ndarray, rounder: Rounder, format: Format, times: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(codes like ``weight``, scales (out, groups)) of a weight (out, ...), a part of its channels at a time.
+
+    ``times``: as for ``chunks``.
+    """
     codes, scales = np.empty(weight.shape, format.dtype), []
-    for rows in chunks(weight):
+    for rows in chunks(weight, times):
         part = np.asarray(weight[rows], np.float32)
         found, steps = rounder(part.reshape(part.shape[0], -1), rows)
         codes[rows] = found.reshape(part.shape)
@@ -121,32 +124,37 @@ def _scales(
     return best[..., 0]
 
 
-def _upper_factor(products: np.ndarray) -> np.ndarray:
-    """R, upper triangular float32, with R R^T = products + damping; the identity where the products are zero."""
+def _ratio(products: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """R_ji / R_ii, float32, above the diagonal; R upper triangular, with R R^T the ordered products and the damping."""
     mean = float(np.mean(np.diagonal(products)))
     if not mean > 0:
-        return np.eye(len(products), dtype=np.float32)
-    damped = products / mean
-    damped[np.diag_indices_from(damped)] += DAMPING
-    return np.ascontiguousarray(_cholesky(damped[::-1, ::-1])[::-1, ::-1])
+        return np.zeros(products.shape, np.float32)
+    last_first = order[::-1]
+    damped = products[np.ix_(last_first, last_first)].astype(np.float32, copy=False)
+    damped /= np.float32(mean)
+    damped[np.diag_indices_from(damped)] += np.float32(DAMPING)
+    _factorize(damped)
+    ratio = np.ascontiguousarray(damped[::-1, ::-1])
+    ratio /= np.diagonal(ratio).copy()
+    return ratio
 
 
-def _cholesky(matrix: np.ndarray) -> np.ndarray:
-    """The lower Cholesky factor in float32, block by block: products of matrices take a third of LAPACK's time."""
-    factor = np.array(matrix, np.float32)
-    for start in range(0, len(factor), _PANEL):
+def _factorize(matrix: np.ndarray) -> None:
+    """Puts the lower Cholesky factor, float32, in the lower half of a matrix, whose upper half becomes meaningless.
+
+    Block by block: products of matrices take a third of LAPACK's time.
+    """
+    for start in range(0, len(matrix), _PANEL):
         end = start + _PANEL
-        factor[start:, start:end] -= factor[start:, :start] @ factor[start:end, :start].T
-        corner = np.linalg.cholesky(factor[start:end, start:end].astype(np.float64))
-        factor[end:, start:end] = factor[end:, start:end] @ np.linalg.inv(corner).T.astype(np.float32)
-        factor[start:end, start:end] = corner
-    return np.tril(factor)
+        matrix[start:, start:end] -= matrix[start:, :start] @ matrix[start:end, :start].T
+        corner = np.linalg.cholesky(matrix[start:end, start:end].astype(np.float64))
+        matrix[end:, start:end] = matrix[end:, start:end] @ np.linalg.inv(corner).T.astype(np.float32)
+        matrix[start:end, start:end] = corner
 
 
-def _in_order(weight: np.ndarray, steps: np.ndarray, factor: np.ndarray, format: Format) -> np.ndarray:
+def _in_order(weight: np.ndarray, steps: np.ndarray, ratio: np.ndarray, format: Format) -> np.ndarray:
     """The codes, as float32, of ``weight`` (in, out), whose inputs are rounded one after the other."""
     count = len(weight)
-    ratio = factor / np.diagonal(factor)  # R_ji / R_ii
     errors, codes = np.zeros_like(weight), np.empty_like(weight)
     for start in range(0, count, _BLOCK):
         end = min(start + _BLOCK, count)

@@ -19,7 +19,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Outcome
-from channelfold.passes.layers.formats import SCALES, Format
+from channelfold.passes.layers.formats import SCALES, Format, all_finite
 from channelfold.passes.operators import operator
 from channelfold.passes.quantize import Quantize, QuantizeWeights
 from channelfold.passes.quantize.qdq import MIN_CHANNELS, Inserter, excluded
@@ -99,7 +99,7 @@ def _why_float(table: gs.Constant) -> str:
         return f"its table is {table.dtype}, expected float32 or float16"
     if min(table.shape[-2:]) < MIN_CHANNELS:
         return f"its table has fewer than {MIN_CHANNELS} rows or columns"
-    return "" if np.isfinite(read(table)).all() else "its table holds infinities or NaN"
+    return "" if all_finite(read(table)) else "its table holds infinities or NaN"
 
 
 def _reshaped(inserter: Inserter, node: gs.Node, restored: gs.Variable, table: gs.Constant) -> gs.Variable:

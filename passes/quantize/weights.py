@@ -16,7 +16,6 @@ onnxruntime   reads integers inside its kernel (MatMulNBits) where the inputs ar
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,7 +26,8 @@ from channelfold.passes.layers.formats import FORMATS, Format
 from channelfold.passes.layers.linear import Linear, usable
 from channelfold.passes.quantize import QuantizeWeights, calibrators
 from channelfold.passes.quantize.cells import quantize_cells
-from channelfold.passes.quantize.corrected import Corrected, Products
+from channelfold.passes.quantize.done import Done, Rounded
+from channelfold.passes.quantize.inputs import Inputs, Products
 from channelfold.passes.quantize.integers import multiply_integers, why_not_integers
 from channelfold.passes.quantize.qdq import (
     MIN_CHANNELS,
@@ -45,10 +45,11 @@ from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.stats.channels import ChannelMoments
-from channelfold.runtime.stats.covariance import Moments, collect
 from channelfold.runtime.stats.histograms import TensorStatistics
 from channelfold.runtime.stats.observe import by_name
 
+Seen = Products | Rounded | ChannelMoments | None
+_WIDE = 8  # times the usual number of output channels are rounded by GPTQ at once, because it multiplies matrices
 _UNSEEN = "no calibration sample has values other than zero in its activation"
 _OF_TABLES = {"int8": "int8", "fp8": "fp8", "mxfp8": "fp8"}  # all others int4, which every target takes rows of
 _KEPT = {"none": ("int8", "none"), "int8": ("int8", "int8"), "fp8": ("fp8", "fp8"), "fp4": ("fp8", "fp8")}
@@ -91,10 +92,11 @@ class Work(QuantizeWeights):
         for site in [site for site in sites if not limits.get(site.data.name, 1.0)]:
             outcome.refuse(site.name, f"{site.node.op} stays float: {_UNSEEN} ({site.data.name})", _UNSEEN)
         sites = [site for site in sites if limits.get(site.data.name, 1.0)]
-        restored: dict[str, np.ndarray] = {}
-        for linear, seen in self._measured(graph, sites, ctx, restored):
+        made: dict[str, Rounded] = {}
+        for linear, seen in self._measured(graph, sites, ctx, made):
+            made.clear()
             ctx.progress("Quantizing weights", len(kept), len(sites))
-            what = self._quantize(inserter, linear, seen, limits, restored)
+            what = self._quantize(inserter, linear, seen, limits, made)
             outcome.change(linear.name, f"{linear.node.op}: {what}")
             kept.append(linear)
         if quantize_tables(inserter, outcome, self._of_table, self) or kept or cells:
@@ -117,17 +119,19 @@ class Work(QuantizeWeights):
         }
 
     def _measured(
-        self, graph: gs.Graph, sites: list[Linear], ctx: Context, restored: dict[str, np.ndarray]
-    ) -> Iterator[tuple[Linear, Products | ChannelMoments | None]]:
+        self, graph: gs.Graph, sites: list[Linear], ctx: Context, made: dict[str, Rounded]
+    ) -> Iterator[tuple[Linear, Seen]]:
         """Every site with what the data say of its input: E[x x^T] for GPTQ, else E[x^2], None without data.
 
-        With ``correct_inputs`` the caller leaves in ``restored`` the rounded weight of a site before the next site.
+        A site that an interrupted run has rounded comes with its codes. Before it asks for the next site, the caller
+        leaves in ``made`` what became of the site.
         """
         if ctx.calibration is None:
             yield from ((site, None) for site in sites)
             return
         infer_shapes(graph)
-        whole = Snapshot.of(graph).graph()  # the weights of ``graph`` are replaced while the data run
+        before = Snapshot.of(graph)
+        whole = before.graph()  # the weights of ``graph`` are replaced while the data run
         joint: dict[tuple[str, int], list[Linear]] = {}
         alone = []
         for site in sites:
@@ -142,26 +146,26 @@ class Work(QuantizeWeights):
         for site in alone:
             seen = moments[site.data.name, site.in_axis]
             yield site, seen if seen.positions else None
-        if self.correct_inputs and joint:
-            corrected = Corrected(whole, [site for found in joint.values() for site in found], ctx.data)
-            for site, products in corrected.run(ctx.progress):
-                yield site, products
-                if site.name in restored:
-                    corrected.take(site, restored.pop(site.name))
-            return
-        wanted = ((Moments({name: axis}), found[0].channels[1]) for (name, axis), found in joint.items())
-        for group in collect(whole, wanted, ctx.data, ctx.progress):
-            for seen in group:
-                of = functools.cache(functools.partial(Products.of, seen))
-                yield from ((site, of(site.takes_bias)) for site in joint[next(iter(seen.axes.items()))])
+        done = Done(ctx.keep if joint else None, before, ctx.data, self)
+        known = {site.name: found for sites in joint.values() for site in sites if (found := done.find(site))}
+        inputs = Inputs(whole, [site for found in joint.values() for site in found], ctx.data, self.correct_inputs)
+        for site, products in inputs.run(known):
+            yield site, products or known[site.name]
+            if (layer := made.get(site.name)) is None:
+                continue  # it shares the codes of another
+            if products:
+                done.keep(site, layer)
+            if self.correct_inputs:
+                format = self._fitted(self._formats(site.node)[0], site.channels[1])
+                inputs.take(site, format.restored(layer.codes, layer.scales))
 
     def _quantize(
         self,
         inserter: Inserter,
         linear: Linear,
-        seen: Products | ChannelMoments | None,
+        seen: Seen,
         limits: dict[str, float],
-        restored: dict[str, np.ndarray],
+        made: dict[str, Rounded],
     ) -> str:
         """Stores the weight of a linear in its format, and lets it read its activation in another; says how."""
         name, activations = self._formats(linear.node)
@@ -169,22 +173,19 @@ class Work(QuantizeWeights):
         says = f"{name} weight"
         integers = inputs_first and activations == "int8"
         if not (shared := not integers and inserter.shared(linear, inputs_first, name)):
-            weight = linear.weight()
-            format = self._fitted(name, weight.shape[1])
-            later = seen.later if isinstance(seen, Products) else None
-            if isinstance(seen, Products):
-                weight = seen.wanted(weight.reshape(weight.shape[:2])).reshape(weight.shape)
-            base = format.base(weight)
-            codes, scales = rounded(weight, self._rounder(linear, seen, format, base), format)
-            mean = None if seen is None else np.asarray(seen.mean)
-            if later is not None:
-                restored[linear.name] = format.restored(codes, scales)
+            format = self._fitted(name, linear.channels[1] // linear.groups)
+            layer = seen if isinstance(seen, Rounded) else self._rounded(linear, seen, format)
+            made[linear.name] = layer
             if integers:
-                multiply_integers(inserter, linear, codes, scales, format, base, mean, later)
+                multiply_integers(
+                    inserter, linear, layer.codes, layer.scales, format, layer.base, layer.mean, layer.later
+                )
             else:
-                inserter.store(linear, codes, scales, format, mean, name, inputs_first, base, later)
+                inserter.store(
+                    linear, layer.codes, layer.scales, format, layer.mean, name, inputs_first, layer.base, layer.later
+                )
             says += f" in groups of {format.group}" if format.group else ""
-            says += ", GPTQ" if isinstance(seen, Products) else ""
+            says += ", GPTQ" if isinstance(seen, Products | Rounded) else ""
         linear.data.dtype = linear.dtype if activations != "none" else linear.data.dtype
         limit = limits.get(linear.data.name, 0.0)
         if activations == "fp4":
@@ -194,11 +195,20 @@ class Work(QuantizeWeights):
             inserter.activation(linear.data, Range(-limit, limit), [linear.node], floating)
         return says + (", shared" if shared else "") + ("" if activations == "none" else f", {activations} activation")
 
-    def _rounder(
-        self, linear: Linear, seen: Products | ChannelMoments | None, format: Format, base: np.ndarray | None
-    ) -> Rounder:
+    def _rounded(self, linear: Linear, seen: Products | ChannelMoments | None, format: Format) -> Rounded:
+        weight = linear.weight()
         if isinstance(seen, Products):
-            return gptq(format, linear.dtype, seen.factored, base)
+            weight = seen.wanted(weight.reshape(weight.shape[:2])).reshape(weight.shape)
+            base = format.base(weight)
+            codes, scales = rounded(weight, gptq(format, linear.dtype, seen.factored, base), format, times=_WIDE)
+            return Rounded(codes, scales, base, seen.mean, seen.later)
+        base = format.base(weight)
+        codes, scales = rounded(weight, self._by_scale(linear, seen, format, base), format)
+        return Rounded(codes, scales, base, None if seen is None else seen.mean)
+
+    def _by_scale(
+        self, linear: Linear, seen: ChannelMoments | None, format: Format, base: np.ndarray | None
+    ) -> Rounder:
         importance = None
         if seen is not None:
             power = (seen.variance if linear.takes_bias else np.square(seen.rms)).astype(np.float32)

@@ -34,7 +34,7 @@ def _steps(record: Mapping[str, Any], done: Mapping[str, Mapping[str, Any]]) -> 
         yield "Let the nodes that lose most stay in float: --float-share 0.05"
     if weights and weights["options"].get("rounder") != "gptq":
         yield "Round the weights by GPTQ: --rounder gptq, with calibration data"
-    if weights and weights["options"].get("weights") == "int4" and weights["options"].get("group", 0) > 32:
+    if weights and weights["options"].get("weights") == "int4" and (weights["options"].get("group") or 128) > 32:
         yield "Let fewer weights share a scale: --group 32"
     if "prune" in done:
         yield "Cut less: a larger --keep-macs or --keep-params, or --tolerance"

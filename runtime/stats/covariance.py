@@ -20,7 +20,7 @@ the data run again for the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +34,7 @@ from channelfold.runtime.stats.observe import Joint, by_name, check_width, obser
 CHUNK = 1024  # rows multiplied at once
 POSITIONS = 4096  # of one entry along the first axis that are taken
 LIMIT = 2 << 30  # bytes of moments held at a time, and more where there is more memory
+_PANEL = 512  # rows of a sum of products that are made at once
 
 
 @dataclass
@@ -125,6 +126,36 @@ class Moments(Joint):
             self._multiply()
         if not self._counted:
             raise DataError(f"No calibration sample reached {', '.join(map(repr, self.axes))}", "Check the data")
+
+
+class ProductSum:
+    """The sum of A^T B over the rows of many A and B (n, channels): float32 products, summed in float64.
+
+    ``symmetric``: every B is its A, and only the upper half is held, which also halves the work.
+    """
+
+    def __init__(self, channels: int, symmetric: bool = True):
+        self._starts = [(start, start if symmetric else 0) for start in range(0, channels, _PANEL)]
+        self._panels = [np.zeros((min(_PANEL, channels - row), channels - column)) for row, column in self._starts]
+        self._symmetric = symmetric
+
+    def add(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Takes up rows, float32."""
+        for panel, (row, column) in zip(self._panels, self._starts, strict=True):
+            panel += a[:, row : row + len(panel)].T @ b[:, column:]
+
+    def mean(self, count: int, less: Sequence[np.ndarray], plus: Sequence[np.ndarray]) -> np.ndarray:
+        """The sum over ``count``, float32, less the outer product of two vectors and plus that of two, () for none."""
+        channels = sum(map(len, self._panels))
+        found = np.empty((channels, channels), np.float32)
+        for panel, (row, column) in zip(self._panels, self._starts, strict=True):
+            end, part = row + len(panel), panel / count
+            for sign, vectors in ((-1, less), (1, plus)):
+                part += sign * np.outer(vectors[0][row:end], vectors[1][column:]) if vectors else 0.0
+            found[row:end, column:] = part
+            if self._symmetric:
+                found[row:, row:end] = found[row:end, row:].T
+        return found
 
 
 def bytes_of(channels: int) -> int:

@@ -134,10 +134,15 @@ def _show(observers: Mapping[str, Sequence[Observer | Joint]], values: dict[str,
                 else:
                     observer.add(seen)
         except DataError as error:
-            raise DataError(
-                f"Activation {name!r} of sample {index} cannot be used: {error}",
-                "Check that sample, and that the float model computes finite values on it.",
-            ) from None
+            raise unusable(name, index, error) from None
+
+
+def unusable(name: str, index: int, error: DataError) -> DataError:
+    """An error in the values of a tensor, with its name and the number of the sample."""
+    return DataError(
+        f"Activation {name!r} of sample {index} cannot be used: {error}",
+        "Check that sample, and that the float model computes finite values on it.",
+    )
 
 
 def by_name(observers: Iterable[tuple[str, T]]) -> dict[str, list[T]]:

@@ -3,13 +3,14 @@
     values -> segment 1 -> values -> (caller changes nodes of segment 2) -> segment 2 -> values -> …
 
 The data run through the graph once, a segment at a time, all samples through one segment before the next. Between two
-segments only those values are kept that later segments read. So a caller who changes the layers one after the other,
-and looks at what they read then, pays for one run of the data and not for one run a layer.
+segments only those values are kept that later segments read, large ones in a temporary file. So a caller who changes
+the layers one after the other, and looks at what they read then, pays for one run of the data and not for one run a
+layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -18,6 +19,7 @@ from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.files import session
+from channelfold.runtime.io.weights import SPILL_LIMIT, Scratch, stored
 
 
 class Segments:
@@ -32,7 +34,8 @@ class Segments:
         }
         self._reads = [_read(node) for node in graph.nodes]
         self._done = 0
-        self.samples: list[dict[str, np.ndarray]] = [dict(feed) for feed in data]
+        files = Scratch()
+        self.samples: list[dict[str, np.ndarray]] = [_on_disk(feed, files) for feed in data]
 
     @property
     def order(self) -> list[str]:
@@ -40,10 +43,10 @@ class Segments:
         return sorted(self._ends, key=self._ends.__getitem__)
 
     def values(self, name: str) -> Iterator[np.ndarray]:
-        """The values of a tensor on every sample. Tensors are asked for in ``order``."""
-        end = self._ends[name] + 1
-        if end > self._done:
-            self._run(end)
+        """The values of a tensor on every sample. Tensors are asked for in ``order``, some may be left out."""
+        for end in sorted({place + 1 for place in self._ends.values() if place <= self._ends[name]}):
+            if end > self._done:
+                self._run(end)
         for sample in self.samples:
             yield sample[name]
 
@@ -63,12 +66,22 @@ class Segments:
             )
             vars(part).update({key: value for key, value in vars(self._graph).items() if key == "ir_version"})
             run = session(part)
+        files = Scratch()
         for sample in self.samples:
             if outputs:
-                sample |= run.run({tensor.name: sample[tensor.name] for tensor in inputs})
+                sample |= _on_disk(run.run({tensor.name: sample[tensor.name] for tensor in inputs}), files)
             for name in sample.keys() - later:
                 del sample[name]
         self._done = end
+
+
+def _on_disk(values: Mapping[str, np.ndarray], files: Scratch) -> dict[str, np.ndarray]:
+    """The values, large ones as arrays on a file, which goes with the last of them."""
+    found = dict(values)
+    for name, array in found.items():
+        if isinstance(array, np.ndarray) and array.dtype != object and array.nbytes >= SPILL_LIMIT:
+            found[name] = stored(files, array).load()
+    return found
 
 
 def _read(node: gs.Node) -> set[str]:

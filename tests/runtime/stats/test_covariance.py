@@ -7,7 +7,7 @@ from channelfold.runtime.data.sources import Data, open_data
 from channelfold.runtime.errors import DataError
 from channelfold.runtime.io.session import TensorSpec
 from channelfold.runtime.stats import covariance as module
-from channelfold.runtime.stats.covariance import CHUNK, Moments, bytes_of, collect
+from channelfold.runtime.stats.covariance import CHUNK, Moments, ProductSum, bytes_of, collect
 from channelfold.tests.graphs import build
 
 
@@ -153,3 +153,17 @@ class TestCollect:
 
     def test_bytes_bound_the_memory(self):
         assert bytes_of(1920) >= 8 * 2 * 1920**2
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_sum_of_products(monkeypatch, symmetric):
+    monkeypatch.setattr(module, "_PANEL", 4)
+    a, b = np.random.default_rng(0).normal(size=(2, 60, 10)).astype(np.float32)
+    b = a if symmetric else b
+    found = ProductSum(10, symmetric)
+    for start in range(0, 60, 25):
+        found.add(a[start : start + 25], b[start : start + 25])
+    means = a.mean(axis=0), b.mean(axis=0)
+    assert np.allclose(found.mean(60, (), ()), a.T @ b / 60, atol=1e-5)
+    assert np.allclose(found.mean(60, means, ()), (a - means[0]).T @ (b - means[1]) / 60, atol=1e-5)
+    assert np.allclose(found.mean(60, means, means), a.T @ b / 60, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from channelfold.runtime.io.files import session
+from channelfold.runtime.stats import segments
 from channelfold.runtime.stats.segments import Segments
 from channelfold.tests.graphs import build, data_from, samples
 
@@ -64,3 +65,13 @@ def test_an_input_needs_no_run():
     data = samples(graph, 2)
     for values, feed in zip(Segments(graph, ["x"], data).values("x"), data, strict=True):
         assert np.array_equal(values, feed["x"])
+
+
+def test_large_values_lie_on_disk(monkeypatch):
+    graph, data = network(), samples(network(), 2, size=lambda index: 3)
+    plain = list(Segments(graph.copy(), ["r", "p"], data).values("p"))
+    monkeypatch.setattr(segments, "SPILL_LIMIT", 1)
+    found = Segments(graph.copy(), ["r", "p"], data)
+    for values, other in zip(found.values("p"), plain, strict=True):
+        assert np.array_equal(values, other)
+        assert not values.flags.writeable  # mapped
