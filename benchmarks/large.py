@@ -108,7 +108,8 @@ def make(folder: Path, name: str, layers: int | None, half: bool) -> Path:
     """Writes the model, and samples of tokens."""
     shape, path = SHAPES[name], folder / f"{name}.onnx"
     build = Builder(path.with_suffix(".onnx.data"), half)
-    x = build.op("Gather", build.weight(shape.words, shape.width), "tokens")
+    tokens = build.op("Reshape", "tokens", build.constant(np.array([-1])))
+    x = build.op("Gather", build.weight(shape.words, shape.width), tokens)
     for _ in range(layers or shape.layers):
         x = build.layer(x, shape)
     x = build.linear(build.norm(x, shape.width), shape.width, shape.words)
@@ -116,16 +117,13 @@ def make(folder: Path, name: str, layers: int | None, half: bool) -> Path:
     graph = helper.make_graph(
         build.nodes,
         name,
-        [helper.make_tensor_value_info("tokens", TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("tokens", TensorProto.INT64, [1, "n"])],
         [helper.make_tensor_value_info(x, kind, ["n", shape.words])],
         build.tensors,
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
-    data = path.with_suffix(".data")
-    data.mkdir(exist_ok=True)
-    rng = np.random.default_rng(1)
-    for number in range(SAMPLES):
-        np.savez(data / f"{number}.npz", tokens=rng.integers(shape.words, size=TOKENS))
+    tokens = np.random.default_rng(1).integers(shape.words, size=(SAMPLES, TOKENS))
+    np.savez(path.with_suffix(".npz"), tokens=tokens)
     return path
 
 

@@ -26,7 +26,15 @@ from channelfold.passes.fold import (
 )
 from channelfold.passes.prune import Prune, RemoveDeadChannels
 from channelfold.passes.quantize import ClipWeights, Quantize, QuantizeAttention, QuantizeWeights
-from channelfold.passes.smooth import AbsorbBias, Equalize, MergeChannels, ReorderChannels, Smooth, SplitChannels
+from channelfold.passes.smooth import (
+    AbsorbBias,
+    Equalize,
+    MergeChannels,
+    ReorderChannels,
+    Rotate,
+    Smooth,
+    SplitChannels,
+)
 from channelfold.passes.sparsify import Sparsify
 
 PASSES: dict[str, type[Pass]] = {
@@ -34,7 +42,7 @@ PASSES: dict[str, type[Pass]] = {
     for cls in (
         *(FoldConstants, TakeBranch, InlineFunctions, RewriteEinsum, FoldShapes, RemoveIdentities, MergeMoves),
         *(MergeEqual, FoldPad, FoldAffine, ReparameterizeFfn, Equalize, AbsorbBias, Smooth, MergeConvs),
-        *(SplitChannels, MergeChannels, ReorderChannels, ClipWeights, RemoveDeadChannels, Prune, Sparsify),
+        *(SplitChannels, MergeChannels, ReorderChannels, Rotate, ClipWeights, RemoveDeadChannels, Prune, Sparsify),
         *(ApproximateFfn, QuantizeAttention, Quantize, QuantizeWeights, Cast, OwnCache),
     )
 }

@@ -4,6 +4,7 @@
     equalize                                                          pass equalize; on request, absorb-bias
     split-merge                                                       pass split-channels; on request, merge-channels
     reorder                                                           pass reorder-channels
+    rotate                                                            pass rotate
 
 The passes on request change the function a little; all other passes are exact.
 """
@@ -60,6 +61,7 @@ METHODS = {
         "merge-channels",
     ),
     "reorder": Method("reorder-channels"),
+    "rotate": Method("rotate", ("roll_back",)),
 }
 
 

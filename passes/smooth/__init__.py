@@ -1,4 +1,4 @@
-"""Channels scaled, shifted, split, merged and sorted, so that quantization loses less.
+"""Channels scaled, shifted, split, merged, sorted and rotated, so that quantization loses less.
 
 smooth             y = W x + b = (W diag(s)) ((x - z) / s) + (b + W z)
 equalize           y = W2 relu(W1 x + b) = (W2 diag(s)) relu(diag(1/s) (W1 x + b)),   s = sqrt(r1 / r2)
@@ -6,6 +6,7 @@ absorb-bias        y = W2 relu(W1 x + b1) + b2 = W2 relu(W1 x + b1 - c) + b2 + W
 split-channels     w x = T (w (x / T)): an outlier channel becomes T smaller ones
 merge-channels     w_i x_i + w_j x_j ~ (w_i + w_j) (x_i + x_j) / 2
 reorder-channels   q . k = (P q) . (P k),   W_o v = (W_o P^T) (P v)
+rotate             W n(x) = (W Q) n(Q^T x),   n(x) = x / sqrt(mean(x^2))
 """
 
 from __future__ import annotations
@@ -92,3 +93,12 @@ class ReorderChannels(Pass):
     """Sorts the channels of keys and values by magnitude inside each attention head."""
 
     name, kind, does_it = "reorder-channels", "exact", "reorder"
+
+
+@dataclass(frozen=True)
+class Rotate(Pass):
+    """Rotates the residual stream of a model with RMS norms by a Hadamard matrix, which spreads outlier channels."""
+
+    name, kind, does_it = "rotate", "exact", "rotate"
+
+    roll_back: bool = option(True, "Take back what makes the quantized outputs no better.")

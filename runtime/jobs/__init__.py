@@ -151,7 +151,7 @@ def smooth(
 ) -> Record:
     """Scales the channels of activations for quantization, without quantizing. Writes ``out``.
 
-    ``passes.smooth_methods`` has the methods and their ``options``. equalize and reorder need no data.
+    ``passes.smooth_methods`` has the methods and their ``options``. equalize, reorder and rotate need no data.
     """
     passes = _with_own_cache(methods.passes_of(method, options or {}))
     return _transformed("smooth", model, out, passes, source, progress, nothing="No channel was changed").record

@@ -10,7 +10,7 @@ from channelfold.runtime.report.tables import Page
 
 _FEW = 64  # calibration samples below which more of them are worth a try
 _NOISE = 3.0  # dB that exact arithmetic must be better for this machine to be the cause
-_SMOOTHING = ("smooth", "smooth-activations", "equalize", "split-merge", "reorder-channels")
+_SMOOTHING = ("smooth", "smooth-activations", "equalize", "split-merge", "reorder-channels", "rotate")
 
 
 def next_steps(record: Mapping[str, Any]) -> list[str]:
