@@ -15,6 +15,7 @@ Passes run from top to bottom. A good order is
     constants, identities                        remove nodes between linears
     reparameterize-ffn                           replaces linears, and folds the norms around them
     pads, affine maps                            leave less to scale
+    rotate                                       mixes all channels of a stream
     equalize, smooth                             move shifts and scales into weights and norms
     split-channels, merge-channels, reorder      choose by the ranges after scaling
     clip-weights                                 clips the final weights
@@ -51,6 +52,7 @@ _TAKEN_BACK = {
     ("smooth", "fold-affine"): "folds the Mul nodes that allow_insert lets it insert back into the weights",
     ("smooth", "reparameterize-ffn"): "multiplies the weights it has scaled with each other",
     ("smooth", "equalize"): "gives the channels that both find other scales, which suit the weights alone",
+    ("smooth", "rotate"): "mixes the channels that it scales with all others",
     ("reorder-channels", "smooth"): "scales channels that are sorted by their size",
     ("reorder-channels", "equalize"): "scales channels that are sorted by their size",
 }

@@ -147,7 +147,7 @@ def test_what_is_refused(old, new, reason):
 def test_what_does_not_pay_is_taken_back(pays):
     """int4 represents weights of one size as they are; two inputs that are far larger take all codes of the others."""
     shapes = {name: WEIGHTS[name] for name in "ZQOUDH"}
-    weights = {name: np.sign(random(shape, name)) for name, shape in shapes.items()}
+    weights: dict[str, Any] = {name: np.sign(random(shape, name)) for name, shape in shapes.items()}
     for name in "QUH" if pays else "":
         weights[name] = random(shapes[name], name) * np.where(np.arange(24) % 12 == 3, 30, 1)[:, None]
     step = QuantizeWeights(weights="int4", group=32, rounder="nearest", embeddings=False)
