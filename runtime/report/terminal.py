@@ -30,8 +30,9 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                  advice: {sites, nodes, gain in dB, command} or null}
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   verdicts: {how linear nodes run: count}, dequantized_first: [node],
-                  plan: {readable, reason, int8, total, not_int8: [{node, runs_as}],
-                         nodes: [{node, runs_as, kernel, operands: types}]}}]
+                  plan: {readable, reason, int8, total, not_int8: [{node, runs_as, because: rules broken, likely}],
+                         nodes: [{node, runs_as, kernel, operands: types}]},
+                  cost, kernels: see jobs/engines.py}]
     latency     [{name, ms}]         the others are compared with the first
     bench       {threads: null for all, rows: [{model, batch, ms, low, high: the middle half, runs, memory, bytes,
                  parameters, macs, weights: {type: bytes}}]}
@@ -61,6 +62,7 @@ from channelfold.runtime.io.files import writing
 from channelfold.runtime.report import (
     advice,
     benching,
+    costs,
     demo,
     explanation,
     inspection,
@@ -244,14 +246,20 @@ def _engines(record: Mapping[str, Any], page: Page) -> None:
             page.say((f"{_sm(engine)}: {plan['reason']}", "yellow"))
         elif plan["not_int8"]:
             page.say((f"quantized, but not run as int8 on {_sm(engine)}:", "yellow"))
-            page.nodes([(node["node"], f"runs as {node['runs_as']}") for node in plan["not_int8"]], _EXCEPTIONS)
+            page.nodes([(node["node"], _told(node)) for node in plan["not_int8"]], _EXCEPTIONS)
         if nodes := engine.get("dequantized_first"):
             page.say((f"written out in front of every product, no faster than float on {_sm(engine)}:", "yellow"))
             page.nodes([(node, "dequantized first") for node in nodes], _EXCEPTIONS)
     _kernels(record["engines"], page)
+    costs.show(record["engines"], page)
     for engine in record["engines"]:
         if engine.get("accuracy"):
             _comparison(f"Accuracy of {Path(engine['path']).name} on the GPU", engine["accuracy"], page)
+
+
+def _told(node: Mapping[str, Any]) -> str:
+    broken = f"; likely because it breaks: {node['because']}" if node.get("because") else ""
+    return f"runs as {node['runs_as']}{broken}"
 
 
 def _kernels(engines: Sequence[Mapping[str, Any]], page: Page) -> None:
