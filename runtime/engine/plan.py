@@ -88,7 +88,7 @@ class NodeRun:
 class PlanReport:
     """``nodes``: how each of the requested ONNX nodes runs. ``reason`` says why a plan is not ``readable``.
 
-    ``kernels``: all that the engine launches; the inspector does not tell their products.
+    ``kernels``: all that the engine launches; the inspector does not tell their products. ``sm``: the GPU, if named.
     """
 
     readable: bool
@@ -96,6 +96,7 @@ class PlanReport:
     source: Literal["plan", "inspector"] = "plan"
     nodes: dict[str, NodeRun] = field(default_factory=dict)
     kernels: list[Kernel] = field(default_factory=list)
+    sm: int | None = None
 
     @property
     def wrong(self) -> list[str]:
@@ -145,9 +146,9 @@ def read_plan(
     except (OSError, ValueError) as error:
         return PlanReport(False, f"the plan cannot be read ({error})")
     ops = [_plan_op(program, call) for program in found for call in program.calls]
-    return (
-        replace(report, kernels=kernels(found, shapes)) if (report := _report(ops, nodes, "plan")).readable else report
-    )
+    report = _report(ops, nodes, "plan")
+    sm = next((program.sm for program in found if program.sm), None)
+    return replace(report, kernels=kernels(found, shapes), sm=sm) if report.readable else report
 
 
 def read_inspector(layers: str, nodes: Mapping[str, str]) -> PlanReport:

@@ -34,8 +34,9 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                          nodes: [{node, runs_as, kernel, operands: types}]},
                   cost, kernels: see jobs/engines.py}]
     latency     [{name, ms}]         the others are compared with the first
-    bench       {threads: null for all, rows: [{model, batch, ms, low, high: the middle half, runs, memory, bytes,
-                 parameters, macs, weights: {type: bytes}}]}
+    bench       {threads: null for all, rows: [{model, batch, ms, low, high: the middle half, runs, memory (null for
+                 engines), bytes, parameters, macs, weights: {type: bytes}}], unmeasured: why engines were not timed,
+                 nodes: {model: [{name, op, ms}]}}
     lint        {target, sm, errors, warnings, notes: counts of findings, findings: [{rule, level, node, detail,
                  checks, consequence, fix, repairable}]}; of a repair also before: the counts,
                  fixed: [{rule, fix, nodes}]
@@ -233,7 +234,7 @@ def _engines(record: Mapping[str, Any], page: Page) -> None:
         plan = engine["plan"]
         int8 = f"{plan['int8']} of {plan['total']} nodes" if plan["readable"] else "not readable"
         style = "green" if plan["readable"] and plan["int8"] == plan["total"] else "yellow"
-        cost = size(engine["bytes"]), f"{engine['seconds']:.0f} s"
+        cost = size(engine["bytes"]), number(engine["seconds"], "{:.0f} s")
         rows.append((Path(engine["path"]).name, _sm(engine), *cost, (int8, style)))
     page.fill("Engines", ("<for", ">size", ">build", "<runs as int8"), rows)
     page.note(f"built with {', '.join(dict.fromkeys(engine['backend'] for engine in record['engines']))}")
@@ -275,8 +276,10 @@ def _kernels(engines: Sequence[Mapping[str, Any]], page: Page) -> None:
             kernels = dict.fromkeys(row["kernel"] for row in found if row and row["kernel"])
             rows.append((name, *told, ", ".join(kernels)))
     if rows:
+        apart = len({engine["sm"] for engine in readable}) == len(readable)
+        headings = [_sm(engine) if apart else page.name(Path(engine["path"]).name, taken=60) for engine in readable]
         page.blank()
-        page.fill("Nodes run as", (*(f"<{_sm(engine)}" for engine in readable), "<kernel"), rows)
+        page.fill("Nodes run as", (*(f"<{heading}" for heading in headings), "<kernel"), rows)
 
 
 def _sm(engine: Mapping[str, Any]) -> str:
