@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def truth(options: tuple[str, ...]) -> float:
 @pytest.fixture
 def learned(monkeypatch: pytest.MonkeyPatch) -> latency.Latency:
     """The model of planted times. The profiler is ten times too slow."""
-    weights = {f"W{i}": np.ones((w, v)) for i, (w, v) in enumerate(itertools.pairwise([*WIDTHS, 8]))}
+    weights: dict[str, Any] = {f"W{i}": np.ones((w, v)) for i, (w, v) in enumerate(itertools.pairwise([*WIDTHS, 8]))}
     text = "\n".join(f"t{i} = MatMul({'x' if not i else f't{i - 1}'}, W{i})" for i in range(SITES))
     graph = build(f"(float[n,{WIDTHS[0]}] x) => (float[] t{SITES - 1})", text, kind="float", **weights)
     for place, node in enumerate(graph.nodes):
