@@ -1,10 +1,10 @@
 """The search of ``compress``: front, proof and choice, as a record.
 
 ``record["search"]``: {loss: what it is, options, limits, met, samples: {sensitivity, steering, proof}, runs (of one
-sample), kappa_db, points: [{bytes, cost, latency, latency_predicted, smooth, options: {option: share of the bytes},
-predicted_db, error_db, snr_db, agreement, loss, low, high, proof (the same figures on other samples, or null),
-chosen}], sites: [{nodes, option, bytes, snr_db, better: {option, bytes, snr_db} or null}]}. Bytes of a point are those
-of its file, nearly; cost and latency are relative to float, and null where there is no limit of time.
+sample), kappa_db, points: [{bytes, cost, latency, smooth, options: {option: share of the bytes}, predicted_db,
+error_db, snr_db, agreement, loss, low, high, proof (the same figures on other samples, or null), chosen}], sites:
+[{nodes, option, bytes, snr_db, better: {option, bytes, snr_db} or null}]}. Bytes of a point are those of its file,
+nearly; cost and latency are relative to float.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from channelfold.passes.layers.switchboard import FLOAT
 from channelfold.passes.recipe import make
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.front import Point, cheapest, front, most_accurate, uniform
-from channelfold.passes.search.latency import Latency, learned
 from channelfold.passes.search.proof import Figures, Limits, Split, refined, undominated
 from channelfold.runtime.data.npz import read_headers
 from channelfold.runtime.data.sources import Data, call_script
@@ -76,7 +75,6 @@ class _Searching:
     bytes_beside: int
     smoothed: bool = False
     clock: Callable[[Point], float] | None = None
-    latency: Latency | None = None
     times: dict[Point, float] = field(default_factory=dict)
     measured: list[Figures] = field(default_factory=list)
     proved: dict[Point, Figures] = field(default_factory=dict)
@@ -95,10 +93,6 @@ class _Searching:
         first = [*uniform(self.sites), *front(self.sites, max(4, self.trials // 2))]
         if self.limits.max_size is not None:
             first.append(self._within(self.limits.max_size))
-        if self.clock and self.latency and self.limits.max_latency is not None:
-            self.times = self.latency.search(self.sites, self.limits.max_latency, self.clock)
-            self.latency = self.latency.corrected(self.times)
-            first += self.times
         self.measured = self.steering.measured(first, self.sites)
         if self.limits.of_accuracy:
             left = max(2, self.trials - self.trials // 2)
@@ -110,9 +104,7 @@ class _Searching:
                 left,
             )
         if self.clock:
-            self.times |= {
-                f.point: self.clock(f.point) for f in undominated(self.measured) if f.point not in self.times
-            }
+            self.times = {f.point: self.clock(f.point) for f in undominated(self.measured)}
         return self._proved()
 
     def small(self, point: Point) -> bool:
@@ -203,9 +195,7 @@ def find(job: Job, passes: Sequence[Pass], given: Mapping[str, Any], search: Sea
                 found, splits[0], splits[1], limits, search.trials, whole - found.board.size({}), number > 0
             )
             if search.max_latency is not None:
-                feed = steering[0][0]
-                work.clock = functools.partial(written.latency, feed=feed)
-                work.latency = learned(job.model, start, found.sites, written.of, feed)
+                work.clock = functools.partial(written.latency, feed=steering[0][0])
             chosen = work.run()
             record = _record(work, chosen)
             mix = choices.recipe(steps, found.passes, start, found.board, chosen.point.chosen(work.sites))
@@ -355,7 +345,6 @@ def _told_point(work: _Searching, figures: Figures, chosen: Figures) -> dict[str
         "cost": point.cost,
         "smooth": work.smoothed,
         "latency": work.times.get(point),
-        "latency_predicted": work.latency.share(point.options) if work.latency else None,
         "options": shares,
         "predicted_db": float(decibels(point.predicted)),
         **_figures(figures),
