@@ -360,12 +360,21 @@ def report(jobs: Any, progress: Any, first: str, second: str | None, show: bool)
     show_default=True,
     help="Runs of each model, in turns; ends after 10 seconds.",
 )
+@click.option(
+    "--engine", "engines", multiple=True, metavar="ENGINE", type=click.Path(), help="An engine of a model. Repeatable."
+)
+@click.option("--sm", type=int, metavar="SM", help=f"Build an engine of every model for the sample. {opt.SM}")
+@click.option("--nodes", is_flag=True, help="Show which nodes and operators take the time.")
+@click.option("--record", "keep", metavar="FILE", type=click.Path(), help="Write the times of all nodes, as JSON.")
 @opt.seed
 def bench(jobs: Any, progress: Any, models: tuple[str, ...], **options: Any) -> Any:
-    """Time models in turns in ONNX Runtime, on this machine.
+    """Time models in turns in ONNX Runtime, on this machine; engines as well, where it has a GPU.
 
     Shows medians and the middle half, peak memory, multiply-accumulates, parameters and weight bytes by type. Runs in
     turns make a change of the machine's speed affect all models alike.
+
+    Of engines, also what their plans tell without a GPU: kernels, products by type, traffic in bytes, and how the
+    times of two engines compare by a model of the GPU.
     """
     return jobs.bench(models, source=_source(jobs, options), progress=progress, **options)
 

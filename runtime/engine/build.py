@@ -330,7 +330,8 @@ def build(
         request[key] = {name: astuple(shape) for name, shape in (ranges or {}).items()}
     with files.writing(engine) as file:
         done = _run(request | {"engine": file.name}, model.name, progress)
-    report = read_plan(engine, nodes) if chosen.name == "tensorrt_rtx" else inspect(engine, nodes, chosen.name)
+    tuned = {name: shape.opt for name, shape in (shapes or {}).items()}
+    report = read_plan(engine, nodes, tuned) if chosen.name == "tensorrt_rtx" else inspect(engine, nodes, chosen.name)
     return Engine(
         path=str(engine),
         sm=local_gpu()[0] if chosen.target == "gpu" else chosen.target,

@@ -360,16 +360,20 @@ def inspect(
 def bench(
     models: Sequence[PathLike],
     *,
-    batches: Sequence[int] = (),
-    threads: int | None = None,
-    rounds: int = 50,
+    engines: Sequence[PathLike] = (),
+    keep: PathLike | None = None,
     source: Source = Source(),
     progress: Progress = no_progress,
+    **asked: Any,
 ) -> Record:
-    """Times models in turns in ONNX Runtime, on a sample of the evaluation data, else a random one, in each batch."""
+    """Times models and ``engines`` of them in turns, on a sample of the evaluation data, else a random one.
+
+    ``keep``: a file for the times of all nodes. ``asked``: the other fields of ``bench_models.Bench``.
+    """
     if not models:
         raise UsageError("There is no model to measure", "Give one or more")
-    return benching.run(list(map(Path, models)), batches, threads, rounds, source, progress)
+    given = benching.Bench(engines=tuple(map(Path, engines)), keep=None if keep is None else Path(keep), **asked)
+    return benching.run(list(map(Path, models)), given, source, progress)
 
 
 def lint(

@@ -1,13 +1,20 @@
-"""The job of the command bench: models timed in turns in ONNX Runtime, their memory, their weights by type."""
+"""The job of the command bench: models and engines timed in turns, their memory, weights by type, nodes by time.
+
+Engines are timed where there is a GPU that runs them. Without one, ``bench.unmeasured`` says why, and the costs that
+their plans tell are all there is.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import math
 import multiprocessing
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +23,151 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.runtime.data.probes import random_data
+from channelfold.runtime.data.sources import open_data
+from channelfold.runtime.engine import build as tensorrt
+from channelfold.runtime.engine.plan import contractions, read_plan
+from channelfold.runtime.engine.run import EngineSession
 from channelfold.runtime.errors import DataError, UsageError
-from channelfold.runtime.io import files
+from channelfold.runtime.io import files, temporary
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.facts import model_facts
+from channelfold.runtime.io.outputs import check_kind
 from channelfold.runtime.io.session import Feed, Session, TensorSpec
 from channelfold.runtime.io.weights import bits
+from channelfold.runtime.jobs import engines as engine_records
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.job import Job, Progress, Record, Source
-from channelfold.runtime.stats.bench import latencies
+from channelfold.runtime.stats.bench import Latency, latencies
+from channelfold.runtime.stats.profile import profiles
+
+_PACKAGE = "tensorrt_rtx"
 
 
-def run(
-    paths: Sequence[Path], batches: Sequence[int], threads: int | None, rounds: int, source: Source, progress: Progress
-) -> Record:
+@dataclass(frozen=True)
+class Bench:
+    """What to measure. ``engines``: files built from the models; ``sm``: the GPU for which one of each is built.
+
+    ``nodes``: time the nodes of the models too. ``keep``: the file that gets the times of all nodes and layers.
+    """
+
+    batches: Sequence[int] = ()
+    threads: int | None = None
+    rounds: int = 50
+    engines: tuple[Path, ...] = ()
+    sm: int | None = None
+    nodes: bool = False
+    keep: Path | None = None
+
+
+def run(paths: Sequence[Path], asked: Bench, source: Source, progress: Progress) -> Record:
     """The record of a measurement: see ``jobs.bench``."""
     job = Job("bench", paths[0], progress, source)
+    if asked.keep is not None:
+        check_kind(asked.keep, "a table of times")
     data = job.open("evaluation", source.evaluation)
     feed = next(iter(data if data is not None else random_data(job.inputs, 1, seed=source.seed)))
-    rows: list[dict[str, Any]] = []
+    bench: dict[str, Any] = {"threads": asked.threads, "rows": []}
     facts = [_facts(path) for path in paths]
     names = list(map(str, paths)) if len({path.name for path in paths}) < len(paths) else [path.name for path in paths]
-    for batch in batches or [0]:
-        whole = _batched(feed, job.inputs, batch) if batch else feed
-        sessions = {name: Session(path, threads=threads) for name, path in zip(names, paths, strict=True)}
-        runs = {name: functools.partial(s.run, s.accepted(whole)) for name, s in sessions.items()}
-        timed = latencies(runs, rounds=rounds, progress=progress)
-        del runs, sessions
-        for found, path, fact in zip(timed, paths, facts, strict=True):
-            size = {"batch": batch or _first(whole), "memory": _memory(path, whole, threads)}
-            rows.append({"model": found.name, "ms": found.ms, "low": found.low, "high": found.high, **size, **fact})
-            rows[-1]["runs"] = found.runs
-    job.record["bench"] = {"threads": threads, "rows": rows}
+    models = dict(zip(names, paths, strict=True))
+    with temporary.folder() as folder:
+        built = [] if asked.sm is None else _built(job, paths, asked.sm, feed, folder)
+        engines = [*built, *asked.engines]
+        job.record["engines"] += [_told(engine, paths, feed) for engine in asked.engines]
+        bench["unmeasured"] = _why_not(engines)
+        timed_engines = [] if bench["unmeasured"] else engines
+        for batch in asked.batches or [0]:
+            whole = _batched(feed, job.inputs, batch) if batch else feed
+            timed = _timed(models, timed_engines, whole, asked, progress)
+            for number, found in enumerate(timed):
+                row = {"model": found.name, "ms": found.ms, "low": found.low, "high": found.high, "runs": found.runs}
+                row |= {"batch": batch or _first(whole), "memory": None}
+                if number < len(paths):
+                    row |= {"memory": _memory(paths[number], whole, asked.threads), **facts[number]}
+                bench["rows"].append(row)
+        if asked.nodes or asked.keep is not None:
+            bench["nodes"] = _nodes(models, timed_engines, feed, asked, progress)
+    if asked.keep is not None:
+        with files.writing(asked.keep) as file:
+            table = {"environment": job.record["environment"], "nodes": bench["nodes"]}
+            file.write(json.dumps({"schema": 1, **table}, indent=1).encode())
+    job.record["bench"] = bench
     return job.record
+
+
+def _built(job: Job, paths: Sequence[Path], sm: int, feed: Feed, folder: Path) -> list[Path]:
+    """An engine of every model for the shapes of a feed; the record gets what their plans tell."""
+    found = []
+    for number, path in enumerate(paths):
+        own = Job("bench", path, job.progress, job.source)
+        own.calibration = open_data([{spec.name: feed[spec.name] for spec in own.inputs}], own.inputs)
+        found.append(folder / f"{number}.{path.stem}.sm{sm}.engine")
+        own.build(path, found[-1], sm, {})
+        entry = own.record["engines"][0] | {"path": path.with_suffix(f".sm{sm}.engine").name}
+        job.record["engines"].append(entry)
+        job.warn(*own.record["warnings"])
+    return found
+
+
+def _told(engine: Path, paths: Sequence[Path], feed: Feed) -> dict[str, Any]:
+    """The record of a file that was built before, from the one of the models whose nodes it names most of."""
+    try:
+        size = engine.stat().st_size
+    except OSError as error:
+        raise UsageError(
+            f"{engine} cannot be read ({error.strerror})", "Give an engine that build has written"
+        ) from None
+    shapes = {name: values.shape for name, values in feed.items()}
+    named = {node for kernel in read_plan(engine, {}, shapes).kernels for node in kernel.nodes}
+    graphs = [files.load(path) for path in paths]
+    graph = max(graphs, key=lambda graph: len(named & {node.name for part in all_graphs(graph) for node in part.nodes}))
+    report = read_plan(engine, contractions(graph), shapes)
+    return {
+        "sm": report.sm,
+        "path": str(engine),
+        "bytes": size,
+        "seconds": None,
+        "backend": _PACKAGE if report.readable else "unknown",
+        **engine_records.told(report, graph, report.sm),
+    }
+
+
+def _why_not(engines: Sequence[Path]) -> str:
+    """Why engines are not timed; empty where they are, or where there are none."""
+    sm, reason = tensorrt.local_gpu()
+    return reason if engines and sm is None else ""
+
+
+def _timed(
+    models: dict[str, Path], engines: Sequence[Path], feed: Feed, asked: Bench, progress: Progress
+) -> list[Latency]:
+    """The latencies of models, then of engines, all in turns."""
+    with contextlib.ExitStack() as stack:
+        sessions = {name: Session(path, threads=asked.threads) for name, path in models.items()}
+        runs: dict[str, Any] = {name: functools.partial(s.run, s.accepted(feed)) for name, s in sessions.items()}
+        for path in engines:
+            session = stack.enter_context(EngineSession(path, _package(path)))
+            runs[path.name] = functools.partial(session.timed, feed)
+        return latencies(runs, rounds=asked.rounds, progress=progress)
+
+
+def _package(engine: Path) -> str:
+    """The package that has built an engine: only the plans of one of them are readable."""
+    return _PACKAGE if read_plan(engine, {}).readable else "tensorrt"
+
+
+def _nodes(
+    models: dict[str, Path], engines: Sequence[Path], feed: Feed, asked: Bench, progress: Progress
+) -> dict[str, list[dict[str, Any]]]:
+    """By model and engine, the nodes or layers in the order in which they run, with their times."""
+    timed = profiles(models, feed, threads=asked.threads, rounds=asked.rounds, progress=progress)
+    found = {name: [{"name": n.name, "op": n.op, "ms": n.ms} for n in nodes] for name, nodes in timed.items()}
+    for path in engines:
+        with EngineSession(path, _package(path), layers=True) as session:
+            layers = session.run(feed)
+        pairs = zip(layers["names"].tolist(), layers["ms"].tolist(), strict=True)
+        found[path.name] = [{"name": name, "op": "layer", "ms": ms} for name, ms in pairs]
+    return found
 
 
 def _facts(path: Path) -> dict[str, Any]:

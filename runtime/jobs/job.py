@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +53,7 @@ from channelfold.runtime.io.front import Front, unknown
 from channelfold.runtime.io.outputs import check_folder, check_kind
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.shapes import check_sizes, squeeze_weights
+from channelfold.runtime.jobs import engines
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.own_cache import Owned, uncut
 from channelfold.runtime.report import advice
@@ -373,7 +373,7 @@ class Job:
                 sparse_weights=sparse_weights,
                 progress=self.progress,
             )
-            entry = _engine_entry(built, inspection.int8_nodes(files.load(source)))
+            entry = engines.entry(built, files.load(source))
             if built.plan.wrong:
                 engine.unlink()
                 raise refusal(model.name, dict.fromkeys(built.plan.wrong, FIRST_SCALES))
@@ -458,31 +458,3 @@ class Job:
 
     def warn(self, *texts: str) -> None:
         self.record["warnings"] += [text for text in texts if text not in self.record["warnings"]]
-
-
-def _engine_entry(engine: tensorrt.Engine, int8: Sequence[str]) -> Record:
-    """The record of an engine. ``total`` counts the nodes that are int8 in the file."""
-    runs = {node: engine.plan.nodes[node].arithmetic for node in int8 if node in engine.plan.nodes}
-    others = [{"node": node, "runs_as": runs_as} for node, runs_as in runs.items() if runs_as != "int8"]
-    plan = {
-        "readable": engine.plan.readable,
-        "reason": engine.plan.reason,
-        "int8": len(runs) - len(others),
-        "total": len(runs),
-        "not_int8": others,
-        "nodes": [
-            {"node": node, "runs_as": run.verdict, "kernel": run.op, "operands": list(run.operands)}
-            for node, run in engine.plan.nodes.items()
-        ],
-    }
-    verdicts = {node: run.verdict for node, run in engine.plan.nodes.items()}
-    return {
-        "sm": engine.sm,
-        "verdicts": dict(sorted(Counter(verdicts.values()).items())),
-        "dequantized_first": [node for node, verdict in verdicts.items() if verdict == "dequantized first"],
-        "path": engine.path,
-        "bytes": engine.size,
-        "seconds": engine.seconds,
-        "backend": f"{engine.backend} {engine.version}",
-        "plan": plan,
-    }

@@ -30,11 +30,13 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                  advice: {sites, nodes, gain in dB, command} or null}
     engines     [{sm (null: any), path, bytes, seconds, backend, accuracy (null without its GPU; as above),
                   verdicts: {how linear nodes run: count}, dequantized_first: [node],
-                  plan: {readable, reason, int8, total, not_int8: [{node, runs_as}],
-                         nodes: [{node, runs_as, kernel, operands: types}]}}]
+                  plan: {readable, reason, int8, total, not_int8: [{node, runs_as, because: rules broken, likely}],
+                         nodes: [{node, runs_as, kernel, operands: types}]},
+                  cost, kernels: see jobs/engines.py}]
     latency     [{name, ms}]         the others are compared with the first
-    bench       {threads: null for all, rows: [{model, batch, ms, low, high: the middle half, runs, memory, bytes,
-                 parameters, macs, weights: {type: bytes}}]}
+    bench       {threads: null for all, rows: [{model, batch, ms, low, high: the middle half, runs, memory (null for
+                 engines), bytes, parameters, macs, weights: {type: bytes}}], unmeasured: why engines were not timed,
+                 nodes: {model: [{name, op, ms}]}}
     lint        {target, sm, errors, warnings, notes: counts of findings, findings: [{rule, level, node, detail,
                  checks, consequence, fix, repairable}]}; of a repair also before: the counts,
                  fixed: [{rule, fix, nodes}]
@@ -61,6 +63,7 @@ from channelfold.runtime.io.files import writing
 from channelfold.runtime.report import (
     advice,
     benching,
+    costs,
     demo,
     explanation,
     inspection,
@@ -231,7 +234,7 @@ def _engines(record: Mapping[str, Any], page: Page) -> None:
         plan = engine["plan"]
         int8 = f"{plan['int8']} of {plan['total']} nodes" if plan["readable"] else "not readable"
         style = "green" if plan["readable"] and plan["int8"] == plan["total"] else "yellow"
-        cost = size(engine["bytes"]), f"{engine['seconds']:.0f} s"
+        cost = size(engine["bytes"]), number(engine["seconds"], "{:.0f} s")
         rows.append((Path(engine["path"]).name, _sm(engine), *cost, (int8, style)))
     page.fill("Engines", ("<for", ">size", ">build", "<runs as int8"), rows)
     page.note(f"built with {', '.join(dict.fromkeys(engine['backend'] for engine in record['engines']))}")
@@ -244,14 +247,20 @@ def _engines(record: Mapping[str, Any], page: Page) -> None:
             page.say((f"{_sm(engine)}: {plan['reason']}", "yellow"))
         elif plan["not_int8"]:
             page.say((f"quantized, but not run as int8 on {_sm(engine)}:", "yellow"))
-            page.nodes([(node["node"], f"runs as {node['runs_as']}") for node in plan["not_int8"]], _EXCEPTIONS)
+            page.nodes([(node["node"], _told(node)) for node in plan["not_int8"]], _EXCEPTIONS)
         if nodes := engine.get("dequantized_first"):
             page.say((f"written out in front of every product, no faster than float on {_sm(engine)}:", "yellow"))
             page.nodes([(node, "dequantized first") for node in nodes], _EXCEPTIONS)
     _kernels(record["engines"], page)
+    costs.show(record["engines"], page)
     for engine in record["engines"]:
         if engine.get("accuracy"):
             _comparison(f"Accuracy of {Path(engine['path']).name} on the GPU", engine["accuracy"], page)
+
+
+def _told(node: Mapping[str, Any]) -> str:
+    broken = f"; likely because it breaks: {node['because']}" if node.get("because") else ""
+    return f"runs as {node['runs_as']}{broken}"
 
 
 def _kernels(engines: Sequence[Mapping[str, Any]], page: Page) -> None:
@@ -267,8 +276,10 @@ def _kernels(engines: Sequence[Mapping[str, Any]], page: Page) -> None:
             kernels = dict.fromkeys(row["kernel"] for row in found if row and row["kernel"])
             rows.append((name, *told, ", ".join(kernels)))
     if rows:
+        apart = len({engine["sm"] for engine in readable}) == len(readable)
+        headings = [_sm(engine) if apart else page.name(Path(engine["path"]).name, taken=60) for engine in readable]
         page.blank()
-        page.fill("Nodes run as", (*(f"<{_sm(engine)}" for engine in readable), "<kernel"), rows)
+        page.fill("Nodes run as", (*(f"<{heading}" for heading in headings), "<kernel"), rows)
 
 
 def _sm(engine: Mapping[str, Any]) -> str:

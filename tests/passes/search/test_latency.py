@@ -1,0 +1,133 @@
+"""The time of mixes: exact on planted times, and nodes that ONNX Runtime has fused found again."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from channelfold.passes.layers.sensitivity import Site
+from channelfold.passes.search import latency
+from channelfold.passes.search.front import Point, point
+from channelfold.runtime import jobs
+from channelfold.runtime.io import files
+from channelfold.runtime.stats.profile import NodeTime, profiles
+from channelfold.tests.graphs import build
+from channelfold.tests.shipped import CALIBRATION, DIGITS
+
+SITES = 6
+WIDTHS = [8, 16, 4, 32, 8, 8]  # of the tensors that the sites read, one after the other
+TIMES = [{"float": 4.0 + i, "int8": 2.0 + 0.5 * i, "w8": 3.0} for i in range(SITES)]
+TIMES[3] = {"float": 7.0}  # cannot be quantized
+REST, RATE, ORIGINAL, BATCH = 5.0, 0.01, 50.0, 10
+
+
+def sites() -> list[Site]:
+    """A chain of sites. The errors are such that no two mixes are alike."""
+    made = []
+    for place, times in enumerate(TIMES):
+        errors = {"int8": 1.3 ** (place + 1), "w8": 0.4 * 1.2 ** (place + 1)}
+        own = {option: error for option, error in errors.items() if option in times}
+        made.append(Site((f"l{place}",), own, dict.fromkeys(times, 1), costs=dict.fromkeys(times, 0.0)))
+    return made
+
+
+def borders(options: tuple[str, ...]) -> list[float]:
+    """The planted times of borders by site: the one of two that is int8 quantizes and dequantizes."""
+    found = [0.0] * SITES
+    for place in range(1, SITES):
+        if (options[place - 1] == "int8") != (options[place] == "int8"):
+            found[place if options[place] == "int8" else place - 1] += RATE * BATCH * WIDTHS[place]
+    return found
+
+
+def truth(options: tuple[str, ...]) -> float:
+    """The planted time of a mix in milliseconds."""
+    return REST + sum(borders(options)) + sum(times[option] for times, option in zip(TIMES, options, strict=True))
+
+
+@pytest.fixture
+def learned(monkeypatch: pytest.MonkeyPatch) -> latency.Latency:
+    """The model of planted times. The profiler is ten times too slow."""
+    weights: dict[str, Any] = {f"W{i}": np.ones((w, v)) for i, (w, v) in enumerate(itertools.pairwise([*WIDTHS, 8]))}
+    text = "\n".join(f"t{i} = MatMul({'x' if not i else f't{i - 1}'}, W{i})" for i in range(SITES))
+    graph = build(f"(float[n,{WIDTHS[0]}] x) => (float[] t{SITES - 1})", text, kind="float", **weights)
+    for place, node in enumerate(graph.nodes):
+        node.name = f"l{place}"
+    mixes: dict[str, Point] = {}
+
+    def file_of(mix: Point) -> Path:
+        mixes[f"{len(mixes)}"] = mix
+        return Path(f"{len(mixes) - 1}")
+
+    def owners(path: Path, *_: object) -> list[float]:
+        options = mixes[path.name].options
+        own = (times[option] for times, option in zip(TIMES, options, strict=True))
+        return [10 * (ms + border) for ms, border in zip(own, borders(options), strict=True)]
+
+    def whole(models: dict[str, Path]) -> dict[str, float]:
+        return {name: truth(mixes[path.name].options) if name else ORIGINAL for name, path in models.items()}
+
+    monkeypatch.setattr(latency, "owners", owners)
+    monkeypatch.setattr(latency, "shortest", lambda models, *_, **__: whole(models))
+    monkeypatch.setattr(
+        latency, "profiles",
+        lambda models, *_, **__: {name: [NodeTime("all", "", 10 * ms)] for name, ms in whole(models).items()},
+    )  # fmt: skip
+    feed = {"x": np.zeros((BATCH, WIDTHS[0]), np.float32)}
+    return latency.learned(Path("original"), graph, sites(), file_of, feed)
+
+
+def test_every_mix_of_planted_times_is_predicted(learned: latency.Latency) -> None:
+    for options in itertools.product(*TIMES):
+        assert learned.share(options) * ORIGINAL == pytest.approx(truth(options))
+    assert learned.rest == pytest.approx(REST)
+
+
+@pytest.mark.parametrize("share", [0.56, 0.65, 0.75, 0.85])
+def test_the_most_accurate_mix_within_a_limit(learned: latency.Latency, share: float) -> None:
+    """The neighbours of a site are chosen one after the other: hardly worse than the best of all mixes."""
+    fits = [options for options in itertools.product(*TIMES) if truth(options) <= share * ORIGINAL]
+    best = min(point(sites(), options).predicted for options in fits)
+    found = learned.within(sites(), share)
+    assert truth(found.options) <= share * ORIGINAL
+    assert found.predicted <= 1.1 * best
+
+
+def test_a_limit_that_no_mix_keeps_gives_the_fastest(learned: latency.Latency) -> None:
+    found = learned.within(sites(), 0.1)
+    assert truth(found.options) == min(map(truth, itertools.product(*TIMES)))
+
+
+def test_measured_mixes_correct_all_predictions_by_one_factor(learned: latency.Latency) -> None:
+    slow = {}
+
+    def clock(mix: Point) -> float:
+        slow[mix] = 1.25 * truth(mix.options) / ORIGINAL
+        return slow[mix]
+
+    found = learned.search(sites(), 0.8, clock)
+    assert found == slow
+    assert [share <= 0.8 for share in found.values()] == [False, True]  # too slow first, then with the factor
+    assert learned.corrected(found).factor == pytest.approx(1.25)
+    mix = random.Random(0).choice(list(itertools.product(*TIMES)))
+    assert learned.corrected(found).share(mix) == pytest.approx(1.25 * truth(mix) / ORIGINAL)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_fused_nodes_belong_to_the_site_that_they_were(tmp_path: Path, target: str) -> None:
+    path = tmp_path / "int8.onnx"
+    jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION), overrides={"target": target})
+    (tmp_path / "model.onnx").rename(path)
+    names = [node.name for node in files.load(path).nodes if node.op in ("Conv", "Gemm")]
+    feed = {"image": np.zeros((1, 1, 8, 8), np.float32)}
+    nodes = profiles({"int8": path}, feed, threads=1, rounds=1)["int8"]
+    counted = [NodeTime(node.name, node.op, 1.0) for node in nodes]
+    times = latency.owners(path, counted, [[name] for name in names])
+    assert sum(times) == len(nodes)  # no node is lost
+    alone = [NodeTime(n.name, n.op, 1.0) for n in nodes if "Conv" in n.op or n.op in ("Gemm", "QGemm")]
+    assert latency.owners(path, alone, [[name] for name in names]) == [1.0] * len(names)
