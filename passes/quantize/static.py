@@ -42,6 +42,7 @@ from channelfold.passes.quantize.tables import quantize_tables
 from channelfold.runtime.io import edit, temporary
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats import saturation
+from channelfold.runtime.stats.channels import outlier_ratio
 from channelfold.runtime.stats.histograms import TensorStatistics, counted
 from channelfold.runtime.stats.observe import by_name
 
@@ -131,6 +132,7 @@ class Work(Quantize):
             edit.remove_dead(graph)
         outcome.facts = summary(graph, kept, cells) | {"activations": facts, "weight_bits": format.bits}
         outcome.facts["centered"] = inserter.centered
+        outcome.facts["ranges"] = _of_sites(sites, statistics, ranges, codes)
         return outcome
 
     def left(self, graph: gs.Graph) -> dict[str, Any]:
@@ -212,6 +214,27 @@ class Work(Quantize):
         if snr is not None and self.min_activation_snr > 0 and snr < self.min_activation_snr:
             return "8 bits cannot represent its activation"
         return ""
+
+
+def _of_sites(
+    sites: list[Linear], statistics: Mapping[str, TensorStatistics], ranges: Mapping[str, Range], codes: Codes
+) -> list[dict[str, Any]]:
+    """What a report says of sites: the share of their activations that is clipped, and their weights as stored."""
+    outside = {
+        name: calibrators.clipped(seen, ranges[name].low, ranges[name].high) for name, seen in statistics.items()
+    }
+    return [
+        {"node": site.name, "op": site.node.op, "tensor": site.data.name, "clipped": outside[site.data.name]}
+        | (_stored(*codes[site.name]) if site.name in codes else {})
+        for site in sites
+    ]
+
+
+def _stored(codes: np.ndarray, scales: np.ndarray) -> dict[str, Any]:
+    """The largest value of a weight as stored, (out, ...), and the outlier ratio of its output channels."""
+    rows = codes.reshape(len(codes), -1)
+    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1).astype(np.int16)) * scales.astype(np.float64)
+    return {"weight": float(largest.max(initial=0.0)), "weight_outliers": outlier_ratio(largest)}
 
 
 def _levels(seen: Range) -> int:
