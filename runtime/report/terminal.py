@@ -14,7 +14,8 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                   verified: {max_rel_error, probes} | {unverified: reason} | null,
                   facts: {}}]        facts of a pass that quantizes: {linears: all, quantized: count,
                                      by_op: {op: {quantized, total}}, of static int8 also ranges: [{node, op, tensor,
-                                     clipped: share of its values, weight: its largest value, weight_outliers}]}; of one that changes channels
+                                     clipped: share of its values, weight: its largest value, weight_outliers}]};
+                                     of one that changes channels
                                      {sites: [{node, tensor, readers, method, inserted: nodes; pairs of before and
                                      after: width, macs, outlier_ratio, output_snr_db, bfp_error; relative_change,
                                      sparsity, energy_kept}]}, each key where it applies to the pass; of
