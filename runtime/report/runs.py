@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
-from channelfold.runtime.report.tables import UNKNOWN, Page, number, size, times
+from channelfold.runtime.report.tables import UNKNOWN, Page, number, size, times, told
 
+T = TypeVar("T")
 _NODES = 12
+
+
+class Figure(NamedTuple):
+    """A figure of a run as a text; ``value`` and what a difference of two such values is in: "x", "dB", "points"."""
+
+    text: str
+    value: Any = None
+    unit: str = ""
 
 
 def show(record: Mapping[str, Any], page: Page) -> None:
@@ -16,83 +25,92 @@ def show(record: Mapping[str, Any], page: Page) -> None:
     page.say(("first   ", "bold"), first.get("command", ""))
     page.say(("second  ", "bold"), second.get("command", ""))
     page.blank()
-    sides = [{name: (value, text) for name, value, text in _figures(run)} for run in (first, second)]
-    rows = [(name, *(text for _, text in pair), _change(*(value for value, _ in pair))) for name, pair in _both(sides)]
-    page.table("Runs", (">first", ">second", ">second against first"), rows)
+    page.table("Runs", (">first", ">second", ">second against first"), compared(first, second))
     for title, of in (("Options", _options), ("Versions", _versions)):
-        _differing(title, [of(run) for run in (first, second)], page)
-    _nodes([_treated(run) for run in (first, second)], page)
+        rows = [(name, *pair) for name, *pair in _both(of(first), of(second), UNKNOWN) if pair[0] != pair[1]]
+        if rows:
+            page.blank()
+            page.table(f"{title} that differ", ("<first", "<second"), rows)
+    _nodes(first, second, page)
 
 
-def _both(sides: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
-    for name in dict.fromkeys([*sides[0], *sides[1]]):
-        yield name, [side.get(name, (None, UNKNOWN)) for side in sides]
+def compared(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(name, first, second, difference) of every figure that one of two runs has, as texts."""
+    sides = dict(_figures(first)), dict(_figures(second))
+    return [(name, a.text, b.text, _difference(a, b)) for name, a, b in _both(*sides, Figure(UNKNOWN))]
 
 
-def _figures(run: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Names, numbers (None for words) and texts. Numbers are ratios in dB or shares, in texts that say so, or sizes."""
+def _both(first: Mapping[str, T], second: Mapping[str, T], missing: T) -> Iterator[tuple[str, T, T]]:
+    for name in dict.fromkeys([*first, *second]):
+        yield name, first.get(name, missing), second.get(name, missing)
+
+
+def _figures(run: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     file = run.get("output") or run.get("model") or {}
-    yield "model", None, file.get("path", "").rpartition("/")[2]
+    yield "model", Figure(file.get("path", "").rpartition("/")[2])
     if "bytes" in file:
-        yield "file", file["bytes"], size(file["bytes"])
-    for key, name in (("nodes", "nodes"), ("parameters", "parameters"), ("macs", "MACs per sample")):
+        yield "file", Figure(size(file["bytes"]), file["bytes"], "x")
+    for key in ("nodes", "parameters", "macs"):
         if file.get(key) is not None:
-            yield name, file[key], f"{file[key]:,}"
+            yield {"macs": "MACs per sample"}.get(key, key), Figure(f"{file[key]:,}", file[key], "x")
     if weights := run.get("weights"):
-        yield "weights quantized", None, f"{weights['share']:.1%}"
+        yield "weights quantized", Figure(f"{weights['share']:.1%}", weights["share"], "points")
     if accuracy := run.get("accuracy"):
-        yield "verdict", None, accuracy["verdict"]["level"]
+        yield "verdict", Figure(accuracy["verdict"]["level"])
         for output in accuracy["outputs"]:
-            yield f"{output['name']}: SNR", None, number(output["snr"], "{:.2f} dB")
+            yield f"{output['name']}: SNR", Figure(number(output["snr"], "{:.2f} dB"), output["snr"], "dB")
             agreement = output["equal"] if output["agreement"] is None else output["agreement"]
-            yield f"{output['name']}: agreement", None, number(agreement, "{:.2%}")
+            yield f"{output['name']}: agreement", Figure(number(agreement, "{:.2%}"), agreement, "points")
     for engine in run.get("engines") or ():
         plan = engine["plan"]
-        yield f"engine SM {engine['sm']}", engine["bytes"], size(engine["bytes"])
+        yield f"engine SM {engine['sm']}", Figure(size(engine["bytes"]), engine["bytes"], "x")
         if plan["readable"]:
-            yield f"engine SM {engine['sm']}: runs as int8", None, f"{plan['int8']} of {plan['total']}"
+            yield f"engine SM {engine['sm']}: runs as int8", Figure(f"{plan['int8']} of {plan['total']}")
     for entry in run.get("latency") or ():
-        yield f"latency of {entry['name']}", entry["ms"], f"{entry['ms']:.3f} ms"
-    yield "seconds", None, f"{sum(step['seconds'] for step in run.get('steps') or ()):.1f}"
+        yield f"latency of {entry['name']}", Figure(f"{entry['ms']:.3f} ms", entry["ms"], "x")
+    seconds = sum(step["seconds"] for step in run.get("steps") or ())
+    yield "seconds", Figure(f"{seconds:.1f}", seconds, "x")
 
 
-def _change(first: float | None, second: float | None) -> str:
-    return times(first, second, "less", "more") if first and second and first != second else ""
-
-
-def _differing(title: str, sides: Sequence[Mapping[str, str]], page: Page) -> None:
-    pairs = ((name, [side.get(name, UNKNOWN) for side in sides]) for name in dict.fromkeys([*sides[0], *sides[1]]))
-    if rows := [(name, *pair) for name, pair in pairs if pair[0] != pair[1]]:
-        page.blank()
-        page.table(f"{title} that differ", ("<first", "<second"), rows)
+def _difference(first: Figure, second: Figure) -> str:
+    a, b = first.value, second.value
+    if not (isinstance(a, int | float) and isinstance(b, int | float)) or first.text == second.text:
+        return ""
+    if first.unit == "x":
+        return times(a, b, "less", "more") if a and b else ""
+    return f"{b - a:+.2f} dB" if first.unit == "dB" else f"{100 * (b - a):+.2f} points"
 
 
 def _options(run: Mapping[str, Any]) -> dict[str, str]:
-    steps = run.get("steps") or ()
-    return {f"{step['pass']} {name}": str(value) for step in steps for name, value in step["options"].items()}
+    """The options of all passes that have done something, and of the others that there is such a pass."""
+    found = {}
+    for step in run.get("steps") or ():
+        found[step["pass"]] = "runs"
+        if step["changed"] or step["refused"]:
+            found |= {
+                f"{step['pass']} --{name.replace('_', '-')}": told(value) for name, value in step["options"].items()
+            }
+    return found
 
 
 def _versions(run: Mapping[str, Any]) -> dict[str, str]:
     return {"tool": run["tool"], **run.get("environment", {})}
 
 
-def _treated(run: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """What passes that quantize have done to each node, by its name: {"changed" or "refused": in words}."""
-    found: dict[str, dict[str, str]] = {}
+def _treated(run: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
+    """Whether passes that quantize have changed a node, and their words, by its name."""
+    found: dict[str, tuple[bool, str]] = {}
     for step in run.get("steps") or ():
         if "quantized" in step["facts"]:
-            found |= {change["node"]: {"changed": change["what"]} for change in step["changed"]}
-            found |= {one["node"]: {"refused": one["code"] or one["reason"]} for one in step["refused"]}
+            found |= {one["node"]: (False, one["code"] or one["reason"]) for one in step["refused"]}
+            found |= {change["node"]: (True, change["what"]) for change in step["changed"]}
     return found
 
 
-def _nodes(sides: Sequence[Mapping[str, Mapping[str, str]]], page: Page) -> None:
+def _nodes(first: Mapping[str, Any], second: Mapping[str, Any], page: Page) -> None:
     """Prints the nodes that one run has quantized and the other has not."""
-    rows = []
-    for name in dict.fromkeys([*sides[0], *sides[1]]):
-        pair = [side.get(name, {}) for side in sides]
-        if pair[0].keys() != pair[1].keys():
-            rows.append((name, *(one.get("changed", one.get("refused", UNKNOWN)) for one in pair)))
+    pairs = _both(_treated(first), _treated(second), (False, UNKNOWN))
+    rows = [(name, a[1], b[1]) for name, a, b in pairs if a[0] != b[0]]
     if rows:
         page.blank()
         shown = rows if page.whole else rows[:_NODES]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from channelfold.runtime.report.tables import UNKNOWN, Cell, Page, number, ratio
+from channelfold.runtime.report.tables import UNKNOWN, Cell, Page, number, ratio, told
 
 _EXAMPLES, _SITES = 3, 12
 
@@ -45,17 +45,11 @@ def _done(step: Mapping[str, Any], page: Page) -> None:
         return
     page.say((step["pass"], "bold"), indent=0)
     if step["options"]:
-        given = (f"{name.replace('_', '-')} {_told(value)}" for name, value in step["options"].items())
+        given = (f"{name.replace('_', '-')} {told(value)}" for name, value in step["options"].items())
         page.note(f"options: {', '.join(given)}")
     if step["changed"]:
         rows = [(change["node"], change["what"]) for change in step["changed"]]
         page.nodes(rows, 0, [(f"{len(rows)} x ", "bold"), "changed"])
-
-
-def _told(value: Any) -> str:
-    """The value of an option in words."""
-    words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return {"": "none", "None": "none", "True": "on", "False": "off"}.get(words, words)
 
 
 def _ranges(step: Mapping[str, Any], page: Page) -> None:
@@ -68,11 +62,11 @@ def _ranges(step: Mapping[str, Any], page: Page) -> None:
         ratios = (number(seen.get(key), "{:.1f}") for key in ("snr_db", "row_snr_db"))
         weight = number(site.get("weight"), "{:.4g}"), ratio(site.get("weight_outliers"))
         clipped = number(site["clipped"], "{:.4%}")
-        rows.append((site["node"], site["op"], site["tensor"], *ends, clipped, *ratios, *weight))
+        rows.append((site["node"], site["op"], *ends, clipped, *ratios, *weight, site["tensor"]))
         depth.append((site["node"], seen.get("snr_db")))
     if rows:
         ends = (">lowest", ">highest", ">int8 from", ">int8 to", ">clipped")
-        columns = ("<op", "<reads", *ends, ">SNR dB", ">median row dB", ">weight", ">weight outliers")
+        columns = ("<op", *ends, ">SNR dB", ">median row dB", ">weight", ">weight outliers", "<reads")
         page.curve("SNR of the activations as int8 along the depth", "dB", {"": depth})
         page.fill("Ranges", columns, rows)
         page.note("weight: its largest value; outliers: the largest of its channels against the median")

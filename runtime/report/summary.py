@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from channelfold.runtime.report.accuracy import LEVELS
+from channelfold.runtime.report.runs import compared
 from channelfold.runtime.report.tables import UNKNOWN, Cell, count, number, size, times
 from channelfold.runtime.report.web import Card, Web
 
@@ -14,7 +15,7 @@ def title(record: Mapping[str, Any]) -> tuple[str, Cell]:
     """The command with the model's name, and the verdict."""
     words = str(record.get("command", "")).split()
     model = str((record.get("model") or {}).get("path", "")).rpartition("/")[2]
-    name = " ".join([*words[:1], *[model] * (model != "")]) or record["tool"]
+    name = " ".join([*words[:1], model] if model else words) or record["tool"]
     accuracy = record.get("accuracy")
     if any(not gate["met"] for gate in record.get("gates") or ()):
         return name, ("GATE MISSED", "bold red badge")
@@ -34,6 +35,10 @@ def show(record: Mapping[str, Any], body: Web) -> None:
 
 
 def _cards(record: Mapping[str, Any]) -> Iterator[Card]:
+    if runs := record.get("runs"):
+        for name, first, second, difference in compared(*runs):
+            if difference:
+                yield Card(name, second, f"{first} in the first run, {difference}", section="runs")
     yield from _quality(record)
     yield from _sizes(record)
     for engine in record.get("engines") or ():
@@ -100,8 +105,8 @@ def _sizes(record: Mapping[str, Any]) -> Iterator[Card]:
         yield Card("File", size(after["bytes"]), f"{size(before['bytes'])} before, {smaller}", section="model")
     for key, label in (("parameters", "Parameters"), ("macs", "MACs per sample")):
         if before.get(key) and after.get(key):
-            share = f"{after[key] / before[key]:.1%} of {count(before[key])}"
-            yield Card(label, count(after[key]), share, section="model")
+            told = f"{after[key] / before[key]:.1%} of {count(before[key])}"
+            yield Card(label, count(after[key]), told, section="model")
     if weights := record.get("weights"):
         yield Card("Weights quantized", f"{weights['share']:.1%}", f"of {size(weights['bytes'])}", section="weights")
     latency = record.get("latency") or ()

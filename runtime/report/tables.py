@@ -177,6 +177,12 @@ def times(before: float, after: float, less: str, more: str) -> str:
     return f"{ratio:.2f}x {less}" if ratio >= 1 else f"{1 / ratio:.2f}x {more}"
 
 
+def told(value: Any) -> str:
+    """The value of an option in words."""
+    words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return {"": "none", "None": "none", "True": "on", "False": "off"}.get(words, words)
+
+
 def count(value: int | None) -> str:
     """``1.40 M`` for 1398912; a dash for None."""
     return UNKNOWN if value is None else _scaled(value, "{:.2f} {}") or str(value)
