@@ -63,6 +63,14 @@ def row_snr(statistics: TensorStatistics, limit: float, levels: int = 127) -> fl
     return float(20 * np.log10(max(statistics.typical_row, LOWER[1]) / noise))
 
 
+def clipped(statistics: TensorStatistics, low: float, high: float) -> float:
+    """The share of the values below ``low`` or above ``high``, to the bin; 0.0 when nothing was seen."""
+    finite = len(statistics.magnitudes)
+    above, below = (counts[:finite] for counts in statistics.counts.reshape(2, -1))
+    beyond = int(above[LOWER[:finite] > high].sum() + below[LOWER[:finite] > -low].sum())
+    return beyond / statistics.total if beyond else 0.0
+
+
 def _occupied(statistics: TensorStatistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(counts, centers, widths) of the bins that hold values, float64; no center lies beyond the exact maximum."""
     counts = statistics.magnitudes

@@ -108,7 +108,8 @@ def compress(
         passes = searching.find(job, passes, overrides or {}, search, gates)
         with files.writing(out_dir / "recipe.toml") as file:
             file.write(recipes.dumps(recipes.Recipe("search", tuple(passes))).encode())
-    job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gates is not None and gates != Gates())
+    gated = gates is not None and gates != Gates()
+    job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gated, counted=True)
     terminal.write_both(job.record, out_dir)
     for sm in sms:
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)

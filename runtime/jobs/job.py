@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,6 +135,7 @@ class Job:
             "data": {},
             "steps": [],
             "accuracy": None,
+            "gates": [],
             "engines": [],
             "latency": [],
             "warnings": [],
@@ -265,8 +267,12 @@ class Job:
     def check_share(self, least: float | None) -> None:
         """Raises GateMissed where less than the share ``least`` of the weight bytes is quantized."""
         found = self.record["weights"]["share"]
-        if least is not None and found < least:
-            reason = f"{found:.1%} of the weight bytes are quantized, {least:.1%} are required"
+        if least is None:
+            return
+        gate = compare.Gate("quantized weights", "", found, f"{found:.1%}", f"at least {least:.1%}", found >= least)
+        self.record["gates"].append(dataclasses.asdict(gate))
+        if not gate.met:
+            reason = f"{gate.found} of the weight bytes are quantized, {least:.1%} are required"
             raise GateMissed(GateError(reason, "The table of weights says what the others are"), self.record)
 
     def check_output(self, out: Path, kind: str) -> None:
@@ -401,6 +407,7 @@ class Job:
             raise GateMissed(
                 GateError("The outputs were not compared, so every gate is missed", "Give --evaluation"), self.record
             )
+        self.record["gates"] += map(dataclasses.asdict, compare.gates_of(self.comparison, gates))
         try:
             compare.check_gates(self.comparison, gates)
         except GateError as error:

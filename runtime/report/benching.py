@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from channelfold.runtime.report.tables import UNKNOWN, Page, count, size
+from channelfold.runtime.report.tables import UNKNOWN, Page, count, size, times
 
 _TOP = 20  # nodes that are shown in a terminal
 
@@ -20,10 +20,10 @@ def show(record: Mapping[str, Any], page: Page) -> None:
     rows = []
     for row in found["rows"]:
         base = first.setdefault(row["batch"], row)
-        ratio = base["ms"] / row["ms"]
-        told = "" if row is base else f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+        told = "" if row is base else times(base["ms"], row["ms"], "faster", "slower")
         spread = f"{row['low']:.3f} – {row['high']:.3f}"
-        cells = (str(row["batch"]), f"{row['ms']:.3f}", spread, (told, "green" if ratio >= 1 else "yellow"))
+        faster = row["ms"] <= base["ms"]
+        cells = (str(row["batch"]), f"{row['ms']:.3f}", spread, (told, "green" if faster else "yellow"))
         rows.append((row["model"], *cells, UNKNOWN if row["memory"] is None else size(row["memory"])))
     page.fill("Latency", (">batch", ">ms", ">middle half", "<", ">memory"), rows)
     page.note(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from channelfold.runtime.report.tables import Page, number
 
 _SITES = 12
+_EXACT = 100.0  # dB
 
 
 def show(record: Mapping[str, Any], page: Page) -> None:
@@ -24,8 +26,14 @@ def show(record: Mapping[str, Any], page: Page) -> None:
         "alone: SNR of the outputs with the error of this site alone; own: at its end, from the original's values;"
     )
     page.note("so far: at its end, from its own values")
-    page.curve("SNR in dB along the depth", [(point["node"], point["snr"]) for point in found["depth"]])
+    depth = [(point["node"], point["snr"]) for point in found["depth"]]
+    page.curve("SNR in dB along the depth", "dB", {"": list(itertools.dropwhile(_exact, depth))})
     _advice(found, page)
+
+
+def _exact(point: tuple[str, Any]) -> bool:
+    """Whether a point lies in front of the first error beyond that of rounding to float32."""
+    return point[1] == "inf" or (isinstance(point[1], float) and point[1] > _EXACT)
 
 
 def _summary(found: Mapping[str, Any]) -> str:

@@ -1,46 +1,119 @@
-"""Two records side by side: what each figure is in the one and in the other run."""
+"""Two records side by side: their figures, the options and versions that differ, the nodes treated differently."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
+from channelfold.runtime.report.tables import UNKNOWN, Page, number, size, times, told
+
+T = TypeVar("T")
+_NODES = 12
+
+
+class Figure(NamedTuple):
+    """A figure of a run as a text; ``value`` and what a difference of two such values is in: "x", "dB", "points"."""
+
+    text: str
+    value: Any = None
+    unit: str = ""
 
 
 def show(record: Mapping[str, Any], page: Page) -> None:
-    """Prints ``runs``, a list of two records: every figure that one of them has."""
+    """Prints ``runs``, a list of two records: every figure that one of them has, then what differs."""
     first, second = record["runs"]
     page.say(("first   ", "bold"), first.get("command", ""))
     page.say(("second  ", "bold"), second.get("command", ""))
     page.blank()
-    sides = [dict(_figures(run)) for run in (first, second)]
-    names = dict.fromkeys([*sides[0], *sides[1]])
-    rows = [(name, *(side.get(name, UNKNOWN) for side in sides)) for name in names]
-    page.table("Runs", (">first", ">second"), rows)
+    page.table("Runs", (">first", ">second", ">second against first"), compared(first, second))
+    for title, of in (("Options", _options), ("Versions", _versions)):
+        rows = [(name, *pair) for name, *pair in _both(of(first), of(second), UNKNOWN) if pair[0] != pair[1]]
+        if rows:
+            page.blank()
+            page.table(f"{title} that differ", ("<first", "<second"), rows)
+    _nodes(first, second, page)
 
 
-def _figures(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def compared(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(name, first, second, difference) of every figure that one of two runs has, as texts."""
+    sides = dict(_figures(first)), dict(_figures(second))
+    return [(name, a.text, b.text, _difference(a, b)) for name, a, b in _both(*sides, Figure(UNKNOWN))]
+
+
+def _both(first: Mapping[str, T], second: Mapping[str, T], missing: T) -> Iterator[tuple[str, T, T]]:
+    for name in dict.fromkeys([*first, *second]):
+        yield name, first.get(name, missing), second.get(name, missing)
+
+
+def _figures(run: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     file = run.get("output") or run.get("model") or {}
-    yield "model", file.get("path", "").rpartition("/")[2]
+    yield "model", Figure(file.get("path", "").rpartition("/")[2])
     if "bytes" in file:
-        yield "file", size(file["bytes"])
-    for key, form in (("nodes", "{}"), ("parameters", "{:,}"), ("macs", "{:,}")):
-        if key in file:
-            yield {"macs": "MACs per sample"}.get(key, key), form.format(file[key])
+        yield "file", Figure(size(file["bytes"]), file["bytes"], "x")
+    for key in ("nodes", "parameters", "macs"):
+        if file.get(key) is not None:
+            yield {"macs": "MACs per sample"}.get(key, key), Figure(f"{file[key]:,}", file[key], "x")
     if weights := run.get("weights"):
-        yield "weights quantized", f"{weights['share']:.1%}"
+        yield "weights quantized", Figure(f"{weights['share']:.1%}", weights["share"], "points")
     if accuracy := run.get("accuracy"):
-        yield "verdict", accuracy["verdict"]["level"]
+        yield "verdict", Figure(accuracy["verdict"]["level"])
         for output in accuracy["outputs"]:
-            yield f"{output['name']}: SNR", number(output["snr"], "{:.2f} dB")
+            yield f"{output['name']}: SNR", Figure(number(output["snr"], "{:.2f} dB"), output["snr"], "dB")
             agreement = output["equal"] if output["agreement"] is None else output["agreement"]
-            yield f"{output['name']}: agreement", number(agreement, "{:.2%}")
-    for engine in run.get("engines", ()):
+            yield f"{output['name']}: agreement", Figure(number(agreement, "{:.2%}"), agreement, "points")
+    for engine in run.get("engines") or ():
         plan = engine["plan"]
-        yield f"engine SM {engine['sm']}", size(engine["bytes"])
+        yield f"engine SM {engine['sm']}", Figure(size(engine["bytes"]), engine["bytes"], "x")
         if plan["readable"]:
-            yield f"engine SM {engine['sm']}: runs as int8", f"{plan['int8']} of {plan['total']}"
-    for entry in run.get("latency", ()):
-        yield f"latency of {entry['name']}", f"{entry['ms']:.3f} ms"
-    yield "seconds", f"{sum(step['seconds'] for step in run.get('steps', ())):.1f}"
+            yield f"engine SM {engine['sm']}: runs as int8", Figure(f"{plan['int8']} of {plan['total']}")
+    for entry in run.get("latency") or ():
+        yield f"latency of {entry['name']}", Figure(f"{entry['ms']:.3f} ms", entry["ms"], "x")
+    seconds = sum(step["seconds"] for step in run.get("steps") or ())
+    yield "seconds", Figure(f"{seconds:.1f}", seconds, "x")
+
+
+def _difference(first: Figure, second: Figure) -> str:
+    a, b = first.value, second.value
+    if not (isinstance(a, int | float) and isinstance(b, int | float)) or first.text == second.text:
+        return ""
+    if first.unit == "x":
+        return times(a, b, "less", "more") if a and b else ""
+    return f"{b - a:+.2f} dB" if first.unit == "dB" else f"{100 * (b - a):+.2f} points"
+
+
+def _options(run: Mapping[str, Any]) -> dict[str, str]:
+    """The options of all passes that have done something, and of the others that there is such a pass."""
+    found = {}
+    for step in run.get("steps") or ():
+        found[step["pass"]] = "runs"
+        if step["changed"] or step["refused"]:
+            found |= {
+                f"{step['pass']} --{name.replace('_', '-')}": told(value) for name, value in step["options"].items()
+            }
+    return found
+
+
+def _versions(run: Mapping[str, Any]) -> dict[str, str]:
+    return {"tool": run["tool"], **run.get("environment", {})}
+
+
+def _treated(run: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
+    """Whether passes that quantize have changed a node, and their words, by its name."""
+    found: dict[str, tuple[bool, str]] = {}
+    for step in run.get("steps") or ():
+        if "quantized" in step["facts"]:
+            found |= {one["node"]: (False, one["code"] or one["reason"]) for one in step["refused"]}
+            found |= {change["node"]: (True, change["what"]) for change in step["changed"]}
+    return found
+
+
+def _nodes(first: Mapping[str, Any], second: Mapping[str, Any], page: Page) -> None:
+    """Prints the nodes that one run has quantized and the other has not."""
+    pairs = _both(_treated(first), _treated(second), (False, UNKNOWN))
+    rows = [(name, a[1], b[1]) for name, a, b in pairs if a[0] != b[0]]
+    if rows:
+        page.blank()
+        shown = rows if page.whole else rows[:_NODES]
+        page.fill("Nodes quantized by one run alone", ("<first", "<second"), shown)
+        if len(shown) < len(rows):
+            page.note(f"… and {len(rows) - len(shown)} more, on the web page")

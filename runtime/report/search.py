@@ -8,6 +8,7 @@ from typing import Any
 from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 
 _DB = "{:.1f}"
+_EXACT = 299  # dB: no error at all
 
 
 def show(record: Mapping[str, Any], page: Page) -> None:
@@ -24,6 +25,10 @@ def show(record: Mapping[str, Any], page: Page) -> None:
         ">agree",
         ">lost",
     )
+    drawn = [point for point in found["points"] if point["snr_db"] < _EXACT]
+    told = (f"{size(point['bytes'])}, {number(point['snr_db'], _DB)} dB, {_loss(point)} lost" for point in drawn)
+    places = [(p["bytes"], p["snr_db"], words, p["chosen"]) for p, words in zip(drawn, told, strict=True)]
+    page.points("The front: each point is a model", "bytes of the file", "SNR of the outputs in dB", places)
     page.table("Front", (*columns, "<on other samples", "<"), rows)
     samples = found["samples"]
     page.note(
@@ -85,7 +90,7 @@ def _site(site: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _db(value: float) -> str:
-    return UNKNOWN if value >= 299 else f"{value:.1f}"  # no error at all
+    return UNKNOWN if value >= _EXACT else f"{value:.1f}"
 
 
 def show_sensitivity(record: Mapping[str, Any], page: Page) -> None:

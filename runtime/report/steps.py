@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from channelfold.runtime.report.tables import UNKNOWN, Cell, Page, number, ratio
+from channelfold.runtime.report.tables import UNKNOWN, Cell, Page, number, ratio, told
 
 _EXAMPLES, _SITES = 3, 12
 
@@ -15,7 +15,11 @@ def show(record: Mapping[str, Any], page: Page) -> None:
     rows = [_row(step) for step in record["steps"]]
     page.table("Steps", ("<kind", ">changed", ">refused", ">seconds", "<verified rel. error"), rows)
     for step in record["steps"]:
+        if page.whole:
+            _done(step, page)
         _quantized(step, page)
+        if page.whole:
+            _ranges(step, page)
         _sites(step, page)
         _cut(step, page)
         _refused(step, page)
@@ -33,6 +37,39 @@ def _verified(verified: Mapping[str, Any] | None) -> Cell:
         return f"no: {verified['unverified']}", "yellow"
     probes = verified["probes"]
     return f"{number(verified['max_rel_error'], '{:.2g}')}, {probes} probe{'s' * (probes != 1)}", "green"
+
+
+def _done(step: Mapping[str, Any], page: Page) -> None:
+    """Names a pass that has done something, its options and what it has changed."""
+    if not (step["changed"] or step["refused"]):
+        return
+    page.say((step["pass"], "bold"), indent=0)
+    if step["options"]:
+        given = (f"{name.replace('_', '-')} {told(value)}" for name, value in step["options"].items())
+        page.note(f"options: {', '.join(given)}")
+    if step["changed"]:
+        rows = [(change["node"], change["what"]) for change in step["changed"]]
+        page.nodes(rows, 0, [(f"{len(rows)} x ", "bold"), "changed"])
+
+
+def _ranges(step: Mapping[str, Any], page: Page) -> None:
+    """Shows what each site reads and its weight: ranges, what is clipped of them, what int8 leaves of them."""
+    facts = step.get("facts", {})
+    rows, depth = [], []
+    for site in facts.get("ranges", ()):
+        seen = facts["activations"].get(site["tensor"], {})
+        ends = (number(seen.get(key), "{:.4g}") for key in ("minimum", "maximum", "low", "high"))
+        ratios = (number(seen.get(key), "{:.1f}") for key in ("snr_db", "row_snr_db"))
+        weight = number(site.get("weight"), "{:.4g}"), ratio(site.get("weight_outliers"))
+        clipped = number(site["clipped"], "{:.4%}")
+        rows.append((site["node"], site["op"], *ends, clipped, *ratios, *weight, site["tensor"]))
+        depth.append((site["node"], seen.get("snr_db")))
+    if rows:
+        ends = (">lowest", ">highest", ">int8 from", ">int8 to", ">clipped")
+        columns = ("<op", *ends, ">SNR dB", ">median row dB", ">weight", ">weight outliers", "<reads")
+        page.curve("SNR of the activations as int8 along the depth", "dB", {"": depth})
+        page.fill("Ranges", columns, rows)
+        page.note("weight: its largest value; outliers: the largest of its channels against the median")
 
 
 def _quantized(step: Mapping[str, Any], page: Page) -> None:
@@ -62,6 +99,10 @@ def _sites(step: Mapping[str, Any], page: Page) -> None:
     if "method" in used and page.room(headings, rows) < max(len(name) for name, *_ in rows):
         rows = [(name, method.partition(",")[0], *cells) for name, method, *cells in rows]  # the JSON has its details
     page.blank()
+    if page.whole and "outlier_ratio" in used:
+        pairs = [(site["node"], site["outlier_ratio"]) for site in facts["sites"] if site.get("outlier_ratio")]
+        sides = ((name, [(node, pair[side]) for node, pair in pairs]) for side, name in enumerate(("before", "after")))
+        page.curve("Outliers of the activations along the depth, largest channel against the median", "x", dict(sides))
     page.fill(f"By {step['pass']}", headings, rows)
     if len(sites) > _SITES and not page.whole:
         page.note(f"… and {len(sites) - _SITES} more, with --json")
@@ -129,8 +170,14 @@ def _cut(step: Mapping[str, Any], page: Page) -> None:
         return
     figures = ("channels", "kept", "parameters_saved", "macs_saved")
     rows = [(group["node"], group["op"], *(f"{group[key]:,.0f}" for key in figures)) for group in facts["groups"]]
+    columns = ["<op", ">channels", ">kept", ">params saved", ">MACs saved"]
+    if page.whole:
+        columns.append(">share kept")
+        rows = [
+            (*row, f"{group['kept'] / group['channels']:.1%}") for row, group in zip(rows, facts["groups"], strict=True)
+        ]
     page.blank()
-    page.fill("Cut", ("<op", ">channels", ">kept", ">params saved", ">MACs saved"), rows)
+    page.fill("Cut", columns, rows)
     for kind, words in (("macs", "MACs"), ("parameters", "parameters")):
         before, after = facts[kind]["before"], facts[kind]["after"]
         share = f", {after / before:.1%} kept" if before else ""
@@ -157,6 +204,6 @@ def _refused(step: Mapping[str, Any], page: Page) -> None:
     page.blank()
     page.say((f"Left as it was by {step['pass']}", "bold"), indent=0)
     for code, group in sorted(groups.items(), key=lambda item: -len(item[1])):
-        page.say((f"{len(group)} x ", "bold"), code)
         reasons = ("" if refusal["reason"].endswith(code) else refusal["reason"] for refusal in group)
-        page.nodes([(refusal["node"], reason) for refusal, reason in zip(group, reasons, strict=True)], _EXAMPLES)
+        rows = [(refusal["node"], reason) for refusal, reason in zip(group, reasons, strict=True)]
+        page.nodes(rows, _EXAMPLES, [(f"{len(group)} x ", "bold"), code])

@@ -9,7 +9,7 @@ All renderers of records draw on a ``Page`` and never touch the console itself::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -81,14 +81,30 @@ class Page:
         taken = (max(len(column) - 1, *map(_width, cells)) + 2 for column, cells in _filled(columns, rows))
         return self._console.width - 2 - sum(taken)
 
-    def curve(self, label: str, points: Sequence[tuple[str, Any]]) -> None:
-        """Prints figures in a row as blocks of different heights; of neighbours that share a block the least counts."""
-        heights = heights_of([value for _, value in points])
-        if len(heights) < 2:
-            return
-        width = min(len(heights), max(self._console.width - 4 - len(label), 8), 64)
-        parts = [heights[i * len(heights) // width : (i + 1) * len(heights) // width] for i in range(width)]
-        self.say(f"{label}  ", "".join(_BLOCKS[round(min(part) * (len(_BLOCKS) - 1))] for part in parts))
+    def curve(self, label: str, unit: str, series: Mapping[str, Sequence[tuple[str, Any]]]) -> None:
+        """Prints figures in a row as blocks of different heights; of neighbours that share a block the least counts.
+
+        A series is a list of pairs (name, figure), and has a name of its own where there are several.
+        """
+        for name, points in series.items():
+            values = finite([value for _, value in points])
+            if len(values) < 2:
+                continue
+            words = f"{label} {name}".strip()
+            low, span = min(values), (max(values) - min(values)) or 1.0
+            width = min(len(values), max(self._console.width - 4 - len(words), 8), 64)
+            parts = [values[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
+            blocks = (_BLOCKS[round((min(part) - low) / span * (len(_BLOCKS) - 1))] for part in parts)
+            self.say(f"{words}  ", "".join(blocks))
+
+    def bars(self, label: str, unit: str, low: float, step: float, counts: Sequence[int]) -> None:
+        """Draws the counts of values in equal steps from ``low`` on; in a terminal nothing."""
+
+    def points(self, label: str, x: str, y: str, found: Sequence[tuple[float, float, str, bool]]) -> None:
+        """Draws points (x, y, words, marked) on two axes; in a terminal nothing."""
+
+    def thumbnails(self, found: Sequence[tuple[str, str]]) -> None:
+        """Shows pictures, pairs of a data URI and words; in a terminal nothing."""
 
     def grid(self, rows: Sequence[Sequence[Cell]], indent: int = 2, gap: int = 2) -> None:
         """Prints rows of a label and its remark, without headings."""
@@ -98,8 +114,10 @@ class Page:
             grid.add_row(*map(_text, row))
         self._console.print(Padding(grid, (0, 0, 0, indent), expand=False), highlight=False)
 
-    def nodes(self, rows: Sequence[tuple[str, str]], limit: int) -> None:
-        """Prints the names of the first ``limit`` nodes, each with a remark."""
+    def nodes(self, rows: Sequence[tuple[str, str]], limit: int, heading: Sequence[Cell] = ()) -> None:
+        """Prints a heading and the names of the first ``limit`` nodes, each with a remark."""
+        if heading:
+            self.say(*heading)
         shown = [(self.name(node), (remark, "dim")) for node, remark in rows[:limit]]
         self.grid(shown, indent=4)
         more = [f"… and {len(rows) - limit} more"] if len(rows) > limit else []
@@ -132,13 +150,11 @@ def _width(cell: Cell) -> int:
     return len(cell if isinstance(cell, str) else cell[0])
 
 
-def heights_of(values: Sequence[Any]) -> list[float]:
-    """Figures of a record, from 0 for the least to 1 for the largest; infinite ones count as the nearest finite one."""
+def finite(values: Sequence[Any]) -> list[float]:
+    """Figures of a record as numbers; an infinite one counts as the nearest finite one, an unknown one as the least."""
     known = [value for value in values if isinstance(value, int | float)]
     low, high = min(known, default=0.0), max(known, default=0.0)
-    span = high - low or 1.0
-    told = (value if isinstance(value, int | float) else low if value == "-inf" else high for value in values)
-    return [(value - low) / span for value in told]
+    return [value if isinstance(value, int | float) else high if value == "inf" else low for value in values]
 
 
 def number(value: Any, form: str) -> str:
@@ -153,6 +169,18 @@ def number(value: Any, form: str) -> str:
 def ratio(value: Any) -> str:
     """A ratio of the record: a number, infinite or "inf", or None."""
     return number(value, "{:.1f}" if value is None or float(value) < 100 else "{:.0f}")
+
+
+def times(before: float, after: float, less: str, more: str) -> str:
+    """``2.99x smaller``: a figure before against the figure after, with the words for less and for more."""
+    ratio = before / after
+    return f"{ratio:.2f}x {less}" if ratio >= 1 else f"{1 / ratio:.2f}x {more}"
+
+
+def told(value: Any) -> str:
+    """The value of an option in words."""
+    words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return {"": "none", "None": "none", "True": "on", "False": "off"}.get(words, words)
 
 
 def count(value: int | None) -> str:

@@ -1,4 +1,4 @@
-"""The report record, schema 1, and its view in the terminal.
+"""The report record, schema 1.1, and its view in the terminal.
 
 The record is a plain dict that JSON can hold. All keys except ``schema`` and ``tool`` may be absent or empty; such keys
 are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
@@ -13,7 +13,9 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                   changed: [{node, what}], refused: [{node, reason, code}],
                   verified: {max_rel_error, probes} | {unverified: reason} | null,
                   facts: {}}]        facts of a pass that quantizes: {linears: all, quantized: count,
-                                     by_op: {op: {quantized, total}}}; of one that changes channels
+                                     by_op: {op: {quantized, total}}, of static int8 also ranges: [{node, op, tensor,
+                                     clipped: share of its values, weight: its largest value, weight_outliers}]};
+                                     of one that changes channels
                                      {sites: [{node, tensor, readers, method, inserted: nodes; pairs of before and
                                      after: width, macs, outlier_ratio, output_snr_db, bfp_error; relative_change,
                                      sparsity, energy_kept}]}, each key where it applies to the pass; of
@@ -24,6 +26,7 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                                        that the model computes in
     accuracy    Comparison.to_json()   in exact arithmetic; of a file for ONNX Runtime as this machine runs it, and
                                        under ``exact`` in exact arithmetic
+    gates       [{gate, output, value, found, wanted: both in words, met}]
     explanation {samples, aligned: tensors, linears: products, covered: of them; snr of the outputs; sites: [{node, op,
                  tensor, original, nodes, products, share of the sum; snr of the outputs alone, own_snr, so_far_snr at
                  its end}]; restored: [{sites: the first n, snr}], depth: [{node, snr}],
@@ -61,6 +64,7 @@ from rich.console import Console
 
 from channelfold.runtime.io.files import writing
 from channelfold.runtime.report import (
+    accuracy,
     advice,
     benching,
     costs,
@@ -71,14 +75,14 @@ from channelfold.runtime.report import (
     runs,
     search,
     steps,
+    summary,
     web,
 )
-from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
+from channelfold.runtime.report.tables import UNKNOWN, Page, size, times
 from channelfold.runtime.stats.compare import json_number
 
 _EXCEPTIONS = 12
 _LEAST = 0.002  # share of all weight bytes below which a row is not shown
-_LEVELS = {"ok": "green", "degraded": "yellow", "collapsed": "bold red"}
 
 
 def write_json(record: Mapping[str, Any], path: str | Path) -> None:
@@ -113,17 +117,17 @@ def to_json(record: Mapping[str, Any]) -> str:
 def to_html(record: Mapping[str, Any]) -> str:
     """The record as a web page that needs no other file."""
     record, body = plain(record), web.Web()
-    title = f"{record['tool']}  {record.get('command', '')}"
-    sections = {"demo": demo.show} if "demo" in record else _SECTIONS | _PAGE_ALONE
-    shown = [key for key in sections if record.get(key)]
-    body.section("summary")
-    if accuracy := record.get("accuracy"):
-        _verdict("Accuracy", accuracy, body)
-    web.summary(record, body)
-    for key in shown:
-        body.section(key)
-        sections[key](record, body)
-    return web.page(title, body, ["summary", *shown])
+    sections = {"demo": ("Stages", demo.show)} if "demo" in record else _PAGE
+    body.section("summary", "Summary")
+    summary.show(record, body)
+    for key, (title, show) in sections.items():
+        if record.get(key):
+            body.section(key, title)
+            show(record, body)
+    body.section("command", "How to reproduce it")
+    body.say(f"channelfold {record.get('command', '')}", wrap=False)
+    body.table("Versions", ("<version",), [("tool", record["tool"]), *record.get("environment", {}).items()])
+    return web.page(*summary.title(record), body)
 
 
 def plain(value: Any) -> Any:
@@ -172,10 +176,8 @@ def _model(record: Mapping[str, Any], page: Page) -> None:
 
 
 def _smaller(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    times = before["bytes"] / after["bytes"] if after.get("bytes") else 1.0
-    if abs(times - 1) < 0.005:
-        return ""
-    return f"{times:.2f}x smaller" if times > 1 else f"{1 / times:.2f}x larger"
+    told = times(before["bytes"], after["bytes"], "smaller", "larger") if after.get("bytes") else ""
+    return "" if told.startswith("1.00x") else told
 
 
 def _change(before: Any, after: Any) -> tuple[str, str, str]:
@@ -197,35 +199,6 @@ def _weights(record: Mapping[str, Any], page: Page) -> None:
     ]
     page.fill("Weights", ("<read by", "<in", "<stored as", ">bytes", "<because"), rows)
     page.note("the name is the largest of each kind; bytes as in the type that the model computes in")
-
-
-def _comparison(heading: str, accuracy: Mapping[str, Any], page: Page) -> None:
-    level, reasons = _verdict(heading, accuracy, page)
-    columns = (">SNR dB", ">cosine", ">rel. L2", ">max err", ">agree", ">worst sample")
-    page.fill("", columns, [(output["name"], *_figures(output)) for output in accuracy["outputs"]])
-    page.note("agree: the same argmax, or equal elements where an output is not floating")
-    for output in accuracy["outputs"]:
-        if output["reference_nan"] or output["reference_inf"]:
-            found = f"{output['reference_nan']} NaN and {output['reference_inf']} Inf in the original"
-            page.say((f"{output['name']}: {found}", "yellow"))
-    if accuracy["extra"]:
-        page.say((f"only the new model has: {', '.join(accuracy['extra'])}", "yellow"))
-    for reason in reasons:
-        page.say((f"{level}: ", _LEVELS[level]), reason)
-
-
-def _verdict(heading: str, accuracy: Mapping[str, Any], page: Page) -> tuple[str, list[str]]:
-    level, reasons = accuracy["verdict"]["level"], accuracy["verdict"]["reasons"]
-    page.say((heading, "bold"), "  ", (level.upper(), _LEVELS[level]), f"  {accuracy['data']}", indent=0)
-    return level, reasons
-
-
-def _figures(output: Mapping[str, Any]) -> list[str]:
-    forms = {"snr": "{:.2f}", "cosine": "{:.5f}", "relative_l2": "{:.1e}", "max_error": "{:.1e}"}
-    agreement = output["equal"] if output["agreement"] is None else output["agreement"]
-    worst = output["worst_sample"]
-    told = UNKNOWN if worst is None else f"#{worst} {number(output['worst_snr'], '{:.1f} dB')}"
-    return [*(number(output[key], form) for key, form in forms.items()), number(agreement, "{:.2%}"), told]
 
 
 def _engines(record: Mapping[str, Any], page: Page) -> None:
@@ -255,7 +228,7 @@ def _engines(record: Mapping[str, Any], page: Page) -> None:
     costs.show(record["engines"], page)
     for engine in record["engines"]:
         if engine.get("accuracy"):
-            _comparison(f"Accuracy of {Path(engine['path']).name} on the GPU", engine["accuracy"], page)
+            accuracy.comparison(f"Accuracy of {Path(engine['path']).name} on the GPU", engine["accuracy"], page)
 
 
 def _told(node: Mapping[str, Any]) -> str:
@@ -289,14 +262,9 @@ def _sm(engine: Mapping[str, Any]) -> str:
 def _latency(record: Mapping[str, Any], page: Page) -> None:
     first, rows = record["latency"][0], []
     for row in record["latency"]:
-        ratio = first["ms"] / row["ms"]
-        faster = "" if row is first else f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
-        rows.append((row["name"], f"{row['ms']:.3f}", (faster, "green" if ratio >= 1 else "yellow")))
+        faster = "" if row is first else times(first["ms"], row["ms"], "faster", "slower")
+        rows.append((row["name"], f"{row['ms']:.3f}", (faster, "green" if row["ms"] <= first["ms"] else "yellow")))
     page.fill("Latency", (">ms", "<"), rows)
-
-
-def _environment(record: Mapping[str, Any], page: Page) -> None:
-    page.table("Environment", ("<version",), list(record["environment"].items()))
 
 
 def _warnings(record: Mapping[str, Any], page: Page) -> None:
@@ -316,7 +284,8 @@ _SECTIONS = {
     "sensitivity": search.show_sensitivity,
     "inspection": inspection.show,
     "weights": _weights,
-    "accuracy": lambda record, page: _comparison("Accuracy", record["accuracy"], page),
+    "accuracy": accuracy.show,
+    "gates": accuracy.gates,
     "next": advice.show,
     "explanation": explanation.show,
     "engines": _engines,
@@ -324,4 +293,22 @@ _SECTIONS = {
     "bench": benching.show,
     "warnings": _warnings,
 }
-_PAGE_ALONE = {"environment": _environment}
+_PAGE = {
+    "next": ("What to do next", advice.show),
+    "runs": ("Two runs", runs.show),
+    "accuracy": ("Accuracy", accuracy.show),
+    "gates": ("Gates", accuracy.gates),
+    "explanation": ("Where the error comes from", explanation.show),
+    "search": ("Search", search.show),
+    "sensitivity": ("Sensitivity", search.show_sensitivity),
+    "lint": ("Lint", linting.show),
+    "model": ("Model", _model),
+    "weights": ("Weights", _weights),
+    "steps": ("Passes", steps.show),
+    "inspection": ("Contents", inspection.show),
+    "engines": ("Engines", _engines),
+    "latency": ("Latency", _latency),
+    "bench": ("Bench", benching.show),
+    "data": ("Data", _data),
+    "warnings": ("Warnings", _warnings),
+}  # the sections of the web page, with their titles

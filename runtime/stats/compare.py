@@ -9,10 +9,11 @@ the last axis is a row of pixels or a head's channels, where an argmax means not
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import GateError, UsageError, no_progress
 from channelfold.runtime.io.session import Feed
 from channelfold.runtime.stats.metrics import ErrorSums, is_float
+from channelfold.runtime.stats.samples import Worst, spread
 
 COLLAPSED_SNR, DEGRADED_SNR = 10.0, 20.0  # dB
 COLLAPSED_AGREEMENT, DEGRADED_AGREEMENT = 0.5, 0.95
@@ -69,13 +71,19 @@ class OutputComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of ``compare``. ``missing`` outputs are in the reference alone, ``extra`` ones in the candidate."""
+    """The result of ``compare``. ``missing`` outputs are in the reference alone, ``extra`` ones in the candidate.
+
+    ``spread``: how the SNR of an output is spread over the feeds, by its name, see ``samples.spread``. ``worst``: the
+    feeds with the lowest SNR of any output, see ``samples.Worst``.
+    """
 
     outputs: tuple[OutputComparison, ...]
     feeds: int
     data: str
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    spread: Mapping[str, Any] = field(default_factory=dict)
+    worst: Sequence[Mapping[str, Any]] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict, valid as JSON (infinities are the strings "inf" and "-inf"), with the verdict in it."""
@@ -87,12 +95,18 @@ class Comparison:
             "outputs": outputs,
             "missing": list(self.missing),
             "extra": list(self.extra),
+            "spread": json_number(self.spread),
+            "worst": json_number(self.worst),
             "verdict": {"level": found.level, "reasons": list(found.reasons)},
         }
 
 
 def json_number(value: Any) -> Any:
     """Replaces the floats that JSON cannot write: infinities by "inf" and "-inf", NaN by None."""
+    if isinstance(value, Mapping):
+        return {key: json_number(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_number(item) for item in value]
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return None if math.isnan(value) else str(value)
@@ -117,7 +131,7 @@ def compare_all(
         progress("compare", index, len(data))
         expected = _leaves(reference.run(feed))
         for candidate, comparing in zip(candidates, found, strict=True):
-            comparing.add(index, expected, _leaves(candidate.run(feed)))
+            comparing.add(index, feed, expected, _leaves(candidate.run(feed)))
     progress("compare", len(data), len(data))
     return [comparing.result(data) for comparing in found]
 
@@ -153,17 +167,24 @@ class _Comparing:
         self.trackers: dict[str, _Tracker] = {}
         self.missing: dict[str, None] = {}
         self.extra: dict[str, None] = {}
+        self.worst = Worst()
 
-    def add(self, index: int, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> None:
+    def add(self, index: int, feed: Feed, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> None:
         self.missing |= dict.fromkeys(name for name in expected if name not in found)
         self.extra |= dict.fromkeys(name for name in found if name not in expected)
-        for name in expected:
-            if name in found:
-                self.trackers.setdefault(name, _Tracker()).add(index, expected[name], found[name])
+        both = [name for name in expected if name in found]
+        ratios = {
+            name: self.trackers.setdefault(name, _Tracker()).add(index, expected[name], found[name]) for name in both
+        }
+        if ratios:
+            lowest = min(ratios, key=ratios.__getitem__)
+            self.worst.add(index, lowest, ratios[lowest], feed)
 
     def result(self, data: Data) -> Comparison:
         outputs = tuple(tracker.result(name) for name, tracker in self.trackers.items())
-        return Comparison(outputs, len(data), data.description, tuple(self.missing), tuple(self.extra))
+        missing, extra = tuple(self.missing), tuple(self.extra)
+        spreads = {name: found for name, one in self.trackers.items() if (found := spread(one.ratios))}
+        return Comparison(outputs, len(data), data.description, missing, extra, spreads, self.worst.found)
 
 
 class _Tracker:
@@ -173,23 +194,27 @@ class _Tracker:
         self.feeds = self.mismatches = 0
         self.mismatch = ""
         self.sums: ErrorSums | None = None
+        self.ratios = array.array("d")
         self.worst: tuple[float, int | None] = math.inf, None
         self.positions = self.agreed = 0
         self.elements = self.equal = 0
 
-    def add(self, index: int, reference: np.ndarray, candidate: np.ndarray) -> None:
+    def add(self, index: int, reference: np.ndarray, candidate: np.ndarray) -> float:
+        """Takes up the output of one feed; its SNR, infinite where it has none."""
         self.feeds += 1
         if mismatch := _mismatch(reference, candidate):
             self.mismatches += 1
             self.mismatch = self.mismatch or f"{mismatch} (feed {index})"
         elif is_float(reference):
-            self._add_float(index, reference, candidate)
+            return self._add_float(index, reference, candidate)
         else:
             self.elements += reference.size
             self.equal += int(np.count_nonzero(reference == candidate))
+        return math.inf
 
-    def _add_float(self, index: int, reference: np.ndarray, candidate: np.ndarray) -> None:
+    def _add_float(self, index: int, reference: np.ndarray, candidate: np.ndarray) -> float:
         sums = ErrorSums.of(reference, candidate)
+        self.ratios.append(sums.snr)
         if sums.snr < self.worst[0]:
             self.worst = sums.snr, index
         self.sums = self.sums or ErrorSums()
@@ -198,6 +223,7 @@ class _Tracker:
             agreed = reference.argmax(axis=-1) == candidate.argmax(axis=-1)
             self.positions += agreed.size
             self.agreed += int(np.count_nonzero(agreed))
+        return sums.snr
 
     def result(self, name: str) -> OutputComparison:
         common = {"mismatches": self.mismatches, "mismatch": self.mismatch}
@@ -321,6 +347,28 @@ class Gates:
             raise UsageError(f"max_rel is {self.max_rel:g}, and cannot be negative", "Give a bound such as 0.05")
 
 
+@dataclass(frozen=True)
+class Gate:
+    """One bound on one output; ``output`` is "" where no output has the figure. ``found`` and ``wanted`` are words."""
+
+    gate: str
+    output: str
+    value: float | None
+    found: str
+    wanted: str
+    met: bool
+
+
+def gates_of(comparison: Comparison, gates: Gates) -> list[Gate]:
+    """Every bound on every output that has its figure."""
+    return [
+        *_bounded(comparison, "SNR", lambda o: o.snr, "{:.2f} dB", at_least=gates.min_snr),
+        *_bounded(comparison, "cosine", lambda o: o.cosine, "{:.6f}", at_least=gates.min_cosine),
+        *_bounded(comparison, "agreement", _agreement, "{:.2%}", at_least=gates.min_agreement),
+        *_bounded(comparison, "relative L2", lambda o: o.relative_l2, "{:.3g}", at_most=gates.max_rel),
+    ]
+
+
 def check_gates(comparison: Comparison, gates: Gates) -> None:
     """Raises GateError with every missed gate. A gate is missed as well when no output has its figure."""
     if gates == Gates():
@@ -328,10 +376,7 @@ def check_gates(comparison: Comparison, gates: Gates) -> None:
     missed = [
         *(f"{name} is missing" for name in comparison.missing),
         *(f"{output.name} has {output.mismatch}" for output in comparison.outputs if output.mismatches),
-        *_missed(comparison, "SNR", lambda o: o.snr, "{:.2f} dB", at_least=gates.min_snr),
-        *_missed(comparison, "cosine", lambda o: o.cosine, "{:.6f}", at_least=gates.min_cosine),
-        *_missed(comparison, "agreement", _agreement, "{:.2%}", at_least=gates.min_agreement),
-        *_missed(comparison, "relative L2", lambda o: o.relative_l2, "{:.3g}", at_most=gates.max_rel),
+        *(_why_missed(gate) for gate in gates_of(comparison, gates) if not gate.met),
     ]
     if missed:
         raise GateError(
@@ -343,25 +388,30 @@ def _agreement(output: OutputComparison) -> float | None:
     return output.equal if output.agreement is None else output.agreement
 
 
-def _missed(
+def _bounded(
     comparison: Comparison,
-    what: str,
+    gate: str,
     figure: Callable[[OutputComparison], float | None],
     form: str,
     *,
     at_least: float | None = None,
     at_most: float | None = None,
-) -> Iterator[str]:
+) -> Iterator[Gate]:
     if at_least is None and at_most is None:
         return
     low, high = -math.inf if at_least is None else at_least, math.inf if at_most is None else at_most
-    bound = f"at least {form.format(low)}" if at_most is None else f"at most {form.format(high)}"
+    wanted = f"at least {form.format(low)}" if at_most is None else f"at most {form.format(high)}"
     measured = [(output.name, value) for output in comparison.outputs if (value := figure(output)) is not None]
     if not measured:
-        yield f"no output has a figure for {what}"
+        yield Gate(gate, "", None, "no figure", wanted, False)
     for name, value in measured:
-        if not low <= value <= high:
-            yield f"{name} has {what} {form.format(value)}, wanted {bound}"
+        yield Gate(gate, name, value, form.format(value), wanted, low <= value <= high)
+
+
+def _why_missed(gate: Gate) -> str:
+    if not gate.output:
+        return f"no output has a figure for {gate.gate}"
+    return f"{gate.output} has {gate.gate} {gate.found}, wanted {gate.wanted}"
 
 
 class Difference(NamedTuple):

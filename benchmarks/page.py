@@ -1,0 +1,280 @@
+"""The web page of reports in headless Chromium: what it shows, how fast, whether everyone can use it.
+
+    python benchmarks/page.py --axe axe.min.js [--shots DIR] [--write]     every check
+    python benchmarks/page.py --picture results/report.png                 the picture of the README
+
+Reports of compress, of diff --explain, of a search, of prune and of two runs are made of the smallest shipped
+transformer; further ones, with 1,500 and 50,000 nodes, are made up. Needs ``chromium`` on the PATH, and the
+accessibility checker of ``npm install axe-core`` (node_modules/axe-core/axe.min.js).
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness import parser, table, write
+
+from channelfold import models
+from channelfold.runtime import jobs
+from channelfold.runtime.report.terminal import to_html
+
+WIDTHS = (1280, 768, 390)
+LARGE, HUGE = 1500, 50_000  # nodes
+MOST_BYTES, MOST_MS = 2_000_000, 1000  # of the page with LARGE nodes, and until it shows something
+
+
+class Browser:
+    """A page in headless Chromium, driven by the DevTools protocol over a pair of pipes."""
+
+    def __init__(self, write: int, read: int):
+        self._write, self._read = write, read
+        self._rest, self._last = b"", 0
+        self._session: str | None = None
+        self._page = ""
+        self.events: list[dict[str, Any]] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Sends a command; its result."""
+        self._last += 1
+        session = {"sessionId": self._session} if self._session else {}
+        os.write(
+            self._write, json.dumps({"id": self._last, "method": method, "params": params} | session).encode() + b"\0"
+        )
+        while (message := self._next()).get("id") != self._last:
+            self.events.append(message)
+        if "error" in message:
+            raise RuntimeError(f"{method}: {message['error']['message']}")
+        return message["result"]
+
+    def open(self, page: Path) -> None:
+        """Loads a page, and forgets what was heard before."""
+        self.events.clear()
+        self._page = page.resolve().as_uri()
+        self.call("Page.navigate", url=self._page)
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._next())
+
+    def said(self) -> list[str]:
+        """The requests that left the page and what the console said, since it was opened."""
+        kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        told = [json.dumps(event["params"])[:300] for event in self.events if event["method"] in kinds]
+        sent = [
+            event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
+        ]
+        return told + [url[:80] for url in sent if not url.startswith(("data:", self._page))]
+
+    def run(self, script: str) -> Any:
+        """The value of an expression, awaited."""
+        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in found:
+            raise RuntimeError(found["exceptionDetails"]["exception"].get("description", script))
+        return found["result"].get("value")
+
+    def look(self, width: int, dark: bool, height: int = 900) -> None:
+        """Sets the width of the window and the colour scheme."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.call("Emulation.setEmulatedMedia", features=features)
+
+    def shot(self, path: Path, whole: bool = True) -> None:
+        """Writes a picture of the page."""
+        found = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(found["data"]))
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            more = os.read(self._read, 1 << 20)
+            if not more:
+                raise RuntimeError("Chromium has ended")
+            self._rest += more
+        message, _, self._rest = self._rest.partition(b"\0")
+        return json.loads(message)
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """A Chromium of its own, which ends with the block."""
+    to_read, to_write = os.pipe()
+    from_read, from_write = os.pipe()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+        ]
+        pipes = f"exec chromium {' '.join(options)} 3<&{to_read} 4>&{from_write} 2>/dev/null"
+        process = subprocess.Popen(["bash", "-c", pipes], pass_fds=(to_read, from_write))
+        os.close(to_read)
+        os.close(from_write)
+        try:
+            yield Browser(to_write, from_read)
+        finally:
+            process.terminate()
+            process.wait(20)
+            os.close(to_write)
+            os.close(from_read)
+
+
+def reports(folder: Path) -> dict[str, dict[str, Any]]:
+    """Records of real runs, by what they are of."""
+    model, data = models.path("digits_vit.onnx"), models.path("digits_calibration.npz")
+    unseen = models.path("digits_evaluation.npz")
+    both = jobs.Source(data, unseen)
+    smooth = jobs.compress(model, folder / "smooth", "int8-smooth", source=both, gates=jobs.Gates(min_snr=20))
+    jobs.compress(model, folder / "plain", source=both, overrides={"exclude": ["*2*"]})
+    return {
+        "compress": smooth,
+        "diff --explain": jobs.diff(
+            model, folder / "smooth/model.onnx", source=jobs.Source(evaluation=unseen), explain=True
+        ),
+        "compress --search": jobs.compress(model, folder / "found", source=both, search=jobs.Search(max_loss=0.02)),
+        "prune": jobs.prune(model, folder / "cut.onnx", source=both, options={"keep_macs": 0.6}),
+        "report A B": jobs.report(folder / "smooth", folder / "plain"),
+    }
+
+
+def enlarged(record: dict[str, Any], count: int) -> dict[str, Any]:
+    """A record that tells of so many nodes in every table, each with what the first one has."""
+    made = copy.deepcopy(record)
+    names = [f"/model/layers.{i // 12}/attention/block_{i}/MatMul" for i in range(count)]
+
+    def many(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [rows[0] | {"node": name} for name in names] if rows else []
+
+    for step in made["steps"]:
+        for key in ("changed", "refused"):
+            step[key] = many(step[key]) if step["pass"] == "quantize" else step[key]
+        for key in ("ranges", "sites"):
+            if key in step["facts"]:
+                step["facts"][key] = many(step["facts"][key])
+    return made
+
+
+def checked(shown: Browser, page: Path, axe: str, shots: Path | None) -> list[str]:
+    """What is wrong with a page."""
+    wrong = []
+    for width in WIDTHS:
+        for dark in (False, True):
+            shown.look(width, dark)
+            shown.open(page)
+            place = f"{width} pixels, {'dark' if dark else 'light'}"
+            if shots:
+                shown.shot(shots / f"{page.stem}-{width}-{'dark' if dark else 'light'}.png")
+            if shown.run("document.documentElement.scrollWidth > innerWidth"):
+                wrong.append(f"{place}: wider than the window")
+            if axe:
+                shown.run(f"{axe};0")
+                wrong += [f"{place}: {found}" for found in shown.run(_VIOLATIONS)]
+            wrong += [f"{place}: {said}" for said in shown.said()]
+    return wrong + [why for what, why in _USES.items() if not shown.run(what)]
+
+
+_VIOLATIONS = "axe.run().then(found => found.violations.map(one => `${one.id}: ${one.nodes[0].html.slice(0, 200)}`))"
+_USES = {
+    """(() => { const head = [...document.querySelectorAll('tbody th a.node')].map(a => a.closest('table'))[0]?.
+         querySelector('thead th'); if (!head) return true;
+       const bodies = [...head.closest('table').tBodies];
+       const names = () => bodies.flatMap(body => [...body.rows]).map(row => row.cells[0].textContent);
+       const least = names().sort(new Intl.Collator(undefined, {numeric: true}).compare);
+       head.querySelector('button').click(); const up = names(); head.querySelector('button').click();
+       return head.ariaSort === 'descending' && up[0] === least[0] && names()[0] === least.at(-1); })()""":
+        "a click on a heading does not sort",
+    """(async () => { const name = document.querySelector('a.node')?.textContent; if (!name) return true;
+       const find = document.getElementById('find'); find.value = name; find.dispatchEvent(new Event('input'));
+       await new Promise(done => setTimeout(done, 400));
+       const left = [...document.querySelectorAll('tbody tr:not([hidden])')];
+       const told = document.getElementById('found').textContent.startsWith(`${left.length} of `);
+       find.value = ''; find.dispatchEvent(new Event('input')); await new Promise(done => setTimeout(done, 400));
+       return told && left.length > 0 && left.every(row => row.textContent.includes(name)); })()""":
+        "the search does not find a node",
+    """(async () => { const link = [...document.querySelectorAll('a.node')].at(-1); if (!link) return true;
+       location.hash = `node:${encodeURIComponent(link.textContent)}`; await new Promise(done => setTimeout(done, 300));
+       const row = document.querySelector('tr.named'), box = row?.getBoundingClientRect();
+       return !!row && row.textContent.includes(link.textContent) && box.top >= 0 && box.bottom <= innerHeight; })()""":
+        "a link to a node does not lead there",
+    """(async () => { const dot = document.querySelector('svg circle'); if (!dot) return true;
+       dot.dispatchEvent(new MouseEvent('click', {bubbles: true})); await new Promise(done => setTimeout(done, 300));
+       return location.hash.startsWith('#node:'); })()""": "a point of a picture leads nowhere",
+}  # fmt: skip  # an expression that is true where a use of the page works, and what is said where it does not
+
+
+def measured(shown: Browser, page: Path) -> tuple[int, int, int]:
+    """(bytes, milliseconds until something shows, milliseconds until all is loaded) of a page, the best of three."""
+    shown.look(1280, dark=False)
+    times = []
+    for _ in range(3):
+        shown.open(page)
+        times.append(shown.run(_PAINT))
+    paint, load = (min(column) for column in zip(*times, strict=True))
+    return page.stat().st_size, round(paint), round(load)
+
+
+_PAINT = """new Promise(done => { const timer = setInterval(() => {
+  const [paint] = performance.getEntriesByName('first-contentful-paint');
+  const load = performance.getEntriesByType('navigation')[0].loadEventEnd;
+  if (paint && load) { clearInterval(timer); done([paint.startTime, load]); } }, 20); })"""
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--axe", type=Path, metavar="FILE", help="axe.min.js of npm's axe-core")
+    options.add_argument("--shots", type=Path, metavar="DIR", help="keep pictures of every page")
+    options.add_argument("--picture", type=Path, metavar="PNG", help="write the picture of the README alone")
+    options.add_argument("--write", action="store_true", help="also write results/page.md")
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory() as name, browser() as shown:
+        folder = Path(name)
+        made = reports(folder)
+        pages = {what: folder / f"{what.replace(' ', '-')}.html" for what in made}
+        for what, page in pages.items():
+            page.write_text(to_html(made[what]), encoding="utf-8")
+        if given.picture:
+            shown.look(1100, dark=False, height=1180)
+            shown.open(pages["compress"])
+            shown.shot(given.picture, whole=False)
+            return
+        axe = given.axe.read_text(encoding="utf-8") if given.axe else ""
+        wrong = {what: checked(shown, page, axe, given.shots) for what, page in pages.items()}
+        rows = [(what, f"{page.stat().st_size / 1e3:.0f} kB", str(len(wrong[what]))) for what, page in pages.items()]
+        large = []
+        for count in (LARGE, HUGE):
+            page = folder / f"{count}.html"
+            page.write_text(to_html(enlarged(made["compress"], count)), encoding="utf-8")
+            size, paint, load = measured(shown, page)
+            large.append((f"{count:,} nodes", f"{size / 1e6:.2f} MB", f"{paint} ms", f"{load} ms"))
+            if count == LARGE and (size >= MOST_BYTES or paint >= MOST_MS):
+                wrong[f"{count} nodes"] = [f"{size} bytes, {paint} ms"]
+    text = [table(("page of", "size", "findings"), rows), table(("made up", "size", "first paint", "loaded"), large)]
+    print("\n\n".join(text))
+    for what, found in wrong.items():
+        print(*(f"{what}: {why}" for why in found), sep="\n", end="")
+    if given.write:
+        write(
+            "page.md",
+            "# The web page in headless Chromium",
+            "`python benchmarks/page.py --axe axe.min.js --write`",
+            *text,
+        )
+    sys.exit(any(wrong.values()))
+
+
+if __name__ == "__main__":
+    main()
