@@ -38,7 +38,7 @@ from channelfold.runtime.errors import (
     nearest,
 )
 from channelfold.runtime.io import bfloat16, files
-from channelfold.runtime.io.bodies import share_constants
+from channelfold.runtime.io.bodies import share_constants, tell_apart
 from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.edit import fix_inputs, see_through_identities, take_defaults
 from channelfold.runtime.io.emulate import emulate
@@ -245,6 +245,7 @@ class Job:
             self.warn(f"Inputs with default values were taken as constants, which no caller can override: {some}")
         see_through_identities(self.graph)
         squeeze_weights(self.graph)
+        tell_apart(self.graph)
         if saved := share_constants(self.graph):
             self.warn(f"Parts of the model held the same weights, which are now stored once: {saved:,} bytes less")
         own = carried(self.graph)

@@ -329,9 +329,15 @@ def _record(work: _Searching, chosen: Figures) -> dict[str, Any]:
         },
         "runs": work.runs,
         "kappa_db": float(10 * np.log10(np.median(ratios))) if ratios else 0.0,
-        "points": [_told_point(work, figures, chosen) for figures in undominated(work.measured)],
+        "points": [_told_point(work, figures, chosen) for figures in _shown(work.measured, chosen)],
         "sites": [_told_choice(s, o) for s, o in zip(work.sites, chosen.point.options, strict=True)],
     }
+
+
+def _shown(found: Sequence[Figures], chosen: Figures) -> list[Figures]:
+    """The front, with the chosen point, which others may beat where no point keeps the limits."""
+    kept = undominated(found)
+    return sorted(kept if chosen in kept else [*kept, chosen], key=lambda figures: -figures.point.cost)
 
 
 def _told_point(work: _Searching, figures: Figures, chosen: Figures) -> dict[str, Any]:
