@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from channelfold.passes.layers import sensitivity
 from channelfold.passes.layers.sensitivity import Crew, Errors, Site, Trial, decibels
 from channelfold.passes.layers.switchboard import Board
 from channelfold.passes.search.front import Point
-from channelfold.runtime.io import workers as pool
 
+RELATIVE = "relative squared error"
 _SIGMA = 1.96  # of a two-sided interval of 95 %
 _TINY = 1e-30
 _TOGETHER = 4  # points that one task measures
@@ -65,13 +64,15 @@ class Limits:
 class Split:
     """Samples to measure points on: files of the board, with a label for each or none.
 
-    ``metric`` gives the loss of a point by a metric that has data of its own.
+    ``metric`` gives the loss of a point by a metric that has data of its own. ``whole``: the board of the network whose
+    outputs are right, where that is another one.
     """
 
     board: Board
     files: tuple[str, ...]
     labels: tuple[int, ...] = ()
     metric: Callable[[Point], float] | None = None
+    whole: Board | None = None
     crew: Crew = field(default_factory=Crew)
     known: dict[Point, Figures] = field(default_factory=dict)
 
@@ -83,38 +84,48 @@ class Split:
         if self.labels:
             return "top-1 accuracy"
         compared = any(not math.isnan(figures.agreement) for figures in self.known.values())
-        return "argmax agreement" if compared else "relative squared error"
+        return "argmax agreement" if compared else RELATIVE
 
     def measured(self, points: Sequence[Point], sites: Sequence[Site]) -> list[Figures]:
         """The figures of points; each point is measured once."""
         new = [point for point in dict.fromkeys(points) if point not in self.known]
         parts = [new[start : start + _TOGETHER] for start in range(0, len(new), _TOGETHER)]
         trials = [
-            Trial(self.board, self.files, tuple(point.chosen(sites) for point in part), labels=self.labels)
+            Trial(self.board, self.files, tuple(p.chosen(sites) for p in part), labels=self.labels, whole=self.whole)
             for part in parts
         ]
-        found = pool.each(sensitivity.attempt, trials, self.crew.workers, self.crew.cluster)
-        for number, (part, errors) in enumerate(zip(parts, found, strict=True)):
-            self.crew.progress("Measuring points", number, len(parts))
+        for part, errors in zip(parts, self.crew.each("Measuring points", trials), strict=True):
             self.known |= {point: self._figures(point, errors, place) for place, point in enumerate(part)}
         return [self.known[point] for point in points]
 
     def _figures(self, point: Point, errors: Errors, place: int) -> Figures:
-        lost, energy = errors.lost[place].sum(axis=0), errors.energy.sum(axis=0)
-        snr = float(np.min(decibels(lost / np.maximum(energy, _TINY))))
-        agreed = errors.agreed[place][:, list(self.board.scores)]
-        agreement = float(agreed.mean(axis=0).min()) if agreed.size and np.isfinite(agreed).all() else math.nan
-        error = float(errors.by_sample()[place].mean())
-        if self.metric:
-            loss = self.metric(point)
-            return Figures(point, error, snr, agreement, loss, loss, loss)
-        if self.labels:
-            losses = errors.right[0].astype(float) - errors.right[1 + place]
-        elif not math.isnan(agreement):
-            losses = 1 - agreed.mean(axis=1)
-        else:
-            losses = errors.by_sample()[place]
-        return Figures(point, error, snr, agreement, *interval(losses))
+        return figures(point, errors, place, self.board.scores, bool(self.labels), self.metric)
+
+
+def figures(
+    point: Point,
+    errors: Errors,
+    place: int,
+    scores: Sequence[bool],
+    labelled: bool,
+    metric: Callable[[Point], float] | None = None,
+) -> Figures:
+    """The figures of a point from the errors of the configuration in a ``place``."""
+    lost, energy = errors.lost[place].sum(axis=0), errors.energy.sum(axis=0)
+    snr = float(np.min(decibels(lost / np.maximum(energy, _TINY))))
+    agreed = errors.agreed[place][:, list(scores)]
+    agreement = float(agreed.mean(axis=0).min()) if agreed.size and np.isfinite(agreed).all() else math.nan
+    error = float(errors.by_sample()[place].mean())
+    if metric:
+        loss = metric(point)
+        return Figures(point, error, snr, agreement, loss, loss, loss)
+    if labelled:
+        losses = errors.right[0].astype(float) - errors.right[1 + place]
+    elif not math.isnan(agreement):
+        losses = 1 - agreed.mean(axis=1)
+    else:
+        losses = errors.by_sample()[place]
+    return Figures(point, error, snr, agreement, *interval(losses))
 
 
 def interval(losses: np.ndarray) -> tuple[float, float, float]:

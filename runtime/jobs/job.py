@@ -314,6 +314,10 @@ class Job:
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
             self.record["next"] = advice.next_steps(self.record)
 
+    def runners(self, path: Path) -> tuple[Runner, Runner]:
+        """The original and a result of it, whose outputs can be compared."""
+        return self._original(exact=True), self._candidate(path, exact=True, fuse=fuses_rightly(files.load(path)))
+
     def _original(self, **options: Any) -> Runner:
         """The original, which is given the values of the inputs that are fixed."""
         return _Fixed(self._session(self.model, **options), self.fixed)

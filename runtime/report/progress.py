@@ -51,7 +51,13 @@ class Progress:
             if self._ended:
                 return
             stage = rich.TextColumn("{task.description}", markup=False)  # TensorRT's phases may hold brackets
-            columns = rich.SpinnerColumn(), stage, rich.BarColumn(), rich.TimeElapsedColumn()
+            columns = (
+                rich.SpinnerColumn(),
+                stage,
+                rich.BarColumn(),
+                rich.TimeElapsedColumn(),
+                rich.TimeRemainingColumn(),
+            )
             self._display = rich.Progress(*columns, console=Console(stderr=True), transient=True)
             self._update(new=True)
             self._display.start()
