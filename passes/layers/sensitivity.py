@@ -35,7 +35,8 @@ FEW = 4  # of them, on which every site is measured
 _MANY = 96  # sites
 _HEAD = 0.9  # share of the error that is measured on all samples
 _BLOCK = 8  # nodes that one session tries: few, for only constants have the fast layouts of ONNX Runtime
-_BYTES = 1 << 28  # of outputs that are kept
+_BYTES = 1 << 28  # of outputs of samples
+_RIGHT = "channelfold.right."  # in files of samples
 _SMALLEST = 1e-30
 _QUIET = 10  # a sample counts as if its output had at least the mean energy divided by this
 
@@ -45,8 +46,7 @@ class Trial:
     """A unit of work: ``tried`` configurations on ``samples``, which are files in the folder of the board.
 
     ``open``: the nodes in which they differ from float; without any, every configuration gets a session of its own.
-    ``labels``: the right class of every sample. ``whole``: the board of the network whose outputs are right, where that
-    is another one.
+    ``labels``: the right class of every sample.
     """
 
     board: Board
@@ -54,14 +54,13 @@ class Trial:
     tried: tuple[Configuration, ...]
     open: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
-    whole: Board | None = None
 
     @property
     def key(self) -> str:
         """The hash of everything that the errors depend on."""
         samples = [hashlib.sha256((self.board.folder / file).read_bytes()).hexdigest() for file in self.samples]
-        boards = self.board.digest, self.whole.digest if self.whole else ""
-        told = json.dumps([__version__, boards, samples, [dict(c) for c in self.tried], self.open, self.labels])
+        tried = [dict(chosen) for chosen in self.tried]
+        told = json.dumps([__version__, self.board.digest, samples, tried, self.open, self.labels])
         return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -79,11 +78,6 @@ class Errors:
     agreed: np.ndarray
     right: np.ndarray
     runs: float = 0.0
-
-    def of_first(self, samples: int) -> Errors:
-        return Errors(
-            self.energy[:samples], self.lost[:, :samples], self.agreed[:, :samples], self.right[:, :samples], self.runs
-        )
 
     def relative(self) -> np.ndarray:
         """The error of every configuration, (configurations,)."""
@@ -105,13 +99,31 @@ def spread(data: Data, count: int) -> list[Feed]:
     return [feed for index, feed in enumerate(data) if index in chosen]
 
 
-def keep(board: Board, feeds: Iterable[Feed], name: str) -> tuple[str, ...]:
-    """Writes samples into the folder of the board; their files."""
-    files = []
+def keep(board: Board, feeds: Iterable[Feed], name: str, whole: Board | None = None) -> tuple[str, ...]:
+    """Writes samples into the folder of the board, with the outputs that are right; their files.
+
+    ``whole``: the board of the network whose outputs are right, where that is another one. There are fewer samples
+    where outputs are large.
+    """
+    files, size = [], 0
+    player = (whole or board).player()
     for index, feed in enumerate(feeds):
+        right = {f"{_RIGHT}{place}": output for place, output in enumerate(player.run(feed))}
         files.append(f"{name}.{index}.npz")
-        np.savez(board.folder / files[-1], **feed)  # pyright: ignore[reportArgumentType]
+        np.savez(board.folder / files[-1], **feed, **right)  # pyright: ignore[reportArgumentType]
+        size += sum(output.nbytes for output in right.values())
+        if size > _BYTES:
+            break
     return tuple(files)
+
+
+def _read(path: Path) -> tuple[Feed, list[np.ndarray]]:
+    """A sample, and its outputs that are right."""
+    with np.load(path) as stored:
+        found = dict(stored)
+    names = sorted((name for name in found if name.startswith(_RIGHT)), key=lambda name: int(name[len(_RIGHT) :]))
+    right = [found.pop(name) for name in names]
+    return found, right
 
 
 class Meter:
@@ -120,43 +132,27 @@ class Meter:
     ``scores``: which outputs hold class scores. ``mask``: the input that tells which positions take part, or empty.
     """
 
-    def __init__(
-        self, feeds: Sequence[Feed], scores: Sequence[bool], tried: int, labels: Sequence[int] = (), mask: str = ""
-    ):
-        self.feeds, self.labels, self._scores, self._mask = feeds, labels, list(scores), mask
-        samples, outputs = len(feeds), len(scores)
-        self._right: dict[int, list[np.ndarray]] = {}
+    def __init__(self, samples: int, scores: Sequence[bool], tried: int, labels: Sequence[int] = (), mask: str = ""):
+        self._labels, self._scores, self._mask = labels, list(scores), mask
+        shape = samples, len(scores)
         self.errors = Errors(
-            np.zeros((samples, outputs)),
-            np.zeros((tried, samples, outputs)),
-            np.zeros((tried, samples, outputs)),
-            np.zeros((1 + tried, samples), bool),
+            np.zeros(shape), np.zeros((tried, *shape)), np.zeros((tried, *shape)), np.zeros((1 + tried, samples), bool)
         )
 
-    @property
-    def kept(self) -> int:
-        """Bytes of outputs that are right."""
-        return sum(output.nbytes for outputs in self._right.values() for output in outputs)
+    def see(self, sample: int, feed: Feed, right: Sequence[np.ndarray], found: Iterable[Sequence[np.ndarray]]) -> None:
+        """Takes the outputs on a sample: those that are right, and those of every configuration."""
+        self.errors.energy[sample] = [_energy(self._counted(feed, output)) for output in right]
+        self.errors.right[0, sample] = self._classed(sample, right)
+        for number, outputs in enumerate(found):
+            self.errors.right[1 + number, sample] = self._classed(sample, outputs)
+            for place, pair in enumerate(zip(right, outputs, strict=True)):
+                old, new = (self._counted(feed, output) for output in pair)
+                self.errors.lost[number, sample, place] = _lost(old, new)
+                self.errors.agreed[number, sample, place] = _agreed(old, new)
 
-    def right(self, sample: int, outputs: Sequence[np.ndarray]) -> None:
-        self._right[sample] = list(outputs)
-        self.errors.energy[sample] = [_energy(self._counted(sample, output)) for output in outputs]
-        self.errors.right[0, sample] = self._classed(sample, outputs)
-
-    def add(self, number: int, sample: int, outputs: Sequence[np.ndarray]) -> None:
-        """Takes the outputs of a configuration; those that are right must be known."""
-        self.errors.right[1 + number, sample] = self._classed(sample, outputs)
-        for place, pair in enumerate(zip(self._right[sample], outputs, strict=True)):
-            old, new = (self._counted(sample, output) for output in pair)
-            self.errors.lost[number, sample, place] = _lost(old, new)
-            self.errors.agreed[number, sample, place] = _agreed(old, new)
-
-    def forget(self, sample: int) -> None:
-        del self._right[sample]
-
-    def _counted(self, sample: int, output: np.ndarray) -> np.ndarray:
+    def _counted(self, feed: Feed, output: np.ndarray) -> np.ndarray:
         """The positions of an output that take part, (n, channels), where the output has those of the mask."""
-        mask = self.feeds[sample].get(self._mask)
+        mask = feed.get(self._mask)
         if mask is None or mask.ndim != 2 or output.ndim < 3 or output.shape[: mask.ndim] != mask.shape:
             return output
         return output[mask != 0]
@@ -164,42 +160,21 @@ class Meter:
     def _classed(self, sample: int, outputs: Sequence[np.ndarray]) -> bool:
         scores = next((o for o, holds in zip(outputs, self._scores, strict=True) if holds), outputs[0])
         found = int(scores.reshape(-1, scores.shape[-1])[0].argmax())
-        return bool(self.labels) and found == self.labels[sample]
-
-
-def read(board: Board, files: Sequence[str]) -> list[Feed]:
-    """The samples of files that ``keep`` has written."""
-    found = []
-    for file in files:
-        with np.load(board.folder / file) as stored:
-            found.append(dict(stored))
-    return found
+        return bool(self._labels) and found == self._labels[sample]
 
 
 def attempt(trial: Trial) -> Errors:
     """Does one unit of work."""
-    board, feeds = trial.board, read(trial.board, trial.samples)
-    meter = Meter(feeds, board.scores, len(trial.tried), trial.labels, board.mask)
-    if trial.open:
-        player = board.player(open=trial.open)
-        for s, feed in enumerate(feeds):
-            meter.right(s, player.run(feed))
-            for c, chosen in enumerate(trial.tried):
-                meter.add(c, s, player.run(feed, chosen))
-            meter.forget(s)
-        meter.errors.runs = len(feeds) * (1 + player.share * len(trial.tried))
-        return meter.errors
-    player = (trial.whole or board).player()
-    count = 0
-    while count < len(feeds) and meter.kept <= _BYTES:
-        meter.right(count, player.run(feeds[count]))
-        count += 1
-    for c, chosen in enumerate(trial.tried):
-        player = board.player(chosen)
-        for s in range(count):
-            meter.add(c, s, player.run(feeds[s]))
-    meter.errors.runs = count * (1 + len(trial.tried))
-    return meter.errors.of_first(count)
+    board = trial.board
+    meter = Meter(len(trial.samples), board.scores, len(trial.tried), trial.labels, board.mask)
+    shared = [board.player(open=trial.open)] if trial.open else []
+    players = shared * len(trial.tried) or [board.player(chosen) for chosen in trial.tried]
+    for place, file in enumerate(trial.samples):
+        feed, right = _read(board.folder / file)
+        runs = (player.run(feed, chosen) for player, chosen in zip(players, trial.tried, strict=True))
+        meter.see(place, feed, right, runs)
+    again = sum(player.share for player in players) + sum(1 - player.share for player in shared)
+    return replace(meter.errors, runs=len(trial.samples) * again)
 
 
 def _energy(values: np.ndarray) -> float:

@@ -149,7 +149,8 @@ class Player:
         if self._stem and not typed(rest, self._stem.outputs):
             self._stem, rest = None, model
         self._rest = self._session(rest)
-        self.share = sum(board.macs.get(node.name, 0) for node in rest.graph.node) / max(sum(board.macs.values()), 1)
+        again = sum(board.macs.get(node.name, 0) for node in rest.graph.node)
+        self.share = again / max(sum(board.macs.values()), 1) if open else 1.0
         self._array = functools.cache(lambda file: np.load(board.folder / file, mmap_mode="r"))
         self._known: tuple[Feed, Feed] = {}, {}  # a feed, and what the stem makes of it
 

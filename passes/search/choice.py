@@ -1,6 +1,6 @@
 """From the sensitivities of a network to the cheapest point that keeps what a user allows.
 
-1   points of the front, and those of recipes, are measured on samples that steer
+1   points of the front are measured on samples that steer, and those of recipes, which correct the sensitivities
 2   bisection between the cheapest that keeps the limits and the next cheaper one
 3   the best one is proved on samples that chose nothing; where it misses the limits there, the next one
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from channelfold.passes.layers import sensitivity
 from channelfold.passes.layers.sensitivity import Site
-from channelfold.passes.search.front import Point, cheapest, front, most_accurate, uniform
+from channelfold.passes.search.front import Point, cheapest, front, most_accurate, scaled, uniform
 from channelfold.passes.search.proof import Figures, Limits, Split, refined, undominated
 
 _MATTERS = 0.02  # share of the error of a point from which on a guess in it is measured
@@ -36,9 +36,9 @@ class Choice:
 
     def run(self) -> Figures:
         """The chosen point."""
-        first = self._first()
-        board, crew = self.steering.board, self.steering.crew
-        self.sites = sensitivity.checked(board, self.samples, self.sites, self._guesses(first), crew)
+        used, board, crew = self._guesses(self._first()), self.steering.board, self.steering.crew
+        sites = sensitivity.checked(board, self.samples, self.sites, used, crew)
+        self.sites = scaled(sites, lambda points: [f.error for f in self.steering.measured(points, sites)])
         self.measured = self.steering.measured(self._first(), self.sites)
         if self.limits.of_accuracy:
             self.measured = refined(

@@ -8,9 +8,10 @@ loss        top-1 accuracy lost, where the samples have labels; else the share o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,7 +22,6 @@ from channelfold.passes.search.front import Point
 RELATIVE = "relative squared error"
 _SIGMA = 1.96  # of a two-sided interval of 95 %
 _TINY = 1e-30
-_TOGETHER = 4  # points that one task measures
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,15 @@ class Limits:
 class Split:
     """Samples to measure points on: files of the board, with a label for each or none.
 
-    ``metric`` gives the loss of a point by a metric that has data of its own. ``whole``: the board of the network whose
-    outputs are right, where that is another one.
+    ``metric`` gives the loss of a point by a metric that has data of its own.
     """
 
     board: Board
     files: tuple[str, ...]
     labels: tuple[int, ...] = ()
     metric: Callable[[Point], float] | None = None
-    whole: Board | None = None
     crew: Crew = field(default_factory=Crew)
-    known: dict[Point, Figures] = field(default_factory=dict)
+    known: dict[tuple[str, ...], Figures] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -88,18 +86,11 @@ class Split:
 
     def measured(self, points: Sequence[Point], sites: Sequence[Site]) -> list[Figures]:
         """The figures of points; each point is measured once."""
-        new = [point for point in dict.fromkeys(points) if point not in self.known]
-        parts = [new[start : start + _TOGETHER] for start in range(0, len(new), _TOGETHER)]
-        trials = [
-            Trial(self.board, self.files, tuple(p.chosen(sites) for p in part), labels=self.labels, whole=self.whole)
-            for part in parts
-        ]
-        for part, errors in zip(parts, self.crew.each("Measuring points", trials), strict=True):
-            self.known |= {point: self._figures(point, errors, place) for place, point in enumerate(part)}
-        return [self.known[point] for point in points]
-
-    def _figures(self, point: Point, errors: Errors, place: int) -> Figures:
-        return figures(point, errors, place, self.board.scores, bool(self.labels), self.metric)
+        new = {point.options: point for point in points if point.options not in self.known}
+        trials = [Trial(self.board, self.files, (point.chosen(sites),), labels=self.labels) for point in new.values()]
+        for point, errors in zip(new.values(), self.crew.each("Measuring points", trials), strict=True):
+            self.known[point.options] = figures(point, errors, 0, self.board.scores, bool(self.labels), self.metric)
+        return [replace(self.known[point.options], point=point) for point in points]
 
 
 def figures(
@@ -155,21 +146,28 @@ def refined(
 ) -> list[Figures]:
     """``found`` and points between the cheapest that keeps the limits and the next cheaper one, by bisection.
 
-    ``solve`` gives the cheapest point of a predicted error.
+    Losses that count samples are not monotonic: where nothing is left between the two, points are tried where the gap
+    between cheaper ones is widest. ``solve`` gives the cheapest point of a predicted error.
     """
+    found = list(found)
     for _ in range(trials):
         kept = [f for f in found if limits.accurate(f)]
         if not kept:
             break
-        least = min(kept, key=lambda f: f.point.cost)
-        missed = [f for f in found if f.point.cost < least.point.cost and f.point.predicted > least.point.predicted]
-        if not missed:
+        least = min(kept, key=lambda f: f.point.cost).point
+        cheaper = [f.point for f in found if f.point.cost < least.cost and f.point.predicted > least.predicted]
+        pairs = list(itertools.pairwise([least, *sorted(cheaper, key=lambda p: p.predicted)]))
+        wide = sorted(pairs[1:], key=lambda pair: pair[1].cost - pair[0].cost)
+        tried = {f.point.options for f in found}
+        new = (solve(_between(pair)) for pair in [*pairs[:1], *wide])
+        point = next((point for point in new if point.options not in tried), None)
+        if point is None:
             break
-        nearest = min(missed, key=lambda f: f.point.predicted)
-        low, high = max(least.point.predicted, _TINY), nearest.point.predicted
-        low = max(low, high * 1e-4)
-        new = solve(math.sqrt(low * high))
-        if any(f.point == new for f in found):
-            break
-        found = [*found, measure(new)]
+        found.append(measure(point))
     return found
+
+
+def _between(pair: tuple[Point, Point]) -> float:
+    """The error between those of two points, evenly in dB."""
+    low, high = sorted(point.predicted for point in pair)
+    return math.sqrt(max(low, high * 1e-4, _TINY) * high)

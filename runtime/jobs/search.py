@@ -187,13 +187,14 @@ class _Hunt:
     def _split(self, found: Prepared, written: Files, part: Part, name: str) -> Split:
         board, (feeds, labels) = found.board, part
         metric = functools.partial(self.metric.loss, written) if self.metric else None
-        whole = None if found is self._whole else self._whole.board
-        return Split(board, keep(board, feeds, name), tuple(labels), metric, whole, self.crew)
+        files = keep(board, feeds, name, self._whole.board)
+        self.crew.runs += len(files)
+        return Split(board, files, tuple(labels[: len(files)]), metric, self.crew)
 
     def _worth(self, start: _Start, found: Prepared, steering: Split) -> float | None:
         """The error of a network in float; None where a search on it is not worth its time."""
         mixes = {}, found.all_in(start.acting)
-        trial = Trial(found.board, steering.files, mixes, labels=steering.labels, whole=steering.whole)
+        trial = Trial(found.board, steering.files, mixes, labels=steering.labels)
         (errors,) = self.crew.each("Measuring a network", [trial])
         alone, acting = errors.by_sample().mean(axis=1).tolist()
         if start.finer and acting > _GAIN * self._least:
@@ -245,12 +246,11 @@ class Found:
 
     def _figures(self, out: Path) -> Figures:
         (feeds, labels), board = self.proof, self.result.choice.proof.board
-        meter = Meter(feeds, board.scores, 1, labels, board.mask)
-        original, written = self.job.runners(out)
+        meter = Meter(len(feeds), board.scores, 1, labels, board.mask)
+        runners = self.job.runners(out)
         for place, feed in enumerate(feeds):
-            meter.right(place, [original.run(feed)[name] for name in board.ends])
-            meter.add(0, place, [written.run(feed)[name] for name in board.ends])
-            meter.forget(place)
+            right, found = ([outputs[name] for name in board.ends] for outputs in (r.run(feed) for r in runners))
+            meter.see(place, feed, right, [found])
         own = self.metric
         metric = (lambda _: own.of(out)) if own else None
         return figures(self.result.chosen.point, meter.errors, 0, board.scores, bool(labels), metric)
