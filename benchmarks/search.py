@@ -95,7 +95,7 @@ def measured(model: Path, source: Path, recipe: str, name: str) -> dict[str, Any
             "met": found["met"], "kappa": found["kappa_db"], "gaps": gaps, "runs": found["runs"],
             "bytes": record["output"]["bytes"] / record["model"]["bytes"], "cost": chosen["cost"],
             "loss": chosen["proof"]["loss"], "high": chosen["proof"]["high"], "what": found["loss"],
-            "snr": snr(record), "smooth": chosen["smooth"],
+            "snr": snr(record), "start": chosen["start"],
         }  # fmt: skip
     return row
 

@@ -101,9 +101,8 @@ def clear(folder: str | Path) -> None:
     """Removes a checkpoint, and its folder where the folder holds nothing else."""
     folder = Path(folder)
     remove_leftovers(folder)
-    _remove(
-        [folder / MANIFEST, *_models(folder, "step-"), *folder.glob("statistics-*.npz"), *folder.glob("rounded-*.npz")]
-    )
+    kept = (path for name in ("statistics", "rounded", "trial") for path in folder.glob(f"{name}-*.npz"))
+    _remove([folder / MANIFEST, *_models(folder, "step-"), *kept])
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

@@ -43,6 +43,7 @@ from channelfold.passes.options import options as options_of
 from channelfold.runtime.errors import ChannelfoldError, UsageError, nearest
 
 QUANTIZATIONS = ("quantize", "quantize-weights")
+BEHIND_REPARAM = ("fold-pad", "fold-affine", "merge-moves", "merge-equal")  # what is folded after FFNs were rewritten
 # passes that do not touch weights behind DequantizeLinear
 _ANYWHERE = (
     *("rewrite-einsum", "fold-constants", "fold-shapes", "remove-identities", "merge-moves", "merge-equal"),

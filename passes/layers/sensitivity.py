@@ -6,19 +6,28 @@ Errors of different nodes add up at a linear output, within 1 dB from 4 dB upwar
 
 Neither the error of the output of a node nor its energy predicts E: the factor between them differs by 100 and more
 between the nodes of one network. The energies of every sample are kept, because one sample can hold most of them.
+Between two options of one node that change its weight alone, the factor is nearly the same:
+
+    E_l(p) / E_l(q) = |W_p - W|^2 / |W_q - W|^2                                     a guess, in place of a measurement
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
+from channelfold import __version__
 from channelfold.passes.layers.switchboard import FLOAT, Board, Configuration
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
 from channelfold.runtime.io import workers as pool
+from channelfold.runtime.io.files import writing
 from channelfold.runtime.io.session import Feed
 
 SAMPLES = 16  # on which sensitivities are measured
@@ -26,7 +35,8 @@ FEW = 4  # of them, on which every site is measured
 _MANY = 96  # sites
 _HEAD = 0.9  # share of the error that is measured on all samples
 _BLOCK = 8  # nodes that one session tries: few, for only constants have the fast layouts of ONNX Runtime
-_BYTES = 1 << 28  # of outputs that are kept
+_BYTES = 1 << 28  # of outputs of samples
+_RIGHT = "channelfold.right."  # in files of samples
 _SMALLEST = 1e-30
 _QUIET = 10  # a sample counts as if its output had at least the mean energy divided by this
 
@@ -45,6 +55,14 @@ class Trial:
     open: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
 
+    @property
+    def key(self) -> str:
+        """The hash of everything that the errors depend on."""
+        samples = [hashlib.sha256((self.board.folder / file).read_bytes()).hexdigest() for file in self.samples]
+        tried = [dict(chosen) for chosen in self.tried]
+        told = json.dumps([__version__, self.board.digest, samples, tried, self.open, self.labels])
+        return hashlib.sha256(told.encode()).hexdigest()
+
 
 @dataclass
 class Errors:
@@ -52,13 +70,14 @@ class Errors:
 
     ``agreed``: the share of positions whose largest element is the same, NaN where that means nothing. ``energy``
     (samples, outputs), the others (configurations, samples, outputs). ``right``: whether the class is right, of float
-    and then of every configuration, (1 + configurations, samples).
+    and then of every configuration, (1 + configurations, samples). ``runs``: of the whole network on one sample.
     """
 
     energy: np.ndarray
     lost: np.ndarray
     agreed: np.ndarray
     right: np.ndarray
+    runs: float = 0.0
 
     def relative(self) -> np.ndarray:
         """The error of every configuration, (configurations,)."""
@@ -80,57 +99,82 @@ def spread(data: Data, count: int) -> list[Feed]:
     return [feed for index, feed in enumerate(data) if index in chosen]
 
 
-def keep(board: Board, feeds: Iterable[Feed], name: str) -> tuple[str, ...]:
-    """Writes samples into the folder of the board; their files."""
-    files = []
+def keep(board: Board, feeds: Iterable[Feed], name: str, whole: Board | None = None) -> tuple[str, ...]:
+    """Writes samples into the folder of the board, with the outputs that are right; their files.
+
+    ``whole``: the board of the network whose outputs are right, where that is another one. There are fewer samples
+    where outputs are large.
+    """
+    files, size = [], 0
+    player = (whole or board).player()
     for index, feed in enumerate(feeds):
+        right = {f"{_RIGHT}{place}": output for place, output in enumerate(player.run(feed))}
         files.append(f"{name}.{index}.npz")
-        np.savez(board.folder / files[-1], **feed)  # pyright: ignore[reportArgumentType]
+        np.savez(board.folder / files[-1], **feed, **right)  # pyright: ignore[reportArgumentType]
+        size += sum(output.nbytes for output in right.values())
+        if size > _BYTES:
+            break
     return tuple(files)
+
+
+def _read(path: Path) -> tuple[Feed, list[np.ndarray]]:
+    """A sample, and its outputs that are right."""
+    with np.load(path) as stored:
+        found = dict(stored)
+    names = sorted((name for name in found if name.startswith(_RIGHT)), key=lambda name: int(name[len(_RIGHT) :]))
+    right = [found.pop(name) for name in names]
+    return found, right
+
+
+class Meter:
+    """Compares outputs with those that are right, on some feeds: ``errors`` of a number of configurations.
+
+    ``scores``: which outputs hold class scores. ``mask``: the input that tells which positions take part, or empty.
+    """
+
+    def __init__(self, samples: int, scores: Sequence[bool], tried: int, labels: Sequence[int] = (), mask: str = ""):
+        self._labels, self._scores, self._mask = labels, list(scores), mask
+        shape = samples, len(scores)
+        self.errors = Errors(
+            np.zeros(shape), np.zeros((tried, *shape)), np.zeros((tried, *shape)), np.zeros((1 + tried, samples), bool)
+        )
+
+    def see(self, sample: int, feed: Feed, right: Sequence[np.ndarray], found: Iterable[Sequence[np.ndarray]]) -> None:
+        """Takes the outputs on a sample: those that are right, and those of every configuration."""
+        self.errors.energy[sample] = [_energy(self._counted(feed, output)) for output in right]
+        self.errors.right[0, sample] = self._classed(sample, right)
+        for number, outputs in enumerate(found):
+            self.errors.right[1 + number, sample] = self._classed(sample, outputs)
+            for place, pair in enumerate(zip(right, outputs, strict=True)):
+                old, new = (self._counted(feed, output) for output in pair)
+                self.errors.lost[number, sample, place] = _lost(old, new)
+                self.errors.agreed[number, sample, place] = _agreed(old, new)
+
+    def _counted(self, feed: Feed, output: np.ndarray) -> np.ndarray:
+        """The positions of an output that take part, (n, channels), where the output has those of the mask."""
+        mask = feed.get(self._mask)
+        if mask is None or mask.ndim != 2 or output.ndim < 3 or output.shape[: mask.ndim] != mask.shape:
+            return output
+        return output[mask != 0]
+
+    def _classed(self, sample: int, outputs: Sequence[np.ndarray]) -> bool:
+        scores = next((o for o, holds in zip(outputs, self._scores, strict=True) if holds), outputs[0])
+        found = int(scores.reshape(-1, scores.shape[-1])[0].argmax())
+        return bool(self._labels) and found == self._labels[sample]
 
 
 def attempt(trial: Trial) -> Errors:
     """Does one unit of work."""
     board = trial.board
-    feeds = []
-    for file in trial.samples:
-        with np.load(board.folder / file) as stored:
-            feeds.append(dict(stored))
-    shared = board.player(open=trial.open)
-    references, size = [], 0
-    for feed in feeds:
-        references.append(shared.run(feed))
-        size += sum(output.nbytes for output in references[-1])
-        if size > _BYTES:
-            break
-    shape, tried = (len(references), len(board.outputs)), len(trial.tried)
-    each = tried, *shape
-    found = Errors(np.zeros(shape), np.zeros(each), np.zeros(each), np.zeros((1 + tried, len(references)), bool))
-    for s, reference in enumerate(references):
-        found.energy[s] = [_energy(_counted(board, feeds[s], output)) for output in reference]
-        found.right[0, s] = _right(board, reference, trial.labels[s : s + 1])
-    for c, chosen in enumerate(trial.tried):
-        player = shared if trial.open else board.player(chosen)
-        for s, reference in enumerate(references):
-            outputs = player.run(feeds[s], chosen)
-            found.right[1 + c, s] = _right(board, outputs, trial.labels[s : s + 1])
-            for o, pair in enumerate(zip(reference, outputs, strict=True)):
-                old, new = (_counted(board, feeds[s], output) for output in pair)
-                found.lost[c, s, o], found.agreed[c, s, o] = _lost(old, new), _agreed(old, new)
-    return found
-
-
-def _counted(board: Board, feed: Feed, output: np.ndarray) -> np.ndarray:
-    """The positions of an output that take part, (n, channels), where the output has those of the mask."""
-    mask = feed.get(board.mask)
-    if mask is None or mask.ndim != 2 or output.ndim < 3 or output.shape[: mask.ndim] != mask.shape:
-        return output
-    return output[mask != 0]
-
-
-def _right(board: Board, outputs: Sequence[np.ndarray], label: Sequence[int]) -> bool:
-    scores = next((o for o, holds in zip(outputs, board.scores, strict=True) if holds), outputs[0])
-    return bool(label) and int(scores.reshape(-1, scores.shape[-1])[0].argmax()) == label[0]
+    meter = Meter(len(trial.samples), board.scores, len(trial.tried), trial.labels, board.mask)
+    shared = [board.player(open=trial.open)] if trial.open else []
+    players = shared * len(trial.tried) or [board.player(chosen) for chosen in trial.tried]
+    for place, file in enumerate(trial.samples):
+        feed, right = _read(board.folder / file)
+        runs = (player.run(feed, chosen) for player, chosen in zip(players, trial.tried, strict=True))
+        meter.see(place, feed, right, runs)
+    again = sum(player.share for player in players) + sum(1 - player.share for player in shared)
+    return replace(meter.errors, runs=len(trial.samples) * again)
 
 
 def _energy(values: np.ndarray) -> float:
@@ -155,7 +199,8 @@ def _agreed(old: np.ndarray, new: np.ndarray) -> float:
 class Site:
     """Nodes that get one option together, with the ``errors``, bytes (``sizes``) and ``costs`` by option.
 
-    ``by_sample``: the error on each of the samples that it was measured on, of which ``errors`` is the mean.
+    ``by_sample``: the error on each of the samples that it was measured on, of which ``errors`` is the mean; those of
+    ``guessed`` options were not measured. A site without nodes stands for what no option changes.
     """
 
     nodes: tuple[str, ...]
@@ -163,52 +208,141 @@ class Site:
     sizes: dict[str, int] = field(default_factory=dict)
     by_sample: dict[str, list[float]] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
+    guessed: frozenset[str] = frozenset()
 
     def chosen(self, option: str) -> dict[str, str]:
         return dict.fromkeys(self.nodes, option)
 
     def options(self) -> list[str]:
-        return [FLOAT, *self.errors]
+        return list(dict.fromkeys([FLOAT, *self.errors]))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Crew:
-    """How to measure: with ``workers`` processes or on a Dask ``cluster``; the result does not depend on either."""
+    """How to measure: with ``workers`` processes or on a Dask ``cluster``; the result does not depend on either.
+
+    ``kept``: a folder in which errors wait for a call that goes on where this one stops. ``runs``: what was measured
+    so far, in runs of the whole network on one sample, and ``resumed``, how much of that an earlier call has done.
+    """
 
     workers: int = 1
     cluster: str = ""
     progress: Callable[[str, int, int], None] = no_progress
+    kept: Path | None = None
+    runs: float = 0.0
+    resumed: float = 0.0
+
+    def each(self, stage: str, trials: Sequence[Trial]) -> Iterator[Errors]:
+        """The errors of every trial, in order."""
+        files = [self.kept / f"trial-{trial.key}.npz" if self.kept else None for trial in trials]
+        known = [_known(file) for file in files]
+        left = [trial for trial, errors in zip(trials, known, strict=True) if errors is None]
+        new = pool.each(attempt, left, self.workers, self.cluster)
+        for number, (file, errors) in enumerate(zip(files, known, strict=True)):
+            self.progress(stage, number, len(trials))
+            if errors is not None:
+                self.resumed += errors.runs
+            else:
+                errors = next(new)
+                if file:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    with writing(file) as out:
+                        np.savez(out, **vars(errors))
+            self.runs += errors.runs
+            yield errors
+        self.progress(stage, len(trials), len(trials))
+
+
+def _known(file: Path | None) -> Errors | None:
+    """The errors in a file; None where there is none, or a damaged one."""
+    if file is None or not file.exists():
+        return None
+    try:
+        with np.load(file) as stored:
+            found = Errors(**stored)
+    except (OSError, ValueError, TypeError, LookupError, zipfile.BadZipFile):
+        return None
+    return replace(found, runs=float(found.runs))
+
+
+Group = tuple[str, ...]  # the nodes of a site
+Pair = tuple[Group, str]  # and an option
 
 
 def measure(
-    board: Board, samples: Sequence[str], groups: Sequence[tuple[str, ...]] | None = None, crew: Crew = Crew()
+    board: Board,
+    samples: Sequence[str],
+    groups: Sequence[Group] | None = None,
+    crew: Crew | None = None,
+    guess: bool = False,
 ) -> list[Site]:
     """The error of every option of every site, alone: on ``FEW`` of the samples, where it is large on all of them.
 
     Networks of many sites are large, and are measured on half of the samples. ``samples``: files that ``keep`` has
-    written. ``groups``: the nodes of each site, by default each node by itself.
+    written. ``groups``: the nodes of each site, by default each node by itself. ``guess``: of the options that change
+    weights alone, the coarsest is measured, and the others are guessed.
     """
     groups = [(name,) for name in board.slots] if groups is None else groups
-    samples = _some(samples, SAMPLES if len(groups) <= _MANY else SAMPLES // 2)
-    few = _some(samples, FEW if len(groups) <= _MANY else FEW // 2)
+    crew, many = crew or Crew(), len(groups) > _MANY
+    samples = _some(samples, SAMPLES // 2 if many else SAMPLES)
+    few = _few(samples, groups)
     own = {group: [o for o in board.options(group[0]) if all(o in board.options(n) for n in group)] for group in groups}
     pairs = [(group, option) for group in groups for option in own[group] if option != FLOAT]
-    found = _measured(board, few, pairs, crew)
-    if len(samples) > len(few):
-        found |= _measured(board, samples, _head(found), crew)
+    guesses = {pair: source for pair in pairs if (source := _coarsest(board, own, pair)) != pair} if guess else {}
+    found = _measured(board, few, [pair for pair in pairs if pair not in guesses], crew)
+    rest = [sample for sample in samples if sample not in few]
+    for pair, errors in (_measured(board, rest, _head(found), crew) if rest else {}).items():
+        found[pair] = [*found[pair], *errors]
+    for pair, source in guesses.items():
+        factor = _rounding(board, pair) / max(_rounding(board, source), _SMALLEST)
+        found[pair] = [factor * error for error in found[source]]
     sites = []
     for group in groups:
         sizes = {o: sum(board.slots[name].sizes[o] for name in group) for o in own[group]}
-        by_sample = {o: found[group, o] for o in own[group] if o != FLOAT}
-        sites.append(Site(group, {o: float(np.mean(e)) for o, e in by_sample.items()}, sizes, by_sample))
+        site = Site(group, sizes=sizes, guessed=frozenset(o for other, o in guesses if other == group))
+        sites.append(_with(site, {o: found[group, o] for o in own[group] if o != FLOAT}))
     return sites
+
+
+def checked(
+    board: Board, samples: Sequence[str], sites: Sequence[Site], used: Collection[Pair], crew: Crew
+) -> list[Site]:
+    """The sites with the errors of guessed options measured where they are ``used``."""
+    pairs = [
+        (s.nodes, option) for s in sites for option in s.errors if option in s.guessed and (s.nodes, option) in used
+    ]
+    found = _measured(board, _few(samples, sites), pairs, crew)
+    return [
+        replace(_with(site, own), guessed=site.guessed - own.keys())
+        for site in sites
+        for own in [{option: errors for (group, option), errors in found.items() if group == site.nodes}]
+    ]
+
+
+def _with(site: Site, found: dict[str, list[float]]) -> Site:
+    errors = {option: float(np.mean(by_sample)) for option, by_sample in found.items()}
+    return replace(site, errors=site.errors | errors, by_sample=site.by_sample | found)
+
+
+def _few(samples: Sequence[str], groups: Sized) -> list[str]:
+    return _some(samples, FEW // 2 if len(groups) > _MANY else FEW)
 
 
 def _some(samples: Sequence[str], count: int) -> list[str]:
     return [samples[int(i)] for i in np.linspace(0, len(samples) - 1, min(count, len(samples)))]
 
 
-Pair = tuple[tuple[str, ...], str]  # the nodes of a site, and an option
+def _coarsest(board: Board, own: Mapping[Group, Sequence[str]], pair: Pair) -> Pair:
+    """The option to guess the error of an option from: the coarsest of those that change the same weights alone."""
+    group, option = pair
+    if option in board.acting:
+        return pair
+    alike = [(group, other) for other in own[group] if other != FLOAT and other not in board.acting]
+    return max(alike, key=lambda other: _rounding(board, other))
+
+
+def _rounding(board: Board, pair: Pair) -> float:
+    return sum(board.slots[name].rounding[pair[1]] for name in pair[0])
 
 
 def _measured(board: Board, samples: Sequence[str], pairs: Sequence[Pair], crew: Crew) -> dict[Pair, list[float]]:
@@ -226,9 +360,8 @@ def _measured(board: Board, samples: Sequence[str], pairs: Sequence[Pair], crew:
         for part in parts
     ]
     found: dict[Pair, list[float]] = {}
-    for number, errors in enumerate(pool.each(attempt, trials, crew.workers, crew.cluster)):
-        crew.progress("Measuring sensitivities", number, len(trials))
-        found |= zip(parts[number], errors.by_sample().tolist(), strict=True)
+    for part, errors in zip(parts, crew.each("Measuring sensitivities", trials), strict=True):
+        found |= zip(part, errors.by_sample().tolist(), strict=True)
     return found
 
 

@@ -9,8 +9,9 @@ The board is made from the graphs that the passes themselves write, one for ever
 The quantized weights of all options lie in files; a session maps what it needs, and copies nothing.
 
 A session takes some nodes as ``open``: their weights are inputs of the graph, their quantizers are switched by the
-feed, and one session tries out all their options. All other nodes are constants, so that ONNX Runtime keeps the layouts
-and kernels that it has for constants: without its blocked layout, convolutions take three times as long.
+feed, and one session tries out all their options. What they do not change is computed once for all options, in a
+session of its own. All other nodes are constants, so that ONNX Runtime keeps the layouts and kernels that it has for
+constants: without its blocked layout, convolutions take three times as long.
 
 A quantizer in front of the readers of a tensor is on where its reader is (tensorrt: each reader has its own switch).
 Around convolutions of target onnxruntime, all readers share one switch: it is on where a reader or the convolution that
@@ -20,8 +21,9 @@ writes the tensor is quantized, or where an operator in between reads quantized 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from channelfold.passes.layers.formats import chunks
 from channelfold.passes.layers.linear import Linear, cast, linears
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
@@ -37,6 +40,7 @@ from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import constant, free_name, infer_shapes, packed, read, save
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.snapshot import Snapshot
+from channelfold.runtime.io.split import split, typed
 
 FLOAT = "float"
 _FILE, _SWITCH = "board.onnx", "channelfold.switch"
@@ -50,7 +54,7 @@ Configuration = Mapping[str, str]
 class Slot:
     """A node whose weight can be exchanged: the ``inputs`` that take its weight and bias, with the file of each option.
 
-    ``sizes``: the bytes of the weight as each option stores it.
+    ``sizes``: the bytes of the weight as each option stores it. ``rounding``: the summed squared error of the weight.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Slot:
     inputs: tuple[str, ...]
     files: dict[str, tuple[str, ...]]
     sizes: dict[str, int]
+    rounding: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -76,17 +81,30 @@ class Switch:
 class Board:
     """The graph with its options, in a folder. ``acting``: options with activations.
 
-    ``outputs``: what is measured; ``scores``: which of them hold class scores, written by a linear node or read by a
-    closing Softmax or ArgMax. ``mask``: the input that tells which positions of a sequence take part, or empty.
+    ``outputs``: what is measured, and ``ends`` the outputs of the graph that they stand for; ``scores``: which of them
+    hold class scores, written by a linear node or read by a closing Softmax or ArgMax. ``mask``: the input that tells
+    which positions of a sequence take part, or empty.
+    ``macs``: of the nodes of a graph, where they are known.
     """
 
     folder: Path
     outputs: tuple[str, ...]
+    ends: tuple[str, ...]
     scores: tuple[bool, ...]
     mask: str
     slots: dict[str, Slot]
     switches: tuple[Switch, ...]
     acting: tuple[str, ...]
+    macs: dict[str, int] = field(default_factory=dict)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The hash of what the board consists of."""
+        found = hashlib.sha256(repr((self.outputs, self.mask, self.switches)).encode())
+        for path in sorted(p for p in self.folder.iterdir() if p.suffix == ".npy" or p.name.startswith(_FILE)):
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        return found.hexdigest()
 
     def on(self, chosen: Configuration) -> dict[str, bool]:
         """Whether each switch is on, by the name of the tensor behind it."""
@@ -110,7 +128,10 @@ class Board:
 
 
 class Player:
-    """A session on a board. ``run`` may choose other options for the open nodes than the session was made with."""
+    """A session on a board. ``run`` may choose other options for the open nodes than the session was made with.
+
+    ``share``: of the arithmetic of the graph, what a run does again for the same feed, because open nodes change it.
+    """
 
     def __init__(self, board: Board, chosen: Configuration, open: Collection[str]):
         self.board, self.chosen = board, dict(chosen)
@@ -122,21 +143,40 @@ class Player:
         _wire(model.graph, board.on(self.chosen), set(self._switched))
         del model.graph.output[:]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in board.outputs)
-        size = sum(slot.sizes[FLOAT] for slot in board.slots.values())
-        self._session = Session(model.SerializeToString(), folder=board.folder, size=size, threads=1, fuse=False)
+        changing = {name for slot in self.open for name in slot.inputs} | set(map(_condition, self._switched))
+        first, rest = split(model, changing)
+        self._stem = self._session(first)
+        if self._stem and not typed(rest, self._stem.outputs):
+            self._stem, rest = None, model
+        self._rest = self._session(rest)
+        again = sum(board.macs.get(node.name, 0) for node in rest.graph.node)
+        self.share = again / max(sum(board.macs.values()), 1) if open else 1.0
         self._array = functools.cache(lambda file: np.load(board.folder / file, mmap_mode="r"))
+        self._known: tuple[Feed, Feed] = {}, {}  # a feed, and what the stem makes of it
+
+    def _session(self, part: onnx.ModelProto) -> Session | None:
+        if not part.graph.output:
+            return None
+        size = sum(slot.sizes[FLOAT] for slot in self.board.slots.values())
+        return Session(part.SerializeToString(), folder=self.board.folder, size=size, threads=1, fuse=False)
 
     def run(self, feed: Feed, chosen: Configuration | None = None) -> list[np.ndarray]:
         """The measured outputs. ``chosen``: options of the open nodes; by default as the session was made."""
+        if feed is not self._known[0]:
+            self._known = feed, {**feed, **_run(self._stem, feed)}
         chosen = self.chosen if chosen is None else {**self.chosen, **chosen}
-        full = {**self._session.accepted(feed)}
+        full = {**self._known[1]}
         for slot in self.open:
             files = slot.files[chosen.get(slot.name, FLOAT)]
             full |= {name: self._array(file) for name, file in zip(slot.inputs, files, strict=True)}
         on = self.board.on(chosen)
         full |= {_condition(name): np.array(on[name]) for name in self._switched}
-        found = self._session.run(full, self.board.outputs)
+        found = full | _run(self._rest, full)
         return [found[name] for name in self.board.outputs]
+
+
+def _run(session: Session | None, feed: Feed) -> dict[str, Any]:
+    return session.run(session.accepted(feed)) if session else {}
 
 
 def build(
@@ -165,15 +205,16 @@ def build(
             if centered and name in base.linears:
                 for option in values.keys() - set(acting):
                     values[option] = _centered(base.linears[name], *values[option], centered)
-            slots[name] = _slot(base, name, values, {o: own.size(name) for o, own in options.items()}, folder, number)
+            sizes = {option: own.size(name) for option, own in options.items()}
+            slots[name] = _slot(base, name, values, sizes, folder, number)
     switches = tuple(_switches(whole, slots))
     ends = _measured(whole)
-    whole.outputs = [tensor for tensor, _ in ends]
+    whole.outputs = [tensor for tensor, *_ in ends]
     edit.remove_dead(whole)
     save(whole, folder / _FILE, external=True)
     mask = next((s.name for s in required_inputs(graph) if s.meaning and s.meaning.kind == "mask"), "")
-    names, scores = tuple(tensor.name for tensor, _ in ends), tuple(holds for _, holds in ends)
-    return Board(folder, names, scores, mask, slots, switches, tuple(acting))
+    outputs, closed, scores = zip(*((tensor.name, end, holds) for tensor, end, holds in ends), strict=True)
+    return Board(folder, outputs, closed, scores, mask, slots, switches, tuple(acting))
 
 
 # ---- the parts of a board ----------------------------------------------------------------------------------------
@@ -279,7 +320,12 @@ def _slot(
         files[option] = tuple(f"{number}.{option}.{place}.npy" for place in range(len(own)))
         for file, array in zip(files[option], own, strict=True):
             np.save(folder / file, np.ascontiguousarray(array))
-    return Slot(name, places[0][0].op, tuple(tensor.name for tensor in inputs), files, sizes)
+    rounding = {option: _squared(weight, values[FLOAT][0]) for option, (weight, _) in values.items()}
+    return Slot(name, places[0][0].op, tuple(tensor.name for tensor in inputs), files, sizes, rounding)
+
+
+def _squared(weight: np.ndarray, exact: np.ndarray) -> float:
+    return sum(float(np.square(weight[rows] - exact[rows], dtype=np.float32).sum()) for rows in chunks(weight))
 
 
 def _as_stored(linear: Linear, weight: np.ndarray, bias: np.ndarray | None) -> list[np.ndarray]:
@@ -292,14 +338,14 @@ def _as_stored(linear: Linear, weight: np.ndarray, bias: np.ndarray | None) -> l
     return found
 
 
-def _measured(graph: gs.Graph) -> list[tuple[gs.Tensor, bool]]:
-    """The floating outputs, or what a closing Softmax, Sigmoid or ArgMax reads; whether they hold class scores.
+def _measured(graph: gs.Graph) -> list[tuple[gs.Tensor, str, bool]]:
+    """The floating outputs, or what a closing Softmax, Sigmoid or ArgMax reads; the output, and if they hold scores.
 
     Behind such operators errors do not add up: where one position flips, it counts as much as all others together.
     """
-    found: dict[int, tuple[gs.Tensor, bool]] = {}
+    found: dict[int, tuple[gs.Tensor, str, bool]] = {}
     for tensor in graph.outputs:
-        node = edit.producer(tensor)
+        end, node = tensor.name, edit.producer(tensor)
         while node is not None and operator(node).copies and node.op != "Cast":
             node = edit.producer(node.inputs[0])
         closed = node is not None and node.op in _CLOSING
@@ -309,7 +355,7 @@ def _measured(graph: gs.Graph) -> list[tuple[gs.Tensor, bool]]:
         while node is not None and node.op == "Add":  # of a bias
             node = next(filter(None, map(edit.producer, node.inputs)), None)
         if edit.is_float(tensor) and not isinstance(tensor, gs.Constant):
-            found[id(tensor)] = tensor, closed or (node is not None and operator(node).weighted)
+            found[id(tensor)] = tensor, end, closed or (node is not None and operator(node).weighted)
     if not found:
         raise ModelError("The model has no floating output that an error could be measured at")
     return list(found.values())

@@ -6,8 +6,8 @@ within a budget      an exact knapsack: least error within bytes, or least cost 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,6 +47,22 @@ def uniform(sites: Sequence[Site]) -> list[Point]:
     """One option for all sites that have it, as recipes have; the other sites stay float."""
     names = dict.fromkeys(option for site in sites for option in site.options())
     return [point(sites, [name if name in site.options() else FLOAT for site in sites]) for name in names]
+
+
+def scaled(sites: Sequence[Site], measure: Callable[[Sequence[Point]], Sequence[float]]) -> list[Site]:
+    """The sites with the errors of every option times a factor: the sum over all sites is what ``measure`` finds.
+
+    The factor makes up for what the samples of the sites have other than those of ``measure``, and for what does not
+    add up.
+    """
+    points = uniform(sites)
+    floor, *found = measure(points)
+    factors = {
+        next(option for option in p.options if option != FLOAT): (error - floor) / (p.predicted - points[0].predicted)
+        for p, error in zip(points[1:], found, strict=True)
+        if error > floor and p.predicted > points[0].predicted
+    }
+    return [replace(s, errors={o: e * factors.get(o, 1.0) for o, e in s.errors.items()}) for s in sites]
 
 
 def front(sites: Sequence[Site], count: int) -> list[Point]:

@@ -2,6 +2,7 @@
 
 float     as it is
 int8      quantize          weights by channel and activations in 8 bits
+fp8       quantize-weights  the same in E4M3, in place of int8
 w8, w4    quantize-weights  weights alone: int8 by channel, int4 in groups
 """
 
@@ -10,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_graphsurgeon as gs
 
@@ -21,6 +22,7 @@ from channelfold.passes.base import Context, Pass
 from channelfold.passes.layers.linear import linears
 from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.layers.switchboard import FLOAT, Board, Configuration, build
+from channelfold.passes.layers.targets import verdict
 from channelfold.passes.operators import operator
 from channelfold.passes.options import options as options_of
 from channelfold.passes.recipe import QUANTIZATIONS, make
@@ -32,14 +34,26 @@ from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.io.snapshot import Snapshot
 
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "int8": ("quantize", {"embeddings": False, "min_activation_snr": 0.0}),
-    "w8": ("quantize-weights", {"weights": "int8"}),
-    "w4": ("quantize-weights", {"weights": "int4"}),
+
+
+class Option(NamedTuple):
+    """A pass with its own settings, and the formats of weights and activations that it gives a node."""
+
+    step: str
+    own: dict[str, Any]
+    weights: str
+    activations: str = "none"
+
+
+OPTIONS: dict[str, Option] = {
+    "int8": Option("quantize", {"embeddings": False, "min_activation_snr": 0.0}, "int8", "int8"),
+    "fp8": Option("quantize-weights", {"weights": "fp8", "activations": "fp8", "embeddings": False}, "fp8", "fp8"),
+    "w8": Option("quantize-weights", {"weights": "int8"}, "int8"),
+    "w4": Option("quantize-weights", {"weights": "int4"}, "int4"),
 }
-ACTING = ("int8",)
+ACTING = tuple(name for name, option in OPTIONS.items() if option.activations != "none")  # one of them at a time
 LAST = "cast"  # what stays float gets another type
-_BITS = 8 / 32  # arithmetic of int8 against float
+_NODE = 1000  # bytes of the nodes and names that a quantized node adds to a file
 
 
 def in_front(passes: Sequence[Pass]) -> list[Pass]:
@@ -47,15 +61,28 @@ def in_front(passes: Sequence[Pass]) -> list[Pass]:
     return [step for step in passes if step.name not in (*QUANTIZATIONS, LAST)]
 
 
-def steps(given: Mapping[str, Any]) -> dict[str, Pass]:
-    """The pass of every option. ``given``: options of passes, each set where a pass has it."""
+def steps(given: Mapping[str, Any], acting: str = "int8", sms: Sequence[int] = ()) -> dict[str, Pass]:
+    """The pass of every option that a target and its GPUs run; ``acting``: the one that quantizes activations.
+
+    ``given``: options of passes, each set where a pass has it.
+    """
     if given.get("float_share"):
         raise UsageError("A share of float nodes was given, and the search chooses the nodes", "Give one of the two")
     found = {}
-    for option, (name, own) in OPTIONS.items():
-        settings = {key: value for key, value in given.items() if key in options_of(PASSES[name]) and key not in own}
-        found[option] = make(name, settings | own)
+    for name, option in OPTIONS.items():
+        if name != acting and (name in ACTING or not runs(name, given.get("target", "tensorrt"), sms)):
+            continue
+        known = options_of(PASSES[option.step])
+        settings = {key: value for key, value in given.items() if key in known and key not in option.own}
+        found[name] = make(option.step, settings | option.own)
     return found
+
+
+def runs(option: str, target: str, sms: Sequence[int]) -> bool:
+    """Whether the kernels of a target, on all of some GPUs, read the format of an option as it is stored."""
+    formats = OPTIONS[option].weights, OPTIONS[option].activations
+    slow = "refused", "wrong", "dequantized first"
+    return formats == ("int8", "int8") or all(verdict(*formats, target, sm) not in slow for sm in sms or [None])
 
 
 def board_of(graph: gs.Graph, passes: Mapping[str, Pass], ctx: Context, folder: Path) -> Board:
@@ -69,7 +96,20 @@ def board_of(graph: gs.Graph, passes: Mapping[str, Pass], ctx: Context, folder: 
                 variant = raise_opset(variant, needed)
             centered = work.apply(variant, ctx).facts.get("centered", centered)
         variants[option] = variant
-    return build(graph, variants, folder, ACTING, centered)
+    macs = multiplications(before.graph(), next(iter(ctx.data)))
+    acting = [option for option in passes if option in ACTING]
+    return dataclasses.replace(build(graph, variants, folder, acting, centered), macs=macs)
+
+
+def multiplications(graph: gs.Graph, feed: Feed) -> dict[str, int]:
+    """The multiply-accumulates of every linear on a feed."""
+    shapes = measured_shapes(graph, feed)
+    return {
+        linear.name: math.prod(shapes.get(linear.node.outputs[0].name, (0,)))
+        * linear.weight().size
+        // linear.channels[0]
+        for linear in linears(graph)
+    }
 
 
 def _comparable(step: Pass) -> list[Pass]:
@@ -90,27 +130,37 @@ def groups(graph: gs.Graph, board: Board) -> list[tuple[str, ...]]:
     return [tuple(names) for names in found.values()]
 
 
-def priced(graph: gs.Graph, sites: Sequence[Site], feed: Feed, minimize: str) -> list[Site]:
-    """The sites with the cost of every option: the share of the model's weight bytes, of its arithmetic, or the mean.
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A network as costs see it: ``bytes`` of its file and ``macs`` of its linears, both of the given model.
 
-    The arithmetic of a node is its multiply-accumulates on a feed times the bits of its factors.
+    ``type_bytes``: of what stays float in the result, of 4. ``minimize``: "size", "arithmetic" or "both".
     """
-    shapes = measured_shapes(graph, feed)
-    macs = {
-        linear.name: math.prod(shapes.get(linear.node.outputs[0].name, (0,)))
-        * linear.weight().size
-        // linear.channels[0]
-        for linear in linears(graph)
-    }
-    work = {site.nodes: sum(macs.get(name, 0) for name in site.nodes) for site in sites}
-    weights = {"size": (1.0, 0.0), "arithmetic": (0.0, 1.0), "both": (0.5, 0.5)}[minimize]
-    whole = max(sum(site.sizes[FLOAT] for site in sites), 1), max(sum(work.values()), 1)
 
-    def cost(site: Site, option: str) -> float:
-        arithmetic = work[site.nodes] / whole[1] * (_BITS if option in ACTING else 1.0)
-        return weights[0] * site.sizes[option] / whole[0] + weights[1] * arithmetic
+    bytes: int
+    macs: int
+    type_bytes: int = 4
+    minimize: str = "both"
 
-    return [dataclasses.replace(s, costs={option: cost(s, option) for option in s.options()}) for s in sites]
+    def priced(self, board: Board, sites: Sequence[Site], beside: int, error: float = 0.0) -> list[Site]:
+        """The sites with the cost of every option: the share of the bytes, of the arithmetic, or the mean of both.
+
+        The arithmetic of a node is its multiply-accumulates on a feed times the bits of its factors. ``beside``: bytes
+        that belong to no site; ``error``: of the network when all sites are float. Both become a site without options.
+        """
+        share = {"size": (1.0, 0.0), "arithmetic": (0.0, 1.0), "both": (0.5, 0.5)}[self.minimize]
+        taken = {name for site in sites for name in site.nodes}
+
+        def priced(site: Site, names: Iterable[str]) -> Site:
+            work = sum(board.macs.get(name, 0) for name in names) / max(self.macs, 1)
+            sizes = {o: size + (_NODE * len(site.nodes) if o != FLOAT else 0) for o, size in site.sizes.items()}
+            sizes[FLOAT] = sizes[FLOAT] * self.type_bytes // 4
+            bits = {o: 1 if o in ACTING else self.type_bytes for o in sizes}
+            costs = {o: share[0] * n / self.bytes + share[1] * work * bits[o] / 4 for o, n in sizes.items()}
+            return dataclasses.replace(site, sizes=sizes, costs=costs)
+
+        rest = Site((), {FLOAT: error}, {FLOAT: beside})
+        return [*(priced(site, site.nodes) for site in sites), priced(rest, board.macs.keys() - taken)]
 
 
 def recipe(

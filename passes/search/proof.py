@@ -8,21 +8,20 @@ loss        top-1 accuracy lost, where the samples have labels; else the share o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from channelfold.passes.layers import sensitivity
 from channelfold.passes.layers.sensitivity import Crew, Errors, Site, Trial, decibels
 from channelfold.passes.layers.switchboard import Board
 from channelfold.passes.search.front import Point
-from channelfold.runtime.io import workers as pool
 
+RELATIVE = "relative squared error"
 _SIGMA = 1.96  # of a two-sided interval of 95 %
 _TINY = 1e-30
-_TOGETHER = 4  # points that one task measures
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Split:
     labels: tuple[int, ...] = ()
     metric: Callable[[Point], float] | None = None
     crew: Crew = field(default_factory=Crew)
-    known: dict[Point, Figures] = field(default_factory=dict)
+    known: dict[tuple[str, ...], Figures] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -83,38 +82,41 @@ class Split:
         if self.labels:
             return "top-1 accuracy"
         compared = any(not math.isnan(figures.agreement) for figures in self.known.values())
-        return "argmax agreement" if compared else "relative squared error"
+        return "argmax agreement" if compared else RELATIVE
 
     def measured(self, points: Sequence[Point], sites: Sequence[Site]) -> list[Figures]:
         """The figures of points; each point is measured once."""
-        new = [point for point in dict.fromkeys(points) if point not in self.known]
-        parts = [new[start : start + _TOGETHER] for start in range(0, len(new), _TOGETHER)]
-        trials = [
-            Trial(self.board, self.files, tuple(point.chosen(sites) for point in part), labels=self.labels)
-            for part in parts
-        ]
-        found = pool.each(sensitivity.attempt, trials, self.crew.workers, self.crew.cluster)
-        for number, (part, errors) in enumerate(zip(parts, found, strict=True)):
-            self.crew.progress("Measuring points", number, len(parts))
-            self.known |= {point: self._figures(point, errors, place) for place, point in enumerate(part)}
-        return [self.known[point] for point in points]
+        new = {point.options: point for point in points if point.options not in self.known}
+        trials = [Trial(self.board, self.files, (point.chosen(sites),), labels=self.labels) for point in new.values()]
+        for point, errors in zip(new.values(), self.crew.each("Measuring points", trials), strict=True):
+            self.known[point.options] = figures(point, errors, 0, self.board.scores, bool(self.labels), self.metric)
+        return [replace(self.known[point.options], point=point) for point in points]
 
-    def _figures(self, point: Point, errors: Errors, place: int) -> Figures:
-        lost, energy = errors.lost[place].sum(axis=0), errors.energy.sum(axis=0)
-        snr = float(np.min(decibels(lost / np.maximum(energy, _TINY))))
-        agreed = errors.agreed[place][:, list(self.board.scores)]
-        agreement = float(agreed.mean(axis=0).min()) if agreed.size and np.isfinite(agreed).all() else math.nan
-        error = float(errors.by_sample()[place].mean())
-        if self.metric:
-            loss = self.metric(point)
-            return Figures(point, error, snr, agreement, loss, loss, loss)
-        if self.labels:
-            losses = errors.right[0].astype(float) - errors.right[1 + place]
-        elif not math.isnan(agreement):
-            losses = 1 - agreed.mean(axis=1)
-        else:
-            losses = errors.by_sample()[place]
-        return Figures(point, error, snr, agreement, *interval(losses))
+
+def figures(
+    point: Point,
+    errors: Errors,
+    place: int,
+    scores: Sequence[bool],
+    labelled: bool,
+    metric: Callable[[Point], float] | None = None,
+) -> Figures:
+    """The figures of a point from the errors of the configuration in a ``place``."""
+    lost, energy = errors.lost[place].sum(axis=0), errors.energy.sum(axis=0)
+    snr = float(np.min(decibels(lost / np.maximum(energy, _TINY))))
+    agreed = errors.agreed[place][:, list(scores)]
+    agreement = float(agreed.mean(axis=0).min()) if agreed.size and np.isfinite(agreed).all() else math.nan
+    error = float(errors.by_sample()[place].mean())
+    if metric:
+        loss = metric(point)
+        return Figures(point, error, snr, agreement, loss, loss, loss)
+    if labelled:
+        losses = errors.right[0].astype(float) - errors.right[1 + place]
+    elif not math.isnan(agreement):
+        losses = 1 - agreed.mean(axis=1)
+    else:
+        losses = errors.by_sample()[place]
+    return Figures(point, error, snr, agreement, *interval(losses))
 
 
 def interval(losses: np.ndarray) -> tuple[float, float, float]:
@@ -144,21 +146,28 @@ def refined(
 ) -> list[Figures]:
     """``found`` and points between the cheapest that keeps the limits and the next cheaper one, by bisection.
 
-    ``solve`` gives the cheapest point of a predicted error.
+    Losses that count samples are not monotonic: where nothing is left between the two, points are tried where the gap
+    between cheaper ones is widest. ``solve`` gives the cheapest point of a predicted error.
     """
+    found = list(found)
     for _ in range(trials):
         kept = [f for f in found if limits.accurate(f)]
         if not kept:
             break
-        least = min(kept, key=lambda f: f.point.cost)
-        missed = [f for f in found if f.point.cost < least.point.cost and f.point.predicted > least.point.predicted]
-        if not missed:
+        least = min(kept, key=lambda f: f.point.cost).point
+        cheaper = [f.point for f in found if f.point.cost < least.cost and f.point.predicted > least.predicted]
+        pairs = list(itertools.pairwise([least, *sorted(cheaper, key=lambda p: p.predicted)]))
+        wide = sorted(pairs[1:], key=lambda pair: pair[1].cost - pair[0].cost)
+        tried = {f.point.options for f in found}
+        new = (solve(_between(pair)) for pair in [*pairs[:1], *wide])
+        point = next((point for point in new if point.options not in tried), None)
+        if point is None:
             break
-        nearest = min(missed, key=lambda f: f.point.predicted)
-        low, high = max(least.point.predicted, _TINY), nearest.point.predicted
-        low = max(low, high * 1e-4)
-        new = solve(math.sqrt(low * high))
-        if any(f.point == new for f in found):
-            break
-        found = [*found, measure(new)]
+        found.append(measure(point))
     return found
+
+
+def _between(pair: tuple[Point, Point]) -> float:
+    """The error between those of two points, evenly in dB."""
+    low, high = sorted(point.predicted for point in pair)
+    return math.sqrt(max(low, high * 1e-4, _TINY) * high)

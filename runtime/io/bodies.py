@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.convert import Carried, all_graphs, carried
-from channelfold.runtime.io.files import infer_shapes, taken_names
+from channelfold.runtime.io.files import free_name, infer_shapes, taken_names
 from channelfold.runtime.io.weights import is_large, packed
 
 
@@ -108,6 +108,13 @@ def bodies(graph: gs.Graph) -> list[Body]:
 def located(node: str, place: str) -> str:
     """The name of a node in a body, as reports have it."""
     return f"{node} in {place}"
+
+
+def tell_apart(graph: gs.Graph) -> None:
+    """Gives nodes of bodies names that no node of the graph has: patterns of names mean nodes of one of them."""
+    taken = {node.name for node in graph.nodes}
+    for node in [node for part in list(all_graphs(graph))[1:] for node in part.nodes if node.name in taken]:
+        node.name = free_name(graph, node.name)
 
 
 def _twin(tensor: gs.Tensor) -> gs.Tensor:

@@ -103,9 +103,11 @@ def compress(
     job.sources.append(Path(recipe))
     job.open_both()
     job.check_output(out_dir / "report.json", "a report")
+    found = None
     if search:
         job.check_output(out_dir / "recipe.toml", "a recipe")
-        passes = searching.find(job, passes, overrides or {}, search, gates)
+        found = searching.find(job, passes, overrides or {}, search, gates, sms, keep_in=out_dir / "checkpoint")
+        passes = found.passes
         with files.writing(out_dir / "recipe.toml") as file:
             file.write(recipes.dumps(recipes.Recipe("search", tuple(passes))).encode())
     gated = gates is not None and gates != Gates()
@@ -115,7 +117,8 @@ def compress(
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
     clear(out_dir / "checkpoint")
     try:
-        searching.check(job)
+        if found:
+            found.check(out)
         job.check_share(require_share)
         job.check(gates)
     finally:

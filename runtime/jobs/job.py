@@ -38,7 +38,7 @@ from channelfold.runtime.errors import (
     nearest,
 )
 from channelfold.runtime.io import bfloat16, files
-from channelfold.runtime.io.bodies import share_constants
+from channelfold.runtime.io.bodies import share_constants, tell_apart
 from channelfold.runtime.io.convert import carried
 from channelfold.runtime.io.edit import fix_inputs, see_through_identities, take_defaults
 from channelfold.runtime.io.emulate import emulate
@@ -247,6 +247,7 @@ class Job:
             self.warn(f"Inputs with default values were taken as constants, which no caller can override: {some}")
         see_through_identities(self.graph)
         squeeze_weights(self.graph)
+        tell_apart(self.graph)
         if saved := share_constants(self.graph):
             self.warn(f"Parts of the model held the same weights, which are now stored once: {saved:,} bytes less")
         own = carried(self.graph)
@@ -318,6 +319,10 @@ class Job:
         if level != "ok":
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
             self.record["next"] = advice.next_steps(self.record)
+
+    def runners(self, path: Path) -> tuple[Runner, Runner]:
+        """The original and a result of it, whose outputs can be compared."""
+        return self._original(exact=True), self._candidate(path, exact=True, fuse=fuses_rightly(files.load(path)))
 
     def _original(self, **options: Any) -> Runner:
         """The original, which is given the values of the inputs that are fixed."""

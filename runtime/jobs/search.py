@@ -1,46 +1,45 @@
-"""The search of ``compress``: front, proof and choice, as a record.
+"""The search of ``compress``: networks to choose on, the front, the proof and the choice.
 
-``record["search"]``: {loss: what it is, options, limits, met, samples: {sensitivity, steering, proof}, runs (of one
-sample), kappa_db, points: [{bytes, cost, latency, smooth, options: {option: share of the bytes}, predicted_db,
-error_db, snr_db, agreement, loss, low, high, proof (the same figures on other samples, or null), chosen}], sites:
-[{nodes, option, bytes, snr_db, better: {option, bytes, snr_db} or null}]}. Bytes of a point are those of its file,
-nearly; cost and latency are relative to float.
+The options of the nodes are chosen on the network that the recipe's own passes make, and on variants of it: smoothed,
+with FFNs reparameterized, with fp8 in place of int8, with fewer channels. What is right are always the outputs of the
+first. All points lie in one front; ``search_record`` has its record.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Pass
-from channelfold.passes.layers.sensitivity import Crew, Site, Trial, attempt, decibels, keep
-from channelfold.passes.layers.switchboard import FLOAT
-from channelfold.passes.recipe import make
+from channelfold.passes.layers.sensitivity import Crew, Meter, Trial, keep, measure
+from channelfold.passes.recipe import BEHIND_REPARAM, make
 from channelfold.passes.search import options as choices
-from channelfold.passes.search.front import Point, cheapest, front, most_accurate, uniform
-from channelfold.passes.search.proof import Figures, Limits, Split, refined, undominated
+from channelfold.passes.search.choice import Choice
+from channelfold.passes.search.front import Point
+from channelfold.passes.search.proof import RELATIVE, Figures, Limits, Split, figures
 from channelfold.runtime.data.npz import read_headers
-from channelfold.runtime.data.sources import Data, call_script
-from channelfold.runtime.errors import DataError, GateError, UsageError
-from channelfold.runtime.io import files
-from channelfold.runtime.io.session import Feed, Session
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.errors import ChannelfoldError, DataError, GateError, UsageError
+from channelfold.runtime.io.session import Feed
+from channelfold.runtime.jobs import search_record as telling
 from channelfold.runtime.jobs.job import GateMissed, Job
+from channelfold.runtime.jobs.search_files import Files, Metric
 from channelfold.runtime.jobs.sensitivity import Prepared, after, prepared
-from channelfold.runtime.stats.bench import latencies
 from channelfold.runtime.stats.compare import DEGRADED_SNR
 
 STEERING, PROOF = 32, 256  # samples at most on which points are compared, and on which the best is proved
 _LABELS = ("label", "labels", "target", "targets", "y", "class", "classes")
-_SMOOTH = "smooth"
-_GAIN = 0.8  # of the error of all in int8: where smoothing leaves more, it is not searched
-_NODE = 1000  # bytes of the nodes and names that a quantized node adds to a file
+_SMOOTH, _REPARAM = "smooth", "reparameterize-ffn"
+_GAIN = 0.8  # of the error of all nodes in 8 bits: where a variant leaves more, it is not searched
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class Search:
     ``max_latency``: share of the float model's time in ONNX Runtime on this machine.
     ``metric``: a script and a function of it, which takes the path of a model and returns a number, higher is better;
     its loss is relative to that of the float model. ``minimize``: "size", "arithmetic" or "both". Without a limit the
-    outputs must have the SNR of the verdict OK.
+    outputs must have the SNR of the verdict OK. ``prune_to``: shares of the MACs; variants that keep these are searched
+    as well.
     """
 
     max_loss: float | None = None
@@ -59,152 +59,230 @@ class Search:
     metric: str = ""
     minimize: str = "both"
     trials: int = 12
+    prune_to: tuple[float, ...] = ()
     workers: int = 1
     cluster: str = ""
 
 
-@dataclass
-class _Searching:
-    """A search at work, from sites and splits to the chosen point."""
+@dataclass(frozen=True)
+class _Start:
+    """A network to choose on, made by ``steps``. ``acting``: its option that quantizes activations.
 
-    found: Prepared
-    steering: Split
-    proof: Split
-    limits: Limits
-    trials: int
-    bytes_beside: int
-    smoothed: bool = False
-    clock: Callable[[Point], float] | None = None
-    times: dict[Point, float] = field(default_factory=dict)
-    measured: list[Figures] = field(default_factory=list)
-    proved: dict[Point, Figures] = field(default_factory=dict)
+    ``exact``: it computes what the given model computes. ``finer``: it is worth a search where it makes 8 bits finer.
+    """
 
-    @property
-    def sites(self) -> list[Site]:
-        return self.found.sites
+    name: str
+    steps: list[Pass]
+    graph: gs.Graph
+    acting: str = "int8"
+    exact: bool = True
+    finer: bool = False
 
-    def size(self, point: Point) -> int:
-        """Bytes of the file of a point, nearly."""
-        nodes = sum(len(s.nodes) for s, o in zip(self.sites, point.options, strict=True) if o != FLOAT)
-        return point.size + self.bytes_beside + _NODE * nodes
 
-    def run(self) -> Figures:
-        """The chosen point."""
-        first = [*uniform(self.sites), *front(self.sites, max(4, self.trials // 2))]
-        if self.limits.max_size is not None:
-            first.append(self._within(self.limits.max_size))
-        self.measured = self.steering.measured(first, self.sites)
-        if self.limits.of_accuracy:
-            left = max(2, self.trials - self.trials // 2)
-            self.measured = refined(
-                self.measured,
-                self.limits,
-                lambda error: cheapest(self.sites, error),
-                lambda point: self.steering.measured([point], self.sites)[0],
-                left,
-            )
-        if self.clock:
-            self.times = {f.point: self.clock(f.point) for f in undominated(self.measured)}
-        return self._proved()
+@dataclass(frozen=True)
+class _Result:
+    """What a search on one network has found, and the passes that make the chosen model."""
 
-    def small(self, point: Point) -> bool:
-        """Whether a point keeps the limits of size and time."""
-        limits = self.limits
-        fast = limits.max_latency is None or self.times.get(point, math.inf) <= limits.max_latency
-        return fast and (limits.max_size is None or self.size(point) <= limits.max_size)
-
-    def _within(self, size: float) -> Point:
-        """The most accurate point whose file has at most ``size`` bytes."""
-        room = size - self.bytes_beside
-        for _ in range(20):
-            found = most_accurate(self.sites, room)
-            if self.size(found) <= size or room <= 0:
-                break
-            room -= self.size(found) - size
-        return found
-
-    def _proved(self) -> Figures:
-        """The best point that keeps the limits on the samples of the proof as well; else the nearest one."""
-        fits = [f for f in self.measured if self.small(f.point)]
-        fits = fits or [min(self.measured, key=lambda f: (self.times.get(f.point, math.inf), f.point.size))]
-        if not self.limits.of_accuracy:
-            best = min(fits, key=lambda f: f.error)
-            self.proved[best.point] = self.proof.measured([best.point], self.sites)[0]
-            return best
-        kept = sorted((f for f in undominated(fits) if self.limits.accurate(f)), key=lambda f: f.point.cost)
-        for candidate in kept[: self.trials]:
-            self.proved[candidate.point] = self.proof.measured([candidate.point], self.sites)[0]
-            if self.limits.accurate(self.proved[candidate.point]):
-                return candidate
-        best = min(fits, key=lambda f: f.error)
-        self.proved[best.point] = self.proof.measured([best.point], self.sites)[0]
-        return best
+    choice: Choice
+    chosen: Figures
+    record: dict[str, Any]
+    passes: list[Pass]
 
     @property
-    def runs(self) -> int:
-        """Runs of one sample through the board."""
-        alone = sum(len(errors) for site in self.sites for errors in site.by_sample.values())
-        points = len(self.steering.known) * len(self.steering.files) + len(self.proof.known) * len(self.proof.files)
-        return alone + points
+    def rank(self) -> tuple[bool, float]:
+        met = self.record["met"]
+        return not met, self.chosen.point.cost if met else self.chosen.error
 
 
-def find(job: Job, passes: Sequence[Pass], given: Mapping[str, Any], search: Search, gates: Any) -> list[Pass]:
+Part = tuple[list[Feed], list[int]]  # samples, and the right class of each or none
+
+
+class _Hunt:
+    """A search at work: what all starts share, and what was found so far."""
+
+    def __init__(
+        self, job: Job, given: Mapping[str, Any], search: Search, limits: Limits, sms: Sequence[int], keep_in: Path
+    ):
+        self.job, self.given, self.search, self.limits, self.sms = job, given, search, limits, sms
+        self.keep_in = job.source.cache or keep_in
+        self.crew = Crew(search.workers, search.cluster, job.progress, keep_in)
+        self.metric = Metric(job, search.metric) if search.metric else None
+        self.data, self.steering, self.proof = _split(job)
+        self.results: list[_Result] = []
+        self._least = np.inf  # error of all nodes in 8 bits
+
+    def run(self, before: list[Pass], type_bytes: int) -> _Result:
+        """The best result of the network that ``before`` makes, and of its variants."""
+        graph, _ = self._after(self.job.graph, [*self.job.prepared(), *before])
+        self._base = _Start("", before, graph)
+        with self._prepared(self._base) as found:
+            macs, size = sum(found.board.macs.values()), self.job.record["model"]["bytes"]
+            self._whole, self._costs = found, choices.Whole(size, macs, type_bytes, self.search.minimize)
+            self._search(self._base, found)
+            for start in self._variants():
+                with self._prepared(start) as found:
+                    self._search(start, found)
+        return min(self.results, key=lambda result: result.rank)
+
+    def _variants(self) -> Iterator[_Start]:
+        """The other networks. Each starts from the last exact one that paid."""
+        yield from self._reparameterized()
+        base = self._base
+        if not any(step.name == _SMOOTH for step in base.steps):
+            yield from self._with(_SMOOTH, make(_SMOOTH, {}), finer=True)
+        base = self._base
+        if self.sms and choices.runs("fp8", self.given.get("target", "tensorrt"), self.sms):
+            yield _Start("fp8", base.steps, base.graph, "fp8", finer=True)
+        for share in self.search.prune_to:
+            for name in ("prune", "approximate-ffn"):
+                yield from self._with(f"{name} {share:.0%}", make(name, {"keep_macs": share}), exact=False)
+
+    def _reparameterized(self) -> Iterator[_Start]:
+        steps = self._base.steps
+        if not any(step.name == _REPARAM for step in steps):
+            place = next((i for i, step in enumerate(steps) if step.name in BEHIND_REPARAM), len(steps))
+            steps = [*steps[:place], make(_REPARAM, {}), *steps[place:]]
+            _, changed = self._after(self.job.graph, [*self.job.prepared(), *steps[: place + 1]])
+            if changed:
+                yield _Start("reparam", steps, self._after(self.job.graph, [*self.job.prepared(), *steps])[0])
+
+    def _with(self, name: str, step: Pass, **how: bool) -> Iterator[_Start]:
+        """The base behind one more pass, where the pass changes it."""
+        try:
+            graph, changed = self._after(self._base.graph, [step])
+        except ChannelfoldError as error:
+            self.job.warn(f"The search has left out {name}: {error}")
+            return
+        if changed:
+            yield _Start(name, [*self._base.steps, step], graph, self._base.acting, **how)
+
+    def _after(self, graph: gs.Graph, passes: Sequence[Pass]) -> tuple[gs.Graph, bool]:
+        return after(self.job, graph, passes, self.data, self.keep_in)
+
+    def _prepared(self, start: _Start) -> contextlib.AbstractContextManager[Prepared]:
+        passes = choices.steps(self.given, start.acting, self.sms)
+        return prepared(self.job, start.graph, passes, self.data, self.keep_in)
+
+    def _search(self, start: _Start, found: Prepared) -> None:
+        """Searches one network, where that is worth it."""
+        written = Files(self.job, found, self.data)
+        parts = {"steering": self.steering, "proof": self.proof}
+        steering, proof = (self._split(found, written, part, name) for name, part in parts.items())
+        error = self._worth(start, found, steering)
+        if error is None:
+            return
+        sites = measure(found.board, found.samples, choices.groups(start.graph, found.board), self.crew, guess=True)
+        beside = self._costs.bytes - _constants(self._whole.graph) + _constants(start.graph) - found.board.size({})
+        choice = Choice(
+            self._costs.priced(found.board, sites, beside, error),
+            *(found.samples, steering, proof, self.limits, self.search.trials),
+        )
+        if self.search.max_latency is not None:
+            choice.clock = functools.partial(written.latency, feed=self.steering[0][0])
+        written.choice = choice
+        chosen = choice.run()
+        mix = choices.recipe(start.steps, found.passes, start.graph, found.board, chosen.point.chosen(choice.sites))
+        self.results.append(_Result(choice, chosen, telling.told(choice, chosen, start.name), mix))
+
+    def _split(self, found: Prepared, written: Files, part: Part, name: str) -> Split:
+        board, (feeds, labels) = found.board, part
+        metric = functools.partial(self.metric.loss, written) if self.metric else None
+        files = keep(board, feeds, name, self._whole.board)
+        self.crew.runs += len(files)
+        return Split(board, files, tuple(labels[: len(files)]), metric, self.crew)
+
+    def _worth(self, start: _Start, found: Prepared, steering: Split) -> float | None:
+        """The error of a network in float; None where a search on it is not worth its time."""
+        mixes = {}, found.all_in(start.acting)
+        trial = Trial(found.board, steering.files, mixes, labels=steering.labels)
+        (errors,) = self.crew.each("Measuring a network", [trial])
+        alone, acting = errors.by_sample().mean(axis=1).tolist()
+        if start.finer and acting > _GAIN * self._least:
+            return None
+        if start.exact:
+            self._least = min(self._least, acting)
+            self._base = dataclasses.replace(start, finer=False)
+            return 0.0
+        lost = figures(Point((), 0, 0.0, alone), errors, 0, found.board.scores, bool(steering.labels))
+        return alone if not self.limits.of_accuracy or self.search.metric or self.limits.accurate(lost) else None
+
+
+def _constants(graph: gs.Graph) -> int:
+    """Bytes of the constants of a graph."""
+    found = {id(tensor): tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)}
+    return sum(math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize for tensor in found.values())
+
+
+@dataclass(frozen=True)
+class Found:
+    """The passes that give the best model, and how to check the file that they make."""
+
+    passes: list[Pass]
+    job: Job
+    result: _Result
+    proof: Part
+    metric: Metric | None
+
+    def check(self, out: Path) -> None:
+        """Measures the written file on the samples of the proof; raises GateMissed where it misses a limit.
+
+        Outputs behind a closing Softmax, Sigmoid or ArgMax have no part in SNR: errors there are another quantity.
+        """
+        record, choice = self.job.record["search"], self.result.choice
+        found = self._figures(out)
+        board, limits = choice.proof.board, choice.limits
+        if board.ends != board.outputs:
+            limits = dataclasses.replace(limits, min_snr=None)
+            limits = dataclasses.replace(limits, max_loss=None) if record["loss"] == RELATIVE else limits
+        size = self.job.record["output"]["bytes"]
+        met = limits.accurate(found) and (limits.max_size is None or size <= limits.max_size)
+        record["file"] = telling.shown(found) | {"bytes": size, "met": met}
+        record["met"] = record["met"] and met
+        if not record["met"]:
+            what = f"{record['loss']} lost {found.loss:.2%}, SNR {found.snr:.1f} dB, {size:,} bytes"
+            asked = ", ".join(f"{name.replace('_', '-')} {limit:g}" for name, limit in record["limits"].items())
+            missed = f"No point keeps the limits ({asked})"
+            raise GateMissed(GateError(missed, f"The nearest was written: {what}"), self.job.record)
+
+    def _figures(self, out: Path) -> Figures:
+        (feeds, labels), board = self.proof, self.result.choice.proof.board
+        meter = Meter(len(feeds), board.scores, 1, labels, board.mask)
+        runners = self.job.runners(out)
+        for place, feed in enumerate(feeds):
+            right, found = ([outputs[name] for name in board.ends] for outputs in (r.run(feed) for r in runners))
+            meter.see(place, feed, right, [found])
+        own = self.metric
+        metric = (lambda _: own.of(out)) if own else None
+        return figures(self.result.chosen.point, meter.errors, 0, board.scores, bool(labels), metric)
+
+
+def find(
+    job: Job,
+    passes: Sequence[Pass],
+    given: Mapping[str, Any],
+    search: Search,
+    gates: Any,
+    sms: Sequence[int] = (),
+    *,
+    keep_in: Path,
+) -> Found:
     """The passes that give the best model, in place of the quantizations in ``passes``; adds ``record["search"]``.
 
     Data for calibration that the search holds back are not used by the passes either. ``gates`` are limits as well.
+    ``sms``: the GPUs that have to run the result. ``keep_in``: a folder for what a later call need not measure again.
     """
     if job.calibration is None:
         raise DataError("A search needs calibration data", "Give some with --calibration")
     if search.max_latency is not None and given.get("target") != "onnxruntime":
         raise UsageError("Latency is measured in ONNX Runtime, which is not the target", "Add --target onnxruntime")
-    before = choices.in_front(passes)
+    choices.steps(given)
     behind = [step for step in passes if step.name == choices.LAST]
-    crew = Crew(search.workers, search.cluster, job.progress)
-    data, steering, proof, labels = _split(job)
-    whole = job.record["model"]["bytes"]
-    limits = _limits(search, gates, whole)
-    graph, _ = after(job, job.graph, [*job.prepared(), *before], data)
-    starts = [(before, graph)]
-    if not any(step.name == _SMOOTH for step in before):
-        smooth, changed = after(job, graph, [make(_SMOOTH, {})], data)
-        starts += [([*before, make(_SMOOTH, {})], smooth)] if changed else []
-    results, int8 = [], math.inf
-    for number, (steps, start) in enumerate(starts):
-        with prepared(job, start, given, data, crew) as found:
-            splits = [
-                Split(
-                    found.board,
-                    keep(found.board, part, name),
-                    tuple(labels[i] for i in at) if labels else (),
-                    crew=crew,
-                )
-                for name, (part, at) in (("steering", steering), ("proof", proof))
-            ]
-            error = attempt(Trial(found.board, splits[0].files, (found.all_in("int8"),))).by_sample().mean()
-            if number and error > _GAIN * int8:
-                continue
-            int8 = float(error)
-            found = found.measured(choices.groups(start, found.board))
-            found = dataclasses.replace(
-                found, sites=choices.priced(start, found.sites, steering[0][0], search.minimize)
-            )
-            written = _Files(job, found, data)
-            if search.metric:
-                splits = [dataclasses.replace(split, metric=_Metric(written, search.metric)) for split in splits]
-            work = _Searching(
-                found, splits[0], splits[1], limits, search.trials, whole - found.board.size({}), number > 0
-            )
-            if search.max_latency is not None:
-                work.clock = functools.partial(written.latency, feed=steering[0][0])
-            chosen = work.run()
-            record = _record(work, chosen)
-            mix = choices.recipe(steps, found.passes, start, found.board, chosen.point.chosen(work.sites))
-            value = chosen.point.cost if record["met"] else chosen.error
-            results.append((not record["met"], value, number, record, mix))
-    *_, record, mix = min(results, key=lambda result: result[:3])
-    job.record["search"] = _together(record, [other for *_, other, _ in results])
-    job.calibration = data
-    return [*mix, *behind]
+    limits = _limits(search, gates, job.record["model"]["bytes"])
+    hunt = _Hunt(job, given, search, limits, sms, keep_in)
+    best = hunt.run(choices.in_front(passes), 2 if behind else 4)
+    job.record["search"] = telling.together(best.record, [result.record for result in hunt.results], hunt.crew)
+    job.calibration = hunt.data
+    return Found([*best.passes, *behind], job, best, hunt.proof, hunt.metric)
 
 
 def _limits(search: Search, gates: Any, whole: int) -> Limits:
@@ -214,69 +292,8 @@ def _limits(search: Search, gates: Any, whole: int) -> Limits:
     return Limits(min_snr=DEGRADED_SNR) if limits == Limits() else limits
 
 
-def _together(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The record of the best start with the points of all, without those that others beat."""
-    points = [p | {"chosen": p["chosen"] and other is record} for other in records for p in other["points"]]
-    points.sort(key=lambda p: (p["cost"], -p["error_db"]))
-    kept = [p for i, p in enumerate(points) if p["chosen"] or all(q["error_db"] < p["error_db"] for q in points[:i])]
-    return record | {"points": kept[::-1], "runs": sum(other["runs"] for other in records)}
-
-
-class _Files:
-    """The files of points, each written once: for what only a file can tell."""
-
-    def __init__(self, job: Job, found: Prepared, data: Data):
-        self.job, self._found, self._data = job, found, data
-        self._known: dict[Point, Path] = {}
-
-    def of(self, point: Point) -> Path:
-        if point not in self._known:
-            found = self._found
-            steps = choices.recipe([], found.passes, found.graph, found.board, point.chosen(found.sites))
-            graph, _ = after(self.job, found.graph, steps, self._data)
-            self._known[point] = found.board.folder / f"point.{len(self._known)}.onnx"
-            files.save(graph, self._known[point])
-        return self._known[point]
-
-    def latency(self, point: Point, feed: Feed) -> float:
-        """The time of a point as a share of the float model's, measured in turns."""
-        sessions = {name: Session(path) for name, path in (("float", self.job.model), ("point", self.of(point)))}
-        runs = {name: functools.partial(session.run, feed) for name, session in sessions.items()}
-        whole, found = latencies(runs, rounds=25, warmup=3, seconds=5.0)
-        return found.ms / whole.ms
-
-
-class _Metric:
-    """The loss of points by a function of the user's, which is called with the file of each point."""
-
-    def __init__(self, written: _Files, where: str):
-        script, colon, self._function = where.rpartition(":")
-        if not (colon and Path(script).suffix == ".py"):
-            raise UsageError(f"--metric is {where!r}", "Give a script and a function of it, such as metric.py:accuracy")
-        if not written.job.source.allow_script:
-            raise UsageError(f"{script} is a Python script, and measuring with it runs it", "Add --allow-script")
-        self._files, self._script = written, Path(script)
-        self._float = self._value(written.job.model)
-        self._known: dict[Point, float] = {}
-
-    def __call__(self, point: Point) -> float:
-        if point not in self._known:
-            value = self._value(self._files.of(point))
-            self._known[point] = (self._float - value) / max(abs(self._float), 1e-12)
-        return self._known[point]
-
-    def _value(self, model: Path) -> float:
-        value = call_script(self._script, self._function, str(model))
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise DataError(f"{self._function}() in {self._script} returned {value!r}", "Return a number")
-        return float(value)
-
-
-Part = tuple[list[dict[str, np.ndarray]], list[int]]  # samples and their places in the data
-
-
-def _split(job: Job) -> tuple[Data, Part, Part, list[int]]:
-    """(calibration, samples that steer, samples of the proof, labels of the data that both come from)."""
+def _split(job: Job) -> tuple[Data, Part, Part]:
+    """(calibration, samples that steer, samples of the proof)."""
     calibration, evaluation = job.calibration, job.evaluation
     assert calibration is not None
     if evaluation is not None and len(evaluation) > 1:
@@ -293,8 +310,8 @@ def _split(job: Job) -> tuple[Data, Part, Part, list[int]]:
     parts = []
     for own, limit in zip(places, (STEERING, PROOF), strict=True):
         own = [own[int(i)] for i in np.linspace(0, len(own) - 1, min(limit, len(own)))]
-        parts.append((list(source.at(own)), own))
-    return data, parts[0], parts[1], labels
+        parts.append((list(source.at(own)), [labels[i] for i in own] if labels else []))
+    return data, parts[0], parts[1]
 
 
 def _labels(source: Any, count: int) -> list[int]:
@@ -311,74 +328,3 @@ def _labels(source: Any, count: int) -> list[int]:
         if name in arrays and np.asarray(arrays[name]).dtype.kind in "iu" and np.shape(arrays[name]) == (count,):
             return np.asarray(arrays[name]).tolist()
     return []
-
-
-def _record(work: _Searching, chosen: Figures) -> dict[str, Any]:
-    proved = work.proved[chosen.point]
-    limits = dataclasses.asdict(work.limits)
-    ratios = [f.error / f.point.predicted for f in work.measured if f.point.predicted > 0 and f.error > 0]
-    return {
-        "loss": work.steering.kind,
-        "options": [FLOAT, *choices.OPTIONS],
-        "limits": {name: limit for name, limit in limits.items() if limit is not None},
-        "met": work.small(chosen.point) and work.limits.accurate(proved),
-        "samples": {
-            "sensitivity": len(work.found.samples),
-            "steering": len(work.steering.files),
-            "proof": len(work.proof.files),
-        },
-        "runs": work.runs,
-        "kappa_db": float(10 * np.log10(np.median(ratios))) if ratios else 0.0,
-        "points": [_told_point(work, figures, chosen) for figures in undominated(work.measured)],
-        "sites": [_told_choice(s, o) for s, o in zip(work.sites, chosen.point.options, strict=True)],
-    }
-
-
-def _told_point(work: _Searching, figures: Figures, chosen: Figures) -> dict[str, Any]:
-    point = figures.point
-    shares: dict[str, float] = {}
-    for site, option in zip(work.sites, point.options, strict=True):
-        shares[option] = shares.get(option, 0.0) + site.sizes[FLOAT] / work.found.board.size({})
-    proof = work.proved.get(point)
-    return {
-        "bytes": work.size(point),
-        "cost": point.cost,
-        "smooth": work.smoothed,
-        "latency": work.times.get(point),
-        "options": shares,
-        "predicted_db": float(decibels(point.predicted)),
-        **_figures(figures),
-        "proof": _figures(proof) if proof else None,
-        "chosen": point == chosen.point,
-    }
-
-
-def _figures(found: Figures) -> dict[str, Any]:
-    told = {name: getattr(found, name) for name in ("agreement", "loss", "low", "high")}
-    told["agreement"] = None if math.isnan(found.agreement) else found.agreement
-    return {"error_db": float(decibels(found.error)), "snr_db": found.snr, **told}
-
-
-def _told_choice(site: Site, option: str) -> dict[str, Any]:
-    """The option of a site, and the next better one: what it would cost, and what it would buy."""
-    error = site.errors.get(option, 0.0)
-    better = [o for o in site.options() if site.errors.get(o, 0.0) < error]
-    following = max(better, key=lambda o: (site.errors.get(o, 0.0), -site.sizes[o]), default=None)
-    told = {"nodes": list(site.nodes), "option": option, "bytes": site.sizes[option], "snr_db": float(decibels(error))}
-    if following is None:
-        return told | {"better": None}
-    more = {"option": following, "bytes": site.sizes[following] - site.sizes[option]}
-    return told | {"better": more | {"snr_db": float(decibels(site.errors.get(following, 0.0)))}}
-
-
-def check(job: Job) -> None:
-    """Raises GateMissed where no point keeps the limits of the search."""
-    found = job.record.get("search")
-    if found and not found["met"]:
-        nearest = next(point for point in found["points"] if point["chosen"])
-        shown = nearest["proof"] or nearest
-        what = f"{found['loss']} lost {shown['loss']:.2%}, SNR {shown['snr_db']:.1f} dB, {nearest['bytes']:,} bytes"
-        asked = ", ".join(f"{name.replace('_', '-')} {limit:g}" for name, limit in found["limits"].items())
-        raise GateMissed(
-            GateError(f"No point keeps the limits ({asked})", f"The nearest was written: {what}"), job.record
-        )

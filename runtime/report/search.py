@@ -64,7 +64,7 @@ def _point(point: Mapping[str, Any], names: list[str]) -> tuple[Any, ...]:
         size(point["bytes"]),
         f"{point['cost']:.1%}",
         "" if point["latency"] is None else f"{point['latency']:.0%}",
-        "smooth" if point["smooth"] else "",
+        point["start"],
         *shares,
         *(number(point[key], _DB) for key in ("predicted_db", "error_db", "snr_db")),
         agreement,

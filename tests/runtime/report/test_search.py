@@ -13,7 +13,7 @@ from channelfold.runtime.report.tables import Page
 
 def test_every_figure_of_the_front_stands_under_its_heading():
     point: dict[str, Any] = {
-        "bytes": 1000, "cost": 0.5, "latency": 0.25, "smooth": True, "options": {"float": 0.1, "int8": 0.9},
+        "bytes": 1000, "cost": 0.5, "latency": 0.25, "start": "smooth", "options": {"float": 0.1, "int8": 0.9},
         "predicted_db": 41.0, "error_db": 42.0, "snr_db": 43.0, "agreement": 0.75, "loss": 0.01, "low": 0.0,
         "high": 0.02, "chosen": True, "proof": {"snr_db": 44.0, "loss": 0.02, "low": 0.01, "high": 0.03},
     }  # fmt: skip

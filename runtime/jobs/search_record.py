@@ -1,0 +1,96 @@
+"""The record of a search.
+
+``record["search"]``: {loss: what it is, options, limits, met, samples: {sensitivity, steering, proof}, runs (of one
+sample), resumed (of them), kappa_db, points: [{bytes, cost, latency, start, options: {option: share of the weights},
+predicted_db, error_db, snr_db, agreement, loss, low, high, proof (the same figures on other samples, or null),
+chosen}], sites: [{nodes, option, bytes, snr_db, better: {option, bytes, snr_db} or null}], file (the figures of the
+written file on the samples of the proof, with its bytes and whether it has met the limits)}. Bytes of a point are those
+of its file, nearly; cost and latency are relative to float; ``start`` names the variant of the network, if it is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from channelfold.passes.layers.sensitivity import Crew, Site, decibels
+from channelfold.passes.layers.switchboard import FLOAT
+from channelfold.passes.search import options as choices
+from channelfold.passes.search.choice import Choice
+from channelfold.passes.search.proof import Figures, undominated
+
+
+def told(work: Choice, chosen: Figures, start: str) -> dict[str, Any]:
+    """The record of the search on one network, called ``start``."""
+    limits = dataclasses.asdict(work.limits)
+    ratios = [f.error / f.point.predicted for f in work.measured if f.point.predicted > 0 and f.error > 0]
+    return {
+        "loss": work.steering.kind,
+        "options": [FLOAT, *choices.OPTIONS],
+        "limits": {name: limit for name, limit in limits.items() if limit is not None},
+        "met": work.met(chosen),
+        "samples": {
+            "sensitivity": len(work.samples),
+            "steering": len(work.steering.files),
+            "proof": len(work.proof.files),
+        },
+        "kappa_db": float(10 * np.log10(np.median(ratios))) if ratios else 0.0,
+        "points": [_told_point(work, figures, chosen, start) for figures in _front(work.measured, chosen)],
+        "sites": [_told_choice(s, o) for s, o in zip(work.sites, chosen.point.options, strict=True) if s.nodes],
+    }
+
+
+def _front(found: Sequence[Figures], chosen: Figures) -> list[Figures]:
+    """The front, with the chosen point, which others may beat where no point keeps the limits."""
+    kept = undominated(found)
+    return sorted(kept if chosen in kept else [*kept, chosen], key=lambda figures: -figures.point.cost)
+
+
+def _told_point(work: Choice, figures: Figures, chosen: Figures, start: str) -> dict[str, Any]:
+    point, shares = figures.point, dict[str, float]()
+    chosen_of = [(site, option) for site, option in zip(work.sites, point.options, strict=True) if site.nodes]
+    whole = sum(site.sizes[FLOAT] for site, _ in chosen_of)
+    for site, option in chosen_of:
+        shares[option] = shares.get(option, 0.0) + site.sizes[FLOAT] / whole
+    proof = work.proved.get(point)
+    return {
+        "bytes": point.size,
+        "cost": point.cost,
+        "start": start,
+        "latency": work.times.get(point),
+        "options": shares,
+        "predicted_db": float(decibels(point.predicted)),
+        **shown(figures),
+        "proof": shown(proof) if proof else None,
+        "chosen": point == chosen.point,
+    }
+
+
+def shown(found: Figures) -> dict[str, Any]:
+    told = {name: getattr(found, name) for name in ("agreement", "loss", "low", "high")}
+    told["agreement"] = None if math.isnan(found.agreement) else found.agreement
+    return {"error_db": float(decibels(found.error)), "snr_db": found.snr, **told}
+
+
+def _told_choice(site: Site, option: str) -> dict[str, Any]:
+    """The option of a site, and the next better one: what it would cost, and what it would buy."""
+    error = site.errors.get(option, 0.0)
+    better = [o for o in site.options() if site.errors.get(o, 0.0) < error]
+    following = max(better, key=lambda o: (site.errors.get(o, 0.0), -site.sizes[o]), default=None)
+    told = {"nodes": list(site.nodes), "option": option, "bytes": site.sizes[option], "snr_db": float(decibels(error))}
+    if following is None:
+        return told | {"better": None}
+    more = {"option": following, "bytes": site.sizes[following] - site.sizes[option]}
+    return told | {"better": more | {"snr_db": float(decibels(site.errors.get(following, 0.0)))}}
+
+
+def together(best: dict[str, Any], records: Sequence[dict[str, Any]], crew: Crew) -> dict[str, Any]:
+    """The record of the best network with the points of all, without those that others beat."""
+    points = [p | {"chosen": p["chosen"] and other is best} for other in records for p in other["points"]]
+    points.sort(key=lambda p: (p["cost"], -p["error_db"]))
+    kept = [p for i, p in enumerate(points) if p["chosen"] or all(q["error_db"] < p["error_db"] for q in points[:i])]
+    return best | {"points": kept[::-1], "runs": crew.runs, "resumed": crew.resumed}
