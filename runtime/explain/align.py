@@ -16,9 +16,8 @@ import numpy as np
 
 from channelfold.runtime.explain.model import Model
 from channelfold.runtime.io.session import Feed
-from channelfold.runtime.stats.observe import within
 
-BLOCK = 1 << 26  # bytes of activations that are in memory at once
+_AT_ONCE = 256  # tensors that are sketched in one run
 _PLACES = 2048  # elements of a sketch
 _FITS = 0.95  # from which two tensors may be the same: 1 less half their relative squared error
 _TRUST = 4  # a tensor of the same name may fit as many times worse than another
@@ -63,8 +62,8 @@ def _grid(shape: Sequence[int]) -> list[np.ndarray]:
 def sketches(model: Model, feeds: Iterable[Feed]) -> dict[str, Sketch]:
     """The sketches of the tensors that a model computes. Tensors without elements have none."""
     feeds, found = list(feeds), {}
-    for names in within(BLOCK, [(name, BLOCK // 256) for name in model.computed]):
-        session = model.open(names, exact=True, optimize=False)
+    for start in range(0, len(model.computed), _AT_ONCE):
+        session = model.open(model.computed[start : start + _AT_ONCE], exact=True, optimize=False)
         for feed in feeds:
             for name, values in session.run(feed).items():
                 found.setdefault(name, Sketch()).add(values)

@@ -3,58 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
-from channelfold.runtime.explain.align import BLOCK, Pair, Sketch, align, sketches
-from channelfold.runtime.explain.model import Graft, Model
-from channelfold.runtime.io.session import Feed
-from channelfold.runtime.stats.observe import within
+from channelfold.runtime.explain.align import align, sketches
+from channelfold.runtime.explain.cut import WEIGHTED, Cut, Site, energy
+from channelfold.runtime.explain.model import Model
+from channelfold.runtime.explain.strangers import without_strangers
 
-SAMPLES = 8  # on which sites are measured
-_SKETCHED = 2
+SAMPLES = 8  # on which the sites that matter are measured
+_FEW = 2  # samples on which all tensors are compared, and all sites measured
 _EXACT = 1e-5  # relative error of a site that is rounding
-_ROUNDS = 32  # of looking for pairs that do not mean the same; a chain of them takes as many
-_STRANGE, _NOTABLE = 4, 1e-4  # squared errors of a site: own against so far, and the least that is looked at
 _STEPS = (1, 2, 3, 5, 8, 12, 20)  # numbers of sites that are restored together, to see what it recovers
+_MEASURED_MORE = 32  # sites with the largest contributions, which are measured on all samples
 
 Progress = Callable[[str, int, int], None]
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "ConvInteger", "MatMulNBits", "FusedMatMul")
-
-
-@dataclass
-class Site:
-    """A part of the second model between tensors that both models compute.
-
-    ``nodes`` are those of the site, ``node`` the one that stands for it. ``own``: the relative error (squared) at its
-    end where it begins with the values of the first model; ``so_far``: where it begins with its own values.
-    ``output``: the relative error (squared) of the outputs that its own error causes.
-    """
-
-    pair: Pair
-    node: str
-    op: str
-    nodes: list[str]
-    given: list[str]
-    sums: dict[str, float] = field(default_factory=lambda: {"own": 0.0, "so_far": 0.0, "signal": 0.0})
-    errors: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def own(self) -> float:
-        return self.sums["own"] / self.sums["signal"] if self.sums["signal"] else 0.0
-
-    @property
-    def so_far(self) -> float:
-        return self.sums["so_far"] / self.sums["signal"] if self.sums["signal"] else 0.0
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """``sites``, the largest contribution first; ``snr`` of the outputs now and with the first n sites restored."""
+    """``sites``, the largest contribution first; ``contributions``: relative squared errors of the outputs, by tensor.
+
+    ``total``: that of the outputs; ``restored``: where the first model computes the first n sites. ``samples``: how
+    many the sites that matter were measured on.
+    """
 
     sites: list[Site]
     contributions: dict[str, float]
@@ -71,157 +47,96 @@ class Explainer:
     """Two models cut into sites by the tensors that both compute."""
 
     def __init__(self, first: Model, second: Model, data: Data, progress: Progress = no_progress):
-        self.first, self.second, self.progress = first, second, progress
+        self.progress = progress
         self.feeds = list(data.first(SAMPLES))
-        progress("align", 0, 2)
-        known = sketches(first, self.feeds[:_SKETCHED])
-        progress("align", 1, 2)
-        self.known: Mapping[str, Sketch] = known
-        self._cut(self._in_order(align(known, sketches(second, self.feeds[:_SKETCHED]))))
-        self._drop_strangers()
+        progress("align", 0, 3)
+        known = sketches(first, self.feeds[:_FEW])
+        progress("align", 1, 3)
+        pairs = align(known, sketches(second, self.feeds[:_FEW]))
+        progress("align", 2, 3)
+        sizes = {name: sketch.bytes for name, sketch in known.items()}
+        self.cut = without_strangers(Cut(first, second, pairs, sizes), self.feeds[0])
         self.outputs = [name for name in first.outputs if name in known and name in second.outputs]
 
-    def _in_order(self, pairs: list[Pair]) -> list[Pair]:
-        """The pairs without those whose site would read, in the second model, what only comes behind it there."""
-        order = {name: place for place, name in enumerate(self.second.computed)}
-        while True:
-            to_second = {pair.first: pair.second for pair in pairs}
-            kept = []
-            for pair in pairs:
-                _, given = self.first.behind(pair.first, to_second.keys() - {pair.first})
-                reads = (order[to_second[name]] for name in given if name in to_second)
-                if all(place < order[pair.second] for place in reads):
-                    kept.append(pair)
-            if len(kept) == len(pairs):
-                return pairs
-            pairs = kept
-
-    def _drop_strangers(self) -> None:
-        """Drops pairs that do not mean the same: scaled channels that the next layers make up for, or a mistaken pair.
-
-        From its own inputs a site behind such a pair computes what the first model does, from those of the first model
-        something else.
-        """
-        for _ in range(_ROUNDS):
-            for _, site, error, values in self.measured(self.sites, self.feeds[:1], plain=True):
-                site.sums["own"] += energy(error)
-                site.sums["signal"] += energy(values)
-            so_far = {site.pair.second: site.so_far for site in self.sites}
-            strangers = set()
-            for site in self.sites:
-                if site.own > max(_STRANGE * site.so_far, _NOTABLE):
-                    worst = max(site.given, key=lambda name: so_far.get(name, 0.0), default="")
-                    if so_far.get(worst, 0.0) > site.so_far:
-                        strangers.add(worst)
-            if not strangers:
-                break
-            self._cut([pair for pair in self.pairs if pair.second not in strangers])
-        self._cut(self.pairs)
-
-    def _cut(self, pairs: list[Pair]) -> None:
-        """Cuts the second model into sites."""
-        self.pairs = pairs
-        self.to_first = {pair.second: pair.first for pair in pairs}
-        self.sites = list(self._sites())
-
-    def _sites(self) -> Iterator[Site]:
-        for pair in self.pairs:
-            places, given = self.second.behind(pair.second, self.to_first.keys() - {pair.second})
-            nodes = [self.second.nodes[index] for index in places]
-            main = next((node for node in reversed(nodes) if node.op_type in _WEIGHTED), nodes[-1])
-            yield Site(pair, main.name, main.op_type, [node.name for node in nodes], given)
-
-    def blocks(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
-        """Sites in order, in blocks whose tensors fit in memory together."""
-        yield from within(BLOCK, [(site, 4 * self.known[site.pair.first].bytes) for site in sites])
-
-    def measured(
-        self, sites: Sequence[Site], feeds: Sequence[Feed], *, plain: bool = False
-    ) -> Iterator[tuple[int, Site, np.ndarray, np.ndarray]]:
-        """(feed, site, its own error, values of the first model) for each site and feed.
-
-        With ``plain`` the error so far is added up in the sites as well.
-        """
-        for block in self.blocks(sites):
-            given = list(dict.fromkeys(name for site in block for name in site.given if name in self.to_first))
-            wanted = list(dict.fromkeys([*(self.to_first[n] for n in given), *(site.pair.first for site in block)]))
-            ends = [site.pair.second for site in block]
-            reference = self.first.open(wanted, exact=True, optimize=False)
-            cut = self.second.open(ends, given=[*given, *ends], exact=True, optimize=False)
-            whole = self.second.open(ends, exact=True, optimize=False) if plain else None
-            for index, feed in enumerate(feeds):
-                values = reference.run(feed)
-                found = cut.run(feed, {name: values[self.to_first[name]] for name in given})
-                real = whole.run(feed) if whole is not None else {}
-                for site in block:
-                    expected = values[site.pair.first]
-                    if site.pair.second in real:
-                        site.sums["so_far"] += energy(real[site.pair.second] - expected)
-                    yield index, site, found[site.pair.second] - expected, expected
-
     def explain(self) -> Explanation:
-        """Measures every site, then what restoring the worst recovers."""
-        reference = self.first.open(self.outputs, exact=True)
+        """Measures every site, the worst on more samples, then what restoring these recovers."""
+        sites, second = self.cut.sites, self.cut.second
+        reference = self.cut.first.open(self.outputs, exact=True)
         expected = [reference.run(feed) for feed in self.feeds]
-        board = self.first.open(self.outputs, shifted=[site.pair.first for site in self.sites], exact=True)
-        calm = [board.run(feed) for feed in self.feeds]
-        total = len(self.sites) * len(self.feeds)
-        for count, (index, site, error, values) in enumerate(self.measured(self.sites, self.feeds, plain=True)):
-            self.progress("measure sites", count, total)
-            own, signal = energy(error), energy(values)
-            site.sums["own"] += own
-            site.sums["signal"] += signal
-            if own > _EXACT**2 * signal:
-                found = board.run(self.feeds[index], shifts={site.pair.first: error})
-                for name in self.outputs:
-                    site.errors[name] = site.errors.get(name, 0.0) + energy(found[name] - calm[index][name])
-        self.progress("measure sites", total, total)
-        signals = {name: sum(energy(values[name]) for values in expected) or 1.0 for name in self.outputs}
-        contributions = {site.pair.second: self._share(site.errors, signals) for site in self.sites}
-        ranked = sorted(self.sites, key=lambda site: -contributions[site.pair.second])
-        restored = self._restored([s for s in ranked if contributions[s.pair.second] > 0], expected, signals)
-        linears = [node for node in self.second.nodes if node.op_type in _WEIGHTED]
-        inside = {name for site in self.sites for name in site.nodes}
-        depth = [(site.node, site.so_far) for site in self.sites]
+        del reference
+        effects = {site.pair.second: _Effect() for site in sites}
+        few = min(_FEW, len(self.feeds))
+        self._measure(sites, effects, range(few))
+        contributions = self._contributions(effects, expected)
+        worst = sorted(sites, key=lambda site: -contributions[site.pair.second])[:_MEASURED_MORE]
+        self._measure(worst, effects, range(few, len(self.feeds)))
+        contributions = self._contributions(effects, expected)
+        ranked = sorted(sites, key=lambda site: -contributions[site.pair.second])
+        restored = self._restored([site for site in ranked if contributions[site.pair.second] > 0], expected)
+        linears = [node for node in second.nodes if node.op_type in WEIGHTED]
+        inside = {name for site in sites for name in site.nodes}
+        depth = [(site.node, site.errors.so_far) for site in sites]
         return Explanation(
-            ranked, contributions, restored.pop(0), restored, len(self.pairs), len(linears),
+            ranked, contributions, restored.pop(0), restored, len(sites), len(linears),
             sum(node.name in inside for node in linears), depth, len(self.feeds),
         )  # fmt: skip
 
-    def _share(self, errors: Mapping[str, float], signals: Mapping[str, float]) -> float:
+    def _measure(self, sites: Sequence[Site], effects: Mapping[str, _Effect], places: Sequence[int]) -> None:
+        """Runs every site on some feeds: its errors, and what its own error does to the outputs."""
+        count, total = 0, len(sites) * len(places)
+        for block in self.cut.blocks(sorted(sites, key=self.cut.sites.index), self.outputs):
+            for feed in (self.feeds[place] for place in places):
+                expected, so_far = block.expected(feed), block.so_far(feed)
+                own = block.own(feed, expected)
+                for site in block.sites:
+                    self.progress("measure sites", count, total)
+                    count += 1
+                    first, second = site.pair.first, site.pair.second
+                    site.errors.add(expected[first], own[second], so_far[second])
+                    effects[second].samples += 1
+                    if energy(own[second] - expected[first]) > _EXACT**2 * energy(expected[first]):
+                        found = block.replaced(feed, site, own[second])
+                        effects[second].add({name: energy(found[name] - expected[name]) for name in self.outputs})
+        self.progress("measure sites", total, total)
+
+    def _contributions(
+        self, effects: Mapping[str, _Effect], expected: Sequence[Mapping[str, np.ndarray]]
+    ) -> dict[str, float]:
+        return {name: self._share(effect.errors, expected[: effect.samples]) for name, effect in effects.items()}
+
+    def _share(self, errors: Mapping[str, float], expected: Sequence[Mapping[str, np.ndarray]]) -> float:
         """The mean over the outputs of their relative squared errors."""
+        signals = {name: sum(energy(values[name]) for values in expected) or 1.0 for name in self.outputs}
         return sum(errors.get(name, 0.0) / signals[name] for name in self.outputs) / max(len(self.outputs), 1)
 
-    def _restored(
-        self, ranked: Sequence[Site], expected: Sequence[Mapping[str, np.ndarray]], signals: Mapping[str, float]
-    ) -> dict[int, float]:
+    def _restored(self, ranked: Sequence[Site], expected: Sequence[Mapping[str, np.ndarray]]) -> dict[int, float]:
         """The relative squared error of the outputs where the first model computes the first n sites of the ranking."""
         steps = [step for step in _STEPS if step <= len(ranked)]
         chosen = list(ranked[: max(steps, default=0)])
-        grafts = [self._graft(site) for site in chosen]
+        grafts = [self.cut.graft(site) for site in chosen]
+        hybrid = self.cut.second.open(self.outputs, grafts=grafts, exact=True, optimize=False)
         found: dict[int, float] = {}
         for count in (0, *steps):
-            hybrid = self.second.open(self.outputs, grafts=grafts[:count], exact=True, optimize=False)
+            restored = [site.pair.second for site in chosen[:count]]
             sums = dict.fromkeys(self.outputs, 0.0)
             for feed, values in zip(self.feeds, expected, strict=True):
-                result = hybrid.run(feed)
+                result = hybrid.run(feed, grafts=restored)
                 for name in self.outputs:
                     sums[name] += energy(result[name] - values[name])
-            found[count] = self._share(sums, signals)
+            found[count] = self._share(sums, expected)
         return found
 
-    def _graft(self, site: Site) -> Graft:
-        """What the first model computes in place of a site."""
-        to_second = {pair.first: pair.second for pair in self.pairs}
-        nodes, _ = self.first.behind(site.pair.first, to_second.keys() - {site.pair.first})
-        return Graft(self.first, site.pair.first, nodes, to_second, site.pair.second)
 
+@dataclass
+class _Effect:
+    """What a site's own error does on some samples: the squared errors of the outputs."""
 
-def energy(values: np.ndarray) -> float:
-    """The sum of the squares; infinite where a value is not finite."""
-    flat = values.reshape(-1).astype(np.float64)
-    result = float(flat @ flat)
-    return result if math.isfinite(result) else math.inf
+    samples: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def add(self, errors: Mapping[str, float]) -> None:
+        for name, error in errors.items():
+            self.errors[name] = self.errors.get(name, 0.0) + error
 
 
 def decibels(relative: float) -> float:

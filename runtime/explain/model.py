@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.io.weights import packed
 
-_SEEN, _OWN, _SHIFT = "{}__seen", "{}__own", "{}__shift"
+_SEEN, _OWN, _GIVEN, _FLAG = "{}__seen", "{}__own", "{}__given", "{}__is_replaced"
 
 
 class Model:
@@ -70,61 +70,44 @@ class Model:
                     pending.append(writer)
         return sorted(nodes), list(used)
 
-    def ahead(self, name: str, stops: Iterable[str]) -> list[str]:
-        """The tensors among ``stops`` that are computed from a tensor without another of them in between."""
-        stops, found, pending, seen = set(stops), {}, [name], {name}
-        while pending:
-            for index in self.readers.get(pending.pop(), ()):
-                for output in self.nodes[index].output:
-                    if output in stops:
-                        found[output] = None
-                    elif output and output not in seen:
-                        seen.add(output)
-                        pending.append(output)
-        return list(found)
-
     def open(
         self,
-        outputs: Sequence[str],
+        outputs: Iterable[str],
         *,
         given: Iterable[str] = (),
-        shifted: Iterable[str] = (),
         grafts: Iterable[Graft] = (),
+        before: bool = False,
         **how: Any,
     ) -> Opened:
         """A session that returns ``outputs`` in float32.
 
-        A ``given`` tensor is an input of its name; where such a tensor is an output too, the output is what the model
-        computes. To a ``shifted`` tensor its shift is added, which is an input. ``grafts`` replace parts of the model.
+        A run may replace ``given`` tensors by values of its own, and parts of the model by ``grafts``. With ``before``
+        an output that is replaced is returned as the model computes it.
         """
         model = deepcopy(self._snapshot.model)
-        graph, given, shifted = model.graph, set(given), list(shifted)
-        weights = self._weights()
+        graph, weights, sources = model.graph, self._weights(), {}
         for number, graft in enumerate(grafts):
-            _rename_output(graph, graft.second, _OWN.format(graft.second))
+            sources[graft.second] = graft.result(f"{number}__")
             weights += graft.insert(graph, f"{number}__")
-        for name in shifted:
-            _rename_output(graph, name, _OWN.format(name))
-            shift = _SHIFT.format(name)
-            graph.input.append(onnx.helper.make_tensor_value_info(shift, self._type(name), None))
-            graph.node.append(onnx.helper.make_node("Add", [_OWN.format(name), shift], [name]))
         for name in given:
-            _rename_output(graph, name, _OWN.format(name))
-            graph.input.append(onnx.helper.make_tensor_value_info(name, self._type(name), None))
+            sources[name] = _GIVEN.format(name)
+            _default(graph, sources[name], np.zeros((), self.kinds[name]))
+        _rename_outputs(graph, sources)
+        for name, source in sources.items():
+            _default(graph, _FLAG.format(name), np.zeros((), np.bool_))
+            graph.node.append(onnx.helper.make_node("Where", [_FLAG.format(name), source, _OWN.format(name)], [name]))
+        outputs = list(outputs)
         for name in outputs:
-            source = _OWN.format(name) if name in given else name
+            source = _OWN.format(name) if before and name in sources else name
             graph.node.append(onnx.helper.make_node("Cast", [source], [_SEEN.format(name)], to=onnx.TensorProto.FLOAT))
         _keep(graph, [_SEEN.format(name) for name in outputs])
-        return Opened(open_model(model, weights, [_SEEN.format(name) for name in outputs], **how), self, list(outputs))
+        return Opened(open_model(model, weights, [_SEEN.format(name) for name in outputs], **how), self, outputs)
 
     def _weights(self, prefix: str = "") -> list[tuple[onnx.TensorProto, np.ndarray]]:
         found = [(deepcopy(weight), packed(self._snapshot.values[weight.name])) for weight in self._snapshot.weights]
         for proto, _ in found:
             proto.name = prefix + proto.name
         return found
-
-    def _type(self, name: str) -> int:
-        return onnx.helper.np_dtype_to_tensor_dtype(self.kinds[name] or np.dtype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -140,9 +123,12 @@ class Graft:
     given: Mapping[str, str]
     second: str
 
+    def result(self, prefix: str) -> str:
+        return prefix + self.end
+
     def insert(self, graph: onnx.GraphProto, prefix: str) -> list[tuple[onnx.TensorProto, np.ndarray]]:
         """Adds the nodes and their constants to a graph. Returns the large constants, which the graph lacks."""
-        names = {**self.given, **{name: name for name in self.first.inputs}, "": "", self.end: self.second}
+        names = {**self.given, **{name: name for name in self.first.inputs}, "": "", self.end: self.result(prefix)}
         read = set()
         for index in self.nodes:
             node = deepcopy(self.first.nodes[index])
@@ -160,31 +146,39 @@ class Graft:
 
 
 class Opened:
-    """A session of a model in an altered form."""
+    """A session of a model some tensors of which a run may replace."""
 
     def __init__(self, session: Session, model: Model, outputs: list[str]):
         self._session, self._model, self._outputs = session, model, outputs
-        self._shifts = [s.name for s in session.inputs if s.name.endswith(_SHIFT.format(""))]
 
-    def run(self, feed: Feed, given: Feed | None = None, shifts: Feed | None = None) -> dict[str, np.ndarray]:
-        """The outputs in float32. A shift that is not given is zero."""
-        whole = {**feed, **{name: self._as(name, values) for name, values in (given or {}).items()}}
-        wanted = {_SHIFT.format(name): self._as(name, values) for name, values in (shifts or {}).items()}
-        for name in self._shifts:
-            zero = np.zeros((), self._model.kinds[name.removesuffix(_SHIFT.format(""))])
-            whole[name] = wanted.get(name, zero)
-        found = self._session.run(self._session.accepted(whole))
-        return {name: found[_SEEN.format(name)] for name in self._outputs}
+    def run(
+        self, feed: Feed, given: Feed | None = None, *, grafts: Iterable[str] = (), outputs: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The outputs, or some of them, in float32.
 
-    def _as(self, name: str, values: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(values, self._model.kinds[name])
+        ``given`` has values of tensors that are replaced, ``grafts`` names the tensors that grafts replace.
+        """
+        whole = self._session.accepted(feed)
+        for name, values in (given or {}).items():
+            whole[_GIVEN.format(name)] = np.ascontiguousarray(values, self._model.kinds[name])
+        whole |= {_FLAG.format(name): np.ones((), np.bool_) for name in (*(given or ()), *grafts)}
+        names = self._outputs if outputs is None else outputs
+        found = self._session.run(whole, [_SEEN.format(name) for name in names])
+        return {name: found[_SEEN.format(name)] for name in names}
 
 
-def _rename_output(graph: onnx.GraphProto, old: str, new: str) -> None:
+def _default(graph: onnx.GraphProto, name: str, value: np.ndarray) -> None:
+    """Adds an input that has a value where none is given."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+    graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+
+
+def _rename_outputs(graph: onnx.GraphProto, names: Container[str]) -> None:
     for node in graph.node:
         for place, name in enumerate(node.output):
-            if name == old:
-                node.output[place] = new
+            if name in names:
+                node.output[place] = _OWN.format(name)
 
 
 def _keep(graph: onnx.GraphProto, outputs: Iterable[str]) -> None:

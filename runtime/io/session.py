@@ -187,11 +187,11 @@ class Session:
             raise ModelError(f"ONNX Runtime cannot open {name}: {_first_line(error)}") from None
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+        self._types = {spec.name: spec.dtype for spec in self.inputs}
 
     def accepted(self, feed: Feed) -> Feed:
         """The part of a feed for which the model has inputs. A pass may have removed inputs that nothing reads."""
-        known = {spec.name for spec in self.inputs}
-        return {name: values for name, values in feed.items() if name in known}
+        return {name: values for name, values in feed.items() if name in self._types}
 
     def run(self, feed: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Runs one feed and returns outputs by name: the named outputs, by default all outputs. Raises ModelError.
@@ -218,7 +218,7 @@ class Session:
         ]
 
     def _typed(self, name: str, values: Any) -> Any:
-        wanted = next((spec.dtype for spec in self.inputs if spec.name == name), None)
+        wanted = self._types.get(name)
         floats = wanted is not None and wanted.kind == "f" and getattr(values, "dtype", wanted) != wanted
         return values.astype(wanted) if floats and values.dtype.kind == "f" else values
 

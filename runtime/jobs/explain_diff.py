@@ -67,8 +67,8 @@ def _site(site: Site, found: Explanation, total: float, second: Model) -> dict[s
         "nodes": site.nodes,
         "snr": _snr(contribution),
         "share": contribution / total if math.isfinite(total) else None,
-        "own_snr": _snr(site.own),
-        "so_far_snr": _snr(site.so_far),
+        "own_snr": _snr(site.errors.own),
+        "so_far_snr": _snr(site.errors.so_far),
         "products": _products(site, second),
     }
 

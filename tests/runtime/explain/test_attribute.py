@@ -81,7 +81,7 @@ def test_the_contributions_add_up_to_the_error(int8):
     assert (found.linears, found.covered) == (26, 26)
     assert abs(decibels(sum(found.contributions.values())) - decibels(found.total)) < 4
     assert decibels(found.restored[20]) > decibels(found.total) + 10
-    assert all(site.own == 0 for site in found.sites if "MatMul" in site.op and site.node.endswith("_61"))
+    assert all(site.errors.own == 0 for site in found.sites if "MatMul" in site.op and site.node.endswith("_61"))
 
 
 def test_scaled_channels_are_no_error(tmp_path):
