@@ -78,7 +78,7 @@ class Work(Quantize):
         sites = list(self.sites(graph, outcome))
         axes: dict[str, int | None] = {tensor.name: None for tensor in _integers(graph, sites)[0]} if integers else {}
         axes |= {site.data.name: site.in_axis for site in sites}
-        enough = counted(len(ctx.data))
+        enough = None if self.calibrator == "entropy" else counted(len(ctx.data))  # entropy weighs every single bin
         statistics = {name: TensorStatistics(axis, enough) for name, axis in axes.items()}
         ctx.observe(graph, by_name(statistics.items()))
         movable = set() if integers or not self.center else center.movable(sites)

@@ -3,6 +3,8 @@
 The bin of a float32 value is its upper 16 bits: sign, exponent and 7 bits of mantissa, so every octave has 128 bins
 whatever the range. Only octaves with values take memory, in the narrowest integers that hold their counts. Minimum and
 maximum are exact. Every calibrator works on these bins (``calibrators``), so that all of them together take one run.
+
+Of a large sample a part is counted, and all of its largest magnitudes: where a range should end, those few decide.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from channelfold.runtime.stats.observe import check_width
 
 BINS = 1 << 15  # of magnitudes; with the sign there are twice as many
 MASK = 2.0**100  # values at least this large (1.3e30) are attention masks and the like; the edge of a bin
-COUNTED = 1 << 24  # values of a tensor, all samples together, that a histogram needs at least
+COUNTED = 1 << 21  # values of a tensor, all samples together, that a histogram needs at least
+_TAIL = 1024  # one of so many values of a sample is in the tail, which is counted whole; up to …
+_REACH = 20 * 128  # … bins from the largest magnitude
 _SINGLY = 1 << 15  # values that are added up one by one in float64
 _PIECE = 1 << 16  # values that stay in the cache
 _SUMMABLE = 1e37  # float32 ends at 3e38
+_OCTAVE = 128  # bins
 _COARSER = 5  # bits of a bin's number that are left out for rows
 
 _INFINITE = 0xFF << 7  # the first bin of infinities and NaN
@@ -56,13 +61,16 @@ class Octaves:
         """Adds up to ``size`` integers."""
         if rest := -len(counts) % self.width:
             counts = np.concatenate([counts, np.zeros(rest, counts.dtype)])
-        octaves = counts.reshape(-1, self.width)
-        new = np.flatnonzero(octaves.any(axis=1))
-        seen = np.union1d(new, self._seen)
-        total = np.zeros((len(seen), self.width), np.int64)
-        total[np.searchsorted(seen, new)] = octaves[new]
-        total[np.searchsorted(seen, self._seen)] += self._stored.reshape(-1, self.width)
-        self._seen = seen.astype(np.uint16)
+        counts, old = counts.reshape(-1, self.width), self._stored.reshape(-1, self.width)
+        (new,) = np.nonzero(np.add.reduce(counts, axis=1))
+        if np.array_equal(new, self._seen):
+            total = counts[new] + old
+        else:
+            seen = np.union1d(new, self._seen)
+            total = np.zeros((len(seen), self.width), np.int64)
+            total[np.searchsorted(seen, new)] = counts[new]
+            total[np.searchsorted(seen, self._seen)] += old
+            self._seen = seen.astype(np.uint16)
         self._stored = total.astype(np.min_scalar_type(total.max(initial=0)))
 
 
@@ -74,8 +82,8 @@ class TensorStatistics:
     channel axis is the last axis, the root mean square of every row (a token, an embedding) is counted in ``_rows``.
 
     ``counted``: about how many values of one sample are counted, every n-th where a sample has more, and n times; None:
-    all. Minimum, maximum, peaks, masks and means are those of all values, and the bins of minimum and maximum are never
-    empty.
+    all. The few values of the largest magnitudes, by which ranges are chosen, are all counted all the same. Minimum,
+    maximum, peaks, masks and means are those of all values, and the bins of minimum and maximum are never empty.
 
     The histogram of normally distributed values takes less than 40,000 bytes, the sums 32 more for each channel, and
     the peaks 4 for each sample.
@@ -85,8 +93,8 @@ class TensorStatistics:
     counted: int | None = None
     minimum: float = np.inf
     maximum: float = -np.inf
-    _octaves: Octaves = field(default_factory=lambda: Octaves(2 * BINS, 128))
-    _rows: Octaves = field(default_factory=lambda: Octaves(BINS >> _COARSER, 128 >> _COARSER))
+    _octaves: Octaves = field(default_factory=lambda: Octaves(2 * BINS, _OCTAVE))
+    _rows: Octaves = field(default_factory=lambda: Octaves(BINS >> _COARSER, _OCTAVE >> _COARSER))
     _peaks: array.array = field(default_factory=lambda: array.array("f"))
     _channels: ExactSum = field(default_factory=ExactSum)
     _positions: int = 0
@@ -157,12 +165,8 @@ class TensorStatistics:
             self._add_channels(values, self.channel_axis % values.ndim, max(abs(low), abs(high)))
         if high >= low:
             self._peaks.append(max(abs(low), abs(high)))
-        ends = _bins(np.array([low, high] if high >= low else [], np.float32))
-        counts = np.bincount(_bins(flat[::step]), minlength=1 + int(ends.max(initial=0)))
-        if step > 1:
-            counts *= step
-            counts[ends] = np.maximum(counts[ends], 1)  # the last bin on each side is the one of the exact end
-        self._octaves.add(counts)
+        counts = _estimated(flat, step, low, high) if step > 1 else None
+        self._octaves.add(np.bincount(_bins(flat)) if counts is None else counts)
         self._widen(low, high)
 
     def merge(self, other: TensorStatistics) -> None:
@@ -207,9 +211,44 @@ def stride(shape: tuple[int, ...], limit: int | None) -> int:
     return step
 
 
-def _bins(values: np.ndarray) -> np.ndarray:
-    """The bins of float32 values, uint16: the upper half is the second, ONNX Runtime runs on little-endian machines."""
-    return values.view(np.uint16).reshape(-1, 2)[:, 1] if values.flags.c_contiguous else values.view(np.uint32) >> 16
+def _bins(values: np.ndarray, step: int = 1) -> np.ndarray:
+    """The bins of every n-th float32 value, uint16: the upper half is the second, the machine is little-endian."""
+    return values.view(np.uint16)[1 :: 2 * step]
+
+
+def _estimated(flat: np.ndarray, step: int, low: float, high: float) -> np.ndarray | None:
+    """Counts: those of every n-th value, n times, and in the tail those of all values.
+
+    The tail begins at the edge of a bin that few of the n-th values reach. The counts add up to the number of values,
+    and the last bin on each side is that of the end, ``low`` or ``high``. None where every n-th value and all values
+    disagree about the share of the tail.
+    """
+    ends = _bins(np.array([low, high], np.float32))
+    counts = np.bincount(_bins(flat, step), minlength=int(ends.max()) + 1)
+    first = _edge(counts, int(max(ends & (BINS - 1))), len(flat) // step // _TAIL)
+    counts[first:BINS] = counts[BINS + first :] = 0
+    counts *= step
+    most = int(counts.argmax())
+    enough = counts[most]
+    edge = np.float32(LOWER[first])
+    beyond = flat >= edge
+    if low <= -edge:
+        beyond |= flat <= -edge
+    tail = np.bincount(_bins(flat[np.flatnonzero(beyond)]))
+    counts[: len(tail)] += tail
+    counts[ends] = np.maximum(counts[ends], 1)
+    lacking = flat.size - int(counts.sum())
+    counts[most] += lacking
+    return counts if abs(lacking) < enough else None
+
+
+def _edge(counts: np.ndarray, last: int, few: int) -> int:
+    """The first bin of the magnitudes that no more than a few counted values reach, up to ``_REACH`` below the last."""
+    below = max(0, last + 1 - _REACH)
+    window = counts[below : last + 1].copy()
+    negative = counts[BINS + below : BINS + last + 1]
+    window[: len(negative)] += negative
+    return last + 1 - int(np.searchsorted(np.cumsum(window[::-1]), few, side="right"))
 
 
 def _range(flat: np.ndarray) -> tuple[float, float]:

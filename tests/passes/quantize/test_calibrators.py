@@ -6,10 +6,12 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from channelfold.passes.quantize import Calibrator
 from channelfold.passes.quantize.calibrators import row_snr, snr, threshold
-from channelfold.runtime.stats.histograms import LOWER, TensorStatistics
+from channelfold.runtime.stats.histograms import LOWER, TensorStatistics, stride
 
 SIZE = 100_000
 _RNG = np.random.default_rng(0)
@@ -247,3 +249,57 @@ def test_rows_of_zeros_have_no_signal():
     values = np.zeros((1, 9, 4))
     values[0, :2] = 1.0
     assert row_snr(rows(values), 1.0) < -500
+
+
+# ---- a part of the values -------------------------------------------------------------------------------------------
+
+
+@st.composite
+def samples(draw) -> list[np.ndarray]:
+    """A few samples of 60 channels, with tails, zeros, scales and outliers of many kinds."""
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 30)))
+    make = {
+        "normal": rng.standard_normal,
+        "laplace": lambda shape: rng.laplace(size=shape),
+        "student": lambda shape: rng.standard_t(2, shape),
+        "levels": lambda shape: rng.integers(-6, 7, shape),
+        "wide": lambda shape: 10.0 ** rng.uniform(-30, 3, shape),
+    }[draw(st.sampled_from(["normal", "laplace", "student", "levels", "wide"]))]
+    channels = np.exp(draw(st.sampled_from([0.0, 1.0, 2.0])) * rng.standard_normal((60, 1)))
+    found = []
+    for scale in draw(st.lists(st.sampled_from([0.01, 1.0, 1.0, 30.0]), min_size=1, max_size=3)):
+        values = scale * channels * make((1, 60, 2501))
+        values[0, rng.integers(60), : draw(st.integers(0, 20))] *= draw(st.sampled_from([1.0, 10.0, 1e4]))
+        found.append((np.maximum(values, 0) if draw(st.booleans()) else values).astype(np.float32))
+    return found
+
+
+@given(samples())
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_ranges_by_a_part_of_the_values_are_those_by_all(found):
+    """Percentiles to a bin, the least squared error to 0.05 dB, and the totals to the number of values."""
+    part, whole = TensorStatistics(1, 20_000), TensorStatistics(1)
+    for values in found:
+        part.add(values)
+        whole.add(values)
+    assert part.total == whole.total
+    assert threshold(part, "minmax") == threshold(whole, "minmax")
+    for percent in (99.999, 99.99):
+        chosen, expected = (threshold(one, "percentile", percentile=percent) for one in (part, whole))
+        assert chosen == pytest.approx(expected, rel=1 / 128)
+    chosen, expected = (snr(whole, threshold(one, "mse")) for one in (part, whole))
+    assert chosen == expected or chosen >= expected - 0.05
+
+
+@pytest.mark.parametrize("shown", [lambda size: np.zeros(size), lambda size: np.geomspace(1e-30, 1, size)])
+def test_what_a_part_misses_is_counted_whole(shown):
+    """Every n-th value is small, all others are not."""
+    values = np.random.default_rng(0).standard_normal((1, 60, 2501)).astype(np.float32)
+    part, whole = TensorStatistics(1, 20_000), TensorStatistics(1)
+    every = values.reshape(-1)[:: stride(values.shape, 20_000)]
+    every[:] = shown(every.size)
+    part.add(values)
+    whole.add(values)
+    large = LOWER[: len(whole.magnitudes)] > 0.01
+    assert np.array_equal(part.magnitudes[large], whole.magnitudes[large])
+    assert part.total == whole.total
