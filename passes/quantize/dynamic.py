@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Context
 from channelfold.passes.layers.linear import Linear
 from channelfold.passes.quantize import weights
+from channelfold.passes.quantize.done import Rounded
 from channelfold.passes.quantize.qdq import MIN_CHANNELS, Inserter
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
@@ -51,10 +52,10 @@ class Work(weights.Work):
         return super()._why_float(linear)
 
     def _quantize(
-        self, inserter: Inserter, linear: Linear, seen: Any, limits: Mapping[str, Any], restored: dict[str, np.ndarray]
+        self, inserter: Inserter, linear: Linear, seen: Any, limits: Mapping[str, Any], made: dict[str, Rounded]
     ) -> str:
         tokens, magnitudes = limits[linear.data.name]
-        says = super()._quantize(inserter, linear, seen, {}, restored)
+        says = super()._quantize(inserter, linear, seen, {}, made)
         edit.set_input(linear.node, 0, tokens)
         _multiply(inserter.graph, linear, magnitudes)
         return f"{says}, int8 activation by token"

@@ -78,7 +78,7 @@ from channelfold.runtime.report import (
     summary,
     web,
 )
-from channelfold.runtime.report.tables import UNKNOWN, Page, size, times
+from channelfold.runtime.report.tables import UNKNOWN, Page, number, size, times
 from channelfold.runtime.stats.compare import json_number
 
 _EXCEPTIONS = 12
