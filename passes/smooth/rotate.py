@@ -9,7 +9,8 @@ random signs (``numeric.hadamard``), so one large channel becomes many of its si
 The stream is followed from every embedding and linear in both directions. What it may pass: sums, norms without a mean
 in any form (one operator, or x / sqrt(mean(x^2) + e) in single ones), factors that all channels share, moves that leave
 the channels in place. Where anything else reads or writes the stream, all of it is refused. Streams without a norm are
-left alone: what lies between their layers is not linear.
+left alone: what lies between their layers is not linear. An embedding that is the weight of the head too becomes two
+tables, because the gain of the last norm is in one of them alone.
 
 The judge is the quantization that follows (see ``trial``); without one, or without data, the turn is made.
 
@@ -18,7 +19,7 @@ Source: Ashkboos et al., QuaRot, NeurIPS 2024.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.layers.formats import chunks
-from channelfold.passes.layers.linear import Linear, linears
+from channelfold.passes.layers.linear import Linear, cast, linears
 from channelfold.passes.layers.quantization_error import decibels
 from channelfold.passes.numeric.hadamard import Turn
 from channelfold.passes.operators import operator
@@ -49,29 +50,21 @@ class Work(Rotate):
         data = ctx.calibration if ctx.calibration is not None else random_data(required_inputs(graph), 1)
         shapes = LazyShapes(Snapshot.of(graph).graph(), next(iter(data)))
         names = [stream.name for stream in streams(graph, shapes, outcome)]
-        kept, facts = self._paying(graph, names, shapes, ctx, outcome)
-        for stream in list(streams(graph, shapes, Outcome())):
-            if stream.name in kept:
-                stream.turn(ctx.seed)
-                outcome.change(stream.name, stream.what)
-        edit.sweep(graph)
-        outcome.facts = facts | {"rotated": len(kept)}
+        kept, outcome.facts = self._paying(graph, names, shapes, ctx, outcome)
+        _turn(graph, shapes, kept, ctx.seed, outcome)
         return outcome
 
     def _paying(
         self, graph: gs.Graph, names: list[str], shapes: LazyShapes, ctx: Context, outcome: Outcome
-    ) -> tuple[set[str], dict[str, Any]]:
+    ) -> tuple[list[str], dict[str, Any]]:
         """(the streams whose turn pays at the outputs of the quantized model, facts). Refuses the others."""
         if not (names and self.roll_back and ctx.quantizer is not None and ctx.calibration is not None):
-            return set(names), {}
+            return names, {}
         before = Snapshot.of(graph)
 
         def error(sites: Sites) -> float | None:
             copy = before.graph()
-            for number, stream in enumerate(list(streams(copy, shapes, Outcome()))):
-                if number in sites:
-                    stream.turn(ctx.seed)
-            edit.sweep(copy)
+            _turn(copy, shapes, [names[number] for number in sorted(sites)], ctx.seed, Outcome())
             ctx.progress("Trying what pays", 0, 0)
             return judge.error(copy)
 
@@ -80,13 +73,28 @@ class Work(Rotate):
             verdict = paying([0.0] * len(names), error)
         except ModelError as unknown:
             outcome.warnings.append(f"Whether rotating pays at the outputs is not known: {unknown}")
-            return set(names), {}
+            return names, {}
         if verdict is None:
-            return set(names), {}
+            return names, {}
         for number, (with_it, without) in verdict.taken_back.items():
             found = f"the quantized outputs have {decibels(with_it):.1f} dB with it, {decibels(without):.1f} dB without"
             outcome.refuse(names[number], f"the stream stays as it is: {found}", "taken back, it does not pay")
-        return {names[number] for number in verdict.kept}, {"trial": verdict.facts(len(names), judge.samples)}
+        return [names[number] for number in sorted(verdict.kept)], {"trial": verdict.facts(len(names), judge.samples)}
+
+
+def _turn(graph: gs.Graph, shapes: LazyShapes, names: Sequence[str], seed: int, outcome: Outcome) -> None:
+    """Turns the streams of some names; refuses a stream whose new weights do not fit their type."""
+    for name in names:
+        before = Snapshot.of(graph)
+        stream = next(stream for stream in streams(graph, shapes, Outcome()) if stream.name == name)
+        with outcome.refusing(name, "the stream stays as it is"):
+            try:
+                stream.turn(seed)
+            except Refused:
+                before.restore(graph)
+                raise
+            outcome.change(name, stream.what)
+    edit.sweep(graph)
 
 
 @dataclass
@@ -133,7 +141,7 @@ class Stream:
 
     def _set(self, node: gs.Node, place: int, values: np.ndarray) -> None:
         old = node.inputs[place]
-        edit.set_constant(self.graph, node, place, values.astype(old.dtype), f"{old.name}_rotated")
+        edit.set_constant(self.graph, node, place, cast(values, np.dtype(old.dtype)), f"{old.name}_rotated")
 
 
 def _turned(matrix: np.ndarray, turn: Turn, gain: np.ndarray | float = 1.0) -> np.ndarray:
@@ -185,7 +193,6 @@ class _Tracer:
         self.stream, self.seen = stream, dict[int, np.ndarray | None]()
         self._graph, self._linears, self._shapes = stream.graph, found, shapes
         self._written = {id(linear.output): linear for linear in found.values()}
-        self._biases = {id(linear.bias_node) for linear in found.values()} - {id(None)}
         self._pending: list[gs.Variable] = []
 
     def run(self, start: gs.Tensor) -> None:
@@ -245,9 +252,7 @@ class _Tracer:
                 raise Refused(f"{node.op} reads its channels along another axis")
             factor = np.ones(1) if gain is None else gain
             self.stream.readers[id(node)] = linear, factor
-        elif operator(node).asks_shape or id(node) in self._biases:
-            return
-        else:
+        elif not operator(node).asks_shape:
             self._pass(node, tensor)
 
     def _pass(self, node: gs.Node, tensor: gs.Variable) -> None:

@@ -160,3 +160,13 @@ def test_what_does_not_pay_is_taken_back(pays):
         assert outcome.refused[0].code == "taken back, it does not pay"
         assert listing(graph) == before
         assert Rotate(roll_back=False).apply(graph, ctx).changed
+
+
+def test_what_does_not_fit_its_type_changes_nothing():
+    graph = network("l2", how={"kind": "float16"}, db=np.full(24, 6e4))
+    before, held = listing(graph), {name: values.copy() for name, values in constants(graph).items()}
+    outcome = rotate(graph)
+    assert not outcome.changed
+    assert "does not fit float16" in outcome.refused[0].reason
+    assert listing(graph) == before
+    assert all(np.array_equal(values, held[name]) for name, values in constants(graph).items())
