@@ -17,7 +17,9 @@ Sources: Frantar et al., GPTQ, ICLR 2023 (equation 2 and "act-order"); the searc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -28,6 +30,7 @@ _POWERS = (1.0, 2.0, 0.5)
 _FLOATS = (1.5, 1.35, 1.2)  # E2M1 has large steps from 4 to 6: the largest weight may do better near 4
 DAMPING = 0.01  # of the mean of the diagonal of E[x x^T]
 _PANEL = 192  # columns of a Cholesky factor made at once
+_WIDE = 8  # times the usual number of channels that GPTQ rounds at once
 _BLOCK, _STEP = 128, 16  # inputs between which errors travel by one product of matrices
 
 Rounder = Callable[[np.ndarray, slice], tuple[np.ndarray, np.ndarray]]
@@ -80,17 +83,22 @@ def gptq(format: Format, dtype: np.dtype, products: np.ndarray | Factored, base:
     return round_rows
 
 
-def rounded(weight: np.ndarray, rounder: Rounder, format: Format, times: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def rounded(weight: np.ndarray, rounder: Rounder, format: Format, wide: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(codes like ``weight``, scales (out, groups)) of a weight (out, ...), a part of its channels at a time.
 
-    ``times``: as for ``chunks``.
+    ``wide``: for GPTQ, whose products of matrices want many channels at once, and spread over the cores by themselves.
     """
-    codes, scales = np.empty(weight.shape, format.dtype), []
-    for rows in chunks(weight, times):
+    codes = np.empty(weight.shape, format.dtype)
+
+    def round_part(rows: slice) -> np.ndarray:
         part = np.asarray(weight[rows], np.float32)
         found, steps = rounder(part.reshape(part.shape[0], -1), rows)
         codes[rows] = found.reshape(part.shape)
-        scales.append(steps)
+        return steps
+
+    parts = chunks(weight, _WIDE if wide else 1)
+    with ThreadPoolExecutor(1 if wide else os.cpu_count()) as pool:  # work on arrays lets other threads run
+        scales = list(pool.map(round_part, parts))
     return codes, np.concatenate(scales)
 
 

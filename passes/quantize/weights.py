@@ -49,7 +49,6 @@ from channelfold.runtime.stats.histograms import TensorStatistics
 from channelfold.runtime.stats.observe import by_name
 
 Seen = Products | Rounded | ChannelMoments | None
-_WIDE = 8  # times the usual number of output channels are rounded by GPTQ at once, because it multiplies matrices
 _UNSEEN = "no calibration sample has values other than zero in its activation"
 _OF_TABLES = {"int8": "int8", "fp8": "fp8", "mxfp8": "fp8"}  # all others int4, which every target takes rows of
 _KEPT = {"none": ("int8", "none"), "int8": ("int8", "int8"), "fp8": ("fp8", "fp8"), "fp4": ("fp8", "fp8")}
@@ -200,7 +199,7 @@ class Work(QuantizeWeights):
         if isinstance(seen, Products):
             weight = seen.wanted(weight.reshape(weight.shape[:2])).reshape(weight.shape)
             base = format.base(weight)
-            codes, scales = rounded(weight, gptq(format, linear.dtype, seen.factored, base), format, times=_WIDE)
+            codes, scales = rounded(weight, gptq(format, linear.dtype, seen.factored, base), format, wide=True)
             return Rounded(codes, scales, base, seen.mean, seen.later)
         base = format.base(weight)
         codes, scales = rounded(weight, self._by_scale(linear, seen, format, base), format)
