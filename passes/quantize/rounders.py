@@ -53,7 +53,7 @@ def by_scale(
         own = _of_rows(importance, rows)
         scales = _scales(weight, format, dtype, own, search, _of_rows(base, rows))
         steps = format.spread(scales.astype(np.float32), weight.shape[1])
-        return format.snap(weight / steps).astype(format.dtype), scales
+        return format.typed(format.snap(weight / steps)), scales
 
     return round_rows
 
@@ -78,7 +78,7 @@ def gptq(format: Format, dtype: np.dtype, products: np.ndarray | Factored, base:
         steps = np.broadcast_to(format.spread(scales.astype(np.float32), ins), weight.shape)
         codes = np.empty_like(weight)
         codes[:, order] = _in_order(weight[:, order].T.copy(), steps[:, order].T.copy(), made.ratio, format).T
-        return codes.astype(format.dtype), scales
+        return format.typed(codes), scales
 
     return round_rows
 
