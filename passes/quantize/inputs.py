@@ -22,7 +22,7 @@ Source: Li et al., GPTAQ, 2025 (asymmetric calibration); Zhang et al., Qronos, 2
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +30,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.layers.linear import Linear, linears
+from channelfold.passes.quantize.done import Rounded
 from channelfold.passes.quantize.rounders import DAMPING, Factored
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import DataError
@@ -134,14 +135,15 @@ class Inputs:
         """Gives a site in the copy its rounded weight, and the bias that the site has now."""
         self._views[site.name].install(weight.astype(site.dtype), site.bias())
 
-    def run(self, done: Container[str]) -> Iterator[tuple[Linear, Products | None]]:
-        """``done``: the names of the sites that need no products any more."""
+    def run(self, find: Callable[[Linear], Rounded | None]) -> Iterator[tuple[Linear, Products | Rounded]]:
+        """``find`` gives the sites that are rounded already, and need no products."""
         order = {name: place for place, name in enumerate(self._runs[0].order)}
         for (name, axis), sites in sorted(self._sites.items(), key=lambda item: order[item[0][0]]):
-            needed = {site.takes_bias for site in sites if site.name not in done}
+            known = {site.name: layer for site in sites if (layer := find(site)) is not None}
+            needed = {site.takes_bias for site in sites if site.name not in known}
             found = self._products(name, axis, needed) if needed else {}
             for site in sites:
-                yield site, None if site.name in done else found[site.takes_bias]
+                yield site, known.get(site.name) or found[site.takes_bias]
 
     def _products(self, name: str, axis: int, centered: set[bool]) -> dict[bool, Products]:
         """The products of a tensor, centered or not."""

@@ -145,14 +145,15 @@ class Work(QuantizeWeights):
         for site in alone:
             seen = moments[site.data.name, site.in_axis]
             yield site, seen if seen.positions else None
-        done = Done(ctx.keep if joint else None, before, ctx.data, self)
-        known = {site.name: found for sites in joint.values() for site in sites if (found := done.find(site))}
+        if not joint:
+            return
+        done = Done(ctx.keep, before, ctx.data, self)
         inputs = Inputs(whole, [site for found in joint.values() for site in found], ctx.data, self.correct_inputs)
-        for site, products in inputs.run(known):
-            yield site, products or known[site.name]
+        for site, seen in inputs.run(done.find):
+            yield site, seen
             if (layer := made.get(site.name)) is None:
                 continue  # it shares the codes of another
-            if products:
+            if isinstance(seen, Products):
                 done.keep(site, layer)
             if self.correct_inputs:
                 format = self._fitted(self._formats(site.node)[0], site.channels[1])

@@ -55,5 +55,9 @@ def test_a_killed_run_goes_on_with_the_next_layer(tmp_path, monkeypatch, correct
     assert len(made) == 2
     rounds(replace(step, group=16), tmp_path)
     assert len(made) == 6
+    for file in tmp_path.glob("rounded-*.npz"):
+        file.write_bytes(b"PK damaged")
+    assert rounds(step, tmp_path) == whole
+    assert len(made) == 10
     checkpoint.clear(tmp_path)
     assert not tmp_path.exists()
