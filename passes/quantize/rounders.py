@@ -88,7 +88,7 @@ def rounded(weight: np.ndarray, rounder: Rounder, format: Format, wide: bool = F
 
     ``wide``: for GPTQ, whose products of matrices want many channels at once, and spread over the cores by themselves.
     """
-    codes = np.empty(weight.shape, format.dtype)
+    codes = np.empty_like(weight, format.dtype, subok=False)  # in the order in which the file holds the weight
 
     def round_part(rows: slice) -> np.ndarray:
         part = np.asarray(weight[rows], np.float32)
