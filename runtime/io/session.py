@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from channelfold.runtime.errors import DependencyError, LimitError, ModelError
-from channelfold.runtime.io import limits
+from channelfold.runtime.io import limits, memory
 
 _EXACT = "session.x64quantprecision"  # on x86 without VNNI: u8 x u8 products, which do not saturate
 _PRODUCTS = "session.qdq_matmulnbits_accuracy_level"  # 1: float activations in products with stored weights; 4: int8
@@ -28,6 +29,7 @@ _AS_STORED = "session.disable_prepacking"
 _TIMED = "_kernel_time"
 
 _NAMES = 1 << 26  # bytes; a larger file holds its weights
+_LARGE = 1 << 24  # bytes of a model whose weights are not left to the heap
 
 Feed = dict[str, np.ndarray]
 
@@ -174,9 +176,11 @@ class Session:
         if folder is not None:
             options.add_session_config_entry(_FOLDER, str(folder))
         source, name = (model, "the model") if isinstance(model, bytes) else (str(model), Path(model).name)
+        opening = memory.mapped() if self._size >= _LARGE else contextlib.nullcontext()
         try:
             try:
-                self._session = ort.InferenceSession(source, options, providers=list(providers))
+                with opening:
+                    self._session = ort.InferenceSession(source, options, providers=list(providers))
             except Exception:
                 if not (exact and optimize):
                     raise
