@@ -151,9 +151,9 @@ def learned(
     mixes |= halves
     paths = {name: file_of(point(sites, mix)) for name, mix in mixes.items()}
     timed = timer({_ORIGINAL: original, **paths}, [site.nodes for site in sites])
-    times = tuple({o: timed[o].sites[place] for o in site.options()} for place, site in enumerate(sites))
+    rest = timed[FLOAT].whole - sum(timed[FLOAT].sites)
+    times = _with_rest(timed, sites, rest)
     edges = _edges(graph, sites, feed)
-    rest = timed[FLOAT].whole - sum(time[FLOAT] for time in times)
     borders = dict.fromkeys(edges, 0.0)
     if acting is not None:
         met = {name: sum(n for (a, b), n in edges.items() if _differ(mix[a], mix[b])) for name, mix in mixes.items()}
@@ -163,6 +163,17 @@ def learned(
         borders = {edge: rate * elements for edge, elements in edges.items()}
         times = _without(times, borders, sites, acting)
     return Latency(times, borders, rest, timed[_ORIGINAL].whole)
+
+
+def _with_rest(timed: Mapping[str, Timed], sites: Sequence[Site], rest: float) -> tuple[Mapping[str, float], ...]:
+    """The times of the options of every site. What other nodes take more than in float is spread over the sites."""
+    found = [{option: timed[option].sites[place] for option in site.options()} for place, site in enumerate(sites)]
+    for option in dict.fromkeys(option for times in found for option in times):
+        having = [times for times in found if option in times]
+        more = timed[option].whole - rest - sum(times.get(option, times[FLOAT]) for times in found)
+        for times in having:
+            times[option] += more / len(having)
+    return tuple(found)
 
 
 def _without(
