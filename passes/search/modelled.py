@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from channelfold.passes.search.latency import Timed
-from channelfold.runtime.data.sources import Data
 from channelfold.runtime.engine.repair import plan_of
 from channelfold.runtime.engine.roofline import Card, bounds, cards
 from channelfold.runtime.errors import BuildError, UsageError
 from channelfold.runtime.io import files
+from channelfold.runtime.io.session import Feed
 
 
 def card_of(sm: int) -> Card:
@@ -21,7 +21,9 @@ def card_of(sm: int) -> Card:
     return found[0]
 
 
-def modelled(paths: Mapping[str, Path], sites: Sequence[Sequence[str]], sm: int, data: Data) -> dict[str, Timed]:
+def modelled(
+    paths: Mapping[str, Path], sites: Sequence[Sequence[str]], sm: int, data: Iterable[Feed]
+) -> dict[str, Timed]:
     """The upper bounds of the times of engines of files with ``sites``, for the shapes in ``data``.
 
     A kernel belongs to the first site that it computes a node of. Raises BuildError where TensorRT builds no engine
