@@ -246,7 +246,8 @@ search = together(
         "--max-latency",
         type=_Amount(),
         metavar="X",
-        help="Search: at most X, such as 60%, of the float model's time in ONNX Runtime on this machine.",
+        help="Search: at most X, such as 60%, of the float model's time in ONNX Runtime on this machine; with --sm and "
+        "the target tensorrt, of its engine's on such a GPU, modelled.",
     ),
     click.option(
         "--search",

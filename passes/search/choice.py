@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from channelfold.passes.layers import sensitivity
 from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.search.front import Point, cheapest, front, most_accurate, scaled, uniform
+from channelfold.passes.search.latency import Latency
 from channelfold.passes.search.proof import Figures, Limits, Split, refined, undominated
 
 _MATTERS = 0.02  # share of the error of a point from which on a guess in it is measured
@@ -21,7 +22,10 @@ _MATTERS = 0.02  # share of the error of a point from which on a guess in it is 
 
 @dataclass
 class Choice:
-    """A choice at work. ``samples``: files that sensitivities are measured on. ``clock``: the time of a point."""
+    """A choice at work. ``samples``: files that sensitivities are measured on. ``clock``: the time of a point.
+
+    ``latency`` predicts that time, to find mixes within a limit.
+    """
 
     sites: list[Site]
     samples: Sequence[str]
@@ -30,6 +34,7 @@ class Choice:
     limits: Limits
     trials: int
     clock: Callable[[Point], float] | None = None
+    latency: Latency | None = None
     times: dict[Point, float] = field(default_factory=dict)
     measured: list[Figures] = field(default_factory=list)
     proved: dict[Point, Figures] = field(default_factory=dict)
@@ -39,7 +44,10 @@ class Choice:
         used, board, crew = self._guesses(self._first()), self.steering.board, self.steering.crew
         sites = sensitivity.checked(board, self.samples, self.sites, used, crew)
         self.sites = scaled(sites, lambda points: [f.error for f in self.steering.measured(points, sites)])
-        self.measured = self.steering.measured(self._first(), self.sites)
+        if self.clock and self.latency and self.limits.max_latency is not None:
+            self.times = self.latency.search(self.sites, self.limits.max_latency, self.clock)
+            self.latency = self.latency.corrected(self.times)
+        self.measured = self.steering.measured([*self._first(), *self.times], self.sites)
         if self.limits.of_accuracy:
             self.measured = refined(
                 self.measured,
@@ -49,7 +57,8 @@ class Choice:
                 max(2, self.trials - self.trials // 2),
             )
         if self.clock:
-            self.times = {f.point: self.clock(f.point) for f in undominated(self.measured)}
+            left = (f.point for f in undominated(self.measured) if f.point not in self.times)
+            self.times |= {point: self.clock(point) for point in left}
         return self._proved()
 
     def met(self, chosen: Figures) -> bool:

@@ -1,51 +1,52 @@
-"""The time of a mix of options in ONNX Runtime, predicted from profiles of a few files.
+"""The time of a mix of options, predicted from the times of a few files.
 
     T(mix) = rest + sum of t_l(p_l) + sum over borders of b_lm
 
-``t_l(p)``  the nodes that ONNX Runtime makes of a site, in the file where all sites have the option p
-``b_lm``    quantizing, dequantizing and changing the layout where int8 meets float: a rate times the elements of the
+``t_l(p)``  of the nodes of a site, in the file where all sites have the option p
+``b_lm``    of quantizing, dequantizing and changing the layout where int8 meets float: a rate times the elements of the
             tensor between the sites
 
-A profile tells the shares of the nodes, and a run without the profiler the time of all together. The rate comes from
-two files in which every other site is int8, in one the even, in the other the odd ones. Whatever belongs to which site,
-their times add up to those of all int8 and all float, and what is over was spent on borders. Mixes are measured then,
-and one factor corrects all predictions.
+The rate comes from two files in which every other site is int8, in one the even, in the other the odd ones. Whatever
+belongs to which site, their times add up to those of all int8 and all float, and what is over was spent on borders.
+Mixes are measured then, and one factor corrects all predictions. Where the times come from is told by a ``Timer``:
+``profiled`` runs files in ONNX Runtime, ``modelled`` reads the plans of TensorRT.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
 import statistics
-import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.layers.switchboard import FLOAT
-from channelfold.passes.operators import operator
 from channelfold.passes.search.front import Point, most_accurate, point
 from channelfold.passes.search.options import ACTING
-from channelfold.runtime.io import edit, files
-from channelfold.runtime.io.session import Feed, Session
+from channelfold.runtime.io import edit
+from channelfold.runtime.io.session import Feed
 from channelfold.runtime.io.shapes import measured_shapes
-from channelfold.runtime.stats.bench import latencies
-from channelfold.runtime.stats.profile import NodeTime, profiles
 
 _ROUNDS = 6  # of neighbours that settle
 _UNIT = 1e6  # of a millisecond, in which knapsacks count
-_MADE = re.compile(r"(_nchwc|_token_\d+|_q|_dq|/duplicated|/\w+Fusion\w*|_kernel)+_*$")  # ends of names of ONNX Runtime
-_PRODUCTS = re.compile(r"Conv|MatMul|Gemm")  # in the names of operators, fused and quantized ones too
-_IN_FRONT = ("QuantizeLinear", "DynamicQuantizeLinear")  # belong to what reads their results
 
+_ORIGINAL = ""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The milliseconds of a run of a file: of all its nodes, and of those of every site."""
+
+    whole: float
+    sites: Sequence[float]
+
+
+Timer = Callable[[Mapping[str, Path], Sequence[Sequence[str]]], Mapping[str, Timed]]  # of files, and nodes of sites
 Edge = tuple[int, int]  # the places of two sites, the second of which reads what the first has written
 
 
@@ -132,143 +133,59 @@ def _differ(one: str, other: str) -> bool:
 
 
 def learned(
-    original: Path,
-    graph: gs.Graph,
-    sites: Sequence[Site],
-    file_of: Callable[[Point], Path],
-    feed: Feed,
-    *,
-    threads: int | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    original: Path, graph: gs.Graph, sites: Sequence[Site], file_of: Callable[[Point], Path], feed: Feed, timer: Timer
 ) -> Latency:
-    """The model of a graph with ``sites``, from profiles and runs in turns of files that ``file_of`` writes.
+    """The model of a graph with ``sites``, from the times of files that ``file_of`` writes.
 
-    ``original``: the model that shares relate to. All run on one feed. ``clock`` gives the time of runs in seconds.
+    ``original``: the model that shares relate to. ``feed``: on which sizes between sites are counted.
     """
     names = dict.fromkeys(option for site in sites for option in site.options())
     mixes = {name: [name if name in site.options() else FLOAT for site in sites] for name in names}
     acting = next((name for name in names if name in ACTING), None)
-    if acting is not None:
-        for odd in (0, 1):
-            mixes[f"every other {odd}"] = [
-                acting if place % 2 == odd and acting in site.options() else FLOAT for place, site in enumerate(sites)
-            ]
+    halves = {
+        f"every other {odd}": [
+            acting if place % 2 == odd and acting in site.options() else FLOAT for place, site in enumerate(sites)
+        ]
+        for odd in ((0, 1) if acting is not None else ())
+    }
+    mixes |= halves
     paths = {name: file_of(point(sites, mix)) for name, mix in mixes.items()}
-    timed = profiles(paths, feed, threads=threads)
-    whole = shortest({"": original, **paths}, feed, threads=threads, clock=clock)
-    owned = {name: owners(paths[name], timed[name], [site.nodes for site in sites]) for name in names}
-    scales = {name: whole[name] / max(sum(node.ms for node in timed[name]), 1e-9) for name in names}
-    times = tuple({o: scales[o] * owned[o][place] for o in site.options()} for place, site in enumerate(sites))
+    timed = timer({_ORIGINAL: original, **paths}, [site.nodes for site in sites])
+    rest = timed[FLOAT].whole - sum(timed[FLOAT].sites)
+    times = _with_rest(timed, sites, rest)
     edges = _edges(graph, sites, feed)
-    rate, inside = 0.0, 0.0
+    borders = dict.fromkeys(edges, 0.0)
     if acting is not None:
         met = {name: sum(n for (a, b), n in edges.items() if _differ(mix[a], mix[b])) for name, mix in mixes.items()}
-        halves = [name for name in mixes if name not in names]
-        over = sum(whole[name] for name in halves) - whole[FLOAT] - whole[acting]
+        over = sum(timed[name].whole for name in halves) - timed[FLOAT].whole - timed[acting].whole
         more = sum(met[name] for name in halves) - met[acting]
-        rate, inside = (max(over, 0.0) / more if more > 0 else 0.0), met[acting]
-    rest = whole[FLOAT] - sum(time[FLOAT] for time in times)
-    borders = {edge: rate * elements for edge, elements in edges.items()}
-    times = _without(times, borders, sites, acting) if inside else times
-    return Latency(times, borders, rest, whole[""])
+        rate = max(over, 0.0) / more if more > 0 else 0.0
+        borders = {edge: rate * elements for edge, elements in edges.items()}
+        times = _without(times, borders, sites, acting)
+    return Latency(times, borders, rest, timed[_ORIGINAL].whole)
 
 
-def shortest(
-    models: Mapping[str, Path], feed: Feed, *, threads: int | None, clock: Callable[[], float]
-) -> dict[str, float]:
-    """The milliseconds of a run of every model, in turns: the lower quartile, for interruptions make runs longer."""
-    sessions = {name: Session(path, threads=threads) for name, path in models.items()}
-    runs = {name: functools.partial(s.run, s.accepted(feed)) for name, s in sessions.items()}
-    return {found.name: found.low for found in latencies(runs, rounds=25, seconds=10.0, clock=clock)}
+def _with_rest(timed: Mapping[str, Timed], sites: Sequence[Site], rest: float) -> tuple[Mapping[str, float], ...]:
+    """The times of the options of every site. What other nodes take more than in float is spread over the sites."""
+    found = [{option: timed[option].sites[place] for option in site.options()} for place, site in enumerate(sites)]
+    for option in dict.fromkeys(option for times in found for option in times):
+        having = [times for times in found if option in times]
+        more = timed[option].whole - rest - sum(times.get(option, times[FLOAT]) for times in found)
+        for times in having:
+            times[option] += more / len(having)
+    return tuple(found)
 
 
 def _without(
-    times: Sequence[Mapping[str, float]], borders: Mapping[Edge, float], sites: Sequence[Site], acting: str | None
+    times: Sequence[Mapping[str, float]], borders: Mapping[Edge, float], sites: Sequence[Site], acting: str
 ) -> tuple[Mapping[str, float], ...]:
     """The times without the borders that the file of all int8 has around sites that stay float."""
     found = [dict(time) for time in times]
     for (a, b), ms in borders.items():
         ends = [place for place in (a, b) if acting in sites[place].options()]
-        if len(ends) == 1 and acting is not None:
+        if len(ends) == 1:
             found[ends[0]][acting] -= ms
     return tuple(found)
-
-
-# ---- which nodes of ONNX Runtime belong to which site ------------------------------------------------------------
-
-
-def owners(path: Path, nodes: Sequence[NodeTime], sites: Sequence[Sequence[str]]) -> list[float]:
-    """The time of the nodes of every site, as ONNX Runtime runs them.
-
-    A product belongs to the site whose result it writes, maybe after nodes that were fused into it. A quantizer, and
-    what expands a constant, belongs to the product that reads it, another node to the product in front of it.
-    """
-    with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
-        optimized = Path(folder, "optimized.onnx")
-        Session(path, optimized=optimized)
-        model = onnx.load(optimized, load_external_data=False).graph
-    tails = _tails(files.load(path), sites)
-    constants = {tensor.name for tensor in model.initializer}
-    writers = {name: node for node in model.node for name in node.output if name}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    known = {id(node): place for node in model.node if (place := _product(node, tails)) is not None}
-
-    def nearest(node: onnx.NodeProto, forward: bool) -> int | None:
-        queue, seen = deque([node]), {id(node)}
-        while queue:
-            here = queue.popleft()
-            if id(here) in known:
-                return known[id(here)]
-            if forward:
-                following = [reader for name in here.output for reader in readers.get(name, ())]
-            else:
-                following = [writers[name] for name in here.input if name in writers]
-            for other in following:
-                if id(other) not in seen:
-                    seen.add(id(other))
-                    queue.append(other)
-        return None
-
-    places: dict[str, int | None] = {}
-    for node in model.node:
-        expands = all(name in constants for name in node.input if name)
-        first = node.op_type in _IN_FRONT or expands
-        place = nearest(node, first)
-        places[node.name] = nearest(node, not first) if place is None else place
-    times = [0.0] * len(sites)
-    for node in nodes:
-        if (place := places.get(node.name)) is not None:
-            times[place] += node.ms
-    return times
-
-
-def _product(node: onnx.NodeProto, tails: Mapping[str, int]) -> int | None:
-    if not _PRODUCTS.search(node.op_type):
-        return None
-    for name in (*node.output, node.name):
-        for found in (name, _MADE.sub("", name)):
-            if found in tails:
-                return tails[found]
-    return None
-
-
-def _tails(graph: gs.Graph, sites: Sequence[Sequence[str]]) -> dict[str, int]:
-    """Which site a name is of: nodes and tensors from a linear of the site to the next ones, the linear first."""
-    places = {name: place for place, names in enumerate(sites) for name in names}
-    found: dict[str, int] = {}
-    queue = deque((node, places[node.name]) for node in graph.nodes if node.name in places)
-    while queue:
-        node, place = queue.popleft()
-        if node.name in found and node.name not in places:
-            continue
-        found.setdefault(node.name, place)
-        for tensor in node.outputs:
-            found.setdefault(tensor.name, place)
-            queue.extend((reader, place) for reader in edit.consumers(tensor) if not operator(reader).weighted)
-    return found
 
 
 def _edges(graph: gs.Graph, sites: Sequence[Site], feed: Feed) -> dict[Edge, int]:

@@ -187,7 +187,10 @@ def _run(ops: list[_Op]) -> NodeRun:
 
 
 def _scaled_wrongly(program: Program, call: Call) -> bool:
-    """Whether the result of a contraction is multiplied by more scales than it has columns, or rows."""
+    """Whether the result of a contraction is multiplied by more scales than it has columns, or rows.
+
+    TensorRT pads the columns of some products, which then have a few more than there are scales.
+    """
     widths = [program.tensors[name].dims for name in call.outputs if name in program.tensors]
     scales = [
         program.tensors[name].dims
@@ -197,7 +200,7 @@ def _scaled_wrongly(program: Program, call: Call) -> bool:
         if _SCALES in name and name in program.tensors
     ]
     return any(
-        isinstance(size, int) and isinstance(width, int) and width != size and [n for n in dims if n != 1] == [size]
+        isinstance(size, int) and isinstance(width, int) and size > width and [n for n in dims if n != 1] == [size]
         for result in widths
         for dims in scales
         for size, width in zip(dims[::-1], result[::-1], strict=False)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.runtime.data.sources import Data
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.engine.build import Progress, ShapeRange
 from channelfold.runtime.engine.plan import PlanReport
@@ -19,7 +18,7 @@ from channelfold.runtime.io import edit, files, temporary
 from channelfold.runtime.io.bodies import bodies, located
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.facts import required_inputs
-from channelfold.runtime.io.session import TensorSpec
+from channelfold.runtime.io.session import Feed, TensorSpec
 from channelfold.runtime.io.shapes import Shape, shapes_on
 
 
@@ -50,7 +49,7 @@ def repaired(
         yield copy, sentences
 
 
-def plan_of(graph: gs.Graph, sm: int, data: Data, progress: Progress = no_progress) -> PlanReport:
+def plan_of(graph: gs.Graph, sm: int, data: Iterable[Feed], progress: Progress = no_progress) -> PlanReport:
     """How the linear nodes of a graph run in an engine for ``sm``, which is built and thrown away.
 
     Dynamic inputs take the shapes in ``data``. Raises as ``tensorrt.build``.

@@ -25,6 +25,7 @@ from channelfold.passes.recipe import BEHIND_REPARAM, make
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.choice import Choice
 from channelfold.passes.search.front import Point
+from channelfold.passes.search.modelled import card_of
 from channelfold.passes.search.proof import RELATIVE, Figures, Limits, Split, figures
 from channelfold.runtime.data.npz import read_headers
 from channelfold.runtime.data.sources import Data
@@ -46,7 +47,8 @@ _GAIN = 0.8  # of the error of all nodes in 8 bits: where a variant leaves more,
 class Search:
     """What to search for. ``max_size``: bytes of the file, or a share of the model's where it is 1 at most.
 
-    ``max_latency``: share of the float model's time in ONNX Runtime on this machine.
+    ``max_latency``: share of the float model's time in ONNX Runtime on this machine; of its engine's, modelled, where
+    the target is tensorrt for a GPU.
     ``metric``: a script and a function of it, which takes the path of a model and returns a number, higher is better;
     its loss is relative to that of the float model. ``minimize``: "size", "arithmetic" or "both". Without a limit the
     outputs must have the SNR of the verdict OK. ``prune_to``: shares of the MACs; variants that keep these are searched
@@ -177,12 +179,16 @@ class _Hunt:
             self._costs.priced(found.board, sites, beside, error),
             *(found.samples, steering, proof, self.limits, self.search.trials),
         )
-        if self.search.max_latency is not None:
-            choice.clock = functools.partial(written.latency, feed=self.steering[0][0])
         written.choice = choice
+        if self.search.max_latency is not None:
+            written.learn_times(self.steering[0][0], self._modelled_sm())
         chosen = choice.run()
         mix = choices.recipe(start.steps, found.passes, start.graph, found.board, chosen.point.chosen(choice.sites))
         self.results.append(_Result(choice, chosen, telling.told(choice, chosen, start.name), mix))
+
+    def _modelled_sm(self) -> int | None:
+        """The GPU whose time is modelled; None where the time is that of ONNX Runtime."""
+        return None if self.given.get("target") == "onnxruntime" else self.sms[0]
 
     def _split(self, found: Prepared, written: Files, part: Part, name: str) -> Split:
         board, (feeds, labels) = found.board, part
@@ -274,7 +280,11 @@ def find(
     if job.calibration is None:
         raise DataError("A search needs calibration data", "Give some with --calibration")
     if search.max_latency is not None and given.get("target") != "onnxruntime":
-        raise UsageError("Latency is measured in ONNX Runtime, which is not the target", "Add --target onnxruntime")
+        if not sms:
+            hint = "Add --target onnxruntime, or --sm 89 to have the time on that GPU modelled"
+            raise UsageError("Latency is measured in ONNX Runtime, which is not the target", hint)
+        card = card_of(sms[0]).name
+        job.warn(f"The latency is that of a {card} by a model of it, relative to the float engine: not measured")
     choices.steps(given)
     behind = [step for step in passes if step.name == choices.LAST]
     limits = _limits(search, gates, job.record["model"]["bytes"])

@@ -9,6 +9,9 @@ from pathlib import Path
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.choice import Choice
 from channelfold.passes.search.front import Point
+from channelfold.passes.search.latency import Timer, learned
+from channelfold.passes.search.modelled import modelled
+from channelfold.passes.search.profiled import profiled
 from channelfold.runtime.data.sources import Data, call_script
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io import files
@@ -35,6 +38,20 @@ class Files:
             self._known[point] = found.board.folder / f"point.{len(self._known)}.onnx"
             files.save(graph, self._known[point])
         return self._known[point]
+
+    def learn_times(self, feed: Feed, sm: int | None) -> None:
+        """Gives the choice a clock, and a model of what it will tell: of ONNX Runtime, or of a GPU that is modelled."""
+        timer = functools.partial(profiled, feed=feed)
+        clock = functools.partial(self.latency, feed=feed)
+        if sm is not None:
+            timer = functools.partial(modelled, sm=sm, data=[feed])
+            clock = functools.partial(self._modelled, timer)
+        self.choice.latency = learned(self.job.model, self._found.graph, self.choice.sites, self.of, feed, timer)
+        self.choice.clock = clock
+
+    def _modelled(self, timer: Timer, point: Point) -> float:
+        assert self.choice.latency is not None
+        return timer({"": self.of(point)}, [])[""].whole / self.choice.latency.whole
 
     def latency(self, point: Point, feed: Feed) -> float:
         """The time of a point as a share of the float model's, measured in turns."""

@@ -1,11 +1,12 @@
 """The record of a search.
 
 ``record["search"]``: {loss: what it is, options, limits, met, samples: {sensitivity, steering, proof}, runs (of one
-sample), resumed (of them), kappa_db, points: [{bytes, cost, latency, start, options: {option: share of the weights},
-predicted_db, error_db, snr_db, agreement, loss, low, high, proof (the same figures on other samples, or null),
-chosen}], sites: [{nodes, option, bytes, snr_db, better: {option, bytes, snr_db} or null}], file (the figures of the
-written file on the samples of the proof, with its bytes and whether it has met the limits)}. Bytes of a point are those
-of its file, nearly; cost and latency are relative to float; ``start`` names the variant of the network, if it is one.
+sample), resumed (of them), kappa_db, points: [{bytes, cost, latency, latency_predicted, start, options: {option: share
+of the weights}, predicted_db, error_db, snr_db, agreement, loss, low, high, proof (the same figures on other samples,
+or null), chosen}], sites: [{nodes, option, bytes, snr_db, better: {option, bytes, snr_db} or null}], file (the figures
+of the written file on the samples of the proof, with its bytes and whether it has met the limits)}. Bytes of a point
+are those of its file, nearly; cost and latency are relative to float, latency is null without a limit of time;
+``start`` names the variant of the network, if it is one.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def _told_point(work: Choice, figures: Figures, chosen: Figures, start: str) -> 
         "cost": point.cost,
         "start": start,
         "latency": work.times.get(point),
+        "latency_predicted": work.latency.share(point.options) if work.latency else None,
         "options": shares,
         "predicted_db": float(decibels(point.predicted)),
         **shown(figures),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.search import latency
 from channelfold.passes.search.front import Point, point
+from channelfold.passes.search.latency import Timed
+from channelfold.passes.search.profiled import owners
 from channelfold.runtime import jobs
 from channelfold.runtime.io import files
 from channelfold.runtime.stats.profile import NodeTime, profiles
@@ -51,8 +54,8 @@ def truth(options: tuple[str, ...]) -> float:
 
 
 @pytest.fixture
-def learned(monkeypatch: pytest.MonkeyPatch) -> latency.Latency:
-    """The model of planted times. The profiler is ten times too slow."""
+def learned() -> latency.Latency:
+    """The model of planted times."""
     weights: dict[str, Any] = {f"W{i}": np.ones((w, v)) for i, (w, v) in enumerate(itertools.pairwise([*WIDTHS, 8]))}
     text = "\n".join(f"t{i} = MatMul({'x' if not i else f't{i - 1}'}, W{i})" for i in range(SITES))
     graph = build(f"(float[n,{WIDTHS[0]}] x) => (float[] t{SITES - 1})", text, kind="float", **weights)
@@ -64,22 +67,18 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> latency.Latency:
         mixes[f"{len(mixes)}"] = mix
         return Path(f"{len(mixes) - 1}")
 
-    def owners(path: Path, *_: object) -> list[float]:
-        options = mixes[path.name].options
-        own = (times[option] for times, option in zip(TIMES, options, strict=True))
-        return [10 * (ms + border) for ms, border in zip(own, borders(options), strict=True)]
+    def timer(paths: Mapping[str, Path], nodes: Sequence[Sequence[str]]) -> dict[str, Timed]:
+        assert nodes == [(f"l{place}",) for place in range(SITES)]
+        found = {}
+        for name, path in paths.items():
+            options = mixes[path.name].options if name else ("float",) * SITES
+            own = (times[option] for times, option in zip(TIMES, options, strict=True))
+            whole = truth(options) if name else ORIGINAL
+            found[name] = Timed(whole, [ms + border for ms, border in zip(own, borders(options), strict=True)])
+        return found
 
-    def whole(models: dict[str, Path]) -> dict[str, float]:
-        return {name: truth(mixes[path.name].options) if name else ORIGINAL for name, path in models.items()}
-
-    monkeypatch.setattr(latency, "owners", owners)
-    monkeypatch.setattr(latency, "shortest", lambda models, *_, **__: whole(models))
-    monkeypatch.setattr(
-        latency, "profiles",
-        lambda models, *_, **__: {name: [NodeTime("all", "", 10 * ms)] for name, ms in whole(models).items()},
-    )  # fmt: skip
     feed = {"x": np.zeros((BATCH, WIDTHS[0]), np.float32)}
-    return latency.learned(Path("original"), graph, sites(), file_of, feed)
+    return latency.learned(Path("original"), graph, sites(), file_of, feed, timer)
 
 
 def test_every_mix_of_planted_times_is_predicted(learned: latency.Latency) -> None:
@@ -127,7 +126,7 @@ def test_fused_nodes_belong_to_the_site_that_they_were(tmp_path: Path, target: s
     feed = {"image": np.zeros((1, 1, 8, 8), np.float32)}
     nodes = profiles({"int8": path}, feed, threads=1, rounds=1)["int8"]
     counted = [NodeTime(node.name, node.op, 1.0) for node in nodes]
-    times = latency.owners(path, counted, [[name] for name in names])
+    times = owners(path, counted, [[name] for name in names])
     assert sum(times) == len(nodes)  # no node is lost
     alone = [NodeTime(n.name, n.op, 1.0) for n in nodes if "Conv" in n.op or n.op in ("Gemm", "QGemm")]
-    assert latency.owners(path, alone, [[name] for name in names]) == [1.0] * len(names)
+    assert owners(path, alone, [[name] for name in names]) == [1.0] * len(names)

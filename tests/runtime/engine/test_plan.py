@@ -108,6 +108,17 @@ def test_kernels_around_a_product_do_not_count() -> None:
     assert report.nodes["mm"].arithmetic == "int8"
 
 
+@pytest.mark.parametrize(("scales", "wrong"), [(8, False), (7, False), (16, True)])
+def test_a_product_with_more_scales_than_columns_is_wrong(scales: int, wrong: bool) -> None:
+    """A row for every block of the weight. Fewer scales than columns: TensorRT has padded 7 columns to 8."""
+    sizes = {"i": ("int8", "4 6"), "w": ("int8", "6 8"), "y": ("float", "4 8"), "folded": ("float", f"1 {scales}")}
+    tensors = "".join(f'  tensor={{ dims={{ {d} }} name="{n}" type={t} }}\n' for n, (t, d) in sizes.items())
+    reader = f'function={{ name=__myl_Mul input_args={{ "folded" "y" }} layers={layers("mul")} }}'
+    text = program({}, multiply("fully_connected", "i", "w", layers("fc")), reader)
+    report = plan.read_plan(plan_of(text.replace("descriptors {\n", f"descriptors {{\n{tensors}")), {"fc": "y"})
+    assert (report.nodes["fc"].wrong, report.wrong) == (wrong, ["fc"] if wrong else [])
+
+
 def test_nodes_of_one_name_are_unknown_unless_they_run_alike() -> None:
     int8, other = (multiply("corrltn", a, b, layers("dup")) for a, b in (("i", "w"), ("f", "g")))
     assert plan.read_plan(plan_of(program(TYPES, int8, int8)), {"dup": "y"}).nodes["dup"].arithmetic == "int8"

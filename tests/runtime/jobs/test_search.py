@@ -12,7 +12,10 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from channelfold import models
+from channelfold.passes.search import modelled
 from channelfold.runtime import jobs
+from channelfold.runtime.engine.kernels import Kernel
+from channelfold.runtime.engine.plan import PlanReport
 from channelfold.runtime.errors import ChannelfoldError, DataError, UsageError
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.files import load
@@ -119,6 +122,7 @@ def test_a_latency_is_measured_and_kept(for_onnxruntime, mlp, tmp_path):
     found = for_onnxruntime["search"]
     assert found["met"]
     assert all(0 < point["latency"] < 50 for point in found["points"])
+    assert all(0 < point["latency_predicted"] < 50 for point in found["points"])
     model, source = mlp
     with pytest.raises(jobs.GateMissed, match="max-latency"):
         jobs.compress(model, tmp_path, source=source, overrides={"target": "onnxruntime"},
@@ -128,6 +132,32 @@ def test_a_latency_is_measured_and_kept(for_onnxruntime, mlp, tmp_path):
 def test_a_latency_is_of_onnxruntime(mlp, tmp_path):
     with pytest.raises(UsageError, match="Add --target onnxruntime"):
         jobs.compress(mlp[0], tmp_path, source=mlp[1], search=jobs.Search(max_latency=0.5))
+
+
+@pytest.mark.rtx
+def test_a_latency_of_a_gpu_is_modelled(mlp, tmp_path, monkeypatch):
+    """With a stand-in for the plans of a dozen mixes. The one of the result is built."""
+    pytest.importorskip("tensorrt_rtx")
+
+    def plan_of(graph, sm, data):
+        assert (sm, [feed["x"].shape for feed in data]) == (89, [(1, 16)])
+        kernels = []
+        for node in (node for node in graph.nodes if node.op in ("MatMul", "QuantizeLinear")):
+            before = node.inputs[0].inputs[0].op if node.inputs[0].inputs else ""
+            arithmetic = "int8" if before == "DequantizeLinear" else "float"
+            macs = 10**10 if node.op == "MatMul" else 0
+            kernels.append(Kernel(node.name, (node.name,), arithmetic if macs else "", macs, ()))
+        return PlanReport(True, kernels=kernels)
+
+    monkeypatch.setattr(modelled, "plan_of", plan_of)
+    limit = jobs.Search(max_latency=0.6, trials=2)
+    record = jobs.compress(mlp[0], tmp_path, source=mlp[1], search=limit, sms=[89])
+    assert any("not measured" in warning for warning in record["warnings"])
+    assert record["search"]["met"]
+    assert record["search"]["limits"] == {"max_latency": 0.6}
+    found = chosen(record)
+    assert 0.3 < found["latency"] <= 0.6  # one of three products of equal time may stay float; int8 is 4 times as fast
+    assert found["latency"] == pytest.approx(found["latency_predicted"], rel=0.03)
 
 
 def test_gates_are_limits_of_a_search(mlp, tmp_path):

@@ -1,0 +1,46 @@
+"""The time of the nodes of every site in TensorRT, by a model of a GPU and the plans of engines, built without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from channelfold.passes.search.latency import Timed
+from channelfold.runtime.engine.repair import plan_of
+from channelfold.runtime.engine.roofline import Card, bounds, cards
+from channelfold.runtime.errors import BuildError, UsageError
+from channelfold.runtime.io import files
+from channelfold.runtime.io.session import Feed
+
+
+def card_of(sm: int) -> Card:
+    """The GPU of an architecture whose figures are known. Raises UsageError where none are."""
+    found = cards(sm)
+    if not found:
+        raise UsageError(f"No GPU of SM {sm} is known here", "Leave --max-latency out")
+    return found[0]
+
+
+def modelled(
+    paths: Mapping[str, Path], sites: Sequence[Sequence[str]], sm: int, data: Iterable[Feed]
+) -> dict[str, Timed]:
+    """The upper bounds of the times of engines of files with ``sites``, for the shapes in ``data``.
+
+    A kernel belongs to the first site that it computes a node of. Raises BuildError where TensorRT builds no engine
+    whose plan is readable.
+    """
+    card, found = card_of(sm), {}
+    places = {name: place for place, names in enumerate(sites) for name in names}
+    for name, path in paths.items():
+        report = plan_of(files.load(path), sm, data)
+        if not report.kernels:
+            raise BuildError(f"The time of {path.name} cannot be modelled: {report.reason}", "Leave --max-latency out")
+        times, whole = [0.0] * len(sites), 0.0
+        for kernel in report.kernels:
+            ms = bounds([kernel], card).most * 1e3
+            whole += ms
+            place = next((places[node] for node in kernel.nodes if node in places), None)
+            if place is not None:
+                times[place] += ms
+        found[name] = Timed(whole, times)
+    return found
