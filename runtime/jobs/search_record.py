@@ -1,11 +1,12 @@
 """The record of a search.
 
-``record["search"]``: {loss: what it is, options, limits, met, samples: {sensitivity, steering, proof}, runs (of one
-sample), resumed (of them), kappa_db, points: [{bytes, cost, latency, start, options: {option: share of the weights},
-predicted_db, error_db, snr_db, agreement, loss, low, high, proof (the same figures on other samples, or null),
-chosen}], sites: [{nodes, option, bytes, snr_db, better: {option, bytes, snr_db} or null}], file (the figures of the
-written file on the samples of the proof, with its bytes and whether it has met the limits)}. Bytes of a point are those
-of its file, nearly; cost and latency are relative to float; ``start`` names the variant of the network, if it is one.
+``record["search"]``: {loss: what it is, options, limits, met, samples: {sensitivity, steering, proof}, runs: {what for:
+of the whole network, on one sample}, resumed (how many of them), kappa_db, points: [{bytes, cost, latency, start,
+options: {option: share of the weights}, predicted_db, error_db, snr_db, agreement, loss, low, high, proof (the same
+figures on other samples, or null), chosen}], sites: [{nodes, option, bytes, snr_db, better: {option, bytes, snr_db} or
+null}], file (the figures of the written file on the samples of the proof, with its bytes and whether it has met the
+limits)}. Bytes of a point are those of its file, nearly; cost and latency are relative to float; ``start`` names the
+variant of the network, if it is one.
 """
 
 from __future__ import annotations
@@ -93,4 +94,4 @@ def together(best: dict[str, Any], records: Sequence[dict[str, Any]], crew: Crew
     points = [p | {"chosen": p["chosen"] and other is best} for other in records for p in other["points"]]
     points.sort(key=lambda p: (p["cost"], -p["error_db"]))
     kept = [p for i, p in enumerate(points) if p["chosen"] or all(q["error_db"] < p["error_db"] for q in points[:i])]
-    return best | {"points": kept[::-1], "runs": crew.runs, "resumed": crew.resumed}
+    return best | {"points": kept[::-1], "runs": dict(crew.runs), "resumed": crew.resumed}

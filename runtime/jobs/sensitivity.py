@@ -1,6 +1,6 @@
 """The job ``sensitivity``, and what a search shares with it: the board of a model with the errors of its sites.
 
-``record["sensitivity"]``: {samples, runs (of one sample), additive: {option: {sum_db, measured_db}}, sites: [{nodes,
+``record["sensitivity"]``: {samples, runs (of a sample), additive: {option: {sum_db, measured_db}}, sites: [{nodes,
 op, options: {option: {snr_db, worst_db, share, bytes}}}]}, from the site that int8 hurts most.
 """
 
@@ -74,7 +74,7 @@ def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew
         sites = measure(found.board, found.samples, crew=crew)
         names = [option for option in choices.OPTIONS if any(option in site.errors for site in sites)]
         mixes = tuple(found.all_in(option) for option in names)
-        (errors,) = crew.each("Measuring all nodes together", [Trial(found.board, found.samples, mixes)])
+        (errors,) = crew.each("additivity", [Trial(found.board, found.samples, mixes)])
         whole = errors.by_sample().mean(axis=1)
         sums = {o: sum(site.errors.get(o, 0.0) for site in sites) for o in names}
         additive = {
@@ -84,7 +84,7 @@ def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew
         ranked = sorted(sites, key=lambda s: -s.errors.get(names[0], 0.0))
         job.record["sensitivity"] = {
             "samples": len(found.samples),
-            "runs": crew.runs,
+            "runs": dict(crew.runs),
             "outputs": list(found.board.outputs),
             "additive": additive,
             "sites": [_told(site, found.board, sums) for site in ranked],
