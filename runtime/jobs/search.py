@@ -171,11 +171,11 @@ class _Hunt:
         if error is None:
             return
         proof = self._split(found, written, self.proof, "proof")
-        sites = measure(found.board, found.samples, choices.groups(start.graph, found.board), self.crew, guess=True)
+        sites = measure(found.board, steering.files, choices.groups(start.graph, found.board), self.crew, guess=True)
         beside = self._costs.bytes - _constants(self._whole.graph) + _constants(start.graph) - found.board.size({})
         choice = Choice(
             self._costs.priced(found.board, sites, beside, error),
-            *(found.samples, steering, proof, self.limits, self.search.trials),
+            *(steering, proof, self.limits, self.search.trials),
         )
         if self.search.max_latency is not None:
             choice.clock = functools.partial(written.latency, feed=self.steering[0][0])

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from channelfold.passes.layers.sensitivity import Crew, Site, decibels
+from channelfold.passes.layers.sensitivity import SAMPLES, Crew, Site, decibels
 from channelfold.passes.layers.switchboard import FLOAT
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.choice import Choice
@@ -35,7 +35,7 @@ def told(work: Choice, chosen: Figures, start: str) -> dict[str, Any]:
         "limits": {name: limit for name, limit in limits.items() if limit is not None},
         "met": work.met(chosen),
         "samples": {
-            "sensitivity": len(work.samples),
+            "sensitivity": min(SAMPLES, len(work.steering.files)),
             "steering": len(work.steering.files),
             "proof": len(work.proof.files),
         },
