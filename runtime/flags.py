@@ -268,7 +268,14 @@ search = together(
         default="both",
         show_default=True,
         metavar="WHAT",
-        help="What a search saves: size (weight bytes), arithmetic (products times bits) or both.",
+        help="What a search saves: size (bytes of the file), arithmetic (products times bits) or both.",
+    ),
+    click.option(
+        "--prune-to",
+        multiple=True,
+        type=_Amount(),
+        metavar="X",
+        help="Search: variants with fewer channels as well, which keep X, such as 75%, of the MACs. Repeatable.",
     ),
     click.option(
         "--trials", type=click.IntRange(min=2), default=12, show_default=True, metavar="N", help="Points to measure."

@@ -222,24 +222,24 @@ class Crew:
     """How to measure: with ``workers`` processes or on a Dask ``cluster``; the result does not depend on either.
 
     ``kept``: a folder in which errors wait for a call that goes on where this one stops. ``runs``: what was measured
-    so far, in runs of the whole network on one sample, and ``resumed``, how much of that an earlier call has done.
+    so far, by what for, in runs of the whole network on one sample, and ``resumed``: what an earlier call has done.
     """
 
     workers: int = 1
     cluster: str = ""
     progress: Callable[[str, int, int], None] = no_progress
     kept: Path | None = None
-    runs: float = 0.0
+    runs: dict[str, float] = field(default_factory=dict)
     resumed: float = 0.0
 
-    def each(self, stage: str, trials: Sequence[Trial]) -> Iterator[Errors]:
-        """The errors of every trial, in order."""
+    def each(self, what: str, trials: Sequence[Trial]) -> Iterator[Errors]:
+        """The errors of every trial, in order; ``what`` they are for."""
         files = [self.kept / f"trial-{trial.key}.npz" if self.kept else None for trial in trials]
         known = [_known(file) for file in files]
         left = [trial for trial, errors in zip(trials, known, strict=True) if errors is None]
         new = pool.each(attempt, left, self.workers, self.cluster)
         for number, (file, errors) in enumerate(zip(files, known, strict=True)):
-            self.progress(stage, number, len(trials))
+            self.progress(f"Measuring {what}", number, len(trials))
             if errors is not None:
                 self.resumed += errors.runs
             else:
@@ -248,9 +248,12 @@ class Crew:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     with writing(file) as out:
                         np.savez(out, **vars(errors))
-            self.runs += errors.runs
+            self.count(what, errors.runs)
             yield errors
-        self.progress(stage, len(trials), len(trials))
+        self.progress(f"Measuring {what}", len(trials), len(trials))
+
+    def count(self, what: str, runs: float) -> None:
+        self.runs[what] = self.runs.get(what, 0.0) + runs
 
 
 def _known(file: Path | None) -> Errors | None:
@@ -360,7 +363,7 @@ def _measured(board: Board, samples: Sequence[str], pairs: Sequence[Pair], crew:
         for part in parts
     ]
     found: dict[Pair, list[float]] = {}
-    for part, errors in zip(parts, crew.each("Measuring sensitivities", trials), strict=True):
+    for part, errors in zip(parts, crew.each("sensitivities", trials), strict=True):
         found |= zip(part, errors.by_sample().tolist(), strict=True)
     return found
 

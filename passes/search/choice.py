@@ -1,6 +1,7 @@
 """From the sensitivities of a network to the cheapest point that keeps what a user allows.
 
-1   points of the front are measured on samples that steer, and those of recipes, which correct the sensitivities
+1   points of the front are measured on the samples that sensitivities were measured on, which steer, and those of
+    recipes, which correct the sensitivities
 2   bisection between the cheapest that keeps the limits and the next cheaper one
 3   the best one is proved on samples that chose nothing; where it misses the limits there, the next one
 """
@@ -22,13 +23,9 @@ _MATTERS = 0.02  # share of the error of a point from which on a guess in it is 
 
 @dataclass
 class Choice:
-    """A choice at work. ``samples``: files that sensitivities are measured on. ``clock``: the time of a point.
-
-    ``latency`` predicts that time, to find mixes within a limit.
-    """
+    """A choice at work. ``clock``: the time of a point. ``latency`` predicts that time, to find mixes within a limit."""
 
     sites: list[Site]
-    samples: Sequence[str]
     steering: Split
     proof: Split
     limits: Limits
@@ -41,8 +38,8 @@ class Choice:
 
     def run(self) -> Figures:
         """The chosen point."""
-        used, board, crew = self._guesses(self._first()), self.steering.board, self.steering.crew
-        sites = sensitivity.checked(board, self.samples, self.sites, used, crew)
+        steering, used = self.steering, self._guesses(self._first())
+        sites = sensitivity.checked(steering.board, steering.files, self.sites, used, steering.crew)
         self.sites = scaled(sites, lambda points: [f.error for f in self.steering.measured(points, sites)])
         if self.clock and self.latency and self.limits.max_latency is not None:
             self.times = self.latency.search(self.sites, self.limits.max_latency, self.clock)

@@ -62,11 +62,12 @@ class Limits:
 
 @dataclass
 class Split:
-    """Samples to measure points on: files of the board, with a label for each or none.
+    """Samples to measure points on: files of the board, with a label for each or none. ``name``: what it is for.
 
     ``metric`` gives the loss of a point by a metric that has data of its own.
     """
 
+    name: str
     board: Board
     files: tuple[str, ...]
     labels: tuple[int, ...] = ()
@@ -88,7 +89,7 @@ class Split:
         """The figures of points; each point is measured once."""
         new = {point.options: point for point in points if point.options not in self.known}
         trials = [Trial(self.board, self.files, (point.chosen(sites),), labels=self.labels) for point in new.values()]
-        for point, errors in zip(new.values(), self.crew.each("Measuring points", trials), strict=True):
+        for point, errors in zip(new.values(), self.crew.each(self.name, trials), strict=True):
             self.known[point.options] = figures(point, errors, 0, self.board.scores, bool(self.labels), self.metric)
         return [replace(self.known[point.options], point=point) for point in points]
 

@@ -168,16 +168,16 @@ class _Hunt:
     def _search(self, start: _Start, found: Prepared) -> None:
         """Searches one network, where that is worth it."""
         written = Files(self.job, found, self.data)
-        parts = {"steering": self.steering, "proof": self.proof}
-        steering, proof = (self._split(found, written, part, name) for name, part in parts.items())
+        steering = self._split(found, written, self.steering, "points")
         error = self._worth(start, found, steering)
         if error is None:
             return
-        sites = measure(found.board, found.samples, choices.groups(start.graph, found.board), self.crew, guess=True)
+        proof = self._split(found, written, self.proof, "proof")
+        sites = measure(found.board, steering.files, choices.groups(start.graph, found.board), self.crew, guess=True)
         beside = self._costs.bytes - _constants(self._whole.graph) + _constants(start.graph) - found.board.size({})
         choice = Choice(
             self._costs.priced(found.board, sites, beside, error),
-            *(found.samples, steering, proof, self.limits, self.search.trials),
+            *(steering, proof, self.limits, self.search.trials),
         )
         written.choice = choice
         if self.search.max_latency is not None:
@@ -194,14 +194,14 @@ class _Hunt:
         board, (feeds, labels) = found.board, part
         metric = functools.partial(self.metric.loss, written) if self.metric else None
         files = keep(board, feeds, name, self._whole.board)
-        self.crew.runs += len(files)
-        return Split(board, files, tuple(labels[: len(files)]), metric, self.crew)
+        self.crew.count(name, len(files))
+        return Split(name, board, files, tuple(labels[: len(files)]), metric, self.crew)
 
     def _worth(self, start: _Start, found: Prepared, steering: Split) -> float | None:
         """The error of a network in float; None where a search on it is not worth its time."""
         mixes = {}, found.all_in(start.acting)
         trial = Trial(found.board, steering.files, mixes, labels=steering.labels)
-        (errors,) = self.crew.each("Measuring a network", [trial])
+        (errors,) = self.crew.each("networks", [trial])
         alone, acting = errors.by_sample().mean(axis=1).tolist()
         if start.finer and acting > _GAIN * self._least:
             return None

@@ -1,12 +1,12 @@
 """The record of a search.
 
-``record["search"]``: {loss: what it is, options, limits, met, samples: {sensitivity, steering, proof}, runs (of one
-sample), resumed (of them), kappa_db, points: [{bytes, cost, latency, latency_predicted, start, options: {option: share
-of the weights}, predicted_db, error_db, snr_db, agreement, loss, low, high, proof (the same figures on other samples,
-or null), chosen}], sites: [{nodes, option, bytes, snr_db, better: {option, bytes, snr_db} or null}], file (the figures
-of the written file on the samples of the proof, with its bytes and whether it has met the limits)}. Bytes of a point
-are those of its file, nearly; cost and latency are relative to float, latency is null without a limit of time;
-``start`` names the variant of the network, if it is one.
+``record["search"]``: {loss: what it is, options, limits, met, samples: {sensitivity, steering, proof}, runs: {what for:
+of the whole network, on one sample}, resumed (how many of them), kappa_db, points: [{bytes, cost, latency,
+latency_predicted, start, options: {option: share of the weights}, predicted_db, error_db, snr_db, agreement, loss, low,
+high, proof (the same figures on other samples, or null), chosen}], sites: [{nodes, option, bytes, snr_db, better:
+{option, bytes, snr_db} or null}], file (the figures of the written file on the samples of the proof, with its bytes and
+whether it has met the limits)}. Bytes of a point are those of its file, nearly; cost and latency are relative to float,
+latency is null without a limit of time; ``start`` names the variant of the network, if it is one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from channelfold.passes.layers.sensitivity import Crew, Site, decibels
+from channelfold.passes.layers.sensitivity import SAMPLES, Crew, Site, decibels
 from channelfold.passes.layers.switchboard import FLOAT
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.choice import Choice
@@ -35,7 +35,7 @@ def told(work: Choice, chosen: Figures, start: str) -> dict[str, Any]:
         "limits": {name: limit for name, limit in limits.items() if limit is not None},
         "met": work.met(chosen),
         "samples": {
-            "sensitivity": len(work.samples),
+            "sensitivity": min(SAMPLES, len(work.steering.files)),
             "steering": len(work.steering.files),
             "proof": len(work.proof.files),
         },
@@ -95,4 +95,4 @@ def together(best: dict[str, Any], records: Sequence[dict[str, Any]], crew: Crew
     points = [p | {"chosen": p["chosen"] and other is best} for other in records for p in other["points"]]
     points.sort(key=lambda p: (p["cost"], -p["error_db"]))
     kept = [p for i, p in enumerate(points) if p["chosen"] or all(q["error_db"] < p["error_db"] for q in points[:i])]
-    return best | {"points": kept[::-1], "runs": crew.runs, "resumed": crew.resumed}
+    return best | {"points": kept[::-1], "runs": dict(crew.runs), "resumed": crew.resumed}

@@ -1,6 +1,6 @@
 """The job ``sensitivity``, and what a search shares with it: the board of a model with the errors of its sites.
 
-``record["sensitivity"]``: {samples, runs (of one sample), additive: {option: {sum_db, measured_db}}, sites: [{nodes,
+``record["sensitivity"]``: {samples, runs (of a sample), additive: {option: {sum_db, measured_db}}, sites: [{nodes,
 op, options: {option: {snr_db, worst_db, share, bytes}}}]}, from the site that int8 hurts most.
 """
 
@@ -28,11 +28,10 @@ from channelfold.runtime.jobs.job import Job
 
 @dataclass(frozen=True)
 class Prepared:
-    """A board and the graph that it is of, with ``samples`` to measure sites on."""
+    """A board, the graph that it is of, and the passes of its options."""
 
     graph: gs.Graph
     board: Board
-    samples: tuple[str, ...]
     passes: dict[str, Pass]
 
     def all_in(self, option: str) -> dict[str, str]:
@@ -44,7 +43,7 @@ class Prepared:
 def prepared(
     job: Job, graph: gs.Graph, passes: dict[str, Pass], data: Data, keep_in: Path | None = None
 ) -> Iterator[Prepared]:
-    """Makes the board of all options of a graph, with samples of the data to measure its sites on.
+    """Makes the board of all options of a graph.
 
     ``keep_in``: the folder where statistics are kept for a later call.
     """
@@ -53,7 +52,7 @@ def prepared(
         board = choices.board_of(graph, passes, ctx, folder)
         if not board.slots:
             raise UsageError("No node of the model can be quantized", "channelfold inspect shows why")
-        yield Prepared(graph, board, keep(board, spread(data, SAMPLES), "sensitivity"), passes)
+        yield Prepared(graph, board, passes)
 
 
 def after(
@@ -71,10 +70,11 @@ def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew
         raise DataError("There are no calibration data", "Give some with --calibration")
     graph, _ = after(job, job.graph, [*job.prepared(), *before], job.calibration)
     with prepared(job, graph, choices.steps(given), job.calibration) as found:
-        sites = measure(found.board, found.samples, crew=crew)
+        samples = keep(found.board, spread(job.calibration, SAMPLES), "sample")
+        sites = measure(found.board, samples, crew=crew)
         names = [option for option in choices.OPTIONS if any(option in site.errors for site in sites)]
         mixes = tuple(found.all_in(option) for option in names)
-        (errors,) = crew.each("Measuring all nodes together", [Trial(found.board, found.samples, mixes)])
+        (errors,) = crew.each("additivity", [Trial(found.board, samples, mixes)])
         whole = errors.by_sample().mean(axis=1)
         sums = {o: sum(site.errors.get(o, 0.0) for site in sites) for o in names}
         additive = {
@@ -83,8 +83,8 @@ def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew
         }
         ranked = sorted(sites, key=lambda s: -s.errors.get(names[0], 0.0))
         job.record["sensitivity"] = {
-            "samples": len(found.samples),
-            "runs": crew.runs,
+            "samples": len(samples),
+            "runs": dict(crew.runs),
             "outputs": list(found.board.outputs),
             "additive": additive,
             "sites": [_told(site, found.board, sums) for site in ranked],

@@ -19,6 +19,7 @@ from channelfold.runtime.engine.plan import PlanReport
 from channelfold.runtime.errors import ChannelfoldError, DataError, UsageError
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.files import load
+from channelfold.runtime.io.session import Session
 from channelfold.runtime.stats.compare import Gates
 from channelfold.tests.graphs import random
 
@@ -109,6 +110,42 @@ def test_what_no_model_can_keep_ends_with_the_nearest(mlp, tmp_path):
     assert (tmp_path / "model.onnx").exists()
     record = json.loads((tmp_path / "report.json").read_text())
     assert not record["search"]["met"]
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(mlp, tmp_path, monkeypatch):
+    model, source = mlp
+    search = jobs.Search(trials=4)
+    whole = jobs.compress(model, tmp_path / "whole", source=source, search=search)["search"]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.Job, "transform", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.compress(model, tmp_path / "out", source=source, search=search)
+    again = jobs.compress(model, tmp_path / "out", source=source, search=search)["search"]
+    assert again == whole | {"resumed": again["resumed"]}
+    assert again["resumed"] > 0.5 * sum(again["runs"].values()) > 0 == whole["resumed"]
+    assert not list((tmp_path / "out").glob("**/trial-*"))
+
+
+def test_what_the_written_file_does_is_measured_on_the_samples_of_the_proof(searched, mlp, tmp_path, monkeypatch):
+    record = searched[1]
+    assert record["search"]["file"]["snr_db"] == pytest.approx(chosen(record)["proof"]["snr_db"], abs=0.5)
+    assert record["search"]["file"]["bytes"] == record["output"]["bytes"]
+
+    class Negative(Session):
+        def run(self, *args):
+            return {name: -values for name, values in super().run(*args).items()}
+
+    monkeypatch.setattr(jobs.Job, "runners", lambda job, path: (Session(job.model), Negative(path)))
+    with pytest.raises(jobs.GateMissed, match="No point keeps the limits") as missed:
+        jobs.compress(mlp[0], tmp_path, source=mlp[1], search=jobs.Search(trials=2))
+    found = missed.value.record["search"]
+    assert not found["met"]
+    assert found["file"]["snr_db"] == pytest.approx(-10 * np.log10(4), abs=1)
+    assert chosen(missed.value.record)["proof"]["snr_db"] > 20
 
 
 def test_a_size_is_not_exceeded_by_the_file(mlp, tmp_path):
