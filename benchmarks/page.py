@@ -113,14 +113,9 @@ def browser() -> Iterator[Browser]:
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        options = [
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--remote-debugging-pipe",
-            f"--user-data-dir={profile}",
-        ]
-        pipes = f"exec chromium {' '.join(options)} 3<&{to_read} 4>&{from_write} 2>/dev/null"
+        quiet = "--headless=new --hide-scrollbars --no-sandbox --disable-gpu"
+        options = f"{quiet} --remote-debugging-pipe --user-data-dir={profile}"
+        pipes = f"exec chromium {options} 3<&{to_read} 4>&{from_write} 2>/dev/null"
         process = subprocess.Popen(["bash", "-c", pipes], pass_fds=(to_read, from_write))
         os.close(to_read)
         os.close(from_write)

@@ -104,7 +104,8 @@ def _sizes(record: Mapping[str, Any]) -> Iterator[Card]:
         smaller = times(before["bytes"], after["bytes"], "smaller", "larger")
         yield Card("File", size(after["bytes"]), f"{size(before['bytes'])} before, {smaller}", section="model")
     for key, label in (("parameters", "Parameters"), ("macs", "MACs per sample")):
-        if before.get(key) and after.get(key):
+        grown = key == "parameters" and after.get(key, 0) >= before.get(key, 0)  # scales are parameters as well
+        if before.get(key) and after.get(key) and not grown:
             told = f"{after[key] / before[key]:.1%} of {count(before[key])}"
             yield Card(label, count(after[key]), told, section="model")
     if weights := record.get("weights"):
