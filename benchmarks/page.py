@@ -50,10 +50,9 @@ class Browser:
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Sends a command; its result."""
         self._last += 1
-        session = {"sessionId": self._session} if self._session else {}
-        os.write(
-            self._write, json.dumps({"id": self._last, "method": method, "params": params} | session).encode() + b"\0"
-        )
+        message = {"id": self._last, "method": method, "params": params}
+        message |= {"sessionId": self._session} if self._session else {}
+        os.write(self._write, json.dumps(message).encode() + b"\0")
         while (message := self._next()).get("id") != self._last:
             self.events.append(message)
         if "error" in message:
