@@ -29,13 +29,13 @@ _COLUMNS = 24  # of a table, of which the style knows the side
 
 
 class Card(NamedTuple):
-    """A figure of the summary; ``style`` as in a ``Cell``, ``section`` tells more."""
+    """A figure of the summary; ``section`` tells more, ``style`` as in a ``Cell``."""
 
+    section: str
     label: str
     figure: str
     remark: str = ""
     style: str = ""
-    section: str = ""
 
 
 class Web(Page):
@@ -62,7 +62,7 @@ class Web(Page):
         pass
 
     def say(self, *cells: Cell, indent: int = 2, wrap: bool = True) -> None:
-        if _plain(cells[0]) in self.sections.values():  # the section has this heading
+        if not indent and _plain(cells[0]) in self.sections.values():  # the section has this heading
             cells = cells[1:]
         style = "" if wrap else ' class="copy"'
         tag = "p" if indent or not wrap else "h3"
@@ -76,12 +76,9 @@ class Web(Page):
         """Shows figures side by side."""
         shown = []
         for card in cards:
-            label = (
-                f'<a href="#{_attribute(card.section)}">{_cell(card.label)}</a>' if card.section else _cell(card.label)
-            )
-            remark = f"<small>{_cell(card.remark)}</small>" if card.remark else ""
-            figure = f"<b>{_cell((card.figure, card.style) if card.style else card.figure)}</b>"
-            shown.append(f"<li>{label}{figure}{remark}</li>")
+            label = f'<a href="#{_attribute(card.section)}">{_cell(card.label)}</a>'
+            figure = f"<b>{_cell((card.figure, card.style))}</b>"
+            shown.append(f"<li>{label}{figure}<small>{_cell(card.remark)}</small></li>")
         self._parts.append(f'<ul class="cards">{"".join(shown)}</ul>')
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], indent: int = 2) -> None:
@@ -189,7 +186,7 @@ def page(title: str, verdict: Cell, body: Web) -> str:
 <h1>{_cell(title)} {_cell(verdict)}</h1>
 <div class="tools">
 <label>Find <input id="find" type="search" placeholder="node, operator, reason"></label>
-<label><input id="marked" type="checkbox"> only what is marked</label>
+<label><input id="marked" type="checkbox"> only warnings</label>
 <output id="found" for="find marked"></output>
 </div>
 </header>
