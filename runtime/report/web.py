@@ -23,7 +23,8 @@ from channelfold.runtime.report.tables import Cell, Page, finite, number, size
 
 _ASSETS = Path(__file__).parent / "assets"
 _SHOWN, _SPARED = 40, 20  # rows of a table that show at first, and further ones that a button would not be worth
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
+_LONG = 30  # characters of a cell that is not made narrow
+_SHARE = re.compile(r"\d+(?:\.\d+)?%")
 _PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
 _COLUMNS = 24  # of a table, of which the style knows the side
 
@@ -209,9 +210,11 @@ def _plain(cell: Cell) -> str:
 
 
 def _td(cell: Cell) -> str:
-    """A cell of a table; one that is a share has a bar behind it."""
-    share = _SHARE.fullmatch(_plain(cell))
-    return f'<td style="--share:{share[0]}">{_cell(cell)}' if share else f"<td>{_cell(cell)}"
+    """A cell of a table; a share has a bar behind it."""
+    words = _plain(cell)
+    if _SHARE.fullmatch(words):
+        return f'<td style="--share:{words}">{_cell(cell)}'
+    return f"<td class=long>{_cell(cell)}" if len(words) > _LONG else f"<td>{_cell(cell)}"
 
 
 def _cell(cell: Cell) -> str:
