@@ -73,7 +73,7 @@ def complete(real) -> dict[str, Any]:
     sites = [site["node"] for site in real["steps"][-1]["facts"]["ranges"]]
     site = {"op": "MatMul", "snr": 40.0, "share": 0.5, "own_snr": 41.0, "so_far_snr": "inf", "products": []}
     point = {
-        "bytes": 1000, "cost": 0.5, "latency": None, "smooth": True, "options": {"int8": 1.0}, "predicted_db": 41.0,
+        "bytes": 1000, "cost": 0.5, "latency": None, "start": "smooth", "options": {"int8": 1.0}, "predicted_db": 41.0,
         "error_db": 42.0, "snr_db": 43.0, "agreement": 0.75, "loss": 0.01, "low": 0.0, "high": 0.02, "chosen": True,
         "proof": None,
     }  # fmt: skip
