@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -53,9 +54,9 @@ def command(group: click.Group, example: str) -> Callable[[Callable[..., Any]], 
                 with Progress() as shown, contextlib.redirect_stdout(sys.stderr):
                     record = function(jobs, progress=no_progress if quiet else shown, **options)
             except jobs.GateMissed as missed:
-                _deliver(missed.record, as_json, html, quiet)
+                _deliver(_named(missed.record, function), as_json, html, quiet)
                 raise
-            _deliver(record, as_json, html, quiet)
+            _deliver(_named(record, function), as_json, html, quiet)
 
         made = group.command(name=function.__name__, epilog=f"\b\nExample:\n  {example}")(run)
         made.params += [
@@ -67,6 +68,12 @@ def command(group: click.Group, example: str) -> Callable[[Callable[..., Any]], 
         return made
 
     return register
+
+
+def _named(record: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """The record of a command with its command line, where the record does not know it."""
+    line = click.get_current_context().obj
+    return record | {"line": shlex.join(line)} if line and record.get("command") == function.__name__ else record
 
 
 def _deliver(record: dict[str, Any], as_json: bool, html: str | None, quiet: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import pty
@@ -33,6 +34,13 @@ def test_warnings_go_to_stderr_as_well(name, run, tmp_path):
     assert code == 0
     assert "The inputs are random" in err
     assert err.splitlines() == [f"warning: {warning}" for warning in json.loads(out)["warnings"]]
+
+
+def test_the_page_says_how_to_repeat_a_command(run, tmp_path):
+    line = ("fold", DIGITS, "-o", tmp_path / "with space.onnx", "--html", tmp_path / "fold.html", "--json")
+    _, out, _ = run(*line)
+    assert shlex.split(json.loads(out)["line"]) == list(map(str, line))
+    assert f"channelfold {json.loads(out)['line']}" in html.unescape((tmp_path / "fold.html").read_text())
 
 
 def test_compress_writes_what_it_says(run, tmp_path):

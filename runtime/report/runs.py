@@ -26,11 +26,14 @@ def show(record: Mapping[str, Any], page: Page) -> None:
     page.say(("second  ", "bold"), second.get("command", ""))
     page.blank()
     page.table("Runs", (">first", ">second", ">second against first"), compared(first, second))
-    for title, of in (("Options", _options), ("Versions", _versions)):
-        rows = [(name, *pair) for name, *pair in _both(of(first), of(second), UNKNOWN) if pair[0] != pair[1]]
+    for title, sides in (
+        ("Options that differ", (_options(first, second), _options(second, first))),
+        ("Versions that differ", (_versions(first), _versions(second))),
+    ):
+        rows = [(name, *pair) for name, *pair in _both(*sides, UNKNOWN) if pair[0] != pair[1]]
         if rows:
             page.blank()
-            page.table(f"{title} that differ", ("<first", "<second"), rows)
+            page.table(title, ("<first", "<second"), rows)
     _nodes(first, second, page)
 
 
@@ -81,15 +84,13 @@ def _difference(first: Figure, second: Figure) -> str:
     return f"{b - a:+.2f} dB" if first.unit == "dB" else f"{100 * (b - a):+.2f} points"
 
 
-def _options(run: Mapping[str, Any]) -> dict[str, str]:
-    """The options of all passes that have done something, and of the others that there is such a pass."""
+def _options(run: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
+    """The passes of a run, and the options of those that the other run has as well."""
+    shared = {step["pass"] for step in other.get("steps") or ()}
     found = {}
     for step in run.get("steps") or ():
-        found[step["pass"]] = "runs"
-        if step["changed"] or step["refused"]:
-            found |= {
-                f"{step['pass']} --{name.replace('_', '-')}": told(value) for name, value in step["options"].items()
-            }
+        name, options = step["pass"], step["options"] if step["pass"] in shared else {}
+        found |= {name: "runs"} | {f"{name} --{key.replace('_', '-')}": told(value) for key, value in options.items()}
     return found
 
 

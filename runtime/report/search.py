@@ -25,10 +25,10 @@ def show(record: Mapping[str, Any], page: Page) -> None:
         ">agree",
         ">lost",
     )
-    drawn = [point for point in found["points"] if point["snr_db"] < _EXACT]
-    told = (f"{size(point['bytes'])}, {number(point['snr_db'], _DB)} dB, {_loss(point)} lost" for point in drawn)
-    places = [(p["bytes"], p["snr_db"], words, p["chosen"]) for p, words in zip(drawn, told, strict=True)]
-    page.points("The front: each point is a model", "bytes of the file", "SNR of the outputs in dB", places)
+    drawn = [point for point in found["points"] if point["error_db"] < _EXACT]
+    told = (f"{size(point['bytes'])}, {number(point['error_db'], _DB)} dB, {_loss(point)} lost" for point in drawn)
+    places = [(100 * p["cost"], p["error_db"], words, p["chosen"]) for p, words in zip(drawn, told, strict=True)]
+    page.points("The front: each point is a model", "cost in % of float", "error dB", places)
     page.table("Front", (*columns, "<on other samples", "<"), rows)
     samples = found["samples"]
     page.note(

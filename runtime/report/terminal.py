@@ -5,7 +5,7 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
 
     schema      1
     tool        "channelfold 0.1.0"
-    command     the command line, as one string
+    command     the command, of compress with its arguments; of others line: the command line
     model       {path, bytes, nodes, ops: {op: count}, opset}     of the input; parameters and macs where they change
     output      the same of the result
     data        {calibration, evaluation}                         Data.description of each
@@ -125,7 +125,7 @@ def to_html(record: Mapping[str, Any]) -> str:
             body.section(key, title)
             show(record, body)
     body.section("command", "How to reproduce it")
-    body.say(f"channelfold {record.get('command', '')}", wrap=False)
+    body.say(f"channelfold {record.get('line') or record.get('command', '')}", wrap=False)
     body.table("Versions", ("<version",), [("tool", record["tool"]), *record.get("environment", {}).items()])
     return web.page(*summary.title(record), body)
 

@@ -23,19 +23,20 @@ from channelfold.runtime.report.tables import Cell, Page, finite, number, size
 
 _ASSETS = Path(__file__).parent / "assets"
 _SHOWN, _SPARED = 40, 20  # rows of a table that show at first, and further ones that a button would not be worth
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
+_LONG = 30  # characters of a cell that is not made narrow
+_SHARE = re.compile(r"\d+(?:\.\d+)?%")
 _PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
 _COLUMNS = 24  # of a table, of which the style knows the side
 
 
 class Card(NamedTuple):
-    """A figure of the summary; ``style`` as in a ``Cell``, ``section`` tells more."""
+    """A figure of the summary; ``section`` tells more, ``style`` as in a ``Cell``."""
 
+    section: str
     label: str
     figure: str
     remark: str = ""
     style: str = ""
-    section: str = ""
 
 
 class Web(Page):
@@ -62,7 +63,7 @@ class Web(Page):
         pass
 
     def say(self, *cells: Cell, indent: int = 2, wrap: bool = True) -> None:
-        if _plain(cells[0]) in self.sections.values():  # the section has this heading
+        if not indent and _plain(cells[0]) in self.sections.values():  # the section has this heading
             cells = cells[1:]
         style = "" if wrap else ' class="copy"'
         tag = "p" if indent or not wrap else "h3"
@@ -76,12 +77,9 @@ class Web(Page):
         """Shows figures side by side."""
         shown = []
         for card in cards:
-            label = (
-                f'<a href="#{_attribute(card.section)}">{_cell(card.label)}</a>' if card.section else _cell(card.label)
-            )
-            remark = f"<small>{_cell(card.remark)}</small>" if card.remark else ""
-            figure = f"<b>{_cell((card.figure, card.style) if card.style else card.figure)}</b>"
-            shown.append(f"<li>{label}{figure}{remark}</li>")
+            label = f'<a href="#{_attribute(card.section)}">{_cell(card.label)}</a>'
+            figure = f"<b>{_cell((card.figure, card.style))}</b>"
+            shown.append(f"<li>{label}{figure}<small>{_cell(card.remark)}</small></li>")
         self._parts.append(f'<ul class="cards">{"".join(shown)}</ul>')
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], indent: int = 2) -> None:
@@ -189,7 +187,7 @@ def page(title: str, verdict: Cell, body: Web) -> str:
 <h1>{_cell(title)} {_cell(verdict)}</h1>
 <div class="tools">
 <label>Find <input id="find" type="search" placeholder="node, operator, reason"></label>
-<label><input id="marked" type="checkbox"> only what is marked</label>
+<label><input id="marked" type="checkbox"> only warnings</label>
 <output id="found" for="find marked"></output>
 </div>
 </header>
@@ -212,9 +210,11 @@ def _plain(cell: Cell) -> str:
 
 
 def _td(cell: Cell) -> str:
-    """A cell of a table; one that is a share has a bar behind it."""
-    share = _SHARE.fullmatch(_plain(cell))
-    return f'<td style="--share:{share[0]}">{_cell(cell)}' if share else f"<td>{_cell(cell)}"
+    """A cell of a table; a share has a bar behind it."""
+    words = _plain(cell)
+    if _SHARE.fullmatch(words):
+        return f'<td style="--share:{words}">{_cell(cell)}'
+    return f"<td class=long>{_cell(cell)}" if len(words) > _LONG else f"<td>{_cell(cell)}"
 
 
 def _cell(cell: Cell) -> str:

@@ -2,7 +2,6 @@
 // Enhances a page that is complete without it: sorting by a click on a heading, search, long tables, links to nodes.
 const find = document.getElementById("find"), marked = document.getElementById("marked");
 const found = document.getElementById("found"), tables = [...document.querySelectorAll("table")];
-const SHOWN = 40;
 
 function value(row, column) {
   const text = (row.cells[column]?.textContent ?? "").trim();
@@ -24,7 +23,7 @@ function sort(head) {
   const rows = [...table.tBodies].flatMap((body) => [...body.rows]);
   const keyed = rows.map((row) => [column ? value(row, column) : [1, row.cells[0].textContent], row]);
   keyed.sort((a, b) => (down ? -1 : 1) * compare(a[0], b[0]));
-  const sorted = keyed.map((pair) => pair[1]), first = table.tBodies[1] ? SHOWN : sorted.length;
+  const sorted = keyed.map((pair) => pair[1]), first = table.tBodies[0].rows.length;
   table.tBodies[0].replaceChildren(...sorted.slice(0, first));
   table.tBodies[1]?.replaceChildren(...sorted.slice(first));
 }
@@ -82,7 +81,7 @@ for (const rest of document.querySelectorAll(".rest")) {
   const table = rest.parentNode, button = document.createElement("button");
   button.type = "button";
   button.className = "more";
-  button.textContent = `Show all ${(SHOWN + rest.rows.length).toLocaleString("en")} rows`;
+  button.textContent = `Show ${rest.rows.length.toLocaleString("en")} more rows`;
   button.addEventListener("click", () => whole(table));
   table.after(button);
 }

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from channelfold.passes.quantize import Calibrator
-from channelfold.passes.quantize.calibrators import row_snr, snr, threshold
+from channelfold.passes.quantize.calibrators import clipped, row_snr, snr, threshold
 from channelfold.runtime.stats.histograms import LOWER, TensorStatistics, stride
 
 SIZE = 100_000
@@ -303,3 +303,14 @@ def test_what_a_part_misses_is_counted_whole(shown):
     large = LOWER[: len(whole.magnitudes)] > 0.01
     assert np.array_equal(part.magnitudes[large], whole.magnitudes[large])
     assert part.total == whole.total
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_clipped_values_are_counted_to_the_bin(name):
+    values = DATA[name]
+    statistics = TensorStatistics()
+    statistics.add(values)
+    assert clipped(statistics, statistics.minimum, statistics.maximum) == 0
+    low, high = min(np.quantile(values, 0.01), 0.0), np.quantile(values, 0.95)
+    near = [np.mean((values < low * wide) | (values > high * wide)) for wide in (1.01, 0.99)]
+    assert near[0] <= clipped(statistics, low, high) <= near[1]

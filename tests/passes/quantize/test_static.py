@@ -141,6 +141,22 @@ def test_numbers_equal_those_of_fake_quantization(target):
     assert np.abs(found - y).max() <= 1e-5 * np.abs(y).max()
 
 
+def test_facts_of_the_ranges_of_sites():
+    weight = np.ones((16, 16), np.float32)
+    weight[:, 3] = 5.0
+    text = "y = MatMul(x, W) z = MatMul(x, V)"
+    graph = build("(float[N,16] x) => (float[] y, float[] z)", text, kind="float", W=weight, V=(16, 8))
+    data = samples(graph, size=256)
+    outcome = quantize(graph, Quantize(calibrator="percentile", percentile=90.0), data)
+    kept, left = outcome.facts["ranges"], outcome.refused
+    assert [(row["node"], row["op"], row["tensor"]) for row in kept] == [("MatMul_0", "MatMul", "x")]
+    values = np.abs(np.concatenate([feed["x"] for feed in data]))
+    limit = outcome.facts["activations"]["x"]["high"]
+    assert np.mean(values > 1.01 * limit) <= kept[0]["clipped"] <= np.mean(values > 0.99 * limit)
+    assert (kept[0]["weight"], kept[0]["weight_outliers"]) == (pytest.approx(5.0), pytest.approx(5.0))
+    assert [refusal.code for refusal in left] == ["fewer than 16 channels"]
+
+
 @pytest.mark.parametrize("calibrator", ["minmax", "percentile", "mse", "entropy"])
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
 def test_calibrators_set_the_range(calibrator, target):

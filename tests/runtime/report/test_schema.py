@@ -55,7 +55,7 @@ def _is(value: Any, kind: str) -> bool:
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
-    return folder, jobs.compress(DIGITS, folder, source=jobs.Source(CALIBRATION, EVALUATION))
+    return folder, jobs.compress(DIGITS, folder, source=jobs.Source(CALIBRATION, EVALUATION), gates=jobs.Gates(10))
 
 
 def test_a_compression(quantized):
@@ -63,6 +63,8 @@ def test_a_compression(quantized):
     record = json.loads((folder / "report.json").read_text())
     assert list(faults(record, SCHEMA)) == []
     assert record["environment"]["onnxruntime"]
+    (gate,) = record["gates"]
+    assert (gate["met"], gate["value"]) == (True, record["accuracy"]["outputs"][0]["snr"])
     assert set(record) <= set(SCHEMA["properties"])
     assert "onnxruntime" in (folder / "report.html").read_text()
 

@@ -62,17 +62,50 @@ def terminal(shown: dict[str, Any]) -> str:
 def real(tmp_path_factory) -> dict[str, Any]:
     data = models.path("digits_calibration.npz")
     folder = tmp_path_factory.mktemp("out")
-    jobs.compress(models.path("digits_repavit.onnx"), folder, recipe="int8-smooth", source=jobs.Source(data))
+    source, gates = jobs.Source(data), jobs.Gates(min_snr=10, min_agreement=0.5)
+    jobs.compress(models.path("digits_repavit.onnx"), folder, recipe="int8-smooth", source=source, gates=gates)
     return json.loads((folder / "report.json").read_text()) | {"folder": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def complete(real) -> dict[str, Any]:
+    """The record with what other commands would put into it."""
+    sites = [site["node"] for site in real["steps"][-1]["facts"]["ranges"]]
+    site = {"op": "MatMul", "snr": 40.0, "share": 0.5, "own_snr": 41.0, "so_far_snr": "inf", "products": []}
+    point = {
+        "bytes": 1000, "cost": 0.5, "latency": None, "start": "smooth", "options": {"int8": 1.0}, "predicted_db": 41.0,
+        "error_db": 42.0, "snr_db": 43.0, "agreement": 0.75, "loss": 0.01, "low": 0.0, "high": 0.02, "chosen": True,
+        "proof": None,
+    }  # fmt: skip
+    return real | {
+        "next": ["Take more samples"],
+        "explanation": {
+            "samples": 4, "aligned": 3, "linears": 2, "covered": 2, "snr": 40.0, "restored": [],
+            "sites": [{"node": node, "tensor": node, "original": node, "nodes": [node], **site} for node in sites],
+            "depth": [{"node": node, "snr": 60.0 - place} for place, node in enumerate(sites)],
+            "advice": {"sites": 1, "nodes": sites[:1], "gain": 3.0, "command": f"--exclude {sites[0]}"},
+        },
+        "search": {
+            "loss": "energy", "options": ["int8"], "limits": {"max_size": 0.5}, "met": True,
+            "samples": {"steering": 1, "proof": 1}, "points": [point, point | {"bytes": 800, "chosen": False}],
+            "sites": [{"nodes": sites, "option": "int8", "bytes": 10, "snr_db": 40.0, "better": None}],
+        },
+        "engines": [{
+            "sm": 89, "path": "m.engine", "bytes": 940, "seconds": 1.0, "backend": "rtx", "accuracy": None,
+            "plan": {"readable": True, "reason": "", "int8": 1, "total": 2,
+                     "not_int8": [{"node": sites[0], "runs_as": "float"}],
+                     "nodes": [{"node": node, "runs_as": "int8", "kernel": "k", "operands": []} for node in sites]},
+        }],
+    }  # fmt: skip
 
 
 def figures(text: str) -> set[str]:
     return set(re.findall(r"-?\d[\d,]*\.?\d*(?:e[+-]\d+)?", text))
 
 
-@pytest.mark.parametrize("which", ["made", "real"])
-def test_the_figures_are_those_of_the_terminal(which, real):
-    shown = record() if which == "made" else real
+@pytest.mark.parametrize("which", ["made", "real", "complete"])
+def test_the_figures_are_those_of_the_terminal(which, real, complete):
+    shown = {"made": record(), "real": real, "complete": complete}[which]
     page = Page(to_html(shown))
     printed = figures(re.sub(r"… and \d+ more", "", terminal(shown)))
     assert len(printed) > 20
@@ -80,12 +113,12 @@ def test_the_figures_are_those_of_the_terminal(which, real):
 
 
 def test_nothing_is_left_out(real):
-    """Every refused node and every site, by its whole name."""
+    """Every node that was changed or refused and every site, by its whole name."""
     page = Page(to_html(real))
     for step in real["steps"]:
         for refusal in step["refused"]:
             assert refusal["node"] in page.text
-        for site in step["facts"].get("sites", ()):
+        for site in [*step["changed"], *step["facts"].get("sites", ()), *step["facts"].get("ranges", ())]:
             assert site["node"] in page.text
 
 
@@ -109,9 +142,12 @@ def planted(value: Any) -> Any:
     return value + EVIL if isinstance(value, str) and value not in ("inf", "-inf") else value
 
 
-def test_names_are_no_more_than_texts(real):
-    known = {tag for tag, _ in Page(to_html(real)).tags}
-    page = Page(to_html(planted(real)))
+@pytest.mark.parametrize("runs", [1, 2])
+def test_names_are_no_more_than_texts(runs, complete, real):
+    other = real | {"steps": real["steps"][:-1], "tool": "another"}
+    shown = complete if runs == 1 else {"tool": "t", "command": "report a b", "runs": [complete, other]}
+    known = {tag for tag, _ in Page(to_html(shown)).tags}
+    page = Page(to_html(planted(shown)))
     assert {tag for tag, _ in page.tags} <= known
     assert sum(tag == "script" for tag, _ in page.tags) == 1
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
@@ -126,13 +162,38 @@ def test_links_lead_to_the_nodes(real):
     assert links == set(anchors)
 
 
-def test_the_page_of_a_large_model_is_small():
-    shown = record()
+def test_the_page_of_a_large_model_is_small(complete):
+    shown = json.loads(json.dumps(complete))
     names = [f"/model/layers.{i // 12}/attention/block_{i}/MatMul" for i in range(1500)]
-    shown["steps"][0]["refused"] = [
-        {"node": n, "reason": "MatMul: it has no weight", "code": "no weight"} for n in names
-    ]
-    assert len(to_html(shown)) < 2e6
+
+    def many(row: dict[str, Any]) -> list[dict[str, Any]]:
+        return [row | {"node": name} for name in names]
+
+    smooth, quantize = shown["steps"][-2:]
+    quantize["refused"] = [{"node": n, "reason": "MatMul: it has no weight", "code": "no weight"} for n in names]
+    quantize["facts"]["ranges"] = many(quantize["facts"]["ranges"][0])
+    smooth["facts"]["sites"] = many(smooth["facts"]["sites"][0])
+    for key in ("sites", "depth"):
+        shown["explanation"][key] = many(shown["explanation"][key][0])
+    shown["engines"][0]["plan"]["nodes"] = many(shown["engines"][0]["plan"]["nodes"][0])
+    page = to_html(shown)
+    assert len(page) < 2e6
+    assert sum("rest" in str(attrs.get("class")) for _, attrs in Page(page).tags) == 4  # tables show their first rows
+
+
+def test_pictures_of_a_record_are_png_or_not_shown(real):
+    shown = json.loads(json.dumps(real))
+    assert sum(tag == "img" for tag, _ in Page(to_html(shown)).tags) == len(shown["accuracy"]["worst"]) > 0
+    for one in shown["accuracy"]["worst"]:
+        one["picture"] = "data:image/svg+xml;base64,AAAA"
+    assert not any(tag == "img" for tag, _ in Page(to_html(shown)).tags)
+
+
+def test_the_summary_says_whether_gates_are_met(real):
+    assert "Gates 2 of 2 all met" in Page(to_html(real)).text
+    missed = real | {"gates": [real["gates"][0] | {"met": False}, *real["gates"][1:]]}
+    assert "GATE MISSED" in Page(to_html(missed)).text
+    assert "Gates 1 of 2" in Page(to_html(missed)).text
 
 
 def test_compress_writes_it_and_report_shows_both(real, tmp_path):
