@@ -68,12 +68,13 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "fp8": (*_FOLD, "quantize-weights"),
     "nvfp4": (*_FOLD, "quantize-weights"),
 }
-SETTINGS: dict[str, dict[str, Any]] = {  # of built-in recipes: options of their last pass that differ from its defaults
-    "int8-dynamic": {"activations": "int8-per-token"},
-    "int4": {"weights": "int4"},
-    "int4-gptq": {"weights": "int4", "rounder": "gptq"},
-    "bf16": {"type": "bfloat16"},
-    "dgq": {"weights": "dgq", "activations": "int8"},
-    "fp8": {"weights": "fp8", "activations": "fp8"},
-    "nvfp4": {"weights": "nvfp4", "activations": "fp4"},
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {  # of passes of built-in recipes: options that differ from defaults
+    "int8-smooth": {"smooth": {"allow_insert": True}},
+    "int8-dynamic": {"quantize-weights": {"activations": "int8-per-token"}},
+    "int4": {"quantize-weights": {"weights": "int4"}},
+    "int4-gptq": {"quantize-weights": {"weights": "int4", "rounder": "gptq"}},
+    "bf16": {"cast": {"type": "bfloat16"}},
+    "dgq": {"quantize-weights": {"weights": "dgq", "activations": "int8"}},
+    "fp8": {"quantize-weights": {"weights": "fp8", "activations": "fp8"}},
+    "nvfp4": {"quantize-weights": {"weights": "nvfp4", "activations": "fp4"}},
 }

@@ -84,8 +84,8 @@ def load_recipe(source: str | Path) -> Recipe:
     Raises UsageError, which names the file, the pass, the key and the expected value.
     """
     if isinstance(source, str) and source in BUILT_IN:
-        *first, last = BUILT_IN[source]
-        return Recipe(source, (*(PASSES[name]() for name in first), PASSES[last](**SETTINGS.get(source, {}))))
+        settings = SETTINGS.get(source, {})
+        return Recipe(source, tuple(PASSES[name](**settings.get(name, {})) for name in BUILT_IN[source]))
     path = Path(source)
     try:
         text = path.read_bytes().decode()
