@@ -117,7 +117,7 @@ class Block:
         ends = dict.fromkeys(site.pair.first for site in sites)
         given = dict.fromkeys(name for site in sites for name in site.given)
         seen = dict.fromkeys([*ends, *(cut.to_first[name] for name in given), *outputs])
-        self._first = cut.first.open(seen, given=ends if outputs else (), exact=True, optimize=False)
+        self._first = cut.first.open(seen, given=ends if outputs else (), exact=True)
         seen = dict.fromkeys(site.pair.second for site in sites)
         self._second = cut.second.open(seen, given=given, before=True, exact=True, optimize=False)
 
