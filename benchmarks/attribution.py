@@ -98,7 +98,7 @@ def planted(path: Path, places: int) -> Iterator[tuple[str, gs.Graph, str]]:
     chosen = [names[i] for i in np.linspace(0, len(names) - 1, min(places, len(names))).astype(int)]
     for number in range(places):
         name, graph = chosen[number % len(chosen)], load(path)
-        fault = FAULTS[(number + number // len(chosen)) % len(FAULTS)]
+        fault = FAULTS[(number % len(chosen) + number // len(chosen)) % len(FAULTS)]
         site = next(site for site in _layers(graph) if site.reader.name == name)
         yield fault.__name__.replace("_", " "), graph, fault(graph, site).name
 

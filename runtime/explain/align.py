@@ -63,7 +63,7 @@ def sketches(model: Model, feeds: Iterable[Feed]) -> dict[str, Sketch]:
     """The sketches of the tensors that a model computes. Tensors without elements have none."""
     feeds, found = list(feeds), {}
     for start in range(0, len(model.computed), _AT_ONCE):
-        session = model.open(model.computed[start : start + _AT_ONCE], exact=True, optimize=False)
+        session = model.open(model.computed[start : start + _AT_ONCE])
         for feed in feeds:
             for name, values in session.run(feed).items():
                 found.setdefault(name, Sketch()).add(values)

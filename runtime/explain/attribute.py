@@ -61,7 +61,7 @@ class Explainer:
     def explain(self) -> Explanation:
         """Measures every site, the worst on more samples, then what restoring these recovers."""
         sites, second = self.cut.sites, self.cut.second
-        reference = self.cut.first.open(self.outputs, exact=True)
+        reference = self.cut.first.open(self.outputs, optimize=True)
         expected = [reference.run(feed) for feed in self.feeds]
         del reference
         effects = {site.pair.second: _Effect() for site in sites}
@@ -114,7 +114,7 @@ class Explainer:
         steps = [step for step in _STEPS if step <= len(ranked)]
         chosen = list(ranked[: max(steps, default=0)])
         grafts = [self.cut.graft(site) for site in chosen]
-        hybrid = self.cut.second.open(self.outputs, grafts=grafts, exact=True, optimize=False)
+        hybrid = self.cut.second.open(self.outputs, grafts=grafts)
         found: dict[int, float] = {}
         for count in (0, *steps):
             restored = [site.pair.second for site in chosen[:count]]

@@ -117,9 +117,9 @@ class Block:
         ends = dict.fromkeys(site.pair.first for site in sites)
         given = dict.fromkeys(name for site in sites for name in site.given)
         seen = dict.fromkeys([*ends, *(cut.to_first[name] for name in given), *outputs])
-        self._first = cut.first.open(seen, given=ends if outputs else (), exact=True, optimize=False)
+        self._first = cut.first.open(seen, given=ends if outputs else (), optimize=True)
         seen = dict.fromkeys(site.pair.second for site in sites)
-        self._second = cut.second.open(seen, given=given, before=True, exact=True, optimize=False)
+        self._second = cut.second.open(seen, given=given, before=True)
 
     def expected(self, feed: Feed) -> Feed:
         """The values of the first model, by their names there."""

@@ -6,7 +6,6 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import onnx
@@ -77,7 +76,7 @@ class Model:
         given: Iterable[str] = (),
         grafts: Iterable[Graft] = (),
         before: bool = False,
-        **how: Any,
+        optimize: bool = False,
     ) -> Opened:
         """A session that returns ``outputs`` in float32.
 
@@ -101,7 +100,9 @@ class Model:
             source = _OWN.format(name) if before and name in sources else name
             graph.node.append(onnx.helper.make_node("Cast", [source], [_SEEN.format(name)], to=onnx.TensorProto.FLOAT))
         _keep(graph, [_SEEN.format(name) for name in outputs])
-        return Opened(open_model(model, weights, [_SEEN.format(name) for name in outputs], **how), self, outputs)
+        names = [_SEEN.format(name) for name in outputs]
+        session = open_model(model, weights, names, exact=True, optimize=optimize, spins=False, arena=False)
+        return Opened(session, self, outputs)
 
     def _weights(self, prefix: str = "") -> list[tuple[onnx.TensorProto, np.ndarray]]:
         found = [(deepcopy(weight), packed(self._snapshot.values[weight.name])) for weight in self._snapshot.weights]

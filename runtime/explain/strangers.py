@@ -16,7 +16,7 @@ from channelfold.runtime.explain.cut import Cut, Errors, Site
 from channelfold.runtime.io.session import Feed
 
 _ROUNDS = 32  # of looking for strangers; a chain of them may take as many
-_BETTER = 4  # times, in squared errors, that a site gets better without a stranger
+_BETTER = 1.25  # times, in squared errors, that a site gets better without a stranger: errors of their own would add up
 _NOTABLE, _LARGE = 1e-4, 1e-2  # squared errors from which a site is looked at: if its own is the larger one, and anyway
 _DEPTHS = (1, 2, 4, 8)  # sites up to which strangers are looked for
 

@@ -24,6 +24,7 @@ _FOLDER = "session.model_external_initializers_file_folder_path"  # heeded with 
 _WEIGHTS = "session.optimized_model_external_initializers_file_name"
 _LEAST = "session.optimized_model_external_initializers_min_size_in_bytes"
 _RESTS = "session.force_spinning_stop"
+_SPINS = "session.intra_op.allow_spinning"
 _AS_STORED = "session.disable_prepacking"
 
 _TIMED = "_kernel_time"
@@ -124,8 +125,9 @@ class Session:
     the file and not of this machine. ``fuse=False`` leaves QDQ nodes, and float weights behind them, as they are.
     ``optimized`` is where ONNX Runtime writes the graph that it makes of the model, weights beside it.
     ``arena=False``: memory is given back after every run, instead of being kept for the next. ``rests``: between runs
-    the threads sleep, instead of keeping the processors busy while they wait. ``providers`` defaults to the CPU.
-    ``profile``: how the name of a file begins to which ONNX Runtime writes the time of every node, see ``events``.
+    the threads sleep, instead of keeping the processors busy while they wait; ``spins=False``: within a run as well.
+    ``providers`` defaults to the CPU. ``profile``: how the name of a file begins to which ONNX Runtime writes the time
+    of every node, see ``events``.
 
     Raises ModelError when ONNX Runtime refuses the model.
     """
@@ -143,6 +145,7 @@ class Session:
         threads: int | None = None,
         arena: bool = True,
         rests: bool = False,
+        spins: bool = True,
         profile: Path | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ):
@@ -171,6 +174,8 @@ class Session:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         if rests:
             options.add_session_config_entry(_RESTS, "1")
+        if not spins:
+            options.add_session_config_entry(_SPINS, "0")
         if threads:
             options.intra_op_num_threads = threads
         if folder is not None:

@@ -211,7 +211,7 @@ class Job:
                 self.prove(candidate, as_written, fuse)
             if any(step["changed"] and step["options"].get("target") == "onnxruntime" for step in steps):
                 self.time()
-            self._proved = None
+            self.close()
 
     @contextlib.contextmanager
     def blaming(self) -> Iterator[None]:
@@ -239,6 +239,10 @@ class Job:
         ratio = timed[1].ms / timed[0].ms
         if round(ratio, 2) > 1:
             self.warn(f"The quantized file is {ratio:.2f}x as slow as float on this machine")
+
+    def close(self) -> None:
+        """Closes the sessions of the proof."""
+        self._proved = None
 
     def prepared(self) -> list[Pass]:
         """Passes that show all weights to the others: makes inputs with defaults constants, and inlines functions."""
