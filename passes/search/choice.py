@@ -23,7 +23,7 @@ _MATTERS = 0.02  # share of the error of a point from which on a guess in it is 
 
 @dataclass
 class Choice:
-    """A choice at work. ``clock``: the time of a point. ``latency`` predicts that time, to find mixes within a limit."""
+    """A choice at work. ``clock``: the time of a point; ``latency`` predicts the time, to find mixes within a limit."""
 
     sites: list[Site]
     steering: Split
