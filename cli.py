@@ -155,7 +155,7 @@ def smooth(jobs: Any, progress: Any, model: str, output: str, method: str, **opt
       equalize     makes weight ranges equal across layers; needs no data
       split-merge  splits channels that stand out into several
       reorder      sorts channels in attention heads; needs no data
-      rotate       rotates the residual stream of a decoder; needs no data
+      rotate       rotates the residual stream and heads; needs no data
     """
     return jobs.smooth(model, output, method, progress=progress, **_settings(jobs, options))
 

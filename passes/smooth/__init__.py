@@ -6,7 +6,7 @@ absorb-bias        y = W2 relu(W1 x + b1) + b2 = W2 relu(W1 x + b1 - c) + b2 + W
 split-channels     w x = T (w (x / T)): an outlier channel becomes T smaller ones
 merge-channels     w_i x_i + w_j x_j ~ (w_i + w_j) (x_i + x_j) / 2
 reorder-channels   q . k = (P q) . (P k),   W_o v = (W_o P^T) (P v)
-rotate             W n(x) = (W Q) n(Q^T x),   n(x) = x / sqrt(mean(x^2))
+rotate             W n(x) = (W Q) n(Q^T x),   n(x) = x / sqrt(mean(x^2));   W_o v = (W_o Q) (Q^T v)
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class ReorderChannels(Pass):
 
 @dataclass(frozen=True)
 class Rotate(Pass):
-    """Rotates the residual stream of a model with RMS norms by a Hadamard matrix, which spreads outlier channels."""
+    """Rotates the residual stream of models with RMS norms, and attention heads, which spreads outlier channels."""
 
     name, kind, does_it = "rotate", "exact", "rotate"
 

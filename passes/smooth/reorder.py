@@ -7,17 +7,14 @@ P sorts the channels of a head by the norm of their rows in W_k (or W_v), larges
 of keys has one order, which all its queries share. The pass is exact and needs no data. Number formats whose blocks
 share an exponent then waste fewer bits, because small channels do not share the exponent of large channels.
 
-``scale_regions.trace`` finds the tensors that share channels. Their channels can be sorted where each index map
-consists of whole heads in one sequence of channels, so that every operator moves whole heads. The pass refuses rotary
-embeddings, whose tables all heads share, norms within heads, and a cache of keys that is an output of the graph.
+Where heads can be sorted is told by ``heads``. The pass refuses rotary embeddings, whose tables all heads share, norms
+within heads, and a cache of keys that is an output of the graph.
 
 Source: K-sort, for block floating point caches of keys; the order of values is an extension.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,10 +22,10 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.renumber import index_constants
-from channelfold.passes.channels.scale_regions import End, Region, Shape, trace
-from channelfold.passes.layers.linear import check_growth, linears, view
-from channelfold.passes.operators import operator
+from channelfold.passes.channels.scale_regions import End, Region, Shape
+from channelfold.passes.layers.linear import view
 from channelfold.passes.smooth import ReorderChannels
+from channelfold.passes.smooth.heads import Heads, attended, check_constant, why_unreached
 from channelfold.runtime.data.probes import random_data
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.facts import required_inputs
@@ -59,86 +56,14 @@ class Work(ReorderChannels):
         outcome = Outcome()
         data = ctx.calibration if ctx.calibration is not None else random_data(required_inputs(graph), 1)
         shapes = measured_shapes(graph, next(iter(data)))
-        products = {id(node): node for node in graph.nodes if _multiplies_activations(node)}
-        facts, done = [], set()
-        for linear in linears(graph) if products else ():
-            if id(linear.node) in done:
-                continue
-            region = trace(graph, linear.output, linear.out_axis, shapes)
-            done.update(id(end.node) for end in region.ends if end.role == "out")
-            for product in [node for node in products.values() if id(node.inputs[1]) in region.places]:
-                del products[id(product)]
-                with outcome.refusing(product.name, "MatMul"):
-                    facts.append(_sort(graph, region, product, shapes, outcome))
-        for product in products.values():
-            reason = _why_unreached(graph, product, shapes)
-            outcome.refuse(product.name, f"MatMul: {reason}", reason)
+        facts = []
+        for product, region in attended(graph, shapes):
+            with outcome.refusing(product.name, "MatMul"):
+                if region is None:
+                    raise Refused(why_unreached(graph, product, shapes))
+                facts.append(_sort(graph, region, product, shapes, outcome))
         outcome.facts = {"block": BLOCK, "mantissa": MANTISSA, "sites": facts}
         return outcome
-
-
-def _multiplies_activations(node: gs.Node) -> bool:
-    return operator(node).kind == "matmul" and not any(isinstance(t, gs.Constant) for t in node.inputs)
-
-
-def _why_unreached(graph: gs.Graph, product: gs.Node, shapes: dict[str, Shape]) -> str:
-    """Why no linear writes the second operand of a product."""
-    for axis in (-2, -1):
-        try:
-            region = trace(graph, product.inputs[1], axis, shapes)
-        except Refused as error:
-            return str(error)
-        norms = [end.node.op for end in region.ends if end.role == "norm"]
-        if norms:
-            return f"{norms[0]} works within its heads"
-        if reason := next(filter(None, region.fixed), ""):
-            return reason
-    return "no linear writes what it multiplies"
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Classes of a region that form heads: ``rows`` (heads, channels), in the order of every tensor.
-
-    ``place`` holds the position of each class in ``rows`` flattened; -1 where a class is in no head.
-    """
-
-    rows: np.ndarray
-    place: np.ndarray
-
-    @classmethod
-    def of(cls, region: Region, index: np.ndarray) -> _Heads:
-        """The heads of the second operand of a product, from its index map."""
-        if index.ndim < 2 or (index.shape[-1] > 1) == (index.shape[-2] > 1):
-            raise Refused("its channels lie along no single axis")
-        moved = index.swapaxes(-1, -2) if index.shape[-2] > 1 else index
-        rows = np.unique(np.abs(moved).reshape(-1, moved.shape[-1]), axis=0)
-        place = np.full(region.size + 1, -1)
-        place[rows.reshape(-1)] = np.arange(rows.size)
-        return cls(rows, place)
-
-    def touch(self, index: np.ndarray) -> bool:
-        return bool((self.place[np.abs(index)] >= 0).any())
-
-    def check(self, index: np.ndarray, name: str) -> None:
-        """Raises Refused unless an index map consists of whole heads and of channels that are in no head."""
-        found = self.place[np.abs(index)].reshape(-1)
-        size = self.rows.shape[1]
-        if found.size % size:
-            raise Refused(f"{name!r} has parts of its heads")
-        blocks = found.reshape(-1, size)
-        whole = (blocks == blocks[:, :1] + np.arange(size)).all(axis=1) & (blocks[:, 0] % size == 0)
-        if not (whole | (blocks < 0).all(axis=1)).all():
-            raise Refused(f"{name!r} does not keep its heads together")
-
-    def positions(self, index: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """The old position of each position of a sorted vector of whole heads. ``order``: (heads, channels)."""
-        size = self.rows.shape[1]
-        positions = np.arange(index.size).reshape(-1, size)
-        first = self.place[np.abs(index)].reshape(-1, size)[:, 0]
-        heads = first[first >= 0] // size
-        positions[first >= 0] = np.take_along_axis(positions[first >= 0], order[heads], axis=1)
-        return positions.reshape(-1)
 
 
 def _sort(
@@ -146,15 +71,7 @@ def _sort(
 ) -> dict[str, Any]:
     """Sorts the channels of the heads of one product. Raises Refused, with nothing changed."""
     index = region.places[id(product.inputs[1])][1]
-    heads = _Heads.of(region, index)
-    for reason in filter(None, (region.fixed[c - 1] for c in heads.rows.reshape(-1))):
-        raise Refused(reason)
-    _check_operands(graph, region, heads, shapes)
-    if np.unique(heads.rows).size < heads.rows.size:
-        raise Refused("its heads have channels in common")
-    for tensor, held in region.places.values():
-        if heads.touch(held):
-            heads.check(held, tensor.name)
+    heads = Heads.checked(graph, region, index, shapes)
     signed = np.zeros(region.size + 1, np.int64)
     signed[np.abs(index)] = np.sign(index)
     weights = _weights(graph, region, heads, signed)
@@ -164,7 +81,7 @@ def _sort(
     errors = [_relative_error(weights), _relative_error(after)]
     ends = [end for end in region.ends if heads.touch(end.index)]
     for end in ends:
-        _check_constant(end)
+        check_constant(end)
     if (order != np.arange(order.shape[1])).any():
         for end in ends:
             _sort_end(graph, end, heads.positions(end.index, order))
@@ -180,38 +97,7 @@ def _sort(
     }
 
 
-def _check_operands(graph: gs.Graph, region: Region, heads: _Heads, shapes: dict[str, Shape]) -> None:
-    """Raises Refused where a node combines the channels of heads with a tensor that has its own order."""
-    for end in region.ends:
-        if end.role in ("norm", "factor") and heads.touch(end.index):
-            raise Refused(f"{end.node.op} scales the channels of its heads")
-    biases = {id(end.linear.bias_node) for end in region.ends if end.linear is not None}
-    for tensor, index in region.places.values():
-        if not heads.touch(index):
-            continue
-        varied = [axis - index.ndim for axis, size in enumerate(index.shape) if size > 1]
-        for node in [*tensor.inputs, *edit.consumers(tensor)]:
-            if operator(node).kind == "gather" and _picks_channels(node, region):
-                raise Refused("Gather picks its channels one by one")
-            if not operator(node).arithmetic or id(node) in biases:
-                continue
-            for other in [t for t in node.inputs if not isinstance(t, gs.Constant) and id(t) not in region.places]:
-                shape = shapes[other.name]
-                if any(len(shape) >= -axis and shape[axis] > 1 for axis in varied):
-                    raise Refused(f"{node.op} combines its channels with {other.name!r}, as rotary embeddings do")
-
-
-def _picks_channels(node: gs.Node, region: Region) -> bool:
-    """Whether a Gather picks several channels along the axis of the channels of one head."""
-    indices, source = edit.argument(node, 1, "indices"), region.places.get(id(node.inputs[0]))
-    if indices is None or indices.size == 1 or source is None:
-        return False
-    index = source[1]
-    last = max((axis for axis, size in enumerate(index.shape) if size > 1), default=-1)
-    return int(node.attrs.get("axis", 0)) % index.ndim == last
-
-
-def _weights(graph: gs.Graph, region: Region, heads: _Heads, signed: np.ndarray) -> np.ndarray:
+def _weights(graph: gs.Graph, region: Region, heads: Heads, signed: np.ndarray) -> np.ndarray:
     """The rows that write the second operand, (heads, channels, in) float64. ``signed``: the sign of each class."""
     for end in region.ends:
         if end.role != "out" or not heads.touch(end.index):
@@ -225,17 +111,6 @@ def _weights(graph: gs.Graph, region: Region, heads: _Heads, signed: np.ndarray)
         rows[place[own]] = found[own].reshape(int(own.sum()), -1)
         return rows.reshape(*heads.rows.shape, -1)
     raise Refused("no single linear writes all of its heads")
-
-
-def _check_constant(end: End) -> None:
-    """Raises Refused where the constants at an end cannot be written."""
-    if end.linear is None:
-        if math.prod(end.node.inputs[edit.constant_input(end.node)].shape) not in (1, end.index.size):
-            raise Refused(f"{end.node.op} adds a constant that is not one value for each of its channels")
-    elif end.linear.groups > 1:
-        raise Refused(f"{end.node.op} works in groups")
-    else:
-        check_growth(end.linear)
 
 
 def _sort_end(graph: gs.Graph, end: End, positions: np.ndarray) -> None:

@@ -6,6 +6,8 @@
 The gain g of a norm goes into the weights behind the norm first, and the norm keeps ones. Q is a Hadamard matrix with
 random signs (``numeric.hadamard``), so one large channel becomes many of its size over sqrt(n).
 
+Heads are turned within themselves too: see ``rotate_heads``.
+
 The stream is followed from every embedding and linear in both directions. What it may pass: sums, norms without a mean
 in any form (one operator, or x / sqrt(mean(x^2) + e) in single ones), factors that all channels share, moves that leave
 the channels in place. Where anything else reads or writes the stream, all of it is refused. Streams without a norm are
@@ -19,7 +21,7 @@ Source: Ashkboos et al., QuaRot, NeurIPS 2024.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,17 +30,18 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.layers.formats import chunks
-from channelfold.passes.layers.linear import Linear, cast, linears
+from channelfold.passes.layers.linear import Linear, cast, linears, view
 from channelfold.passes.layers.quantization_error import decibels
 from channelfold.passes.numeric.hadamard import Turn
 from channelfold.passes.operators import operator
 from channelfold.passes.smooth import Rotate
+from channelfold.passes.smooth.rotate_heads import HeadTurn, head_turns
 from channelfold.passes.smooth.trial import Judge, Sites, paying
 from channelfold.runtime.data.probes import random_data
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.facts import required_inputs
-from channelfold.runtime.io.shapes import LazyShapes
+from channelfold.runtime.io.shapes import Shape, measured_shapes
 from channelfold.runtime.io.snapshot import Snapshot
 
 _SQUARES = ("ReduceL2", "ReduceSumSquare")
@@ -48,16 +51,16 @@ class Work(Rotate):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
         data = ctx.calibration if ctx.calibration is not None else random_data(required_inputs(graph), 1)
-        shapes = LazyShapes(Snapshot.of(graph).graph(), next(iter(data)))
-        names = [stream.name for stream in streams(graph, shapes, outcome)]
+        shapes = measured_shapes(graph, next(iter(data)))
+        names = list(_sites(graph, shapes, outcome))
         kept, outcome.facts = self._paying(graph, names, shapes, ctx, outcome)
         _turn(graph, shapes, kept, ctx.seed, outcome)
         return outcome
 
     def _paying(
-        self, graph: gs.Graph, names: list[str], shapes: LazyShapes, ctx: Context, outcome: Outcome
+        self, graph: gs.Graph, names: list[str], shapes: Mapping[str, Shape], ctx: Context, outcome: Outcome
     ) -> tuple[list[str], dict[str, Any]]:
-        """(the streams whose turn pays at the outputs of the quantized model, facts). Refuses the others."""
+        """(the sites whose turn pays at the outputs of the quantized model, facts). Refuses the others."""
         if not (names and self.roll_back and ctx.quantizer is not None and ctx.calibration is not None):
             return names, {}
         before = Snapshot.of(graph)
@@ -78,22 +81,28 @@ class Work(Rotate):
             return names, {}
         for number, (with_it, without) in verdict.taken_back.items():
             found = f"the quantized outputs have {decibels(with_it):.1f} dB with it, {decibels(without):.1f} dB without"
-            outcome.refuse(names[number], f"the stream stays as it is: {found}", "taken back, it does not pay")
+            outcome.refuse(names[number], f"it stays as it is: {found}", "taken back, it does not pay")
         return [names[number] for number in sorted(verdict.kept)], {"trial": verdict.facts(len(names), judge.samples)}
 
 
-def _turn(graph: gs.Graph, shapes: LazyShapes, names: Sequence[str], seed: int, outcome: Outcome) -> None:
-    """Turns the streams of some names; refuses a stream whose new weights do not fit their type."""
+def _sites(graph: gs.Graph, shapes: Mapping[str, Shape], outcome: Outcome) -> dict[str, Stream | HeadTurn]:
+    """What can be turned, by name; refuses the rest."""
+    return {site.name: site for site in (*streams(graph, shapes, outcome), *head_turns(graph, shapes, outcome))}
+
+
+def _turn(graph: gs.Graph, shapes: Mapping[str, Shape], names: Sequence[str], seed: int, outcome: Outcome) -> None:
+    """Turns the sites of some names; refuses a site whose new weights do not fit their type."""
+    sites = _sites(graph, shapes, Outcome())
     for name in names:
         before = Snapshot.of(graph)
-        stream = next(stream for stream in streams(graph, shapes, Outcome()) if stream.name == name)
-        with outcome.refusing(name, "the stream stays as it is"):
+        with outcome.refusing(name, "it stays as it is"):
             try:
-                stream.turn(seed)
+                sites[name].turn(seed)
             except Refused:
                 before.restore(graph)
+                sites = _sites(graph, shapes, Outcome())
                 raise
-            outcome.change(name, stream.what)
+            outcome.change(name, sites[name].what)
     edit.sweep(graph)
 
 
@@ -123,8 +132,10 @@ class Stream:
     def turn(self, seed: int) -> None:
         """Turns the stream. Raises DoesNotFit where a weight does not fit its type."""
         turn = Turn(self.width, seed)
-        for linear in {**self.writers, **{key: linear for key, (linear, _) in self.readers.items()}}.values():
-            key, weight, bias = id(linear.node), linear.weight(), linear.bias()
+        nodes = {**self.writers, **{key: linear for key, (linear, _) in self.readers.items()}}
+        for key, found in nodes.items():
+            linear = view(self.graph, found.node)  # anew, because other sites may have changed the weight
+            weight, bias = linear.weight(), linear.bias()
             if key in self.readers:
                 weight = _turned(weight, turn, self.readers[key][1])
             if key in self.writers:
@@ -152,7 +163,7 @@ def _turned(matrix: np.ndarray, turn: Turn, gain: np.ndarray | float = 1.0) -> n
     return found
 
 
-def streams(graph: gs.Graph, shapes: LazyShapes, outcome: Outcome) -> Iterator[Stream]:
+def streams(graph: gs.Graph, shapes: Mapping[str, Shape], outcome: Outcome) -> Iterator[Stream]:
     """Every stream with a norm that can be turned, in order; refuses the others. ``shapes``: of a copy of the graph."""
     found = {id(linear.node): linear for linear in linears(graph)}
     seen: set[int] = set()
@@ -189,7 +200,7 @@ def _is_table(node: gs.Node) -> bool:
 class _Tracer:
     """Follows a stream from one tensor. ``seen``: the tensors of the stream, each with the gain that it has."""
 
-    def __init__(self, stream: Stream, shapes: LazyShapes, found: dict[int, Linear]):
+    def __init__(self, stream: Stream, shapes: Mapping[str, Shape], found: dict[int, Linear]):
         self.stream, self.seen = stream, dict[int, np.ndarray | None]()
         self._graph, self._linears, self._shapes = stream.graph, found, shapes
         self._written = {id(linear.output): linear for linear in found.values()}
@@ -353,8 +364,8 @@ class _Tracer:
 
     def _last(self, tensor: gs.Tensor) -> int:
         """The size of the last axis of a tensor: 1 for a single value, 0 where it is not known."""
-        shape = tensor.shape if isinstance(tensor, gs.Constant) else self._shapes.measured(tensor.name)
+        shape = tensor.shape if isinstance(tensor, gs.Constant) else self._shapes.get(tensor.name)
         return 0 if shape is None else shape[-1] if shape else 1
 
     def _rank(self, tensor: gs.Tensor) -> int:
-        return len(self._shapes.measured(tensor.name) or ())
+        return len(self._shapes.get(tensor.name) or ())

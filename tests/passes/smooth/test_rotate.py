@@ -1,4 +1,4 @@
-"""The residual stream turned: the same function, whatever form its norms have; refused where anything else reads it."""
+"""Streams and heads turned: the same function, in whatever form; refused where anything that is not linear reads them."""
 
 from __future__ import annotations
 
@@ -170,3 +170,46 @@ def test_what_does_not_fit_its_type_changes_nothing():
     assert "does not fit float16" in outcome.refused[0].reason
     assert listing(graph) == before
     assert all(np.array_equal(values, held[name]) for name, values in constants(graph).items())
+
+
+HEADS = """
+    q0 = MatMul(x, Q) k0 = MatMul(x, K) v0 = MatMul(x, V) v1 = Add(v0, bv)
+    q1 = Reshape(q0, heads) k1 = Reshape(k0, heads) v2 = Reshape(v1, heads)
+    q = Transpose<perm=[0,2,1,3]>(q1) k = Transpose<perm=[0,2,3,1]>(k1) v = Transpose<perm=[0,2,1,3]>(v2)
+    s = MatMul(q, k) p = Softmax<axis=-1>(s) a = MatMul(p, v) a1 = Transpose<perm=[0,2,1,3]>(a)
+    a2 = Reshape(a1, flat) y = MatMul(a2, O)
+"""
+
+
+def heads(body: str = HEADS, bias: int | np.ndarray = 24) -> gs.Graph:
+    weights: dict[str, Any] = {"Q": (16, 24), "K": (16, 24), "V": (16, 24), "O": (24, 16), "bv": bias}
+    shapes = {"heads": np.array([2, 10, 3, 8]), "flat": np.array([2, 10, 24])}
+    return build("(float[2,10,16] x) => (float[] y)", body, **weights, **shapes)
+
+
+def test_heads_are_turned_within_themselves():
+    graph = heads()
+    feed = feeds(graph)
+    before, held = run(graph, feed), constants(graph)
+    outcome = rotate(graph)
+    assert changes(outcome) == [f"{kind}, 3 heads of 8 channels rotated" for kind in ("keys", "values")]
+    assert_same(before, run(graph, feed))
+    after = constants(graph)
+    for name, axis in (("K", 1), ("Q", 1), ("V", 1), ("O", 0), ("bv", 0)):
+        old, new = (np.moveaxis(part[name], axis, -1).reshape(-1, 3, 8) for part in (held, after))
+        assert not np.allclose(old, new, atol=0.1)
+        assert np.allclose(np.linalg.norm(old, axis=-1), np.linalg.norm(new, axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "bias", "reason"),
+    [
+        ("v2 = Reshape(v1, heads)", "v3 = Relu(v1) v2 = Reshape(v3, heads)", 24, "Relu is not linear in its channels"),
+        ("", "", np.array([0.5]), "Add adds one number to all of its channels"),
+    ],
+)
+def test_heads_that_stay(old, new, bias, reason):
+    graph = heads(HEADS.replace(old, new), bias)
+    outcome = rotate(graph)
+    assert changes(outcome) == ["keys, 3 heads of 8 channels rotated"]
+    assert [one.reason for one in outcome.refused] == [f"MatMul: {reason}"]
