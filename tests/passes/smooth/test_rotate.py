@@ -1,4 +1,4 @@
-"""Streams and heads turned: the same function, in whatever form; refused where anything that is not linear reads them."""
+"""Streams and heads turned: the same function, in whatever form; refused where what is not linear reads them."""
 
 from __future__ import annotations
 
