@@ -126,8 +126,9 @@ class Session:
     ``optimized`` is where ONNX Runtime writes the graph that it makes of the model, weights beside it.
     ``arena=False``: memory is given back after every run, instead of being kept for the next. ``rests``: between runs
     the threads sleep, instead of keeping the processors busy while they wait; ``spins=False``: within a run as well.
-    ``providers`` defaults to the CPU. ``profile``: how the name of a file begins to which ONNX Runtime writes the time
-    of every node, see ``events``.
+    ``prepack=False``: weights stay in their file, of which ONNX Runtime otherwise holds a copy in the layout of its
+    kernels. ``providers`` defaults to the CPU. ``profile``: how the name of a file begins to which ONNX Runtime writes
+    the time of every node, see ``events``.
 
     Raises ModelError when ONNX Runtime refuses the model.
     """
@@ -147,6 +148,7 @@ class Session:
         rests: bool = False,
         spins: bool = True,
         profile: Path | None = None,
+        prepack: bool = True,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ):
         ort = onnxruntime()
@@ -168,7 +170,9 @@ class Session:
             options.optimized_model_filepath = str(optimized)
             options.add_session_config_entry(_WEIGHTS, f"{optimized.name}.data")
             options.add_session_config_entry(_LEAST, "1024")
-            options.add_session_config_entry(_AS_STORED, "1")  # nothing will run
+            prepack = False  # nothing will run
+        if not prepack:
+            options.add_session_config_entry(_AS_STORED, "1")
         options.enable_cpu_mem_arena = arena
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)

@@ -28,6 +28,7 @@ from channelfold.runtime.io.names import in_order, reads
 from channelfold.runtime.io.session import Feed, Session
 
 LIMIT = 1 << 26  # bytes that are observed in one part; cutting costs no time that can be measured
+_MAPPED = 1 << 30  # bytes of weights from which on ONNX Runtime makes no copies of them, which cost it little time
 _NO_ARRAYS = (onnx.TensorProto.UNDEFINED, onnx.TensorProto.BFLOAT16)  # of which a session cannot give its values
 
 
@@ -58,6 +59,7 @@ class Observed:
         chain = _Chain(nodes, dict.fromkeys(tensors), sizes or {})
         types = _types(graph) if chain.total > limit else {}
         stops = chain.stops(limit, types)
+        prepack = sum(values.nbytes for _, values in weights) < _MAPPED
         self.parts = list[Part]()
         for start, stop in zip((0, *stops), stops, strict=False):
             inner, later = nodes[start:stop], chain.passed(stop)
@@ -67,7 +69,7 @@ class Observed:
             casts = [_cast(name, output) for output, name in shown.items() if output != name]
             passed = sorted(name for name in written & later if name not in shown)
             names = tuple(node.name for node in inner)
-            session = _session(model, weights, [*inner, *casts], [*shown, *passed], types, whole=len(stops) == 1)
+            session = _session(model, weights, [*inner, *casts], [*shown, *passed], types, len(stops) == 1, prepack)
             self.parts.append(Part(session, names, shown, frozenset(later)))
 
     def run(self, feed: Feed) -> Iterator[dict[str, np.ndarray]]:
@@ -155,6 +157,7 @@ def _session(
     outputs: Sequence[str],
     types: Mapping[str, onnx.TypeProto],
     whole: bool,
+    prepack: bool,
 ) -> Session:
     """A session of some nodes of a model. What they read and do not write, and is no constant, are inputs.
 
@@ -176,4 +179,4 @@ def _session(
     )
     for name in sorted(outside & given.keys()):
         part.graph.input.append(onnx.ValueInfoProto(name=name, type=given[name]))
-    return open_model(part, own, outputs, arena=whole, rests=True)
+    return open_model(part, own, outputs, arena=whole, rests=True, prepack=prepack)

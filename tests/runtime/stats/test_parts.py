@@ -157,3 +157,16 @@ def test_a_large_limit_opens_the_model_as_it_is():
     (part,) = Observed(graph, ["h2", "x"]).parts
     assert part.later == frozenset()
     assert part.shown == {"h2": "h2", "x__observed": "x"}
+
+
+def test_weights_that_are_mapped_alone_give_the_same_values(monkeypatch):
+    """ONNX Runtime makes no copies of the weights of a large model in the layout of its kernels."""
+    graph, asked, real = chain(6, 8), [], parts.open_model
+    monkeypatch.setattr(parts, "open_model", lambda *args, **how: (asked.append(how["prepack"]), real(*args, **how))[1])
+    found = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(parts, "_MAPPED", limit)
+        found.append(Observed(graph, ["h5", "s5"]).all(sample(8)))
+    assert asked == [True, False]
+    for name, values in found[0].items():
+        assert np.allclose(values, found[1][name], rtol=1e-5, atol=1e-6)
