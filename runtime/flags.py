@@ -156,7 +156,8 @@ source = together(
         "--cache",
         type=click.Path(path_type=Path),
         metavar="DIR",
-        help="Keep statistics of the calibration data there. The same model and data then take no further run.",
+        help="Keep statistics of the calibration data there, and layers that GPTQ has rounded. The same model and data "
+        "then take no further run.",
     ),
 )
 shipped = click.option(

@@ -103,7 +103,6 @@ def _turn(graph: gs.Graph, shapes: Mapping[str, Shape], names: Sequence[str], se
                 sites = _sites(graph, shapes, Outcome())
                 raise
             outcome.change(name, sites[name].what)
-    edit.sweep(graph)
 
 
 @dataclass
@@ -164,7 +163,7 @@ def _turned(matrix: np.ndarray, turn: Turn, gain: np.ndarray | float = 1.0) -> n
 
 
 def streams(graph: gs.Graph, shapes: Mapping[str, Shape], outcome: Outcome) -> Iterator[Stream]:
-    """Every stream with a norm that can be turned, in order; refuses the others. ``shapes``: of a copy of the graph."""
+    """Every stream with a norm that can be turned, in order; refuses the others."""
     found = {id(linear.node): linear for linear in linears(graph)}
     seen: set[int] = set()
     for node in graph.nodes:

@@ -85,7 +85,7 @@ class Source:
     ``random``: the number of random samples in place of calibration data (in ``diff``, of evaluation data).
     ``allow_script``: a path may be a Python script, which is run. ``seed``: the seed of all random numbers.
     ``reading``: how images and texts become samples. ``cache``: a folder that keeps statistics of the calibration data,
-    which later calls with the same model and data find there.
+    and layers that GPTQ has rounded, which later calls with the same model and data find there.
     """
 
     calibration: Any = None
