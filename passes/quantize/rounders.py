@@ -73,12 +73,11 @@ def gptq(format: Format, dtype: np.dtype, products: np.ndarray | Factored, base:
     importance, order = made.importance, made.order
 
     def round_rows(weight: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        ins = weight.shape[1]
         scales = _scales(weight, format, dtype, importance, True, _of_rows(base, rows))
-        steps = np.broadcast_to(format.spread(scales.astype(np.float32), ins), weight.shape)
-        codes = np.empty_like(weight)
-        codes[:, order] = _in_order(weight[:, order].T.copy(), steps[:, order].T.copy(), made.ratio, format).T
-        return format.typed(codes), scales
+        steps = scales.T.astype(np.float32)[order // format.group if format.group else np.zeros_like(order)]
+        codes = np.empty(weight.T.shape, np.float32)
+        codes[order] = _in_order(weight.T[order], steps, made.ratio, format)
+        return format.typed(codes).T, scales
 
     return round_rows
 
