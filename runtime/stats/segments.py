@@ -16,6 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.runtime.data.sources import Data
+from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.files import session
@@ -76,10 +77,14 @@ class Segments:
 
 
 def _on_disk(values: Mapping[str, np.ndarray], files: Scratch) -> dict[str, np.ndarray]:
-    """The values, large ones as arrays on a file, which goes with the last of them."""
+    """The values, large ones as arrays on a file, which goes with the last of them. Raises ModelError for sequences."""
     found = dict(values)
     for name, array in found.items():
-        if isinstance(array, np.ndarray) and array.dtype != object and array.nbytes >= SPILL_LIMIT:
+        if not hasattr(array, "dtype"):
+            raise ModelError(
+                f"The model cannot be cut where {name!r} is read, which is no tensor", "Use another rounder"
+            )
+        if array.dtype != object and array.nbytes >= SPILL_LIMIT:
             found[name] = stored(files, array).load()
     return found
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io.files import session
 from channelfold.runtime.stats import segments
 from channelfold.runtime.stats.segments import Segments
@@ -75,3 +77,11 @@ def test_large_values_lie_on_disk(monkeypatch):
     for values, other in zip(found.values("p"), plain, strict=True):
         assert np.array_equal(values, other)
         assert not values.flags.writeable  # mapped
+
+
+def test_a_sequence_is_not_passed_on():
+    text = "q = Relu(x) s = SequenceConstruct(q, x) r = Neg(q) c = ConcatFromSequence<axis=0>(s) y = Add(r, c)"
+    graph = build("(float[4,8] x) => (float[] y)", text, kind="float")
+    found = Segments(graph, ["r", "c"], data_from({"x": np.ones((4, 8), np.float32)}))
+    with pytest.raises(ModelError, match="cannot be cut where 's' is read"):
+        list(found.values("r"))
