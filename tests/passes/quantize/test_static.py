@@ -338,6 +338,29 @@ def test_bias_correction_leaves_no_mean_error(inputs, text, shapes):
     assert mean_error(graph) <= 2e-6 * peak < 1e-4 * peak < mean_error(other)
 
 
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        "pads=[2,2,2,2]",
+        "pads=[0,1,3,2],strides=[2,1],dilations=[1,2]",
+        'auto_pad="SAME_UPPER",strides=[2,3]',
+        'auto_pad="SAME_LOWER",strides=[3,2]',
+        'auto_pad="VALID"',
+    ],
+)
+@pytest.mark.parametrize("sizes", ["1,16,9,9", "N,16,H,W"])
+def test_bias_correction_knows_that_padding_is_zero(sizes, attrs):
+    """Every channel has one value: then the outputs differ from one another by what they read beyond the border."""
+    text = f"y = Conv<{attrs}>(x, W, b)"
+    graph = build(f"(float[{sizes}] x) => (float[] y)", text, kind="float", W=(24, 16, 4, 5), b=24)
+    data = samples(graph, count=3, size=9, make=lambda shape, rng: np.zeros(shape) + grid((1, 16, 1, 1), rng))
+    before = [run(graph, feed)["y"] for feed in data]
+    quantize(graph, EXACT, data)
+    errors = [session(graph, optimize=False).run(f)["y"] - y for f, y in zip(data, before, strict=True)]
+    largest = max(np.abs(y).max() for y in before)
+    assert np.abs(np.mean(errors, axis=(0, 1, 3, 4))).max() <= 2e-6 * largest
+
+
 def test_a_product_without_bias_gets_none():
     graph = build("(float[N,16] x) => (float[] y)", "m = MatMul(x, W) y = Relu(m)", kind="float", W=(16, 24))
     quantize(graph, EXACT, samples(graph, make=grid))
