@@ -1,4 +1,4 @@
-"""What a linear answers on average where a convolution reads zeros beyond the borders of its input.
+"""What convolutions read on average, where zeros lie beyond the borders of their inputs.
 
 y[o] = Σ_t W[t] x[o s - p + t d]        E[y] = Σ_t W[t] c[t] E[x]        c[t]: the share of o for which x is inside
 """
@@ -6,6 +6,7 @@ y[o] = Σ_t W[t] x[o s - p + t d]        E[y] = Σ_t W[t] c[t] E[x]        c[t]:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -16,39 +17,36 @@ from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io.shapes import shapes_on
 
 
-def first_shapes(graph: gs.Graph, linears: Iterable[Linear], data: Data) -> dict[str, tuple[int, ...]]:
-    """The shapes that tensors have on the first sample, where one of the linears reads zeros beyond borders."""
-    if not any(linear.padded for linear in linears):
-        return {}
-    return shapes_on(graph, {name: values.shape for feed in data.first(1) for name, values in feed.items()})
+def inside(graph: gs.Graph, linears: Iterable[Linear], data: Data) -> dict[str, np.ndarray]:
+    """By the name of every padded Conv: the shares c of the places of its kernel, (*kernel), on the first sample.
 
-
-def mean_response(
-    linear: Linear, weight: np.ndarray, mean: np.ndarray, shape: Sequence[int | str | None] | None
-) -> np.ndarray:
-    """The mean response (out,) of ``weight`` (out, in / groups, *kernel) to an input of the mean (in,) everywhere.
-
-    ``shape``: that of the input. Along an axis of unknown size nothing is known of borders.
+    Without those whose input has a size that nothing tells.
     """
-    rank = len(linear.kernel)
-    if linear.node.op == "Conv" and linear.padded and shape is not None and len(shape) == 2 + rank:
-        for axis, size in enumerate(shape[2:]):
-            if isinstance(size, int):
-                share = _inside(linear.node.attrs, axis, linear.kernel, size)
-                weight = weight * share.reshape(-1, *[1] * (rank - axis - 1)).astype(weight.dtype)
-    return linear.respond(weight, mean)
+    padded = [linear for linear in linears if linear.node.op == "Conv" and linear.padded]
+    if not padded:
+        return {}
+    shapes = shapes_on(graph, {name: values.shape for feed in data.first(1) for name, values in feed.items()})
+    return {
+        conv.name: reduce(np.multiply.outer, _shares(conv.node.attrs, conv.kernel, shapes[conv.data.name][2:]))
+        for conv in padded
+        if conv.data.name in shapes
+    }
 
 
-def _inside(attrs: Mapping[str, Any], axis: int, kernel: Sequence[int], size: int) -> np.ndarray:
-    """The share of the outputs along a spatial axis for which each place of the kernel lies inside the input."""
-    rank = len(kernel)
-    step, gap = (attrs.get(name, [1] * rank)[axis] for name in ("strides", "dilations"))
-    reach = gap * (kernel[axis] - 1) + 1
-    before, behind = (attrs.get("pads", [0] * 2 * rank)[at] for at in (axis, axis + rank))
-    if attrs.get("auto_pad", "NOTSET") != "NOTSET":
-        both = max(0, (-(-size // step) - 1) * step + reach - size)
-        before = both // 2 if attrs["auto_pad"] == "SAME_UPPER" else both - both // 2
-        behind = both - before
-    starts = np.arange(0, size + before + behind - reach + 1, step) - before
-    places = starts[:, None] + gap * np.arange(kernel[axis])
-    return ((places >= 0) & (places < size)).mean(axis=0)
+def _shares(attrs: Mapping[str, Any], kernel: Sequence[int], sizes: Sequence[int]) -> list[np.ndarray]:
+    """The shares along each axis."""
+    rank, mode = len(kernel), attrs.get("auto_pad", "NOTSET")
+    steps, gaps = (attrs.get(name, [1] * rank) for name in ("strides", "dilations"))
+    pads = attrs.get("pads") or [0] * 2 * rank
+    found = []
+    for axis, (places, size, step, gap) in enumerate(zip(kernel, sizes, steps, gaps, strict=True)):
+        reach = gap * (places - 1) + 1
+        before, behind = pads[axis], pads[axis + rank]
+        if mode != "NOTSET":
+            both = max(0, (-(-size // step) - 1) * step + reach - size)
+            before = both // 2 if mode == "SAME_UPPER" else both - both // 2
+            behind = both - before
+        starts = np.arange(0, size + before + behind - reach + 1, step) - before
+        at = starts[:, None] + gap * np.arange(places)
+        found.append(((at >= 0) & (at < size)).mean(axis=0))
+    return found

@@ -29,7 +29,6 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit
-from channelfold.passes.layers.borders import mean_response
 from channelfold.passes.layers.formats import FLOAT, INT8, SCALES, Format, all_finite, positive_scale
 from channelfold.passes.layers.linear import Linear, linears, live_linears
 from channelfold.passes.operators import operator
@@ -143,8 +142,8 @@ class Inserter:
     """Makes QDQ nodes and remembers them, so that readers of one tensor, or of one weight, share them.
 
     ``codes`` are those of an inserter on a copy of the graph, so that no weight is rounded twice. ``centered``: by name
-    of the linear, the c of those that read x - c, and of those that write it (see ``center``). ``shapes``: of tensors,
-    where more is known than the graph says; the correction of biases asks for them.
+    of the linear, the c of those that read x - c, and of those that write it (see ``center``). ``inside``: by name of
+    the linear, what the places of its kernel read (``borders``), for the correction of biases.
     """
 
     def __init__(self, graph: gs.Graph, symmetric: bool = True, codes: Codes | None = None, format: Format = INT8):
@@ -158,7 +157,7 @@ class Inserter:
         self._weights: dict[Hashable, gs.Variable] = {}
         self.stored: dict[Hashable, list[gs.Constant]] = {}
         self.centered: dict[str, dict[str, float]] = {"read": {}, "written": {}}
-        self.shapes: Mapping[str, tuple[int, ...]] = {}
+        self.inside: Mapping[str, np.ndarray] = {}
 
     def activation(self, tensor: gs.Variable, seen: Range, readers: Sequence[gs.Node], floating: str = "") -> None:
         """Lets ``readers`` read a tensor through a Q and a DQ node, with codes of the type ``floating`` if given."""
@@ -289,10 +288,10 @@ class Inserter:
             return
         weight, old = linear.weight(), linear.bias()
         restored = format.restored(codes, scales)
-        shape = self.shapes.get(linear.data.name, linear.data.shape)
-        missed = mean_response(linear, restored - weight, mean, shape)
+        inside = self.inside.get(linear.name, 1.0)
+        missed = linear.respond((restored - weight) * inside, mean)
         if later is not None:
-            missed += mean_response(linear, restored, later - mean, shape)
+            missed += linear.respond(restored * inside, later - mean)
         with contextlib.suppress(DoesNotFit):  # a float16 bias at the end of its type stays as it is
             linear.set_bias((0.0 if old is None else old) - missed)
 
