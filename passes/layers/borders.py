@@ -2,7 +2,8 @@
 
     y[o] = Σ_t W[t] x[o s - p + t d]        E[y] = Σ_t W[t] c[t] E[x]        c[t]: the share of o for which x is inside
 
-Bias correction needs E[y] of what was rounded away. With c = 1 everywhere the outputs of OCR lost more than 3 dB.
+Bias correction needs E[y] of what was rounded away. With c = 1 everywhere the outputs of OCR lost .8 dB
+(calibrated on 16 lines; 4.6 dB on 4).
 """
 
 from __future__ import annotations
