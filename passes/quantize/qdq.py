@@ -19,7 +19,7 @@ zero point is always written. A scale is never zero: a dead channel gets a small
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,8 @@ class Inserter:
     """Makes QDQ nodes and remembers them, so that readers of one tensor, or of one weight, share them.
 
     ``codes`` are those of an inserter on a copy of the graph, so that no weight is rounded twice. ``centered``: by name
-    of the linear, the c of those that read x - c, and of those that write it (see ``center``).
+    of the linear, the c of those that read x - c, and of those that write it (see ``center``). ``inside``: by name of
+    the linear, what the places of its kernel read (``borders``), for the correction of biases.
     """
 
     def __init__(self, graph: gs.Graph, symmetric: bool = True, codes: Codes | None = None, format: Format = INT8):
@@ -156,6 +157,7 @@ class Inserter:
         self._weights: dict[Hashable, gs.Variable] = {}
         self.stored: dict[Hashable, list[gs.Constant]] = {}
         self.centered: dict[str, dict[str, float]] = {"read": {}, "written": {}}
+        self.inside: Mapping[str, np.ndarray] = {}
 
     def activation(self, tensor: gs.Variable, seen: Range, readers: Sequence[gs.Node], floating: str = "") -> None:
         """Lets ``readers`` read a tensor through a Q and a DQ node, with codes of the type ``floating`` if given."""
@@ -286,9 +288,10 @@ class Inserter:
             return
         weight, old = linear.weight(), linear.bias()
         restored = format.restored(codes, scales)
-        missed = linear.respond(restored - weight, mean)
+        inside = self.inside.get(linear.name, 1.0)
+        missed = linear.respond((restored - weight) * inside, mean)
         if later is not None:
-            missed += linear.respond(restored, later - mean)
+            missed += linear.respond(restored * inside, later - mean)
         with contextlib.suppress(DoesNotFit):  # a float16 bias at the end of its type stays as it is
             linear.set_bias((0.0 if old is None else old) - missed)
 

@@ -21,6 +21,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
+from channelfold.passes.layers.borders import inside
 from channelfold.passes.layers.formats import INT7, INT8
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
 from channelfold.passes.layers.sensitivity import SAMPLES, Crew, decibels, keep, measure, spread
@@ -102,12 +103,14 @@ class Work(Quantize):
         means = (
             {(name, axis): statistics[name].channel_mean for name, axis in axes.items()} if self.correct_bias else {}
         )
+        borders = inside(graph, kept, ctx.data)
         says = {site.name: f"{site.node.op}: int8, activation {site.data.name}" for site in kept}
         limits = {site.name: max(-ranges[site.data.name].low, ranges[site.data.name].high) for site in kept}
         format, codes = INT7 if self.reduce_range == "on" else INT8, Codes()
 
         def insert(into: gs.Graph, sites: list[Linear]) -> Inserter:
             inserter = Inserter(into, not integers, codes, format)
+            inserter.inside = borders
             _insert(inserter, sites, poor, ranges, means)
             return inserter
 

@@ -22,6 +22,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Patterns
+from channelfold.passes.layers.borders import inside
 from channelfold.passes.layers.formats import FORMATS, Format
 from channelfold.passes.layers.linear import Linear, usable
 from channelfold.passes.quantize import QuantizeWeights, calibrators
@@ -87,6 +88,8 @@ class Work(QuantizeWeights):
         inserter = Inserter(graph)
         kept = []
         sites = list(usable(graph, outcome, self._why_float, "stays float"))
+        if ctx.calibration is not None:
+            inserter.inside = inside(graph, sites, ctx.data)
         limits = self._limits(graph, sites, ctx) if self.activations != "none" else {}
         for site in [site for site in sites if not limits.get(site.data.name, 1.0)]:
             outcome.refuse(site.name, f"{site.node.op} stays float: {_UNSEEN} ({site.data.name})", _UNSEEN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx
@@ -336,6 +337,43 @@ def test_bias_correction_leaves_no_mean_error(inputs, text, shapes):
 
     peak = max(np.abs(y).max() for y in before)
     assert mean_error(graph) <= 2e-6 * peak < 1e-4 * peak < mean_error(other)
+
+
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        "pads=[2,2,2,2]",
+        "pads=[0,1,3,2],strides=[2,1],dilations=[1,2]",
+        'auto_pad="SAME_UPPER",strides=[2,3]',
+        'auto_pad="SAME_LOWER",strides=[3,2]',
+        'auto_pad="VALID"',
+    ],
+)
+@pytest.mark.parametrize("sizes", ["1,16,9,9", "N,16,H,W"])
+def test_bias_correction_knows_that_padding_is_zero(sizes, attrs):
+    """Every channel has one value: then the outputs differ from one another by what they read beyond the border."""
+    text = f"y = Conv<{attrs}>(x, W, b)"
+    graph = build(f"(float[{sizes}] x) => (float[] y)", text, kind="float", W=(24, 16, 4, 5), b=24)
+    data = samples(graph, count=3, size=9, make=lambda shape, rng: np.zeros(shape) + grid((1, 16, 1, 1), rng))
+    before = [run(graph, feed)["y"] for feed in data]
+    quantize(graph, EXACT, data)
+    errors = [session(graph, optimize=False).run(f)["y"] - y for f, y in zip(data, before, strict=True)]
+    largest = max(np.abs(y).max() for y in before)
+    assert np.abs(np.mean(errors, axis=(0, 1, 3, 4))).max() <= 2e-6 * largest
+
+
+def test_bias_correction_knows_the_padding_of_a_centered_input():
+    """The padding is a Pad in front of the convolution then. Every channel has one value, which 8 bits hold."""
+    text = "h = Conv(x, V, c) r = Relu(h) y = Conv<group=16,pads=[1,1,1,1]>(r, W, b)"
+    made: Any = {"V": np.eye(16)[..., None, None], "c": np.full(16, 128.0), "W": (16, 1, 3, 3), "b": 16}
+    values = np.linspace(-127, 127, 16).round().reshape(1, 16, 1, 1)
+    graph = build("(float[1,16,5,5] x) => (float[] y)", text, kind="float", **made)
+    data = samples(graph, count=1, make=lambda shape, rng: np.zeros(shape) + values)
+    before = [run(graph, feed)["y"] for feed in data]
+    quantize(graph, Quantize(calibrator="minmax"), data)
+    assert "Pad" in ops(graph)
+    errors = [session(graph, optimize=False).run(feed)["y"] - y for feed, y in zip(data, before, strict=True)]
+    assert np.abs(np.mean(errors, axis=(0, 1, 3, 4))).max() < 1e-5 * max(np.abs(y).max() for y in before)
 
 
 def test_a_product_without_bias_gets_none():
