@@ -117,10 +117,8 @@ def to_json(record: Mapping[str, Any]) -> str:
 def to_html(record: Mapping[str, Any]) -> str:
     """The record as a web page that needs no other file."""
     record, body = plain(record), web.Web()
-    sections = {"demo": ("Stages", demo.show)} if "demo" in record else _PAGE
-    body.section("summary", "Summary")
     summary.show(record, body)
-    for key, (title, show) in sections.items():
+    for key, (title, show) in _PAGE.items():
         if record.get(key):
             body.section(key, title)
             show(record, body)
@@ -294,6 +292,7 @@ _SECTIONS = {
     "warnings": _warnings,
 }
 _PAGE = {
+    "demo": ("Stages", demo.show),
     "next": ("What to do next", advice.show),
     "runs": ("Two runs", runs.show),
     "accuracy": ("Accuracy", accuracy.show),
