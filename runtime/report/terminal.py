@@ -82,7 +82,7 @@ from channelfold.runtime.report.tables import UNKNOWN, Page, number, size, times
 from channelfold.runtime.stats.compare import json_number
 
 _EXCEPTIONS = 12
-_LEAST = 0.002  # share of all weight bytes below which a row is not shown
+_LEAST = 0.002  # share of all weight bytes below which a row is not shown in a terminal
 
 
 def write_json(record: Mapping[str, Any], path: str | Path) -> None:
@@ -193,7 +193,7 @@ def _weights(record: Mapping[str, Any], page: Page) -> None:
     rows = [
         (row["largest"], row["op"], row["place"], row["state"], size(row["bytes"]), row["reason"])
         for row in found["rows"]
-        if row["bytes"] > _LEAST * found["bytes"]
+        if page.whole or row["bytes"] > _LEAST * found["bytes"]
     ]
     page.fill("Weights", ("<read by", "<in", "<stored as", ">bytes", "<because"), rows)
     page.note("the name is the largest of each kind; bytes as in the type that the model computes in")

@@ -138,6 +138,7 @@ def test_nothing_is_left_out(real):
             assert refusal["node"] in page.text
         for site in [*step["changed"], *step["facts"].get("sites", ()), *step["facts"].get("ranges", ())]:
             assert site["node"] in page.text
+    assert all(row["largest"] in page.text for row in real["weights"]["rows"])
 
 
 def test_the_page_needs_no_other_file_and_no_network(real):
