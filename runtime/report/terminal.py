@@ -13,7 +13,7 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                   changed: [{node, what}], refused: [{node, reason, code}],
                   verified: {max_rel_error, probes} | {unverified: reason} | null,
                   facts: {}}]        facts of a pass that quantizes: {linears: all, quantized: count,
-                                     by_op: {op: {quantized, total}}, of static int8 also ranges: [{node, op, tensor,
+                                     by_op: {op: {quantized, total}}, and ranges: [{node, op, tensor it reads,
                                      clipped: share of its values, weight: its largest value, weight_outliers}]};
                                      of one that changes channels
                                      {sites: [{node, tensor, readers, method, inserted: nodes; pairs of before and
