@@ -139,13 +139,13 @@ def summary(graph: gs.Graph, kept: list[Linear], cells: Sequence[gs.Node] = ()) 
 def range_facts(linear: Linear) -> dict[str, Any]:
     """What a report says of a linear: what it reads, the largest value of its weight, and how its channels differ."""
     weight = linear.weight()
-    rows = weight.reshape(len(weight), -1)
-    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1)).astype(np.float64)
+    rows = tuple(range(1, weight.ndim))
+    largest = np.maximum(weight.max(rows, initial=0), -weight.min(rows, initial=0)).astype(np.float64)
     return {
         "node": linear.name,
         "op": linear.node.op,
         "tensor": linear.data.name,
-        "weight": float(largest.max()),
+        "weight": float(largest.max(initial=0)),
         "weight_outliers": outlier_ratio(largest),
     }
 
