@@ -35,6 +35,7 @@ from channelfold.passes.operators import operator
 from channelfold.passes.quantize import Quantize, QuantizeAttention, QuantizeWeights
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
+from channelfold.runtime.stats.channels import outlier_ratio
 
 _FP4, _FP8 = np.dtype(ml_dtypes.float4_e2m1fn), np.dtype(ml_dtypes.float8_e4m3fn)
 _NVFP4 = float(ml_dtypes.finfo(_FP4).max) * float(ml_dtypes.finfo(_FP8).max)
@@ -132,6 +133,20 @@ def summary(graph: gs.Graph, kept: list[Linear], cells: Sequence[gs.Node] = ()) 
         "quantized": len(quantized),
         "by_op": by_op,
         "quantized_nodes": [node.name for node in (*cells, *(site.node for site in kept))],
+    }
+
+
+def range_facts(linear: Linear) -> dict[str, Any]:
+    """What a report says of a linear: what it reads, the largest value of its weight, and how its channels differ."""
+    weight = linear.weight()
+    rows = tuple(range(1, weight.ndim))
+    largest = np.maximum(weight.max(rows, initial=0), -weight.min(rows, initial=0)).astype(np.float64)
+    return {
+        "node": linear.name,
+        "op": linear.node.op,
+        "tensor": linear.data.name,
+        "weight": float(largest.max(initial=0)),
+        "weight_outliers": outlier_ratio(largest),
     }
 
 

@@ -36,6 +36,7 @@ from channelfold.passes.quantize.qdq import (
     Range,
     excluded,
     opset_of_scales,
+    range_facts,
     summary,
     why_not_int8,
 )
@@ -43,7 +44,6 @@ from channelfold.passes.quantize.tables import quantize_tables
 from channelfold.runtime.io import edit, temporary
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats import saturation
-from channelfold.runtime.stats.channels import outlier_ratio
 from channelfold.runtime.stats.histograms import TensorStatistics, counted
 from channelfold.runtime.stats.observe import by_name
 
@@ -86,7 +86,7 @@ class Work(Quantize):
         ranges = {name: self._range(seen, name in movable) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges
         facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
-        clipped = _clipped(sites, statistics, ranges)
+        of_sites = _of_sites(sites, statistics, ranges)
         even = {name: self._facts(statistics[name], self._range(statistics[name], False)) for name in movable}
         found = {name: _lower_snr((facts | even)[name]) for name in axes}  # an input is not taken for being centered
         reasons = {name: self._why_beyond_int8(statistics[name], found[name]) for name in axes}
@@ -136,8 +136,7 @@ class Work(Quantize):
             edit.remove_dead(graph)
         outcome.facts = summary(graph, kept, cells) | {"activations": facts, "weight_bits": format.bits}
         outcome.facts["centered"] = inserter.centered
-        stored = {site.name: _stored(*codes[site.name]) for site in kept}
-        outcome.facts["ranges"] = [row | stored.get(row["node"], {}) for row in clipped]
+        outcome.facts["ranges"] = of_sites
         return outcome
 
     def left(self, graph: gs.Graph) -> dict[str, Any]:
@@ -221,20 +220,12 @@ class Work(Quantize):
         return ""
 
 
-def _clipped(
+def _of_sites(
     sites: list[Linear], statistics: Mapping[str, TensorStatistics], ranges: Mapping[str, Range]
 ) -> list[dict[str, Any]]:
-    """What a report says of sites: what they read, and the share of it that is clipped."""
+    """What a report says of sites: what they read, the share of it that is clipped, and their weights."""
     shares = {name: calibrators.clipped(seen, ranges[name].low, ranges[name].high) for name, seen in statistics.items()}
-    read = [(site, site.data.name) for site in sites]
-    return [{"node": site.name, "op": site.node.op, "tensor": name, "clipped": shares[name]} for site, name in read]
-
-
-def _stored(codes: np.ndarray, scales: np.ndarray) -> dict[str, Any]:
-    """What a report says of a weight as stored, (out, ...): its largest value, and how its output channels differ."""
-    rows = codes.reshape(len(codes), -1)
-    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1).astype(np.int16)) * scales.astype(np.float64)
-    return {"weight": float(largest.max(initial=0.0)), "weight_outliers": outlier_ratio(largest)}
+    return [range_facts(site) | {"clipped": shares[site.data.name]} for site in sites]
 
 
 def _levels(seen: Range) -> int:

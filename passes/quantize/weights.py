@@ -36,6 +36,7 @@ from channelfold.passes.quantize.qdq import (
     Range,
     excluded,
     opset_of_scales,
+    range_facts,
     summary,
     why_not_int8,
 )
@@ -94,17 +95,19 @@ class Work(QuantizeWeights):
         for site in [site for site in sites if not limits.get(site.data.name, 1.0)]:
             outcome.refuse(site.name, f"{site.node.op} stays float: {_UNSEEN} ({site.data.name})", _UNSEEN)
         sites = [site for site in sites if limits.get(site.data.name, 1.0)]
+        ranges: dict[str, object] = {site.name: None for site in sites}
         made: dict[str, Rounded] = {}
         for linear, seen in self._measured(graph, sites, ctx, made):
             made.clear()
             ctx.progress("Quantizing weights", len(kept), len(sites))
+            ranges[linear.name] = range_facts(linear)
             what = self._quantize(inserter, linear, seen, limits, made)
             outcome.change(linear.name, f"{linear.node.op}: {what}")
             kept.append(linear)
         if quantize_tables(inserter, outcome, self._of_table, self) or kept or cells:
             inserter.finish()
             edit.remove_dead(graph)
-        outcome.facts = summary(graph, kept, cells)
+        outcome.facts = summary(graph, kept, cells) | {"ranges": list(ranges.values())}
         return outcome
 
     def _of_table(self, node: gs.Node) -> Format:

@@ -6,6 +6,7 @@ A picture is a function of figures and texts; the texts are escaped here, so tha
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from html import escape
 
@@ -13,7 +14,7 @@ from channelfold.runtime.report.names import safe
 
 _WIDTH, _HEIGHT = 720, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 34  # room for the labels
-_MOST = 400  # points of a line; of neighbours the least counts
+_MOST = 400  # points of a line
 
 
 def lines(label: str, unit: str, series: Sequence[tuple[str, Sequence[tuple[str, float, str]]]]) -> str:
@@ -64,10 +65,10 @@ def points(label: str, x: str, y: str, found: Sequence[tuple[float, float, str, 
 
 
 def thinned(row: Sequence[tuple[str, float, str]], most: int = _MOST) -> list[tuple[str, float, str]]:
-    """At most ``most`` of some points in a row: of neighbours the one with the least height."""
-    width = min(len(row), most)
+    """At most ``most`` of some points in a row: of neighbours the one whose height is farthest from the median."""
+    width, usual = min(len(row), most), statistics.median(height for _, height, _ in row)
     parts = [row[i * len(row) // width : (i + 1) * len(row) // width] for i in range(width)]
-    return [min(part, key=lambda point: point[1]) for part in parts]
+    return [max(part, key=lambda point: abs(point[1] - usual)) for part in parts]
 
 
 class _Frame:

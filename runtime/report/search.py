@@ -65,7 +65,7 @@ def _point(point: Mapping[str, Any], names: list[str]) -> tuple[Any, ...]:
         f"{point['cost']:.1%}",
         "" if point["latency"] is None else f"{point['latency']:.0%}",
         "" if point.get("latency_predicted") is None else f"{point['latency_predicted']:.0%}",
-        point["start"],
+        point.get("start", ""),
         *shares,
         *(number(point[key], _DB) for key in ("predicted_db", "error_db", "snr_db")),
         agreement,

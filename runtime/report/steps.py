@@ -57,17 +57,19 @@ def _ranges(step: Mapping[str, Any], page: Page) -> None:
     facts = step.get("facts", {})
     rows, depth = [], []
     for site in facts.get("ranges", ()):
-        seen = facts["activations"].get(site["tensor"], {})
-        ends = (number(seen.get(key), "{:.4g}") for key in ("minimum", "maximum", "low", "high"))
-        ratios = (number(seen.get(key), "{:.1f}") for key in ("snr_db", "row_snr_db"))
-        weight = number(site.get("weight"), "{:.4g}"), ratio(site.get("weight_outliers"))
-        clipped = number(site["clipped"], "{:.4%}")
+        seen = facts.get("activations", {}).get(site["tensor"], {})
+        ends = (number(seen.get(key, ""), "{:.4g}") for key in ("minimum", "maximum", "low", "high"))
+        ratios = (number(seen.get(key, ""), "{:.1f}") for key in ("snr_db", "row_snr_db"))
+        clipped = number(site.get("clipped", ""), "{:.4%}")
+        weight = number(site["weight"], "{:.4g}"), ratio(site["weight_outliers"])
         rows.append((site["node"], site["op"], *ends, clipped, *ratios, *weight, site["tensor"]))
-        depth.append((site["node"], seen.get("snr_db")))
+        depth += [(site["node"], seen["snr_db"])] if seen else []
     if rows:
         ends = (">lowest", ">highest", ">int8 from", ">int8 to", ">clipped")
         columns = ("<op", *ends, ">SNR dB", ">median row dB", ">weight", ">weight outliers", "<reads")
         page.curve("SNR of the activations as int8 along the depth", "dB", {"": depth})
+        outliers = [(site["node"], site["weight_outliers"]) for site in facts["ranges"]]
+        page.curve("Outliers of the weights along the depth, largest channel against the median", "x", {"": outliers})
         page.fill("Ranges", columns, rows)
         page.note("weight: its largest value; outliers: the largest of its channels against the median")
 

@@ -25,7 +25,11 @@ def title(record: Mapping[str, Any]) -> tuple[str, Cell]:
 
 def show(record: Mapping[str, Any], body: Web) -> None:
     """Shows the figures of a record that matter most, each with a link to its section."""
-    body.cards(list(_cards(record)))
+    cards = list(_cards(record))
+    if not cards:
+        return
+    body.section("summary", "Summary")
+    body.cards(cards)
     rows = (record.get("weights") or {}).get("rows", ())
     states: dict[str, int] = {}
     for row in rows:

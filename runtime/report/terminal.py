@@ -13,7 +13,7 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                   changed: [{node, what}], refused: [{node, reason, code}],
                   verified: {max_rel_error, probes} | {unverified: reason} | null,
                   facts: {}}]        facts of a pass that quantizes: {linears: all, quantized: count,
-                                     by_op: {op: {quantized, total}}, of static int8 also ranges: [{node, op, tensor,
+                                     by_op: {op: {quantized, total}}, and ranges: [{node, op, tensor it reads,
                                      clipped: share of its values, weight: its largest value, weight_outliers}]};
                                      of one that changes channels
                                      {sites: [{node, tensor, readers, method, inserted: nodes; pairs of before and
@@ -82,7 +82,7 @@ from channelfold.runtime.report.tables import UNKNOWN, Page, number, size, times
 from channelfold.runtime.stats.compare import json_number
 
 _EXCEPTIONS = 12
-_LEAST = 0.002  # share of all weight bytes below which a row is not shown
+_LEAST = 0.002  # share of all weight bytes below which a row is not shown in a terminal
 
 
 def write_json(record: Mapping[str, Any], path: str | Path) -> None:
@@ -117,10 +117,8 @@ def to_json(record: Mapping[str, Any]) -> str:
 def to_html(record: Mapping[str, Any]) -> str:
     """The record as a web page that needs no other file."""
     record, body = plain(record), web.Web()
-    sections = {"demo": ("Stages", demo.show)} if "demo" in record else _PAGE
-    body.section("summary", "Summary")
     summary.show(record, body)
-    for key, (title, show) in sections.items():
+    for key, (title, show) in _PAGE.items():
         if record.get(key):
             body.section(key, title)
             show(record, body)
@@ -195,7 +193,7 @@ def _weights(record: Mapping[str, Any], page: Page) -> None:
     rows = [
         (row["largest"], row["op"], row["place"], row["state"], size(row["bytes"]), row["reason"])
         for row in found["rows"]
-        if row["bytes"] > _LEAST * found["bytes"]
+        if page.whole or row["bytes"] > _LEAST * found["bytes"]
     ]
     page.fill("Weights", ("<read by", "<in", "<stored as", ">bytes", "<because"), rows)
     page.note("the name is the largest of each kind; bytes as in the type that the model computes in")
@@ -294,6 +292,7 @@ _SECTIONS = {
     "warnings": _warnings,
 }
 _PAGE = {
+    "demo": ("Stages", demo.show),
     "next": ("What to do next", advice.show),
     "runs": ("Two runs", runs.show),
     "accuracy": ("Accuracy", accuracy.show),

@@ -179,7 +179,7 @@ def page(title: str, verdict: Cell, body: Web) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{_cell(title)}</title>
-<style>{style}{right}{{text-align:right;white-space:nowrap}}</style>
+<style>{style}{right}{{text-align:right}}</style>
 <noscript><style>.rest {{ display: table-row-group; }} .tools {{ display: none; }}</style></noscript>
 </head>
 <body>

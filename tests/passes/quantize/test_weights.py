@@ -24,6 +24,17 @@ def quantize(graph: gs.Graph, step: QuantizeWeights | None = None) -> Outcome:
     return outcome
 
 
+def test_facts_tell_the_ranges_of_weights():
+    weight = np.ones((16, 8), np.float32)
+    weight[3, 5] = -6.0
+    graph = build("(float[N,16] x) => (float[] y)", "h = MatMul(x, W) y = Gemm<transB=1>(h, V)", kind="float",
+                  W=weight, V=np.full((4, 8), -2.0))  # fmt: skip
+    assert quantize(graph).facts["ranges"] == [
+        {"node": "MatMul_0", "op": "MatMul", "tensor": "x", "weight": 6.0, "weight_outliers": 6.0},
+        {"node": "Gemm_1", "op": "Gemm", "tensor": "h", "weight": 2.0, "weight_outliers": 1.0},
+    ]
+
+
 FORMS = [
     ("y = Conv<pads=[1,1,1,1]>(x, W, b)", {"W": (6, 4, 3, 3), "b": 6}, 0),
     ("y = Conv<group=4>(x, W)", {"W": (8, 1, 3, 3)}, 0),

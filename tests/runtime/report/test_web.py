@@ -112,6 +112,24 @@ def test_the_figures_are_those_of_the_terminal(which, real, complete):
     assert printed <= figures(page.text)
 
 
+def test_the_figures_are_those_of_the_record(real):
+    text = Page(to_html(real)).text
+    accuracy = real["accuracy"]
+    for output in accuracy["outputs"]:
+        assert f"SNR {output['snr']:.2f} dB {output['name']}" in text
+        spread = accuracy["spread"][output["name"]]
+        assert " ".join(f"{quartile:.1f}" for quartile in spread["quartiles"]) in text
+        for place, count in enumerate(spread["counts"]):
+            low = spread["low"] + place * spread["step"]
+            assert f"{low} to {low + spread['step']} dB: {count}" in text
+    for one in accuracy["worst"]:
+        assert f"#{one['sample']}, {one['snr']:.1f} dB" in text
+    for site in real["steps"][-1]["facts"]["ranges"]:
+        seen = real["steps"][-1]["facts"]["activations"][site["tensor"]]
+        assert f"{site['op']} {seen['minimum']:.4g} {seen['maximum']:.4g}" in text
+        assert (f"{site['clipped']:.4%}" if site["clipped"] else "0") in text
+
+
 def test_nothing_is_left_out(real):
     """Every node that was changed or refused and every site, by its whole name."""
     page = Page(to_html(real))
@@ -120,6 +138,7 @@ def test_nothing_is_left_out(real):
             assert refusal["node"] in page.text
         for site in [*step["changed"], *step["facts"].get("sites", ()), *step["facts"].get("ranges", ())]:
             assert site["node"] in page.text
+    assert all(row["largest"] in page.text for row in real["weights"]["rows"])
 
 
 def test_the_page_needs_no_other_file_and_no_network(real):
@@ -160,6 +179,12 @@ def test_links_lead_to_the_nodes(real):
     links = {unquote(str(attrs["href"])[1:]) for tag, attrs in page.tags if tag == "a" and attrs.get("class") == "node"}
     assert len(anchors) == len(set(anchors)) > 5
     assert links == set(anchors)
+
+
+def test_every_link_leads_to_a_place(complete):
+    page = Page(to_html(complete))
+    places = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert {unquote(str(attrs["href"])[1:]) for tag, attrs in page.tags if tag == "a"} <= places
 
 
 def test_the_page_of_a_large_model_is_small(complete):
