@@ -15,13 +15,13 @@ Mixes are measured then, and one factor corrects all predictions. Where the time
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.layers.sensitivity import Site
@@ -34,7 +34,7 @@ from channelfold.runtime.io.shapes import measured_shapes
 
 _ROUNDS = 6  # of neighbours that settle
 _UNIT = 1e6  # of a millisecond, in which knapsacks count
-
+_CORRECTIONS = 3  # mixes that are measured in search of one within a limit
 _ORIGINAL = ""
 
 
@@ -48,9 +48,6 @@ class Timed:
 
 Timer = Callable[[Mapping[str, Path], Sequence[Sequence[str]]], Mapping[str, Timed]]  # of files, and nodes of sites
 Edge = tuple[int, int]  # the places of two sites, the second of which reads what the first has written
-
-
-_CORRECTIONS = 3  # mixes that are measured in search of one within a limit
 
 
 @dataclass(frozen=True)
@@ -196,7 +193,7 @@ def _edges(graph: gs.Graph, sites: Sequence[Site], feed: Feed) -> dict[Edge, int
     for node in graph.nodes:
         if node.name not in places:
             continue
-        elements = int(np.prod(shapes.get(node.inputs[0].name, (0,))))
+        elements = math.prod(shapes.get(node.inputs[0].name, (0,)))
         for place in _before(node, places):
             if place != places[node.name]:
                 edge = place, places[node.name]

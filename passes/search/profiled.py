@@ -24,7 +24,7 @@ from channelfold.runtime.stats.bench import latencies
 from channelfold.runtime.stats.profile import NodeTime, profiles
 
 _MADE = re.compile(r"(_nchwc|_token_\d+|_q|_dq|/duplicated|/\w+Fusion\w*|_kernel)+_*$")  # ends of names of ONNX Runtime
-_PRODUCTS = re.compile(r"Conv|MatMul|Gemm")  # in the names of operators, fused and quantized ones too
+_WEIGHTED = re.compile(r"Conv|MatMul|Gemm|Gather")  # in the names of operators, fused and quantized ones too
 _IN_FRONT = ("QuantizeLinear", "DynamicQuantizeLinear")  # belong to what reads their results
 
 
@@ -51,21 +51,22 @@ def profiled(
 def owners(path: Path, nodes: Sequence[NodeTime], sites: Sequence[Sequence[str]]) -> list[float]:
     """The time of the nodes of every site, as ONNX Runtime runs them.
 
-    A product belongs to the site whose result it writes, maybe after nodes that were fused into it. A quantizer, and
-    what expands a constant, belongs to the product that reads it, another node to the product in front of it.
+    A product or a table belongs to the site whose result it writes, maybe after nodes that were fused into it. A
+    quantizer, and what expands a constant, belongs to the one that reads it, another node to the one in front of it.
     """
     with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
         optimized = Path(folder, "optimized.onnx")
         Session(path, optimized=optimized)
         model = onnx.load(optimized, load_external_data=False).graph
+    made = list(model.node)
     tails = _tails(files.load(path), sites)
     constants = {tensor.name for tensor in model.initializer}
-    writers = {name: node for node in model.node for name in node.output if name}
+    writers = {name: node for node in made for name in node.output if name}
     readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.node:
+    for node in made:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    known = {id(node): place for node in model.node if (place := _product(node, tails)) is not None}
+    known = {id(node): place for node in made if (place := _place(node, tails)) is not None}
 
     def nearest(node: onnx.NodeProto, forward: bool) -> int | None:
         queue, seen = deque([node]), {id(node)}
@@ -84,7 +85,7 @@ def owners(path: Path, nodes: Sequence[NodeTime], sites: Sequence[Sequence[str]]
         return None
 
     places: dict[str, int | None] = {}
-    for node in model.node:
+    for node in made:
         expands = all(name in constants for name in node.input if name)
         first = node.op_type in _IN_FRONT or expands
         place = nearest(node, first)
@@ -96,8 +97,9 @@ def owners(path: Path, nodes: Sequence[NodeTime], sites: Sequence[Sequence[str]]
     return times
 
 
-def _product(node: onnx.NodeProto, tails: Mapping[str, int]) -> int | None:
-    if not _PRODUCTS.search(node.op_type):
+def _place(node: onnx.NodeProto, tails: Mapping[str, int]) -> int | None:
+    """The site of a product or a table, by the name of its result or its own; None for other nodes."""
+    if not _WEIGHTED.search(node.op_type):
         return None
     for name in (*node.output, node.name):
         for found in (name, _MADE.sub("", name)):

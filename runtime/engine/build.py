@@ -4,7 +4,7 @@ Two TensorRTs share one API. ``tensorrt`` builds for the GPU of the machine it r
 SM that it knows without a GPU (https://docs.nvidia.com/deeplearning/tensorrt-rtx, "CPU-only AOT"). ``backend`` chooses:
 ``tensorrt`` where it has its GPU, else ``tensorrt_rtx``, unless the variable POLYGRAPHY_USE_TENSORRT_RTX says 0 or 1.
 
-The build runs in a process of its own (``tensorrt_child``), because
+The build runs in a process of its own (``child``), because
 
 - Polygraphy reads this variable once, when it is imported, and a fresh process needs no import order;
 - the builder is native code: an abort or the out-of-memory killer ends the child, and the user reads what happened;

@@ -88,7 +88,8 @@ class NodeRun:
 class PlanReport:
     """``nodes``: how each of the requested ONNX nodes runs. ``reason`` says why a plan is not ``readable``.
 
-    ``kernels``: all that the engine launches; the inspector does not tell their products. ``sm``: the GPU, if named.
+    ``kernels``: all that the engine launches; the inspector does not tell their products. ``sm``: that of the GPU, None
+    for any.
     """
 
     readable: bool

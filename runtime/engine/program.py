@@ -43,6 +43,7 @@ _QUOTED = re.compile(_STRING, re.DOTALL)
 _SIZE = re.compile(rf"{_STRING}|-?\w+", re.DOTALL)
 _SHAPES = re.compile(r"^shape_main \{$", re.MULTILINE)
 _INNER = "accelerators={*}"
+_PORTABLE = "hardware_forward_compatibility=1"
 _SM = re.compile(r"accelerators=\{sm(\d+)")
 _LAYER = "[ONNX Layer: "
 
@@ -79,7 +80,7 @@ class Tensor:
 class Program:
     """The tensors of one program, and the calls in order. ``shapes``: the calls that compute open sizes.
 
-    ``inner``: whether a kernel of another program runs this one. ``sm``: the GPU that the program is for.
+    ``inner``: whether a kernel of another program runs this one. ``sm``: the GPU that the program is for, None for any.
     """
 
     inner: bool = False
@@ -146,7 +147,7 @@ def programs(plan: bytes | mmap.mmap) -> Iterator[Program]:
 
 def _program(text: str) -> Program:
     main, *shapes = _SHAPES.split(text, maxsplit=1)
-    named = _SM.search(main)
+    named = None if _PORTABLE in main else _SM.search(main)
     program = Program(inner=_INNER in main, sm=int(named[1]) if named else None)
     for kind, body in _ENTRY.findall(main):
         fields = dict(_FIELD.findall(body))

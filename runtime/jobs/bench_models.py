@@ -68,17 +68,14 @@ def run(paths: Sequence[Path], asked: Bench, source: Source, progress: Progress)
     feed = next(iter(data if data is not None else random_data(job.inputs, 1, seed=source.seed)))
     bench: dict[str, Any] = {"threads": asked.threads, "rows": []}
     facts = [_facts(path) for path in paths]
-    names = list(map(str, paths)) if len({path.name for path in paths}) < len(paths) else [path.name for path in paths]
-    models = dict(zip(names, paths, strict=True))
+    models = _named(paths)
     with temporary.folder() as folder:
         built = [] if asked.sm is None else _built(job, paths, asked.sm, feed, folder)
-        engines = [*built, *asked.engines]
         job.record["engines"] += [_told(engine, paths, feed) for engine in asked.engines]
-        bench["unmeasured"] = _why_not(engines)
-        timed_engines = [] if bench["unmeasured"] else engines
+        engines, bench["unmeasured"] = _runnable(_named([*built, *asked.engines]), job.record["engines"])
         for batch in asked.batches or [0]:
             whole = _batched(feed, job.inputs, batch) if batch else feed
-            timed = _timed(models, timed_engines, whole, asked, progress)
+            timed = _timed(models, engines, whole, asked, progress)
             for number, found in enumerate(timed):
                 row = {"model": found.name, "ms": found.ms, "low": found.low, "high": found.high, "runs": found.runs}
                 row |= {"batch": batch or _first(whole), "memory": None}
@@ -86,7 +83,7 @@ def run(paths: Sequence[Path], asked: Bench, source: Source, progress: Progress)
                     row |= {"memory": _memory(paths[number], whole, asked.threads), **facts[number]}
                 bench["rows"].append(row)
         if asked.nodes or asked.keep is not None:
-            bench["nodes"] = _nodes(models, timed_engines, feed, asked, progress)
+            bench["nodes"] = _nodes(models, engines, feed, asked, progress)
     if asked.keep is not None:
         with files.writing(asked.keep) as file:
             table = {"environment": job.record["environment"], "nodes": bench["nodes"]}
@@ -100,11 +97,11 @@ def _built(job: Job, paths: Sequence[Path], sm: int, feed: Feed, folder: Path) -
     found = []
     for number, path in enumerate(paths):
         own = Job("bench", path, job.progress, job.source)
-        own.calibration = open_data([{spec.name: feed[spec.name] for spec in own.inputs}], own.inputs)
-        found.append(folder / f"{number}.{path.stem}.sm{sm}.engine")
+        own.calibration = open_data([{s.name: feed[s.name] for s in own.inputs if s.name in feed}], own.inputs)
+        (folder / str(number)).mkdir()
+        found.append(folder / str(number) / f"{path.stem}.sm{sm}.engine")
         own.build(path, found[-1], sm, {})
-        entry = own.record["engines"][0] | {"path": path.with_suffix(f".sm{sm}.engine").name}
-        job.record["engines"].append(entry)
+        job.record["engines"] += own.record["engines"]
         job.warn(*own.record["warnings"])
     return found
 
@@ -132,22 +129,32 @@ def _told(engine: Path, paths: Sequence[Path], feed: Feed) -> dict[str, Any]:
     }
 
 
-def _why_not(engines: Sequence[Path]) -> str:
-    """Why engines are not timed; empty where they are, or where there are none."""
+def _named(paths: Sequence[Path]) -> dict[str, Path]:
+    """Paths by their names, or by the whole path where names are alike."""
+    names = [path.name for path in paths]
+    return dict(zip(names if len(set(names)) == len(names) else map(str, paths), paths, strict=True))
+
+
+def _runnable(engines: dict[str, Path], records: Sequence[dict[str, Any]]) -> tuple[dict[str, Path], str]:
+    """The engines that the GPU of this machine runs, and why it does not run the others."""
     sm, reason = tensorrt.local_gpu()
-    return reason if engines and sm is None else ""
+    if sm is None:
+        return {}, reason if engines else ""
+    own = [record["sm"] in (None, sm) for record in records]
+    found = {name: path for (name, path), fits in zip(engines.items(), own, strict=True) if fits}
+    return found, "" if all(own) else f"the GPU of this machine has SM {sm}"
 
 
 def _timed(
-    models: dict[str, Path], engines: Sequence[Path], feed: Feed, asked: Bench, progress: Progress
+    models: dict[str, Path], engines: dict[str, Path], feed: Feed, asked: Bench, progress: Progress
 ) -> list[Latency]:
     """The latencies of models, then of engines, all in turns."""
     with contextlib.ExitStack() as stack:
         sessions = {name: Session(path, threads=asked.threads) for name, path in models.items()}
         runs: dict[str, Any] = {name: functools.partial(s.run, s.accepted(feed)) for name, s in sessions.items()}
-        for path in engines:
+        for name, path in engines.items():
             session = stack.enter_context(EngineSession(path, _package(path)))
-            runs[path.name] = functools.partial(session.timed, feed)
+            runs[name] = functools.partial(session.timed, feed)
         return latencies(runs, rounds=asked.rounds, progress=progress)
 
 
@@ -157,16 +164,16 @@ def _package(engine: Path) -> str:
 
 
 def _nodes(
-    models: dict[str, Path], engines: Sequence[Path], feed: Feed, asked: Bench, progress: Progress
+    models: dict[str, Path], engines: dict[str, Path], feed: Feed, asked: Bench, progress: Progress
 ) -> dict[str, list[dict[str, Any]]]:
     """By model and engine, the nodes or layers in the order in which they run, with their times."""
     timed = profiles(models, feed, threads=asked.threads, rounds=asked.rounds, progress=progress)
     found = {name: [{"name": n.name, "op": n.op, "ms": n.ms} for n in nodes] for name, nodes in timed.items()}
-    for path in engines:
+    for name, path in engines.items():
         with EngineSession(path, _package(path), layers=True) as session:
             layers = session.run(feed)
         pairs = zip(layers["names"].tolist(), layers["ms"].tolist(), strict=True)
-        found[path.name] = [{"name": name, "op": "layer", "ms": ms} for name, ms in pairs]
+        found[name] = [{"name": layer, "op": "layer", "ms": ms} for layer, ms in pairs]
     return found
 
 

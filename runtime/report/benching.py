@@ -31,7 +31,7 @@ def show(record: Mapping[str, Any], page: Page) -> None:
         "beyond an empty one"
     )
     if reason := found.get("unmeasured"):
-        page.say((f"engines were not timed: {reason}", "yellow"))
+        page.say((f"engines were not all timed: {reason}", "yellow"))
     page.blank()
     models = {row["model"]: row for row in found["rows"] if "macs" in row}
     costs = [

@@ -67,6 +67,9 @@ def _figures(run: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     for engine in run.get("engines") or ():
         plan = engine["plan"]
         yield f"engine SM {engine['sm']}", Figure(size(engine["bytes"]), engine["bytes"], "x")
+        if cost := engine.get("cost"):
+            yield f"engine SM {engine['sm']}: kernels", Figure(str(cost["kernels"]), cost["kernels"], "x")
+            yield f"engine SM {engine['sm']}: traffic", Figure(size(cost["traffic"]), cost["traffic"], "x")
         if plan["readable"]:
             yield f"engine SM {engine['sm']}: runs as int8", Figure(f"{plan['int8']} of {plan['total']}")
     for entry in run.get("latency") or ():

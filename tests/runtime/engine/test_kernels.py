@@ -104,6 +104,13 @@ def test_the_products_of_a_fusion_stand_in_its_own_program() -> None:
     assert (kernel.macs, kernel.arithmetic, kernel.traffic) == (5 * 8 * 4, "fp16", 40 + 64 + 80)
 
 
+def test_the_gpu_of_a_plan() -> None:
+    text = program([tensor("x", "1")], [call("function", ["x"], "x")])
+    assert read_plan(plan_of(text), {}).sm == 89
+    portable = text.replace("  accelerators", "  hardware_forward_compatibility=1\n  accelerators")
+    assert read_plan(plan_of(portable), {}).sm is None
+
+
 # ---- bounds ------------------------------------------------------------------------------------------------------
 
 CARD = dataclasses.replace(CARDS[0], peaks={"float": 1, "int8": 4}, bandwidth=100, l2=1)  # 0.5e12 MACs a second, 1 MB
