@@ -177,7 +177,7 @@ class Work(QuantizeWeights):
         integers = inputs_first and activations == "int8"
         format = self._fitted(name, linear.channels[1] // linear.groups)
         own = "nbits", inserter.key(linear, name)
-        if shared := own in inserter.stored:
+        if shared := own in inserter.stored and not why_not_nbits(linear, format):
             multiply_nbits(inserter, linear, own, None, format, self.accuracy_level or FAST)
         elif not (shared := not integers and inserter.shared(linear, inputs_first, name)):
             layer = seen if isinstance(seen, Rounded) else self._rounded(linear, seen, format)

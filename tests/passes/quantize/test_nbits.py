@@ -61,6 +61,17 @@ def test_a_weight_with_two_readers_is_stored_once():
         assert snr(run(graph, feed), session(made).run(feed)) > 14
 
 
+def test_a_second_reader_that_the_operator_does_not_fit():
+    graph = build(
+        "(float[N,64] x, float[64] v) => (float[] y, float[] z)", "y = MatMul(x, W) z = MatMul(v, W)",
+        kind="float", W=(64, 64),
+    )  # fmt: skip
+    made = quantized(graph, weights="int4")
+    assert [node.op for node in made.nodes if "MatMul" in node.op] == ["MatMulNBits", "MatMul"]
+    feed = feeds(graph)
+    assert snr(run(graph, feed), session(made).run(feed)) > 17
+
+
 def test_what_a_level_changes():
     """Level 4 rounds the activation to 8 bits; level 1 does not."""
     graph = build("(float[N,256] x) => (float[] y)", "y = MatMul(x, W)", kind="float", W=(256, 64))
