@@ -60,13 +60,15 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        """The bits of a code and its share of a scale: 8 bits on a grid, 16 elsewhere."""
-        return self.bits + ((8 if self.grid else 16) / self.group if self.group else 0)
+        """The bits of a code, and its share of a zero point and of a scale: 8 bits on a grid, 16 elsewhere."""
+        shared = (8 if self.grid else 16) + (0 if self.symmetric else self.bits)
+        return self.bits + (shared / self.group if self.group else 0)
 
     @property
     def dtype(self) -> np.dtype:
         """The type of the stored codes."""
-        return np.dtype(getattr(ml_dtypes, self.floating or f"int{self.bits}", np.int8))
+        own = self.floating or ("" if self.symmetric else "u") + f"int{self.bits}"
+        return np.dtype(getattr(ml_dtypes, own, np.int8 if self.symmetric else np.uint8))
 
     @property
     def levels(self) -> float:
@@ -77,7 +79,9 @@ class Format:
 
     @property
     def lowest(self) -> float:
-        """The lowest code of a symmetric format."""
+        """The lowest code."""
+        if not self.symmetric:
+            return 0
         return -self.levels - (1 if self.bits <= 4 and not self.floating and self.grid not in _STEPS else 0)
 
     def base(self, weight: np.ndarray) -> np.ndarray | None:
@@ -115,9 +119,25 @@ class Format:
         limits = ml_dtypes.finfo(_FP8)
         return np.clip(steps, float(limits.smallest_subnormal), float(limits.max)).astype(_FP8).astype(np.float32)
 
-    def snap(self, values: np.ndarray) -> np.ndarray:
-        """The codes, as float32, nearest to ``values`` in units of the scale, for a symmetric format."""
-        limited = np.clip(values, self.lowest, self.levels)
+    def limits(self, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and the highest value, (out, groups, 1), that codes of the ``grouped`` weights have to reach."""
+        if self.symmetric:
+            peak = np.abs(parts).max(axis=2, keepdims=True)
+            return -peak, peak
+        return np.minimum(parts.min(axis=2, keepdims=True), 0), np.maximum(parts.max(axis=2, keepdims=True), 0)
+
+    def covering(
+        self, low: np.ndarray, high: np.ndarray, dtype: np.dtype, base: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scales in ``dtype`` and zero points in float32, (out, groups, 1), with which the codes reach two limits."""
+        if self.symmetric:
+            return self.scales(high, dtype, base), np.zeros(high.shape, np.float32)
+        scales = positive_scale(high - low, self.levels, dtype)
+        return scales, np.clip(np.rint(-low / scales.astype(np.float32)), 0, self.levels)
+
+    def snap(self, values: np.ndarray, zeros: np.ndarray | float = 0.0) -> np.ndarray:
+        """The codes less the zero points, as float32, that are nearest to ``values`` in units of the scale."""
+        limited = np.clip(values, self.lowest - zeros, self.levels - zeros)
         return limited.astype(self.dtype).astype(np.float32) if self.floating else np.rint(limited)
 
     def typed(self, codes: np.ndarray) -> np.ndarray:
@@ -137,10 +157,15 @@ class Format:
         """Scales (out, groups) for every weight: (out, in), or (out, 1) where an output channel has one scale."""
         return np.repeat(scales, self.group, axis=1)[:, :ins] if self.group else scales
 
-    def restored(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-        """The float32 weight (out, in, ...) of codes and their scales (out, groups)."""
+    def restored(self, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None) -> np.ndarray:
+        """The float32 weight (out, in, ...) of codes, their scales and zero points (out, groups)."""
+        behind = [1] * (codes.ndim - 2)
         steps = self.spread(scales.astype(np.float32), codes.shape[1])
-        return codes.astype(np.float32) * steps.reshape(*steps.shape, *[1] * (codes.ndim - 2))
+        values = codes.astype(np.float32)
+        if zeros is not None:
+            starts = self.spread(zeros.astype(np.float32), codes.shape[1])
+            values -= starts.reshape(*starts.shape, *behind)
+        return values * steps.reshape(*steps.shape, *behind)
 
     def fitted(self, ins: int, whole: bool = False) -> Format:
         """The format with groups for ``ins`` inputs: halved until an output channel has at least two groups.
@@ -184,15 +209,8 @@ class Format:
         """A float32 matrix (out, in) rounded to the values that this format can store."""
         outs, ins = matrix.shape
         parts = self.grouped(matrix)
-        if self.symmetric:
-            step = np.maximum(np.abs(parts).max(axis=2, keepdims=True) / self.levels, np.float32(1e-30))
-            found = self.snap(parts / step) * step
-        else:
-            low, high = np.minimum(parts.min(axis=2), 0)[..., None], np.maximum(parts.max(axis=2), 0)[..., None]
-            step = np.maximum((high - low) / self.levels, np.float32(1e-30))
-            zero = np.rint(-low / step)
-            found = (np.clip(np.rint(parts / step) + zero, 0, self.levels) - zero) * step
-        return found.reshape(outs, -1)[:, :ins]
+        steps, zeros = self.covering(*self.limits(parts), FLOAT)
+        return (self.snap(parts / steps, zeros) * steps).reshape(outs, -1)[:, :ins]
 
 
 def all_finite(values: np.ndarray) -> bool:
@@ -217,6 +235,7 @@ INT7 = Format(7)  # stored as int8
 FORMATS = {
     "int8": INT8,
     "int4": Format(4, 128, opset=21),
+    "uint4": Format(4, 128, symmetric=False, opset=21),
     "int2": Format(2, 32, opset=25),
     "fp8": Format(8, floating="float8_e4m3fn", opset=19),
     "fp4": Format(4, 32, floating="float4_e2m1fn", opset=23),

@@ -6,6 +6,9 @@
     wrong               it is built, without a warning, and computes something else
     refused             it is not built
 
+Zero points (uint4) TensorRT refuses. Written as y = DQ(W_q) x + Z sum x by groups, they take as many bits as int4 in
+groups of half the size, which is as exact and needs no second product: so there is no such form.
+
 Weights are by output channel (int8, fp8) or in groups of inputs, activations are by tensor, those of fp4 by groups of
 16. Float activations are float16 on SM 75, which has no products in float32.
 """
@@ -36,6 +39,7 @@ ROWS: dict[tuple[str, str], Row] = {  # by format of the weights and of the acti
     ("int8", "none"): Row(("fused", "fused", "fused", "fused"), "fused", ""),
     ("int8", "int8-per-token"): Row(("int8", "int8", "int8", "int8"), "int8", "int8"),
     ("int4", "none"): Row(_FROM_80, "fused", "int8"),
+    ("uint4", "none"): Row(_NEVER, "fused", "int4"),
     ("int2", "none"): Row(_NEVER, "fused", "int4"),
     ("fp8", "none"): Row(_FROM_89, "dequantized first", "int8"),
     ("fp4", "none"): Row(_EXPANDED_120, "refused", "int4"),

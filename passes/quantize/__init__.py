@@ -68,10 +68,10 @@ class QuantizeWeights(Pass):
 
     name, kind, does_it, needs_opset = "quantize-weights", "lossy", "weights", 13
 
-    weights: Literal["int8", "int4", "int2", "fp8", "fp4", "nvfp4", "mxfp4", "mxfp8", "dgq"] = option(
+    weights: Literal["int8", "int4", "uint4", "int2", "fp8", "fp4", "nvfp4", "mxfp4", "mxfp8", "dgq"] = option(
         "int8",
-        "Format of the weights: int8 and fp8 (E4M3) by output channel, the others by groups of inputs; dgq is int4 "
-        "with scales on a grid of 8 bits, for products of int8.",
+        "Format of the weights: int8 and fp8 (E4M3) by output channel, the others by groups of inputs; uint4 has zero "
+        "points; dgq is int4 with scales on a grid of 8 bits, for products of int8.",
     )
     activations: Literal["none", "int8", "fp8", "fp4", "int8-per-token"] = option(
         "none",
@@ -80,21 +80,28 @@ class QuantizeWeights(Pass):
     )
     group: int | None = option(
         None,
-        "Inputs that share a scale of int4, int2, fp4 and dgq.",
+        "Inputs that share a scale of int4, uint4, int2, fp4 and dgq.",
         low=8,
         high=1 << 16,
-        means="128 for int4 and dgq, 32 for int2 and fp4",
+        means="128 for int4, uint4 and dgq, 32 for int2 and fp4",
     )
     keep_8bit: tuple[str, ...] = option((), "Nodes that get 8 bits: names, * and ? match.", metavar="PATTERN")
-    rounder: Literal["nearest", "search", "gptq"] = option(
+    rounder: Literal["nearest", "search", "gptq", "descent"] = option(
         "search",
         "How weights are rounded: to the nearest code, with the scale of the least error (weighted by calibration data "
-        "where there are some), or by GPTQ, which needs data.",
+        "where there are some), by GPTQ, which needs data, or by GPTQ and coordinate descent, which takes longer.",
     )
     correct_inputs: bool = option(
         False, "With GPTQ a layer makes up for a part of what the rounded layers before have changed of its input."
     )
     target: Literal["tensorrt", "onnxruntime"] = option("tensorrt", "Whose rules for DequantizeLinear nodes.")
+    accuracy_level: int | None = option(
+        None,
+        "Of the products of ONNX Runtime: 1 multiplies in float, 4 rounds what it multiplies with to 8 bits.",
+        low=1,
+        high=4,
+        means="left to ONNX Runtime: 4",
+    )
     embeddings: bool = option(True, "Store the tables from which Gather takes rows like the weights.")
     exclude: tuple[str, ...] = option((), "Nodes to leave in float: names, * and ? match.", metavar="PATTERN")
     exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float, such as MatMul.", metavar="OP")
@@ -113,6 +120,8 @@ class QuantizeWeights(Pass):
     def check_for(self, sm: int | None) -> None:
         """Raises UsageError where the target, or an engine for an SM, should not get the formats."""
         target, formats = self.target, (self.weights, self.activations)
+        if self.accuracy_level and (target != "onnxruntime" or self.activations != "none"):
+            raise UsageError("accuracy_level is for float activations and the target onnxruntime", "Leave it out")
         if sm is not None and target == "onnxruntime":
             return
         reason, hint = why_not(*formats, target, sm)

@@ -83,9 +83,9 @@ def _dequantize(inserter: Inserter, node: gs.Node, format: Format) -> None:
         if id(source) not in inserter.stored:
             weight = read(source)
             rows = weight.reshape(-1, weight.shape[2]) if own.group else weight.transpose(1, 0, 2)
-            codes, scales = rounded(rows, by_scale(own, np.dtype(source.dtype)), own)
-            codes = codes.reshape(weight.shape) if own.group else codes.transpose(1, 0, 2)
-            scales = scales.reshape(*weight.shape[:2], -1) if own.group else scales[:, 0]
+            layer = rounded(rows, by_scale(own, np.dtype(source.dtype)), own)
+            codes = layer.codes.reshape(weight.shape) if own.group else layer.codes.transpose(1, 0, 2)
+            scales = layer.scales.reshape(*weight.shape[:2], -1) if own.group else layer.scales[:, 0]
             inserter.stored[id(source)] = inserter.constants(source.name, np.ascontiguousarray(codes), scales)
         attrs = {"axis": 2, "block_size": own.group} if own.group else {"axis": 1}
         edit.set_input(node, index, inserter.dequantized(source.name, inserter.stored[id(source)], attrs, node))
@@ -98,11 +98,11 @@ def _dynamic(inserter: Inserter, node: gs.Node, format: Format) -> None:
         source = node.inputs[index]
         if id(source) not in inserter.stored:
             weight = read(source)
-            codes, scales = rounded(weight.reshape(-1, weight.shape[2]), by_scale(format, np.dtype(np.float32)), format)
-            codes = np.ascontiguousarray(codes.reshape(weight.shape).transpose(0, 2, 1))
+            layer = rounded(weight.reshape(-1, weight.shape[2]), by_scale(format, np.dtype(np.float32)), format)
+            codes = np.ascontiguousarray(layer.codes.reshape(weight.shape).transpose(0, 2, 1))
             inserter.stored[id(source)] = [
                 constant(graph, f"{source.name}_quantized", codes),
-                constant(graph, f"{source.name}_scale", scales.reshape(weight.shape[:2])),
+                constant(graph, f"{source.name}_scale", layer.scales.reshape(weight.shape[:2])),
                 # one for every scale: of one for each direction, which is allowed too, ONNX Runtime 1.32 reads wrongly
                 constant(graph, f"{source.name}_zero_point", np.zeros(weight.shape[:2], codes.dtype)),
             ]

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +18,10 @@ import onnx
 import channelfold
 from channelfold.passes.base import Pass
 from channelfold.passes.layers.linear import Linear
+from channelfold.passes.quantize.rounders import Rounded
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.io.files import packed, writing
 from channelfold.runtime.io.snapshot import Snapshot
-
-
-@dataclass
-class Rounded:
-    """``codes`` (out, in, ...) and ``scales`` (out, groups) of a weight, ``base``: the units of the grid of its scales.
-
-    ``mean`` of the input of the linear, ``later`` once the layers before are rounded; None where it is not known.
-    """
-
-    codes: np.ndarray
-    scales: np.ndarray
-    base: np.ndarray | None = None
-    mean: np.ndarray | None = None
-    later: np.ndarray | None = None
 
 
 class Done:

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.layers.formats import FLOAT, Format
 from channelfold.passes.layers.linear import Linear
 from channelfold.passes.quantize.qdq import Inserter
+from channelfold.passes.quantize.rounders import Rounded
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 
@@ -33,16 +34,13 @@ def why_not_integers(linear: Linear, format: Format) -> str:
 def multiply_integers(
     inserter: Inserter,
     linear: Linear,
-    codes: np.ndarray,
-    scales: np.ndarray,
+    layer: Rounded,
     format: Format,
-    base: np.ndarray | None,
-    mean: np.ndarray | None,
-    later: np.ndarray | None = None,
 ) -> None:
-    """Replaces a MatMul or Gemm by a product of integers; codes (out, in), scales (out, groups), base (out, 1)."""
+    """Replaces a MatMul or Gemm by a product of integers."""
+    codes, base = layer.codes, layer.base
     assert base is not None
-    inserter.correct_bias(linear, codes, scales, format, mean, later)
+    inserter.correct_bias(linear, layer, format)
     graph, node, name = inserter.graph, linear.node, linear.source.name
     outs, ins = codes.shape
     bias = linear.bias() if node.op == "Gemm" else None
@@ -56,7 +54,7 @@ def multiply_integers(
 
     if key not in inserter.stored:
         stored = np.ascontiguousarray(codes.T).reshape(-1, format.group, outs)
-        steps = np.ascontiguousarray(format.steps(scales, base).T.astype(np.int32))[:, None]
+        steps = np.ascontiguousarray(format.steps(layer.scales, base).T.astype(np.int32))[:, None]
         inserter.stored[key] = [
             constant(graph, f"{name}_quantized", stored),
             constant(graph, f"{name}_scale", steps),

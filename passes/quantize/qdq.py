@@ -33,6 +33,7 @@ from channelfold.passes.layers.formats import FLOAT, INT8, SCALES, Format, all_f
 from channelfold.passes.layers.linear import Linear, linears, live_linears
 from channelfold.passes.operators import operator
 from channelfold.passes.quantize import Quantize, QuantizeAttention, QuantizeWeights
+from channelfold.passes.quantize.rounders import Rounded
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 from channelfold.runtime.stats.channels import outlier_ratio
@@ -260,49 +261,35 @@ class Inserter:
             rounded = values.astype(np.float64) * scales.astype(np.float64).reshape(-1, *[1] * (values.ndim - 1))
             bias, all_alike = linear.bias(), np.full(linear.channels[1], offset)
             linear.set_bias((0.0 if bias is None else bias) + linear.respond(rounded, all_alike))
-        self.store(linear, values, scales[:, None], self.format, mean, scales.tobytes())
+        self.store(linear, Rounded(values, scales[:, None], mean=mean), self.format, scales.tobytes())
         return scales
 
     def store(
         self,
         linear: Linear,
-        codes: np.ndarray,
-        scales: np.ndarray,
+        layer: Rounded,
         format: Format,
-        mean: np.ndarray | None = None,
         variant: Hashable = None,
         inputs_first: bool = False,
-        base: np.ndarray | None = None,
-        later: np.ndarray | None = None,
     ) -> None:
-        """Lets a linear node read ``codes`` (out, in / groups, ...) with ``scales`` (out, groups of the format).
+        """Lets a linear node read a rounded weight.
 
-        Readers of one weight share its codes where ``variant`` is the same. ``mean``: as for ``weight``. With
+        Readers of one weight share its codes where ``variant`` is the same. ``layer.mean``: as for ``weight``. With
         ``inputs_first`` a Gemm gets its weight as (in, out).
         """
-        self.correct_bias(linear, codes, scales, format, mean, later)
-        key = self._key(linear, variant)
+        self.correct_bias(linear, layer, format)
+        key = self.key(linear, variant)
         if key not in self._weights:
-            self._weights[key] = self._stored(linear, codes, scales, format, inputs_first, base)
+            self._weights[key] = self._stored(linear, layer, format, inputs_first)
         self._connect(linear, key, inputs_first)
 
-    def correct_bias(
-        self,
-        linear: Linear,
-        codes: np.ndarray,
-        scales: np.ndarray,
-        format: Format,
-        mean: np.ndarray | None,
-        later: np.ndarray | None = None,
-    ) -> None:
-        """Lets the bias take back what rounding the weight does on average, where there is a place and a mean.
-
-        ``later``: the mean of the input once the layers before are rounded, if it is known.
-        """
+    def correct_bias(self, linear: Linear, layer: Rounded, format: Format) -> None:
+        """Lets the bias take back what rounding the weight does on average, where there is a place and a mean."""
+        mean, later = layer.mean, layer.later
         if mean is None or not linear.takes_bias:
             return
         weight, old = linear.weight(), linear.bias()
-        restored = format.restored(codes, scales)
+        restored = layer.restored(format)
         inside = self.inside.get(linear.name, 1.0)
         missed = linear.respond((restored - weight) * inside, mean)
         if later is not None:
@@ -312,38 +299,33 @@ class Inserter:
 
     def shared(self, linear: Linear, inputs_first: bool = False, variant: Hashable = None) -> bool:
         """Lets a linear node read the codes that another reader of its weight has; whether there are any."""
-        key = self._key(linear, variant)
+        key = self.key(linear, variant)
         if key in self._weights:
             self._connect(linear, key, inputs_first)
         return key in self._weights
 
-    def _key(self, linear: Linear, variant: Hashable = None) -> Hashable:
+    def key(self, linear: Linear, variant: Hashable = None) -> Hashable:
         """What linears have in common that may read the same codes."""
         alpha = linear.node.attrs.get("alpha", 1.0) if linear.node.op == "Gemm" else 1.0
         chain = tuple(id(node) for node in linear.chain)
         return id(linear.source), chain, weight_axis(linear), linear.groups, alpha, variant
 
-    def _stored(
-        self,
-        linear: Linear,
-        codes: np.ndarray,
-        scales: np.ndarray,
-        format: Format,
-        inputs_first: bool,
-        base: np.ndarray | None,
-    ) -> gs.Variable:
-        axis, flip = weight_axis(linear), inputs_first and linear.node.op == "Gemm"
-        stored = codes.T if flip else linear.unorient(codes)
-        attrs = {"axis": 1 if flip else axis}
+    def _stored(self, linear: Linear, layer: Rounded, format: Format, inputs_first: bool) -> gs.Variable:
+        axis, flip, base = weight_axis(linear), inputs_first and linear.node.op == "Gemm", layer.base
+
+        def oriented(values: np.ndarray) -> np.ndarray:
+            return np.ascontiguousarray(values.T if flip else linear.unorient(values))
+
+        attrs, zeros = {"axis": 1 if flip else axis}, layer.zeros
         if format.group:
-            steps = scales if base is None else format.steps(scales, base)
-            steps = np.ascontiguousarray(steps.T if flip else linear.unorient(steps))
+            steps = oriented(layer.scales if base is None else format.steps(layer.scales, base))
+            zeros = None if zeros is None else oriented(zeros.astype(format.dtype))
             attrs = {"axis": 1 - attrs["axis"], "block_size": format.group}
         else:
-            steps = scales[:, 0]
+            steps = layer.scales[:, 0]
         if base is not None and format.grid.startswith("int"):
             steps = steps.astype(linear.dtype)
-        constants = self.constants(linear.source.name, np.ascontiguousarray(stored), steps)
+        constants = self.constants(linear.source.name, oriented(layer.codes), steps, zeros)
         if base is not None and format.grid == "fp8":
             return self._in_fp4(linear, constants, base, attrs)
         restored = self.dequantized(linear.source.name, constants, attrs, linear.node)
@@ -464,12 +446,15 @@ class Inserter:
             nodes += [*self._before.get(id(node), ()), node, *self._after.get(id(node), ())]
         self.graph.nodes[:] = nodes
 
-    def constants(self, name: str, codes: np.ndarray, scales: np.ndarray) -> list[gs.Constant]:
-        """Codes, scales and zero points as constants named after ``name``."""
+    def constants(
+        self, name: str, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None
+    ) -> list[gs.Constant]:
+        """Codes, scales and zero points (by default 0) as constants named after ``name``."""
+        zeros = np.zeros(scales.shape, codes.dtype) if zeros is None else zeros
         return [
             constant(self.graph, f"{name}_quantized", codes),
             constant(self.graph, f"{name}_scale", scales),
-            constant(self.graph, f"{name}_zero_point", np.zeros(scales.shape, codes.dtype)),
+            constant(self.graph, f"{name}_zero_point", zeros),
         ]
 
     def dequantized(

@@ -73,7 +73,8 @@ def quantize_tables(
         op, key = node.op, ("table", id(table), own)
         if key not in inserter.stored:
             rows = np.asarray(read(table)).reshape(-1, width)
-            codes, scales = rounded(rows, by_scale(own, np.dtype(table.dtype)), own)
+            layer = rounded(rows, by_scale(own, np.dtype(table.dtype)), own)
+            codes, scales = layer.codes, layer.scales
             if step.target != "tensorrt":
                 codes, scales = codes.reshape(table.shape), scales.reshape(*table.shape[:-1], -1)
             inserter.stored[key] = inserter.constants(table.name, codes, scales if own.group else scales[..., 0])

@@ -10,7 +10,8 @@ biases make up for the mean error of the rounded weights. ``layers/targets`` kno
 tensorrt      reads every format inside its product kernels, but for groups that span a whole output channel, which it
               dequantizes in front of each product: groups are halved until a channel has two.
 onnxruntime   reads integers inside its kernel (MatMulNBits) where the inputs are the first axis of the weight; any
-              other layout, and floats of 8 and 4 bits, would be dequantized on every call.
+              other layout, and floats of 8 and 4 bits, would be dequantized on every call. ``nbits`` writes the
+              operator of the kernel itself where two nodes read one weight.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from channelfold.passes.layers.formats import FORMATS, Format
 from channelfold.passes.layers.linear import Linear, usable
 from channelfold.passes.quantize import QuantizeWeights, calibrators
 from channelfold.passes.quantize.cells import quantize_cells
-from channelfold.passes.quantize.done import Done, Rounded
+from channelfold.passes.quantize.done import Done
 from channelfold.passes.quantize.inputs import Inputs, Products
 from channelfold.passes.quantize.integers import multiply_integers, why_not_integers
+from channelfold.passes.quantize.nbits import FAST, many_readers, multiply_nbits, why_not_nbits
 from channelfold.passes.quantize.qdq import (
     MIN_CHANNELS,
     Inserter,
@@ -40,7 +42,7 @@ from channelfold.passes.quantize.qdq import (
     summary,
     why_not_int8,
 )
-from channelfold.passes.quantize.rounders import Rounder, by_scale, gptq, rounded
+from channelfold.passes.quantize.rounders import Rounded, Rounder, by_scale, gptq, rounded
 from channelfold.passes.quantize.tables import quantize_tables
 from channelfold.runtime.errors import DataError
 from channelfold.runtime.io import edit
@@ -53,6 +55,7 @@ from channelfold.runtime.stats.observe import by_name
 Seen = Products | Rounded | ChannelMoments | None
 _UNSEEN = "no calibration sample has values other than zero in its activation"
 _OF_TABLES = {"int8": "int8", "fp8": "fp8", "mxfp8": "fp8"}  # all others int4, which every target takes rows of
+_JOINT = ("gptq", "descent")
 _KEPT = {"none": ("int8", "none"), "int8": ("int8", "int8"), "fp8": ("fp8", "fp8"), "fp4": ("fp8", "fp8")}
 
 
@@ -82,7 +85,7 @@ class Work(QuantizeWeights):
         return self.weights, self.activations
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        if self.rounder == "gptq" and ctx.calibration is None:
+        if self.rounder in _JOINT and ctx.calibration is None:
             raise DataError("GPTQ needs calibration data", "Give some with --calibration")
         outcome = Outcome()
         cells = quantize_cells(graph, outcome, self._of(_OF_TABLES.get(self.weights, "int4")), self)
@@ -142,7 +145,7 @@ class Work(QuantizeWeights):
         for site in sites:
             if id(site.source._values) in ctx.shared:
                 yield site, None  # whatever the data of a part are, all parts get the same codes
-            elif self.rounder == "gptq" and site.groups == 1 and all(size == 1 for size in site.kernel):
+            elif self.rounder in _JOINT and site.groups == 1 and all(size == 1 for size in site.kernel):
                 joint.setdefault((site.data.name, site.in_axis), []).append(site)
             else:
                 alone.append(site)
@@ -163,7 +166,7 @@ class Work(QuantizeWeights):
                 done.keep(site, layer)
             if self.correct_inputs:
                 format = self._fitted(self._formats(site.node)[0], site.channels[1])
-                inputs.take(site, format.restored(layer.codes, layer.scales))
+                inputs.take(site, layer.restored(format))
 
     def _quantize(
         self,
@@ -178,18 +181,19 @@ class Work(QuantizeWeights):
         inputs_first = self.target == "onnxruntime"
         says = f"{name} weight"
         integers = inputs_first and activations == "int8"
-        if not (shared := not integers and inserter.shared(linear, inputs_first, name)):
-            format = self._fitted(name, linear.channels[1] // linear.groups)
+        format = self._fitted(name, linear.channels[1] // linear.groups)
+        own = "nbits", inserter.key(linear, name)
+        if shared := own in inserter.stored and not why_not_nbits(linear, format):
+            multiply_nbits(inserter, linear, own, None, format, self.accuracy_level or FAST)
+        elif not (shared := not integers and inserter.shared(linear, inputs_first, name)):
             layer = seen if isinstance(seen, Rounded) else self._rounded(linear, seen, format)
             made[linear.name] = layer
             if integers:
-                multiply_integers(
-                    inserter, linear, layer.codes, layer.scales, format, layer.base, layer.mean, layer.later
-                )
+                multiply_integers(inserter, linear, layer, format)
+            elif self._as_operator(linear, format, activations):
+                multiply_nbits(inserter, linear, own, layer, format, self.accuracy_level or FAST)
             else:
-                inserter.store(
-                    linear, layer.codes, layer.scales, format, layer.mean, name, inputs_first, layer.base, layer.later
-                )
+                inserter.store(linear, layer, format, name, inputs_first)
             says += f" in groups of {format.group}" if format.group else ""
             says += ", GPTQ" if isinstance(seen, Products | Rounded) else ""
         linear.data.dtype = linear.dtype if activations != "none" else linear.data.dtype
@@ -201,16 +205,23 @@ class Work(QuantizeWeights):
             inserter.activation(linear.data, Range(-limit, limit), [linear.node], floating)
         return says + (", shared" if shared else "") + ("" if activations == "none" else f", {activations} activation")
 
+    def _as_operator(self, linear: Linear, format: Format, activations: str) -> bool:
+        """Whether ONNX Runtime gets its own operator of a linear."""
+        if self.target != "onnxruntime" or activations != "none" or why_not_nbits(linear, format):
+            return False
+        return self.accuracy_level is not None or many_readers(linear)
+
     def _rounded(self, linear: Linear, seen: Products | ChannelMoments | None, format: Format) -> Rounded:
         weight = linear.weight()
         if isinstance(seen, Products):
             weight = seen.wanted(weight.reshape(weight.shape[:2])).reshape(weight.shape)
             base = format.base(weight)
-            codes, scales = rounded(weight, gptq(format, linear.dtype, seen.factored, base), format, wide=True)
-            return Rounded(codes, scales, base, seen.mean, seen.later)
+            rounder = gptq(format, linear.dtype, seen.factored, base, self.rounder == "descent")
+            layer = rounded(weight, rounder, format, wide=True)
+            return dataclasses.replace(layer, base=base, mean=seen.mean, later=seen.later)
         base = format.base(weight)
-        codes, scales = rounded(weight, self._by_scale(linear, seen, format, base), format)
-        return Rounded(codes, scales, base, None if seen is None else seen.mean)
+        layer = rounded(weight, self._by_scale(linear, seen, format, base), format)
+        return dataclasses.replace(layer, base=base, mean=None if seen is None else seen.mean)
 
     def _by_scale(
         self, linear: Linear, seen: ChannelMoments | None, format: Format, base: np.ndarray | None
@@ -243,6 +254,8 @@ class Work(QuantizeWeights):
         if name == "int2" and outs % 4:
             return "ONNX Runtime computes something else where the output channels are not a multiple of 4"
         if reason := format.why_not(ins, outs) if self.target == "tensorrt" else "":
+            return reason
+        if self.accuracy_level is not None and not linear.is_conv and (reason := why_not_nbits(linear, format)):
             return reason
         integers = self.target == "onnxruntime" and activations == "int8"
         return (why_not_integers(linear, format) if integers else "") or why_not_int8(linear)

@@ -32,7 +32,7 @@ def _steps(record: Mapping[str, Any], done: Mapping[str, Mapping[str, Any]]) -> 
         yield "Smooth before quantizing: channelfold compress --recipe int8-smooth"
     if quantized and not quantized["options"].get("float_share"):
         yield "Let the nodes that lose most stay in float: --float-share 0.05"
-    if weights and weights["options"].get("rounder") != "gptq":
+    if weights and weights["options"].get("rounder") not in ("gptq", "descent"):
         yield "Round the weights by GPTQ: --rounder gptq, with calibration data"
     if weights and weights["options"].get("weights") == "int4" and (weights["options"].get("group") or 128) > 32:
         yield "Let fewer weights share a scale: --group 32"
