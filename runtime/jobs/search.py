@@ -173,11 +173,14 @@ class _Hunt:
         if error is None:
             return
         proof = self._split(found, written, self.proof, "proof")
-        sites = measure(found.board, steering.files, choices.groups(start.graph, found.board), self.crew, guess=True)
+        samples = steering.files
+        if not start.exact:  # what is right for its sites is its own float
+            samples = keep(found.board, self.steering[0], "sites")
+        sites = measure(found.board, samples, choices.groups(start.graph, found.board), self.crew, guess=True)
         beside = self._costs.bytes - _constants(self._whole.graph) + _constants(start.graph) - found.board.size({})
         choice = Choice(
             self._costs.priced(found.board, sites, beside, error),
-            *(steering, proof, self.limits, self.search.trials),
+            *(samples, steering, proof, self.limits, self.search.trials),
         )
         written.choice = choice
         if self.search.max_latency is not None:
