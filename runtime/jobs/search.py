@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from channelfold.passes.search.proof import RELATIVE, Figures, Limits, Split, fi
 from channelfold.runtime.data.npz import read_headers
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import ChannelfoldError, DataError, GateError, UsageError
+from channelfold.runtime.io import files
 from channelfold.runtime.io.session import Feed
 from channelfold.runtime.jobs import search_record as telling
 from channelfold.runtime.jobs.job import GateMissed, Job
@@ -177,7 +177,7 @@ class _Hunt:
         if not start.exact:  # what is right for its sites is its own float
             samples = keep(found.board, self.steering[0], "sites")
         sites = measure(found.board, samples, choices.groups(start.graph, found.board), self.crew, guess=True)
-        beside = self._costs.bytes - _constants(self._whole.graph) + _constants(start.graph) - found.board.size({})
+        beside = _bytes(start.graph) - found.board.size({})
         choice = Choice(
             self._costs.priced(found.board, sites, beside, error),
             *(samples, steering, proof, self.limits, self.search.trials),
@@ -216,10 +216,10 @@ class _Hunt:
         return alone if not self.limits.of_accuracy or self.search.metric or self.limits.accurate(lost) else None
 
 
-def _constants(graph: gs.Graph) -> int:
-    """Bytes of the constants of a graph."""
-    found = {id(tensor): tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)}
-    return sum(math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize for tensor in found.values())
+def _bytes(graph: gs.Graph) -> int:
+    """Bytes of the file of a graph."""
+    model, weights = files.export(graph)
+    return model.ByteSize() + sum(values.nbytes for _, values in weights)
 
 
 @dataclass(frozen=True)
