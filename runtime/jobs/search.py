@@ -176,6 +176,7 @@ class _Hunt:
         samples = steering.files
         if not start.exact:  # what is right for its sites is its own float
             samples = keep(found.board, self.steering[0], "sites")
+            self.crew.count("sensitivities", len(samples))
         sites = measure(found.board, samples, choices.groups(start.graph, found.board), self.crew, guess=True)
         beside = _bytes(start.graph) - found.board.size({})
         choice = Choice(
@@ -293,6 +294,8 @@ def find(
     limits = _limits(search, gates, job.record["model"]["bytes"])
     hunt = _Hunt(job, given, search, limits, sms, keep_in)
     best = hunt.run(choices.in_front(passes), 2 if behind else 4)
+    if hunt.crew.resumed:
+        job.warn(f"{hunt.crew.resumed:.0f} of {sum(hunt.crew.runs.values()):.0f} runs were done by an earlier call")
     job.record["search"] = telling.together(best.record, [result.record for result in hunt.results], hunt.crew)
     job.calibration = hunt.data
     return Found([*best.passes, *behind], job, best, hunt.proof, hunt.metric)
