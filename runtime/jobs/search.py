@@ -129,8 +129,7 @@ class _Hunt:
     def _variants(self) -> Iterator[_Start]:
         """The other networks. Each starts from the last exact one that paid."""
         yield from self._reparameterized()
-        base = self._base
-        if not any(step.name == _SMOOTH for step in base.steps):
+        if not any(step.name == _SMOOTH for step in self._base.steps):
             yield from self._with(_SMOOTH, make(_SMOOTH, {}), finer=True)
         base = self._base
         if self.sms and choices.runs("fp8", self.given.get("target", "tensorrt"), self.sms):
