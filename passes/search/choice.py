@@ -23,9 +23,13 @@ _MATTERS = 0.02  # share of the error of a point from which on a guess in it is 
 
 @dataclass
 class Choice:
-    """A choice at work. ``clock``: the time of a point; ``latency`` predicts the time, to find mixes within a limit."""
+    """A choice at work. ``samples``: files that sensitivities are measured on.
+
+    ``clock``: the time of a point; ``latency`` predicts the time, to find mixes within a limit.
+    """
 
     sites: list[Site]
+    samples: Sequence[str]
     steering: Split
     proof: Split
     limits: Limits
@@ -39,7 +43,7 @@ class Choice:
     def run(self) -> Figures:
         """The chosen point."""
         steering, used = self.steering, self._guesses(self._first())
-        sites = sensitivity.checked(steering.board, steering.files, self.sites, used, steering.crew)
+        sites = sensitivity.checked(steering.board, self.samples, self.sites, used, steering.crew)
         self.sites = scaled(sites, lambda points: [f.error for f in self.steering.measured(points, sites)])
         if self.clock and self.latency and self.limits.max_latency is not None:
             self.times = self.latency.search(self.sites, self.limits.max_latency, self.clock)

@@ -6,6 +6,7 @@ within a budget      an exact knapsack: least error within bytes, or least cost 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,15 +51,15 @@ def uniform(sites: Sequence[Site]) -> list[Point]:
 
 
 def scaled(sites: Sequence[Site], measure: Callable[[Sequence[Point]], Sequence[float]]) -> list[Site]:
-    """The sites with the errors of every option times a factor: the sum over all sites is what ``measure`` finds.
+    """The sites with the errors of every option nearer to what ``measure`` finds where all of them have the option.
 
-    The factor makes up for what the samples of the sites have other than those of ``measure``, and for what does not
-    add up.
+    Half of the difference, in dB: where errors do not add up, that may be due to a few of the sites, and others have
+    fewer samples than ``measure``.
     """
     points = uniform(sites)
     floor, *found = measure(points)
     factors = {
-        next(option for option in p.options if option != FLOAT): (error - floor) / (p.predicted - points[0].predicted)
+        next(o for o in p.options if o != FLOAT): math.sqrt((error - floor) / (p.predicted - points[0].predicted))
         for p, error in zip(points[1:], found, strict=True)
         if error > floor and p.predicted > points[0].predicted
     }

@@ -53,7 +53,7 @@ OPTIONS: dict[str, Option] = {
 }
 ACTING = tuple(name for name, option in OPTIONS.items() if option.activations != "none")  # one of them at a time
 LAST = "cast"  # what stays float gets another type
-_NODE = 1000  # bytes of the nodes and names that a quantized node adds to a file
+_NODE = 300  # bytes of a node that quantizes or dequantizes, with its names: one for a weight, three for activations
 
 
 def in_front(passes: Sequence[Pass]) -> list[Pass]:
@@ -153,7 +153,8 @@ class Whole:
 
         def priced(site: Site, names: Iterable[str]) -> Site:
             work = sum(board.macs.get(name, 0) for name in names) / max(self.macs, 1)
-            sizes = {o: size + (_NODE * len(site.nodes) if o != FLOAT else 0) for o, size in site.sizes.items()}
+            nodes = {o: (4 if o in ACTING else 1) * len(site.nodes) for o in site.sizes if o != FLOAT}
+            sizes = {o: size + _NODE * nodes.get(o, 0) for o, size in site.sizes.items()}
             sizes[FLOAT] = sizes[FLOAT] * self.type_bytes // 4
             bits = {o: 1 if o in ACTING else self.type_bytes for o in sizes}
             costs = {o: share[0] * n / self.bytes + share[1] * work * bits[o] / 4 for o, n in sizes.items()}

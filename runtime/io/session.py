@@ -19,6 +19,7 @@ from channelfold.runtime.io import limits, memory
 
 _EXACT = "session.x64quantprecision"  # on x86 without VNNI: u8 x u8 products, which do not saturate
 _PRODUCTS = "session.qdq_matmulnbits_accuracy_level"  # 1: float activations in products with stored weights; 4: int8
+_WRONG = "ReluQuantRewrite"  # drops a Relu in front of a quantizer to fp8, as if its codes had no sign (1.32)
 _UNFUSED = "session.disable_quant_qdq"
 _FOLDER = "session.model_external_initializers_file_folder_path"  # heeded with a model in memory, from 1.22 on
 _WEIGHTS = "session.optimized_model_external_initializers_file_name"
@@ -186,10 +187,11 @@ class Session:
             options.add_session_config_entry(_FOLDER, str(folder))
         source, name = (model, "the model") if isinstance(model, bytes) else (str(model), Path(model).name)
         opening = memory.mapped() if self._size >= _LARGE else contextlib.nullcontext()
+        off = [] if fuse and not exact else [_WRONG]
         try:
             try:
                 with opening:
-                    self._session = ort.InferenceSession(source, options, providers=list(providers))
+                    self._session = ort.InferenceSession(source, options, list(providers), disabled_optimizers=off)
             except Exception:
                 if not (exact and optimize):
                     raise

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from channelfold.passes.search.proof import RELATIVE, Figures, Limits, Split, fi
 from channelfold.runtime.data.npz import read_headers
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import ChannelfoldError, DataError, GateError, UsageError
+from channelfold.runtime.io import files
 from channelfold.runtime.io.session import Feed
 from channelfold.runtime.jobs import search_record as telling
 from channelfold.runtime.jobs.job import GateMissed, Job
@@ -129,8 +129,7 @@ class _Hunt:
     def _variants(self) -> Iterator[_Start]:
         """The other networks. Each starts from the last exact one that paid."""
         yield from self._reparameterized()
-        base = self._base
-        if not any(step.name == _SMOOTH for step in base.steps):
+        if not any(step.name == _SMOOTH for step in self._base.steps):
             yield from self._with(_SMOOTH, make(_SMOOTH, {}), finer=True)
         base = self._base
         if self.sms and choices.runs("fp8", self.given.get("target", "tensorrt"), self.sms):
@@ -173,11 +172,15 @@ class _Hunt:
         if error is None:
             return
         proof = self._split(found, written, self.proof, "proof")
-        sites = measure(found.board, steering.files, choices.groups(start.graph, found.board), self.crew, guess=True)
-        beside = self._costs.bytes - _constants(self._whole.graph) + _constants(start.graph) - found.board.size({})
+        samples = steering.files
+        if not start.exact:  # what is right for its sites is its own float
+            samples = keep(found.board, self.steering[0], "sites")
+            self.crew.count("sensitivities", len(samples))
+        sites = measure(found.board, samples, choices.groups(start.graph, found.board), self.crew, guess=True)
+        beside = _bytes(start.graph) - found.board.size({})
         choice = Choice(
             self._costs.priced(found.board, sites, beside, error),
-            *(steering, proof, self.limits, self.search.trials),
+            *(samples, steering, proof, self.limits, self.search.trials),
         )
         written.choice = choice
         if self.search.max_latency is not None:
@@ -213,10 +216,10 @@ class _Hunt:
         return alone if not self.limits.of_accuracy or self.search.metric or self.limits.accurate(lost) else None
 
 
-def _constants(graph: gs.Graph) -> int:
-    """Bytes of the constants of a graph."""
-    found = {id(tensor): tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)}
-    return sum(math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize for tensor in found.values())
+def _bytes(graph: gs.Graph) -> int:
+    """Bytes of the file of a graph."""
+    model, weights = files.export(graph)
+    return model.ByteSize() + sum(values.nbytes for _, values in weights)
 
 
 @dataclass(frozen=True)
@@ -290,6 +293,8 @@ def find(
     limits = _limits(search, gates, job.record["model"]["bytes"])
     hunt = _Hunt(job, given, search, limits, sms, keep_in)
     best = hunt.run(choices.in_front(passes), 2 if behind else 4)
+    if hunt.crew.resumed:
+        job.warn(f"{hunt.crew.resumed:.0f} of {sum(hunt.crew.runs.values()):.0f} runs were done by an earlier call")
     job.record["search"] = telling.together(best.record, [result.record for result in hunt.results], hunt.crew)
     job.calibration = hunt.data
     return Found([*best.passes, *behind], job, best, hunt.proof, hunt.metric)

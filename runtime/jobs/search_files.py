@@ -28,16 +28,16 @@ class Files:
 
     def __init__(self, job: Job, found: Prepared, data: Data):
         self.job, self._found, self._data = job, found, data
-        self._known: dict[Point, Path] = {}
+        self._known: dict[tuple[str, ...], Path] = {}
 
     def of(self, point: Point) -> Path:
-        if point not in self._known:
+        if point.options not in self._known:
             found, chosen = self._found, point.chosen(self.choice.sites)
             steps = choices.recipe([], found.passes, found.graph, found.board, chosen)
             graph, _ = after(self.job, found.graph, steps, self._data)
-            self._known[point] = found.board.folder / f"point.{len(self._known)}.onnx"
-            files.save(graph, self._known[point])
-        return self._known[point]
+            self._known[point.options] = found.board.folder / f"point.{len(self._known)}.onnx"
+            files.save(graph, self._known[point.options])
+        return self._known[point.options]
 
     def learn_times(self, feed: Feed, sm: int | None) -> None:
         """Gives the choice a clock, and a model of what it will tell: of ONNX Runtime, or of a GPU that is modelled."""

@@ -73,9 +73,8 @@ def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew
         samples = keep(found.board, spread(job.calibration, SAMPLES), "sample")
         sites = measure(found.board, samples, crew=crew)
         names = [option for option in choices.OPTIONS if any(option in site.errors for site in sites)]
-        mixes = tuple(found.all_in(option) for option in names)
-        (errors,) = crew.each("additivity", [Trial(found.board, samples, mixes)])
-        whole = errors.by_sample().mean(axis=1)
+        mixes = [Trial(found.board, samples, (found.all_in(option),)) for option in names]
+        whole = [float(errors.by_sample().mean()) for errors in crew.each("additivity", mixes)]
         sums = {o: sum(site.errors.get(o, 0.0) for site in sites) for o in names}
         additive = {
             option: {"sum_db": float(decibels(sums[option])), "measured_db": float(decibels(error))}

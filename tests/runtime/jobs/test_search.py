@@ -24,15 +24,16 @@ from channelfold.runtime.stats.compare import Gates
 from channelfold.tests.graphs import random
 
 DIGITS = models.path("digits_cnn.onnx")
-CALIBRATION = dict(np.load(models.path("digits_calibration.npz")))
+CALIBRATION = {name: values[:48] for name, values in np.load(models.path("digits_calibration.npz")).items()}
 EVALUATION = dict(np.load(models.path("digits_evaluation.npz")))
-SOURCE = jobs.Source(CALIBRATION, {name: values[:100] for name, values in EVALUATION.items()})
+SOURCE = jobs.Source(CALIBRATION, {name: values[:60] for name, values in EVALUATION.items()})
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("search")
-    return folder, jobs.compress(DIGITS, folder, source=SOURCE, search=jobs.Search(max_loss=0.02, trials=6))
+    search = jobs.Search(max_loss=0.02, trials=6, prune_to=(0.8,))
+    return folder, jobs.compress(DIGITS, folder, source=SOURCE, search=search)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ MLP = """
 def mlp(tmp_path_factory):
     """The path of a small network, and its data: what most tests need costs a tenth of the digits there."""
     path = tmp_path_factory.mktemp("mlp") / "mlp.onnx"
-    feeds = {"x": random((128, 16), "x").astype(np.float32)}
+    feeds = {"x": random((32, 16), "x").astype(np.float32)}
     return written(MLP, path, A=(16, 64), B=(64, 64), C=(64, 4)), jobs.Source(feeds, feeds)
 
 
@@ -95,6 +96,16 @@ def test_the_front_has_no_point_that_another_beats(searched):
     points = searched[1]["search"]["points"]
     assert [p["cost"] for p in points] == sorted((p["cost"] for p in points), reverse=True)
     assert [p["error_db"] for p in points] == sorted((p["error_db"] for p in points), reverse=True)
+
+
+def test_fewer_channels_and_fewer_bits_together_cost_less_than_either_alone(searched):
+    _, record = searched
+    both = chosen(record)
+    assert (both["start"], [step["pass"] for step in record["steps"]].count("prune")) == ("prune 80%", 1)
+    assert both["options"]["int8"] > 0.5
+    for point in record["search"]["points"]:
+        if point["start"] == "" or point["options"].keys() == {"float"}:
+            assert both["cost"] < 0.9 * point["cost"]
 
 
 def test_the_recipe_makes_the_same_model_again(searched, tmp_path):
@@ -254,7 +265,7 @@ def test_a_search_without_data_is_told_what_to_give(mlp, tmp_path):
 
 
 def test_without_evaluation_a_part_of_the_calibration_data_is_held_back(mlp, tmp_path):
-    source = jobs.Source(mlp[1].calibration)
+    source = jobs.Source({"x": random((128, 16), "x").astype(np.float32)})
     record = jobs.compress(mlp[0], tmp_path, source=source, search=jobs.Search(trials=4))
     assert record["search"]["samples"] == {"sensitivity": 16, "steering": 32, "proof": 32}
     assert any("held back" in warning for warning in record["warnings"])
@@ -292,6 +303,20 @@ def test_nodes_in_bodies_stay_float(name, tmp_path):
     assert [type(node.inputs[1]) for node in inner] == [gs.Constant]
     (output,) = record["accuracy"]["outputs"]
     assert output["snr"] == pytest.approx(chosen(record)["proof"]["snr_db"], abs=1)
+
+
+def test_fp8_is_chosen_for_gpus_that_have_it_where_int8_is_too_coarse(mlp, tmp_path):
+    model = onnx.load(mlp[0])
+    loud = np.where(np.arange(16) == 3, 100, 1).astype(np.float32)
+    weight = onnx.numpy_helper.to_array(model.graph.initializer[0]) / loud[:, None]
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weight, "A"))
+    onnx.save(model, tmp_path / "loud.onnx")
+    feeds = {"x": mlp[1].calibration["x"] * loud}
+    for sms, option in (([86], "int8"), ([89], "fp8")):
+        record = jobs.compress(tmp_path / "loud.onnx", tmp_path / option, source=jobs.Source(feeds, feeds), sms=sms,
+                               search=jobs.Search(trials=2, minimize="arithmetic"))  # fmt: skip
+        assert option in chosen(record)["options"]
+        assert (chosen(record)["start"] == "fp8") == (option == "fp8")
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
