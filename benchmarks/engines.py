@@ -22,7 +22,7 @@ BOUND = 0.98
 
 
 def engines(folder: Path, task: str, sms: list[int], output: Path) -> list[dict]:
-    """The report's entry of each engine of a task's model, with the task and the size of the file as a share of float."""
+    """The entry of each engine of a task's model in the report, with the task and the share of the file in float."""
     subject = SUBJECTS[task]
     flags = [flag for sm in sms for flag in ("--sm", str(sm))]
     model = folder / "open" / subject.model
