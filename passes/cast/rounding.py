@@ -87,7 +87,7 @@ class Trials:
         factor = None
         for name, own, total, rest in self._worst():
             kept[name] = own
-            factor = factor or error**2 / total
+            factor = factor or error**2 / max(total, 1e-30)
             full = len(kept) * _SHARE >= len(self._names)
             if full or factor * rest <= wanted**2:
                 error = self.of(lambda copy: cast(copy, kept))
