@@ -28,6 +28,13 @@ class Cast(Pass):
     headroom: float = option(
         2.0, "How many times larger than on the calibration data a value may become without overflow.", low=1
     )
+    correct_bias: bool = option(True, "Make up in the biases for the mean error of rounded weights; needs data.")
+    max_error: float = option(
+        0.01,
+        "Relative L2 error of the outputs on the calibration data above which the products that cause most of it stay "
+        "float32, one in five at most; 0: none does.",
+        low=0,
+    )
     exclude: tuple[str, ...] = option((), "Nodes to leave in float32: names, * and ? match.", metavar="PATTERN")
     exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float32, such as Softmax.", metavar="OP")
 

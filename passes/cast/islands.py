@@ -66,7 +66,7 @@ class Islands:
         kinds: Kinds,
         half: Half,
         asked: Callable[[gs.Node], str],
-        seen: Mapping[int, Magnitudes] | None,
+        seen: Mapping[str, Magnitudes],
         headroom: float,
         built: bool,
         io: bool,
@@ -105,7 +105,7 @@ class Islands:
         return edit.is_standard(node) and (operator(node).moves or node.op in (*TYPE_ATTRIBUTES, "ConstantOfShape"))
 
     def _overflows(self, tensor: gs.Tensor) -> bool:
-        seen = (self._seen or {}).get(id(tensor))
+        seen = self._seen.get(tensor.name)
         return seen is not None and seen.largest * self._headroom > self.half.limit
 
     def _takes(self, graph: gs.Graph, tensor: gs.Tensor) -> bool:
@@ -184,18 +184,16 @@ class Islands:
 
     def _keep_what_overflows(self) -> None:
         """Keeps the nodes that read or write a tensor whose values 16 bits do not reach, and those that sum so far."""
-        if not self._seen:
-            return
-        for node in self.typed:
+        for node in self.typed if self._seen else ():
             tensors = [t for t in (*node.inputs, *node.outputs) if isinstance(t, gs.Variable)]
             for tensor in tensors:
-                seen = self._seen.get(id(tensor))
+                seen = self._seen.get(tensor.name)
                 if seen is None or id(tensor) in self._masked or operator(node).asks_shape:
                     continue
                 if self._overflows(tensor):
                     self._keep(node, "a value overflows", f"{tensor.name} reaches {seen.largest:.4g}")
             if (small := self._small_divisor(node)) is not None:
-                seen = self._seen[id(small)]
+                seen = self._seen[small.name]
                 code = "a divisor falls below the normal numbers"
                 for other in (*small.inputs, *edit.consumers(small)):
                     self._keep(other, code, f"{small.name} falls to {seen.smallest:.4g}")
@@ -204,15 +202,14 @@ class Islands:
 
     def _small_divisor(self, node: gs.Node) -> gs.Tensor | None:
         place = _DIVIDES.get(node.op)
-        if place is None or isinstance(tensor := node.inputs[place], gs.Constant) or self._seen is None:
+        if place is None or isinstance(tensor := node.inputs[place], gs.Constant):
             return None
-        seen = self._seen.get(id(tensor))
+        seen = self._seen.get(tensor.name)
         return tensor if seen is not None and seen.smallest / self._headroom < self.half.smallest else None
 
     def _largest_inside(self, node: gs.Node) -> float:
         """The largest number that an operator computes on the way to its results, as far as it is known."""
-        assert self._seen is not None
-        read, made = (self._seen.get(id(tensors[0])) if tensors else None for tensors in (node.inputs, node.outputs))
+        read, made = (self._seen.get(tensors[0].name) if tensors else None for tensors in (node.inputs, node.outputs))
         if read is None or made is None:
             return 0.0
         if node.op in _SQUARES:
@@ -236,7 +233,7 @@ class Islands:
     def _unseen(self, node: gs.Node) -> bool:
         """Whether values may overflow, and no data have reached the results of a node."""
         results = [tensor for tensor in node.outputs if self.kinds.is_float32(tensor)]
-        return self.half.name == "float16" and not any(id(tensor) in (self._seen or ()) for tensor in results)
+        return self.half.name == "float16" and not any(tensor.name in self._seen for tensor in results)
 
     # ---- neighbours ---------------------------------------------------------------------------------------------
 
@@ -291,7 +288,7 @@ class Islands:
         return "half"
 
 
-def divisors(graph: gs.Graph) -> set[int]:
-    """The ids of the tensors whose smallest value decides whether a division overflows."""
+def divisors(graph: gs.Graph) -> set[str]:
+    """The names of the tensors whose smallest value decides whether a division overflows."""
     nodes = (node for part in all_graphs(graph) for node in part.nodes)
-    return {id(node.inputs[_DIVIDES[node.op]]) for node in nodes if node.op in _DIVIDES and edit.is_standard(node)}
+    return {node.inputs[_DIVIDES[node.op]].name for node in nodes if node.op in _DIVIDES and edit.is_standard(node)}

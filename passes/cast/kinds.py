@@ -37,6 +37,11 @@ class Half:
         """The number of the type in ONNX."""
         return onnx.helper.np_dtype_to_tensor_dtype(self.dtype)
 
+    def rounded(self, values: np.ndarray) -> np.ndarray:
+        """Values as the type holds them, in float32; infinite where they overflow."""
+        with np.errstate(over="ignore"):
+            return np.asarray(values, np.float32).astype(self.dtype).astype(np.float32)
+
 
 HALVES = {
     "float16": Half("float16", np.dtype(np.float16), 65504.0, 2.0**-14, 2.0**-10),

@@ -48,10 +48,10 @@ class Magnitudes:
         self.elements = max(self.elements, other.elements)
 
 
-def measured(graph: gs.Graph, kinds: Kinds, ctx: Context, divisors: set[int]) -> dict[int, Magnitudes]:
-    """The magnitudes of the float32 tensors that the calibration data reach, by the id of the tensor.
+def measured(graph: gs.Graph, kinds: Kinds, ctx: Context, divisors: set[str]) -> dict[str, Magnitudes]:
+    """The magnitudes of the float32 tensors that the calibration data reach, by name; of a name in two bodies of both.
 
-    ``divisors``: the ids of the tensors whose smallest magnitude matters.
+    ``divisors``: the names of the tensors whose smallest magnitude matters.
     """
     if ctx.calibration is None:
         return {}
@@ -61,16 +61,17 @@ def measured(graph: gs.Graph, kinds: Kinds, ctx: Context, divisors: set[int]) ->
         if (data := runs_on(body, inside.get(id(body.graph)))) is not None:
             own = body.graph.inputs
             with body.apart() as part, contextlib.suppress(ModelError):  # a body of which nothing is known then
-                found |= _observed(part, own, kinds, data, ctx, divisors)
+                for name, seen in _observed(part, own, kinds, data, ctx, divisors).items():
+                    found.setdefault(name, seen).merge(seen)
     return {key: seen for key, seen in found.items() if seen.elements}
 
 
 def _observed(
-    graph: gs.Graph, inputs: Iterable[gs.Tensor], kinds: Kinds, data: Data, ctx: Context, divisors: set[int]
-) -> dict[int, Magnitudes]:
+    graph: gs.Graph, inputs: Iterable[gs.Tensor], kinds: Kinds, data: Data, ctx: Context, divisors: set[str]
+) -> dict[str, Magnitudes]:
     behind = behind_of(graph, unknown(graph))
     tensors = [*inputs, *(t for node in graph.nodes for t in node.outputs)]
     known = [t for t in tensors if kinds.is_float32(t) and id(t) not in behind]
-    seen = {tensor.name: (tensor, Magnitudes(id(tensor) in divisors)) for tensor in known}
-    observe(graph, by_name((name, observer) for name, (_, observer) in seen.items()), data, ctx.progress)
-    return {id(tensor): observer for tensor, observer in seen.values()}
+    seen = {tensor.name: Magnitudes(tensor.name in divisors) for tensor in known}
+    observe(graph, by_name(seen.items()), data, ctx.progress)
+    return seen

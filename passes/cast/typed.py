@@ -9,6 +9,7 @@ each is refused by name. A tensor is converted once for all its readers.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,16 @@ from channelfold.passes.base import Context, Outcome
 from channelfold.passes.cast import Cast
 from channelfold.passes.cast.islands import Islands, divisors
 from channelfold.passes.cast.kinds import FLOAT, HALVES, TYPE_ATTRIBUTES, Half, Kinds, opset_of
-from channelfold.passes.cast.ranges import measured
+from channelfold.passes.cast.ranges import Magnitudes, measured
+from channelfold.passes.cast.rounding import Moments, Trials, correct_bias, products
 from channelfold.passes.cast.values import Rounded, converted
-from channelfold.runtime.errors import VerificationError
+from channelfold.runtime.errors import ModelError, VerificationError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.files import free_name, read, stored, weightless
+from channelfold.runtime.io.front import behind_of, unknown
+from channelfold.runtime.stats.channels import ChannelMoments
+from channelfold.runtime.stats.observe import by_name
 
 
 class Work(Cast):
@@ -43,24 +48,85 @@ class Work(Cast):
         outcome, faults = Outcome(), _faults(graph)
         kinds = Kinds(graph)
         blind = self.type == "bfloat16" or ctx.calibration is None
-        seen = None if blind else measured(graph, kinds, ctx, divisors(graph))
-        islands = Islands(graph, kinds, self._half, self._asked, seen, self.headroom, self.target == "tensorrt",
-                          self.retypes)  # fmt: skip
+        seen = {} if blind else measured(graph, kinds, ctx, divisors(graph))
+        moments = self._moments(graph, ctx)
+        kept = self._lossy(graph, seen, moments, ctx, outcome)
+        islands, typer = self._cast(graph, kinds, seen, moments, kept, self.retypes)
         for node in islands.typed:
             if (why := islands.why.get(id(node))) is not None:
                 detail = f" ({why.detail})" if why.detail else ""
                 outcome.refuse(node.name, f"{node.op} stays float32: {why.code}{detail}", why.code)
             elif id(node) not in islands.float32 and (node.op != "Cast" or islands.is_free(node)):
                 outcome.change(node.name, f"{node.op}: {self.type}")
-        typer = Typer(graph, islands)
-        typer.run()
         if not typer.changed:
             outcome.changed.clear()
-        outcome.facts = self._facts(islands, typer)
+        outcome.facts |= self._facts(islands, typer)
         outcome.warnings += self._warnings(islands, blind)
         if (found := _faults(graph)) and not faults:
             raise VerificationError(f"The types of the graph do not fit together: {found}")
         return outcome
+
+    def _moments(self, graph: gs.Graph, ctx: Context) -> Moments:
+        """What biases need: the moments of the inputs of the products whose weights are rounded."""
+        if ctx.calibration is None or not self.correct_bias:
+            return {}
+        behind = behind_of(graph, unknown(graph))
+        sites = [one for one in products(graph) if one.takes_bias and id(one.data) not in behind]
+        found = {(site.data.name, site.in_axis): ChannelMoments(site.in_axis) for site in sites}
+        ctx.observe(graph, by_name((name, seen) for (name, _), seen in found.items()))
+        return found
+
+    def _lossy(
+        self, graph: gs.Graph, seen: Mapping[str, Magnitudes], moments: Moments, ctx: Context, outcome: Outcome
+    ) -> Mapping[str, float]:
+        """The products that stay float32 for the sake of the outputs, with the error of each.
+
+        Behind quantizers the smallest error changes codes, so there the error tells nothing about single products.
+        """
+        if ctx.calibration is None or not self.max_error or any(node.op == "QuantizeLinear" for node in graph.nodes):
+            return {}
+
+        def cast(copy: gs.Graph, kept: Collection[str]) -> None:
+            self._cast(copy, Kinds(copy), seen, moments, kept, False)
+
+        try:
+            kept, error = Trials(graph, ctx.calibration, self._half, moments, ctx.progress).keep(self.max_error, cast)
+        except ModelError as reason:
+            outcome.warnings.append(f"How much {self.type} changes the outputs is not known: {reason}")
+            return {}
+        outcome.facts = {"error": error, "lossy": kept}
+        if error > self.max_error:
+            outcome.warnings.append(f"{self.type} changes the outputs by {error:.1e}, more than {self.max_error:g}: "
+                                    "rounding adds up from all nodes")  # fmt: skip
+        return kept
+
+    def _cast(
+        self,
+        graph: gs.Graph,
+        kinds: Kinds,
+        seen: Mapping[str, Magnitudes],
+        moments: Moments,
+        kept: Collection[str],
+        io: bool,
+    ) -> tuple[Islands, Typer]:
+        """Casts a graph, but for the products named in ``kept``."""
+
+        def islands() -> Islands:
+            built = self.target == "tensorrt"
+            return Islands(graph, kinds, self._half, asked, seen, self.headroom, built, io)
+
+        def asked(node: gs.Node) -> str:
+            return "rounding it changes the outputs most" if node.name in kept else self._asked(node)
+
+        found = islands()
+        if moments:
+            for linear in products(graph):
+                if id(linear.node) not in found.float32:
+                    correct_bias(linear, self._half, moments)
+            found = islands()
+        typer = Typer(graph, found)
+        typer.run()
+        return found, typer
 
     def _asked(self, node: gs.Node) -> str:
         if node.op in self.exclude_ops:

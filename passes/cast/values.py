@@ -40,8 +40,7 @@ def rounded(tensor: gs.Constant, half: Half) -> Rounded:
     for values in _chunks(np.asarray(read(tensor))):
         sizes = np.abs(values)
         finite = np.isfinite(values)
-        with np.errstate(over="ignore"):
-            result = values.astype(half.dtype).astype(np.float32)
+        result = half.rounded(values)
         over = finite & ~np.isfinite(result)
         known = finite & ~over
         found.count += values.size

@@ -139,6 +139,13 @@ class QuantizeAttention(Pass):
     min_activation_snr: float = option(
         15.0, "Leave a product in float when 8 bits represent one of its inputs worse than this, in dB.", metavar="DB"
     )
+    verify_plan: int | None = option(
+        None,
+        "Build for this SM (10 x compute capability), and leave in float the products that the engine does not compute "
+        "in int8; all of them where int8 takes more kernels.",
+        low=75,
+        metavar="SM",
+    )
     exclude: tuple[str, ...] = option((), "Nodes to leave in float: names, * and ? match.", metavar="PATTERN")
     exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float, such as MatMul.", metavar="OP")
 

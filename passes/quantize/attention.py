@@ -17,6 +17,7 @@ from channelfold.passes.base import Context, Outcome, Refused, TwoActivations
 from channelfold.passes.layers.formats import SCALES
 from channelfold.passes.layers.linear import live_linears, view
 from channelfold.passes.quantize import QuantizeAttention, calibrators
+from channelfold.passes.quantize.proven import in_int8, planned
 from channelfold.passes.quantize.qdq import MIN_CHANNELS, Inserter, Range, excluded, opset_of_scales
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
@@ -43,16 +44,27 @@ class Work(QuantizeAttention):
         seen = {tensor.name: TensorStatistics(None) for node in sites for tensor in node.inputs}
         if sites:
             observe(graph, by_name(seen.items()), ctx.data, ctx.progress)
-        inserter, done = Inserter(graph), 0
+        limits: dict[str, dict[str, float]] = {}
         for node in sites:
             with outcome.refusing(node.name, f"{node.op} stays float"):
-                limits = {tensor.name: self._limit(tensor.name, seen[tensor.name]) for tensor in node.inputs}
+                limits[node.name] = {t.name: self._limit(t.name, seen[t.name]) for t in node.inputs}
+        kept = [node for node in sites if node.name in limits]
+
+        def insert(into: gs.Graph, nodes: list[gs.Node]) -> Inserter:
+            inserter = Inserter(into)
+            for node in nodes:
                 for tensor in list(node.inputs):
-                    inserter.activation(tensor, Range(-limits[tensor.name], limits[tensor.name]), [node])
-                outcome.change(node.name, f"{node.op}: int8, activations {_listed(limits)}")
-                done += 1
-        inserter.finish()
-        outcome.facts = {"products": len(found), "quantized_products": done}
+                    limit = limits[node.name][tensor.name]
+                    inserter.activation(tensor, Range(-limit, limit), [node])
+            return inserter
+
+        if self.verify_plan and kept:
+            why_float = planned(self.verify_plan, ctx, outcome, graph)
+            kept, _ = in_int8(graph, kept, outcome, insert, why_float, lambda copy: {n.name: n for n in copy.nodes})
+        for node in kept:
+            outcome.change(node.name, f"{node.op}: int8, activations {_listed(limits[node.name])}")
+        insert(graph, kept).finish()
+        outcome.facts = {"products": len(found), "quantized_products": len(kept)}
         return outcome
 
     def _limit(self, name: str, seen: TensorStatistics) -> float:

@@ -4,12 +4,14 @@ onnxruntime  the graph that its optimizer leaves is read (``runtime.stats.fusion
 tensorrt     an engine is built and read back (``runtime.engine.plan``), where the option ``verify_plan`` asks for it
 
 A site that stays float inside its QDQ nodes loses accuracy and time and gains nothing, so its nodes are taken back.
-Without them others may fuse differently: the rest is tried again, until all of it is int8.
+Without them others may fuse differently: the rest is tried again, until all of it is int8. Products of two activations
+are taken back as well where the engine launches more kernels with them in int8 than in float.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import onnx_graphsurgeon as gs
 
@@ -25,22 +27,42 @@ from channelfold.runtime.stats.fusions import EXPANDS, readers_of_integers
 
 _EXPANDED = "ONNX Runtime would expand its int8 weight to float on every call"
 
-Insert = Callable[[gs.Graph, list[Linear]], Inserter]
-WhyFloat = Callable[[gs.Graph, list[Linear]], dict[str, str]]
+
+class Site(Protocol):
+    """A linear, or a product of two activations."""
+
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=Site)
+Insert = Callable[[gs.Graph, list[T]], Inserter]
+WhyFloat = Callable[[gs.Graph, Sequence[T]], dict[str, str]]
+
+
+def by_name(graph: gs.Graph) -> dict[str, Linear]:
+    """The linears of a graph by name."""
+    return {linear.name: linear for linear in linears(graph)}
 
 
 def in_int8(
-    graph: gs.Graph, sites: list[Linear], outcome: Outcome, insert: Insert, why_float: WhyFloat
-) -> tuple[list[Linear], Inserter]:
+    graph: gs.Graph,
+    sites: list[T],
+    outcome: Outcome,
+    insert: Insert[T],
+    why_float: WhyFloat[T],
+    find: Callable[[gs.Graph], Mapping[str, T]] = by_name,
+) -> tuple[list[T], Inserter]:
     """The sites that are int8 once ``insert`` has put QDQ nodes around them alone, and the inserter of the last copy.
 
-    The others are refused for the reason that ``why_float`` gives by name of the site.
+    The others are refused for the reason that ``why_float`` gives by name of the site. ``find``: the sites of a copy.
     """
+    ops = {node.name: node.op for node in graph.nodes}
     before = Snapshot.of(graph)
     while True:
         trial = before.graph()
         infer_shapes(trial)
-        views = {linear.name: linear for linear in linears(trial)}
+        views = find(trial)
         tried = [views[site.name] for site in sites]
         inserter = insert(trial, tried)
         inserter.finish()
@@ -48,16 +70,16 @@ def in_int8(
         lost = why_float(trial, tried) if tried else {}
         for site in sites:
             if reason := lost.get(site.name):
-                outcome.refuse(site.name, f"{site.node.op} stays float: {reason}", reason)
+                outcome.refuse(site.name, f"{ops[site.name]} stays float: {reason}", reason)
         sites = [site for site in sites if site.name not in lost]
         if not lost:
             return sites, inserter
 
 
-def expanded(outcome: Outcome) -> WhyFloat:
+def expanded(outcome: Outcome) -> WhyFloat[Linear]:
     """Finds the sites whose weight ONNX Runtime would expand to float on every call."""
 
-    def why_float(graph: gs.Graph, sites: list[Linear]) -> dict[str, str]:
+    def why_float(graph: gs.Graph, sites: Sequence[Linear]) -> dict[str, str]:
         try:
             readers = readers_of_integers(graph)
         except ModelError as error:
@@ -71,10 +93,13 @@ def expanded(outcome: Outcome) -> WhyFloat:
     return why_float
 
 
-def planned(sm: int, ctx: Context, outcome: Outcome) -> WhyFloat:
-    """Finds the sites that an engine for ``sm`` computes in float."""
+def planned(sm: int, ctx: Context, outcome: Outcome, than: gs.Graph | None = None) -> WhyFloat[Site]:
+    """Finds the sites that an engine for ``sm`` computes in float.
 
-    def why_float(graph: gs.Graph, sites: list[Linear]) -> dict[str, str]:
+    All are found where the engine launches more kernels than that of the graph ``than``.
+    """
+
+    def why_float(graph: gs.Graph, sites: Sequence[Site]) -> dict[str, str]:
         try:
             plan = plan_of(graph, sm, ctx.data, ctx.progress)
             reason = plan.reason
@@ -84,10 +109,15 @@ def planned(sm: int, ctx: Context, outcome: Outcome) -> WhyFloat:
             outcome.warnings.append(f"Which nodes the engine computes in int8 is not known: {reason}")
             return {}
         runs = {site.name: plan.nodes[site.name].arithmetic for site in sites if site.name in plan.nodes}
-        return {
+        lost = {
             name: f"the engine for SM {sm} computes it in {kind} behind its QDQ nodes"
             for name, kind in runs.items()
             if kind not in ("int8", "unknown")
         }
+        if than is None or lost:
+            return lost
+        before, after = len(plan_of(than, sm, ctx.data, ctx.progress).kernels), len(plan.kernels)
+        more = f"the engine for SM {sm} launches {after} kernels with int8 products, {before} without"
+        return {site.name: more for site in sites} if after > before else {}
 
     return why_float

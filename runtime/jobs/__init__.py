@@ -257,8 +257,8 @@ def quantize(
     step = recipes.make("quantize-weights" if alone else "quantize", options or {})
     if attention and (alone or step.options()["target"] != "tensorrt"):
         raise UsageError("--attention is for int8 products of TensorRT", "Leave it out")
-    shared = {name: step.options()[name] for name in ("exclude", "exclude_ops")}
-    first = [recipes.make("quantize-attention", shared)] if attention else []
+    shared = ("exclude", "exclude_ops", "verify_plan") if attention else ()
+    first = [recipes.make("quantize-attention", {name: step.options()[name] for name in shared})] if attention else []
     job = _transformed("quantize", model, out, [*first, step], source, progress)
     job.check_share(require_share)
     job.check(gates)

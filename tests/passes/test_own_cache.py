@@ -258,9 +258,10 @@ def test_a_recipe_ends_with_it():
 @pytest.mark.parametrize("form", FORMS)
 def test_compress_with_a_cache_of_its_own(form, tmp_path):
     files.save(decoder(form, planted=True), tmp_path / "model.onnx")
-    given = {"source": jobs.Source(random=9)}
-    plain = jobs.compress(tmp_path / "model.onnx", tmp_path / "a", "int8-smooth", **given)
-    own = jobs.compress(tmp_path / "model.onnx", tmp_path / "b", "int8-smooth", overrides={"own_cache": True}, **given)
+    given, folds = {"source": jobs.Source(random=9)}, {"allow_insert": False}
+    cached = folds | {"own_cache": True}
+    plain = jobs.compress(tmp_path / "model.onnx", tmp_path / "a", "int8-smooth", overrides=folds, **given)
+    own = jobs.compress(tmp_path / "model.onnx", tmp_path / "b", "int8-smooth", overrides=cached, **given)
     assert own["steps"][-1]["pass"] == "own-cache"
     assert "cache" not in own["steps"][-1]["facts"]  # a long list
     worst = [min(float(one["snr"]) for one in record["accuracy"]["outputs"]) for record in (plain, own)]

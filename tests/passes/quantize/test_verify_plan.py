@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from channelfold.passes.quantize import Quantize, proven
+from channelfold.passes.base import Context
+from channelfold.passes.quantize import Quantize, QuantizeAttention, proven
+from channelfold.runtime.engine.kernels import Kernel
 from channelfold.runtime.engine.plan import NodeRun, PlanReport
 from channelfold.runtime.errors import BuildError, UsageError
 from channelfold.runtime.io.files import session
 from channelfold.tests.graphs import build, ops, random, reasons
 from channelfold.tests.passes.quantize.quantized import network, quantize, samples, snr
+from channelfold.tests.passes.quantize.test_attention import attention
 
 
 def tried(monkeypatch: pytest.MonkeyPatch, *plans: PlanReport) -> list[list[str]]:
@@ -60,6 +63,24 @@ def test_a_node_that_the_plan_does_not_name_stays_int8(monkeypatch):
     tried(monkeypatch, plan(Conv_0="unknown"))
     outcome = quantize(graph, Quantize(verify_plan=89))
     assert outcome.facts["quantized"] == 3
+
+
+@pytest.mark.parametrize("fewer", [True, False])
+def test_products_of_two_activations_may_not_cost_kernels(monkeypatch, fewer):
+    graph = attention()
+    first, second = (node.name for node in graph.nodes[4:7] if node.op == "MatMul")
+    float_kernels = [Kernel(str(i), (), "float", 0, ()) for i in range(5)]
+    tried(
+        monkeypatch,
+        plan(**{first: "int8", second: "float"}),
+        PlanReport(True, nodes={first: NodeRun("int8")}, kernels=float_kernels * (1 if fewer else 2)),
+        PlanReport(True, kernels=float_kernels),
+    )
+    outcome = QuantizeAttention(verify_plan=89).apply(graph, Context(calibration=samples(graph)))
+    assert outcome.facts == {"products": 2, "quantized_products": int(fewer)}
+    assert ops(graph).count("QuantizeLinear") == 2 * fewer
+    assert reasons(outcome)[0].endswith("the engine for SM 89 computes it in float behind its QDQ nodes")
+    assert fewer or reasons(outcome)[1].endswith("launches 10 kernels with int8 products, 5 without")
 
 
 @pytest.mark.parametrize("unreadable", [True, False])

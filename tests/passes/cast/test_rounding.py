@@ -1,0 +1,84 @@
+"""What 16 bits do to weights: biases that take back the mean of the error, products that stay float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from channelfold.passes.base import Context
+from channelfold.passes.cast import Cast
+from channelfold.runtime.data.sources import Data
+from channelfold.runtime.io import edit
+from channelfold.tests.graphs import build, data_from
+from channelfold.tests.passes.cast.casts import cast, error, twin
+
+LOSSY = np.float32(1 + 2.0**-8 - 2.0**-12)  # which bfloat16 rounds to 1
+SIZE = 24
+EXACT = np.eye(SIZE, dtype=np.float32)
+
+
+def chain(*weights: np.ndarray) -> gs.Graph:
+    """One Gemm for each weight, in a row."""
+    names = ["x", *(f"h{i}" for i in range(len(weights) - 1)), "y"]
+    steps = [f"{names[i + 1]} = Gemm({names[i]}, W{i}, B{i})" for i in range(len(weights))]
+    constants = {f"W{i}": weight for i, weight in enumerate(weights)}
+    biases = {f"B{i}": np.zeros(SIZE, np.float32) for i in range(len(weights))}
+    return build(f"(float[N,{SIZE}] x) => (float[] y)", "  ".join(steps), **constants, **biases, kind="float")
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    rng = np.random.default_rng(0)
+    exact = [np.round(rng.uniform(2, 4, (8, SIZE)) * 16) / 16 for _ in range(6)]  # bfloat16 holds these numbers
+    return data_from(*({"x": values.astype(np.float32)} for values in exact))
+
+
+def lost(step: Cast, weights: list[np.ndarray], data: Data, folder) -> tuple[float, dict]:
+    """The error of the outputs, and the facts of the pass."""
+    graph, feed = chain(*weights), next(iter(data))
+    exact = feed["x"]
+    for weight in weights:
+        exact = exact @ weight
+    facts = cast(graph, step, data).facts
+    return error({"y": exact}, {"y": twin(graph, folder, feed)["y"]}), facts
+
+
+def test_a_bias_takes_back_the_mean_of_what_a_rounded_weight_changes(tmp_path, data):
+    feed, misses = next(iter(data)), []
+    for corrects in (False, True):
+        graph = chain(EXACT * LOSSY)
+        cast(graph, Cast(type="bfloat16", correct_bias=corrects, max_error=0), data)
+        misses.append(abs(np.mean(twin(graph, tmp_path, feed)["y"] - feed["x"] * LOSSY)))
+    mean = np.mean([feed["x"] for feed in data], axis=(0, 1))
+    bias = edit.value(graph.nodes[1].inputs[2])
+    np.testing.assert_allclose(np.asarray(bias, np.float32), mean * (LOSSY - 1), rtol=2.0**-8)
+    assert misses[1] < misses[0] / 2
+
+
+def test_the_product_that_loses_most_stays_float32(tmp_path, data):
+    weights = [EXACT * 2] * 3 + [np.full((SIZE, SIZE), LOSSY)] + [EXACT * 2] * 3
+    step = Cast(type="bfloat16", correct_bias=False, max_error=3e-3)
+    before, _ = lost(Cast(type="bfloat16", correct_bias=False, max_error=0), weights, data, tmp_path)
+    after, facts = lost(step, weights, data, tmp_path)
+    assert after < 3e-3 < before
+    (name,) = facts["lossy"]
+    assert name.endswith("_3")
+    assert name in facts["float32_nodes"]
+    assert facts["lossy"][name] == pytest.approx(before, rel=0.1)
+    assert facts["error"] == pytest.approx(after, abs=1e-3)
+    assert facts["error"] < before
+
+
+def test_where_all_products_lose_alike_none_stays_float32(data):
+    step = Cast(type="bfloat16", correct_bias=False, max_error=1e-5)
+    outcome = step.apply(chain(*[EXACT * LOSSY] * 6), Context(calibration=data))
+    assert outcome.facts["lossy"] == {}
+    assert outcome.facts["float32_nodes"] == []
+    assert any("rounding adds up from all nodes" in warning for warning in outcome.warnings)
+
+
+def test_nothing_is_measured_without_data(tmp_path):
+    outcome = Cast(type="bfloat16", max_error=1e-5).apply(chain(EXACT * LOSSY), Context())
+    assert "error" not in outcome.facts
+    assert not outcome.warnings
