@@ -86,8 +86,8 @@ class Model:
         model = deepcopy(self._snapshot.model)
         graph, weights, sources = model.graph, self._weights(), {}
         for number, graft in enumerate(grafts):
-            sources[graft.second] = graft.result(f"{number}__")
-            weights += graft.insert(graph, f"{number}__")
+            sources[graft.second], constants = graft.insert(graph, f"{number}__", self.kinds)
+            weights += constants
         for name in given:
             sources[name] = _GIVEN.format(name)
             _default(graph, sources[name], np.zeros((), self.kinds[name]))
@@ -124,12 +124,19 @@ class Graft:
     given: Mapping[str, str]
     second: str
 
-    def result(self, prefix: str) -> str:
-        return prefix + self.end
+    def insert(
+        self, graph: onnx.GraphProto, prefix: str, kinds: Mapping[str, np.dtype | None]
+    ) -> tuple[str, list[tuple[onnx.TensorProto, np.ndarray]]]:
+        """Adds the nodes and their constants to a graph. Returns the name of the result, and the large constants.
 
-    def insert(self, graph: onnx.GraphProto, prefix: str) -> list[tuple[onnx.TensorProto, np.ndarray]]:
-        """Adds the nodes and their constants to a graph. Returns the large constants, which the graph lacks."""
-        names = {**self.given, **{name: name for name in self.first.inputs}, "": "", self.end: self.result(prefix)}
+        The graph lacks the large constants. ``kinds``: the types of its tensors, some of which may be of half precision
+        in one of both models.
+        """
+        own_kinds = self.first.kinds
+        names = {**{name: name for name in self.first.inputs}, "": ""}
+        for name in {name for index in self.nodes for name in reads(self.first.nodes[index])} & self.given.keys():
+            names[name] = _cast(graph, self.given[name], kinds, own_kinds[name], f"{prefix}{name}__cast")
+        names[self.end] = result = prefix + self.end
         read = set()
         for index in self.nodes:
             node = deepcopy(self.first.nodes[index])
@@ -143,7 +150,8 @@ class Graft:
                 own = graph.initializer.add()
                 own.CopyFrom(proto)
                 own.name = prefix + proto.name
-        return [pair for pair in self.first._weights(prefix) if pair[0].name.removeprefix(prefix) in read]
+        large = [pair for pair in self.first._weights(prefix) if pair[0].name.removeprefix(prefix) in read]
+        return _cast(graph, result, {result: own_kinds[self.end]}, kinds[self.second], f"{result}__cast"), large
 
 
 class Opened:
@@ -166,6 +174,17 @@ class Opened:
         names = self._outputs if outputs is None else outputs
         found = self._session.run(whole, [_SEEN.format(name) for name in names])
         return {name: found[_SEEN.format(name)] for name in names}
+
+
+def _cast(
+    graph: onnx.GraphProto, name: str, kinds: Mapping[str, np.dtype | None], wanted: np.dtype | None, new: str
+) -> str:
+    """The name of a tensor in the wanted type, which a Cast makes where the tensor has another."""
+    if wanted is None or kinds[name] in (None, wanted):
+        return name
+    kind = onnx.helper.np_dtype_to_tensor_dtype(wanted)
+    graph.node.append(onnx.helper.make_node("Cast", [name], [new], to=kind))
+    return new
 
 
 def _default(graph: onnx.GraphProto, name: str, value: np.ndarray) -> None:

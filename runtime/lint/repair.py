@@ -46,7 +46,7 @@ def symmetric_activations(graph: gs.Graph) -> list[str]:
     done = []
     for node in [node for node in graph.nodes if is_quantizer(node, _Q)]:
         zero = _zero(node)
-        if isinstance(origin(node.inputs[0]), gs.Constant) or zero is None or not _is_asymmetric(node):
+        if isinstance(node.inputs[0], gs.Constant) or zero is None or not _is_asymmetric(node):
             continue
         group = pair(graph, node)
         if group is not None and not all(map(_is_asymmetric, group)):
