@@ -274,12 +274,7 @@ class Inserter:
         return scales
 
     def store(
-        self,
-        linear: Linear,
-        layer: Rounded,
-        format: Format,
-        variant: Hashable = None,
-        inputs_first: bool = False,
+        self, linear: Linear, layer: Rounded, format: Format, variant: Hashable = None, inputs_first: bool = False
     ) -> None:
         """Lets a linear node read a rounded weight.
 
