@@ -1,4 +1,4 @@
-"""A model some tensors of which are read, replaced by given values, or shifted, without writing a file."""
+"""A model some tensors of which are read, or replaced by given values or by parts of another, without a file."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ class Model:
         kind = self.kinds.get(name)
         return kind is not None and edit.is_float_type(kind)
 
-    def behind(self, name: str, given: Iterable[str]) -> tuple[list[int], list[str]]:
+    def behind(self, name: str, given: Container[str]) -> tuple[list[int], list[str]]:
         """The nodes that compute a tensor from ``given`` ones and the inputs of the model, and which these are."""
-        stops, nodes, used = set(given) | set(self.inputs), [], {}
+        nodes, used = [], {}
         pending, seen = [self.writers[name]], {self.writers[name]}
         while pending:
             index = pending.pop()
             nodes.append(index)
             for read in reads(self.nodes[index]):
-                if read in stops:
+                if read in given or read in self.inputs:
                     used[read] = None
                 elif (writer := self.writers.get(read)) is not None and writer not in seen:
                     seen.add(writer)
