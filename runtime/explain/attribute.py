@@ -79,7 +79,7 @@ class Explainer:
         )  # fmt: skip
 
     def _measure(self, sites: Sequence[Site], effects: Mapping[str, _Effect], places: Sequence[int]) -> None:
-        """Runs sites, in the order of the model, on some feeds: the errors of each, and what its own does to the outputs."""
+        """Runs sites, in their order, on some feeds: the errors of each, and what its own does to the outputs."""
         count, total = 0, len(sites) * len(places)
         for block in self.cut.blocks(sites, self.outputs):
             for feed in (self.feeds[place] for place in places):
