@@ -40,7 +40,7 @@ def onnxruntime(model: str, samples: list[Feed], out: str, method: str = "MinMax
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    ready = f"{out}.prepared.onnx"
+    ready = "prepared.onnx"
     quant_pre_process(model, ready, skip_symbolic_shape=True)
     quantization.quantize_static(
         ready, out, reader(samples), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
@@ -50,6 +50,10 @@ def onnxruntime(model: str, samples: list[Feed], out: str, method: str = "MinMax
 
 def onnxruntime_percentile(model: str, samples: list[Feed], out: str) -> None:
     onnxruntime(model, samples, out, "Percentile")
+
+
+def onnxruntime_entropy(model: str, samples: list[Feed], out: str) -> None:
+    onnxruntime(model, samples, out, "Entropy")
 
 
 def nncf(model: str, samples: list[Feed], out: str) -> None:
@@ -105,7 +109,7 @@ def reader(samples: list[Feed]) -> Any:
 
 
 TOOLS: dict[str, Callable[[str, list[Feed], str], None]] = {
-    tool.__name__: tool for tool in (onnxruntime, onnxruntime_percentile, nncf, modelopt, quark)
+    tool.__name__: tool for tool in (onnxruntime, onnxruntime_percentile, onnxruntime_entropy, nncf, modelopt, quark)
 }
 
 if __name__ == "__main__":

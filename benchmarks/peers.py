@@ -1,7 +1,8 @@
 """The open set quantized to INT8 by other tools and by channelfold: same model, same calibration data, one machine.
 
-    python benchmarks/peers.py --python PEERS/bin/python [TASK …] [--tools TOOL …] [--dir DIR] [--json FILE] [--write]
-    python benchmarks/peers.py --python PEERS/bin/python --cost MODEL CALIBRATION
+    python benchmarks/peers.py --python PEERS/bin/python [TASK …] [--tools TOOL …] [--figures TASK …] [--dir DIR]
+                               [--json FILE] [--write]
+    python benchmarks/peers.py --python PEERS/bin/python --cost MODEL CALIBRATION [--json FILE] [--write]
 
 Other tools need an environment of their own, in which ``peer_tools`` runs:
 
@@ -11,32 +12,50 @@ Other tools need an environment of their own, in which ``peer_tools`` runs:
     PEERS/bin/pip install --no-deps nvidia-modelopt lief onnx_graphsurgeon onnxconverter-common polygraphy omegaconf \\
         antlr4-python3-runtime PuLP cppimport Mako pybind11 nvidia-ml-py regex
 
-(ModelOpt without its own dependencies, which bring a build of ONNX Runtime for GPUs and CuPy.) A figure of accuracy is
-that of the task, and the SNR of the first output, in exact arithmetic. Cost is the processor time (user and system) and
-the peak memory of the whole process. With --cost one model is quantized by ONNX Runtime and channelfold, cost alone.
+(ModelOpt without its own dependencies, which bring a build of ONNX Runtime for GPUs and CuPy.) All tools calibrate on
+every second sample of the task's calibration data, 64 at most. Outputs are compared on the samples between these, in
+exact arithmetic. Every tool reads a copy of the model. Cost is the processor time (user and system) and the peak memory
+of the whole process; ``compress`` also compares its result with the original there. With --cost one model is quantized
+by ONNX Runtime and channelfold, cost alone.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accuracy import SUBJECTS, calibration, evaluate
 from harness import HERE, add_results, channelfold, keep, known, parser, table, write
 
 from channelfold.runtime import jobs
 
-OURS = "channelfold"
-TOOLS = (OURS, "onnxruntime", "nncf", "modelopt", "quark")
+OURS = {
+    "channelfold quantize": ("quantize",),
+    "channelfold quantize minmax": ("quantize", "--calibrator", "minmax"),
+    "channelfold quantize percentile": ("quantize", "--calibrator", "percentile"),
+    "channelfold int8": ("compress", "--recipe", "int8"),
+    "channelfold int8-smooth": ("compress", "--recipe", "int8-smooth"),
+}
+TOOLS = (
+    "channelfold quantize", "channelfold int8", "channelfold int8-smooth",
+    "onnxruntime", "onnxruntime_entropy", "nncf", "modelopt", "quark",
+)  # fmt: skip
 TASKS = ("crepe_tiny", "minilm", "effnet")
-COSTS = (OURS, "onnxruntime", "onnxruntime_percentile")
+TRANSFORMERS = ("minilm",)  # the tasks that smoothing is for
+COSTS = (
+    "channelfold quantize", "channelfold quantize minmax", "channelfold quantize percentile", "onnxruntime",
+    "onnxruntime_percentile",
+)  # fmt: skip
 LIMIT = 900  # seconds of a tool on a model
+SAMPLES = 64  # to calibrate on, at most, and as many to compare on
 
 
 @dataclass(frozen=True)
@@ -59,50 +78,72 @@ def child(command: Sequence[str | Path]) -> Cost:
 
 
 def quantized(python: Path, tool: str, model: Path, data: Path, out: Path) -> Cost:
-    if tool == OURS:
-        return child([*channelfold("compress", model, "-o", out.with_suffix(""), "--recipe", "int8"),
-                      "--calibration", data])  # fmt: skip
-    return child([python, HERE / "peer_tools.py", tool, model, data, out])
+    """Quantizes a copy of a model, by the rules of TensorRT where the tool has several."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = shutil.copy(model, scratch)
+        if tool not in OURS:
+            return child([python, HERE / "peer_tools.py", tool, copy, data, out])
+        command, *flags = OURS[tool]
+        result = Path(scratch, "result") if command == "compress" else out
+        cost = child([*channelfold(command, copy, "-o", result, *flags), "--calibration", data])
+        if result != out and not cost.failed:
+            shutil.copy(result / "model.onnx", out)
+        return cost
 
 
-def measured(python: Path, folder: Path, task: str, tool: str, scratch: Path) -> dict[str, Any]:
+def halves(data: Path, scratch: Path) -> tuple[Path, Path]:
+    """The samples to calibrate on, and those between, to compare on. A folder holds a file for each batch."""
+    parts = scratch / "calibration", scratch / "evaluation"
+    for start, part in enumerate(parts):
+        if data.is_dir():
+            part.mkdir()
+            for file in sorted(data.glob("*.npz"))[start : 2 * SAMPLES : 2]:
+                shutil.copy(file, part)
+        else:
+            np.savez(part, **{name: values[start : 2 * SAMPLES : 2] for name, values in np.load(data).items()})
+    return parts if data.is_dir() else (parts[0].with_suffix(".npz"), parts[1].with_suffix(".npz"))
+
+
+def measured(python: Path, folder: Path, task: str, tool: str, figures: Sequence[str]) -> dict[str, Any]:
     """The row of a tool on the model of a task."""
     subject, data = SUBJECTS[task], calibration(folder, task)
-    model, out = folder / "open" / subject.model, scratch / f"{task}_{tool}.onnx"
-    cost = quantized(python, tool, model, data, out)
-    out = out.with_suffix("") / "model.onnx" if tool == OURS else out
-    row: dict[str, Any] = {"task": task, "tool": tool, **asdict(cost)}
-    if cost.failed:
-        return row
-    metric = subject.goals[0].metric
-    row |= {"metric": metric, "bytes": out.stat().st_size}
-    try:
-        accuracy = jobs.diff(model, out, source=jobs.Source(evaluation=str(data)))["accuracy"]
-        row["snr"] = (accuracy.get("exact") or accuracy)["outputs"][0]["snr"]
-        row["figure"] = evaluate(folder, task, out)[metric]
-    except (Exception, SystemExit) as error:  # a file that does not run is a row of the table
-        row["failed"] = str(error).splitlines()[-1][:120]
+    model = folder / "open" / subject.model
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        seen, unseen = halves(data, scratch)
+        out = scratch / "out.onnx"
+        cost = quantized(python, tool, model, seen, out)
+        row: dict[str, Any] = {"task": task, "tool": tool, **asdict(cost)}
+        if cost.failed:
+            return row
+        row["bytes"] = sum(file.stat().st_size for file in scratch.glob("out.onnx*"))
+        try:
+            accuracy = jobs.diff(model, out, source=jobs.Source(evaluation=str(unseen)))["accuracy"]
+            row["outputs"] = (accuracy.get("exact") or accuracy)["outputs"]
+            if task in figures:
+                row["figure"] = evaluate(folder, task, out)[subject.goals[0].metric]
+        except (Exception, SystemExit) as error:  # a file that does not run is a row of the table
+            row["failed"] = str(error).splitlines()[-1][:120]
     return row
 
 
-def report(rows: dict[str, dict[str, Any]]) -> str:
+def report(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = []
-    for row in rows.values():
-        snr, figure = row.get("snr"), row.get("figure")
+    for row in rows:
+        outputs, figure = row.get("outputs", ()), row.get("figure")
         cells.append((
-            row["task"], row["tool"], "" if figure is None else f"{figure:.4f}",
-            f"{snr:.1f}" if isinstance(snr, float) else "", f"{row.get('bytes', 0) / 1e6:.1f}",
-            f"{row['seconds']:.1f}", f"{row['megabytes']:.0f}", row["failed"],
+            row["task"], row["tool"], " / ".join(f"{output['snr']:.1f}" for output in outputs),
+            " / ".join(f"{output['agreement']:.3f}" for output in outputs), "" if figure is None else f"{figure:.4f}",
+            f"{row.get('bytes', 0) / 1e6:.1f}", f"{row['seconds']:.1f}", f"{row['megabytes']:.0f}", row["failed"],
         ))  # fmt: skip
-    return table(("task", "tool", "figure", "SNR dB", "MB", "CPU s", "peak MB", "why not"), cells)
+    header = ("task", "tool", "SNR dB", "agreement", "task figure", "MB", "CPU s", "peak MB", "why not")
+    return table(header, cells)
 
 
 def costs(python: Path, model: Path, data: Path) -> str:
-    rows = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for tool in COSTS:
-            rows[tool] = quantized(python, tool, model, data, Path(scratch, f"{tool}.onnx"))
-    own = rows[OURS]
+        rows = {tool: quantized(python, tool, model, data, Path(scratch, f"{tool}.onnx")) for tool in COSTS}
+    own = rows[COSTS[0]]
     cells = [
         (tool, f"{one.seconds:.1f}", f"{one.megabytes:.0f}", f"{one.seconds / own.seconds:.1f}",
          f"{one.megabytes / own.megabytes:.1f}", one.failed)
@@ -115,6 +156,7 @@ def main() -> None:
     made = parser(__doc__, tasks={"nargs": "*", "metavar": "TASK", "default": TASKS})
     made.add_argument("--python", type=Path, required=True, help="the interpreter of the other tools")
     made.add_argument("--tools", nargs="*", default=TOOLS, metavar="TOOL")
+    made.add_argument("--figures", nargs="*", default=TASKS, metavar="TASK", help="the tasks to evaluate (minutes)")
     made.add_argument("--cost", nargs=2, type=Path, metavar=("MODEL", "CALIBRATION"))
     add_results(made, "peers.md")
     options = made.parse_args()
@@ -122,15 +164,15 @@ def main() -> None:
     if options.cost:
         rows["cost"] = costs(options.python, *options.cost)
         keep(options.json, rows)
-    with tempfile.TemporaryDirectory() as scratch:
-        for task in () if options.cost else options.tasks:
-            for tool in options.tools:
-                if f"{task} {tool}" not in rows:
-                    rows[f"{task} {tool}"] = measured(options.python, options.dir, task, tool, Path(scratch))
-                    keep(options.json, rows)
-                    print(f"{task} {tool} done", file=sys.stderr)
+    for task in () if options.cost else options.tasks:
+        for tool in options.tools:
+            fits = tool != "channelfold int8-smooth" or task in TRANSFORMERS
+            if fits and f"{task} {tool}" not in rows:
+                rows[f"{task} {tool}"] = measured(options.python, options.dir, task, tool, options.figures)
+                keep(options.json, rows)
+                print(f"{task} {tool} done", file=sys.stderr)
     parts = [
-        report({name: row for name, row in rows.items() if name != "cost"}),
+        report([row for name, row in rows.items() if name != "cost"]),
         *([rows["cost"]] if "cost" in rows else []),
     ]
     print(*parts, sep="\n\n")

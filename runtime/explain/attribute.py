@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
 from channelfold.runtime.explain.align import align, sketches
@@ -57,22 +55,21 @@ class Explainer:
         sizes = {name: sketch.bytes for name, sketch in known.items()}
         self.cut = without_strangers(Cut(first, second, pairs, sizes), self.feeds[0])
         self.outputs = [name for name in first.outputs if name in known and name in second.outputs]
+        reference = first.open(self.outputs, optimize=True)
+        self.expected = [reference.run(feed) for feed in self.feeds]
+        self.signals = [{name: energy(values[name]) for name in self.outputs} for values in self.expected]
 
     def explain(self) -> Explanation:
         """Measures every site, the worst on more samples, then what restoring these recovers."""
         sites, second = self.cut.sites, self.cut.second
-        reference = self.cut.first.open(self.outputs, optimize=True)
-        expected = [reference.run(feed) for feed in self.feeds]
-        del reference
         effects = {site.pair.second: _Effect() for site in sites}
         few = min(_FEW, len(self.feeds))
         self._measure(sites, effects, range(few))
-        contributions = self._contributions(effects, expected)
-        worst = sorted(sites, key=lambda site: -contributions[site.pair.second])[:_MEASURED_MORE]
-        self._measure(worst, effects, range(few, len(self.feeds)))
-        contributions = self._contributions(effects, expected)
+        worst = sorted(sites, key=lambda site: -self._share(effects[site.pair.second]))[:_MEASURED_MORE]
+        self._measure(sorted(worst, key=sites.index), effects, range(few, len(self.feeds)))
+        contributions = {name: self._share(effect) for name, effect in effects.items()}
         ranked = sorted(sites, key=lambda site: -contributions[site.pair.second])
-        restored = self._restored([site for site in ranked if contributions[site.pair.second] > 0], expected)
+        restored = self._restored([site for site in ranked if contributions[site.pair.second] > 0])
         linears = [node for node in second.nodes if node.op_type in WEIGHTED]
         inside = {name for site in sites for name in site.nodes}
         depth = [(site.node, site.errors.so_far) for site in sites]
@@ -82,9 +79,9 @@ class Explainer:
         )  # fmt: skip
 
     def _measure(self, sites: Sequence[Site], effects: Mapping[str, _Effect], places: Sequence[int]) -> None:
-        """Runs every site on some feeds: its errors, and what its own error does to the outputs."""
+        """Runs sites, in their order, on some feeds: the errors of each, and what its own does to the outputs."""
         count, total = 0, len(sites) * len(places)
-        for block in self.cut.blocks(sorted(sites, key=self.cut.sites.index), self.outputs):
+        for block in self.cut.blocks(sites, self.outputs):
             for feed in (self.feeds[place] for place in places):
                 expected, so_far = block.expected(feed), block.so_far(feed)
                 own = block.own(feed, expected)
@@ -99,17 +96,12 @@ class Explainer:
                         effects[second].add({name: energy(found[name] - expected[name]) for name in self.outputs})
         self.progress("measure sites", total, total)
 
-    def _contributions(
-        self, effects: Mapping[str, _Effect], expected: Sequence[Mapping[str, np.ndarray]]
-    ) -> dict[str, float]:
-        return {name: self._share(effect.errors, expected[: effect.samples]) for name, effect in effects.items()}
-
-    def _share(self, errors: Mapping[str, float], expected: Sequence[Mapping[str, np.ndarray]]) -> float:
+    def _share(self, effect: _Effect) -> float:
         """The mean over the outputs of their relative squared errors."""
-        signals = {name: sum(energy(values[name]) for values in expected) or 1.0 for name in self.outputs}
-        return sum(errors.get(name, 0.0) / signals[name] for name in self.outputs) / max(len(self.outputs), 1)
+        signals = {name: sum(signal[name] for signal in self.signals[: effect.samples]) or 1.0 for name in self.outputs}
+        return sum(error / signals[name] for name, error in effect.errors.items()) / max(len(self.outputs), 1)
 
-    def _restored(self, ranked: Sequence[Site], expected: Sequence[Mapping[str, np.ndarray]]) -> dict[int, float]:
+    def _restored(self, ranked: Sequence[Site]) -> dict[int, float]:
         """The relative squared error of the outputs where the first model computes the first n sites of the ranking."""
         steps = [step for step in _STEPS if step <= len(ranked)]
         chosen = list(ranked[: max(steps, default=0)])
@@ -118,18 +110,17 @@ class Explainer:
         found: dict[int, float] = {}
         for count in (0, *steps):
             restored = [site.pair.second for site in chosen[:count]]
-            sums = dict.fromkeys(self.outputs, 0.0)
-            for feed, values in zip(self.feeds, expected, strict=True):
+            effect = _Effect(len(self.feeds))
+            for feed, values in zip(self.feeds, self.expected, strict=True):
                 result = hybrid.run(feed, grafts=restored)
-                for name in self.outputs:
-                    sums[name] += energy(result[name] - values[name])
-            found[count] = self._share(sums, expected)
+                effect.add({name: energy(result[name] - values[name]) for name in self.outputs})
+            found[count] = self._share(effect)
         return found
 
 
 @dataclass
 class _Effect:
-    """What a site's own error does on some samples: the squared errors of the outputs."""
+    """The squared errors of the outputs, on the first so many samples."""
 
     samples: int = 0
     errors: dict[str, float] = field(default_factory=dict)

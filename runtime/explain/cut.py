@@ -73,7 +73,7 @@ class Cut:
             to_second = {pair.first: pair.second for pair in pairs}
             kept = []
             for pair in pairs:
-                _, given = self.first.behind(pair.first, to_second.keys() - {pair.first})
+                _, given = self.first.behind(pair.first, to_second)
                 reads = (order[to_second[name]] for name in given if name in to_second)
                 if all(place < order[pair.second] for place in reads):
                     kept.append(pair)
@@ -83,7 +83,7 @@ class Cut:
 
     def site(self, pair: Pair, opened: Collection[str] = ()) -> Site:
         """What computes the tensor of a pair from the tensors of other pairs; ``opened`` ones are computed as well."""
-        places, given = self.second.behind(pair.second, self.to_first.keys() - {pair.second} - set(opened))
+        places, given = self.second.behind(pair.second, self.to_first.keys() - set(opened))
         nodes = [self.second.nodes[index] for index in places]
         main = next((node for node in reversed(nodes) if node.op_type in WEIGHTED), nodes[-1])
         names = [node.name for node in nodes]
@@ -97,11 +97,12 @@ class Cut:
     def graft(self, site: Site) -> Graft:
         """What the first model computes in place of a site."""
         end = site.pair.first
-        nodes, _ = self.first.behind(end, self.to_second.keys() - {end})
+        nodes, _ = self.first.behind(end, self.to_second)
         return Graft(self.first, end, nodes, self.to_second, site.pair.second)
 
     def blocks(self, sites: Iterable[Site], outputs: Sequence[str] = ()) -> Iterator[Block]:
         """The sites in order, in blocks whose tensors are in memory together."""
+        # expected, so far, of its own, and given to the sites behind
         sized = ((site, 4 * self.sizes[site.pair.first]) for site in sites)
         return (Block(self, block, outputs) for block in within(BLOCK, sized))
 

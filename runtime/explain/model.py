@@ -1,4 +1,4 @@
-"""A model some tensors of which are read, replaced by given values, or shifted, without writing a file."""
+"""A model some tensors of which are read, or replaced by given values or by parts of another, without a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes, open_model
-from channelfold.runtime.io.names import in_order, reads
+from channelfold.runtime.io.names import in_order, reads, rename
 from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.io.weights import packed
@@ -54,15 +54,15 @@ class Model:
         kind = self.kinds.get(name)
         return kind is not None and edit.is_float_type(kind)
 
-    def behind(self, name: str, given: Iterable[str]) -> tuple[list[int], list[str]]:
+    def behind(self, name: str, given: Container[str]) -> tuple[list[int], list[str]]:
         """The nodes that compute a tensor from ``given`` ones and the inputs of the model, and which these are."""
-        stops, nodes, used = set(given) | set(self.inputs), [], {}
+        nodes, used = [], {}
         pending, seen = [self.writers[name]], {self.writers[name]}
         while pending:
             index = pending.pop()
             nodes.append(index)
             for read in reads(self.nodes[index]):
-                if read in stops:
+                if read in given or read in self.inputs:
                     used[read] = None
                 elif (writer := self.writers.get(read)) is not None and writer not in seen:
                     seen.add(writer)
@@ -133,17 +133,16 @@ class Graft:
         in one of both models.
         """
         own_kinds = self.first.kinds
-        names = {**{name: name for name in self.first.inputs}, "": ""}
+        names = {name: name for name in self.first.inputs}
         for name in {name for index in self.nodes for name in reads(self.first.nodes[index])} & self.given.keys():
             names[name] = _cast(graph, self.given[name], kinds, own_kinds[name], f"{prefix}{name}__cast")
         names[self.end] = result = prefix + self.end
         read = set()
         for index in self.nodes:
             node = deepcopy(self.first.nodes[index])
-            read.update(node.input)
+            read.update(reads(node))
             node.name = prefix + node.name
-            node.input[:] = [names.get(name, prefix + name) for name in node.input]
-            node.output[:] = [names.get(name, prefix + name) for name in node.output]
+            rename(node, names, prefix)
             graph.node.append(node)
         for proto in self.first._snapshot.model.graph.initializer:
             if proto.name in read:

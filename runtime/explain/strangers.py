@@ -9,7 +9,7 @@ without it, whatever errors come from farther up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from channelfold.runtime.explain.cut import Cut, Errors, Site
@@ -50,7 +50,8 @@ def without_strangers(cut: Cut, feed: Feed) -> Cut:
 def _strangers(cut: Cut, feed: Feed) -> set[str]:
     errors = {site.pair.second: error for site, error in _errors(cut, feed)}
     suspects = [site for site in cut.sites if _is_suspect(errors[site.pair.second])]
-    deeper = [_Trial.of(cut, site, opened) for site in suspects for opened in _opened(cut, site)]
+    given = {site.pair.second: site.given for site in cut.sites}
+    deeper = [_Trial.of(cut, site, opened) for site in suspects for opened in _opened(given, site)]
     best: dict[str, tuple[_Trial, float]] = {}
     for trial, error in zip(deeper, _tried(cut, deeper, feed), strict=True):
         end = trial.site.pair.second
@@ -79,9 +80,8 @@ def _is_suspect(error: Errors) -> bool:
     return error.own > _LARGE or error.own > max(_BETTER * error.so_far, _NOTABLE)
 
 
-def _opened(cut: Cut, site: Site) -> Iterator[frozenset[str]]:
-    """The tensors of pairs up to some sites in front of a site."""
-    given = {other.pair.second: other.given for other in cut.sites}
+def _opened(given: Mapping[str, Sequence[str]], site: Site) -> Iterator[frozenset[str]]:
+    """The tensors of pairs up to some sites in front of a site. ``given``: where each site begins, by its end."""
     reached: set[str] = set()
     edge = set(site.given)
     for depth in range(1, max(_DEPTHS) + 1):

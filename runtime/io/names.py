@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 
@@ -60,9 +60,34 @@ def reads(node: onnx.NodeProto) -> Iterator[str]:
     both branches of an If as its own.
     """
     yield from node.input
-    for graph in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
-        own = {tensor.name for tensor in (*graph.input, *graph.initializer)}
-        own |= {sparse.values.name for sparse in graph.sparse_initializer}
-        own |= {name for inner in graph.node for name in inner.output}
+    for graph in _subgraphs(node):
+        own = _own(graph)
         read = (name for inner in graph.node for name in reads(inner))
         yield from (name for name in (*read, *(output.name for output in graph.output)) if name not in own)
+
+
+def rename(node: onnx.NodeProto, names: Mapping[str, str], prefix: str) -> None:
+    """Gives new names to the tensors of a node and of its subgraphs: those in ``names``, and a prefix to the others."""
+    names = {**names, "": ""}
+    for field in (node.input, node.output):
+        field[:] = [names.get(name, prefix + name) for name in field]
+    for graph in _subgraphs(node):
+        own = _own(graph)
+        inside = {name: new for name, new in names.items() if name not in own}
+        for tensor in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+            tensor.name = inside.get(tensor.name, prefix + tensor.name)
+        for sparse in graph.sparse_initializer:
+            sparse.values.name = prefix + sparse.values.name
+        for inner in graph.node:
+            rename(inner, inside, prefix)
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    return (attribute.g for attribute in node.attribute if attribute.HasField("g"))
+
+
+def _own(graph: onnx.GraphProto) -> set[str]:
+    """The names of the tensors that a subgraph makes."""
+    own = {tensor.name for tensor in (*graph.input, *graph.initializer)}
+    own |= {sparse.values.name for sparse in graph.sparse_initializer}
+    return own | {name for inner in graph.node for name in inner.output}

@@ -249,3 +249,21 @@ def test_a_stranger_is_known_behind_a_damaged_node():
     found = explain(first, second, samples(first, 4))
     assert found.contributions.keys() == {"u", "y"}
     assert {"MatMul", "Add"} <= {node.op for node in second.nodes if node.name in found.sites[0].nodes}
+
+
+def test_sites_with_branches_are_restored():
+    """Branches read tensors and constants from around them; a result of theirs has the name of that of the If."""
+    body = """
+        h = MatMul(x, W)  m = ReduceMax<keepdims=0>(h)  c = Greater(m, limit)
+        a = If(c) <
+            then_branch = g () => (float[] a) { k = Mul(h, S)  a = Relu(k) },
+            else_branch = e () => (float[] t) { k = Mul(h, S)  t = Tanh(k) }
+        >
+        y = MatMul(a, V)"""
+    constants = {"limit": np.float32(2.0), "S": np.linspace(0.5, 1.5, 16, dtype=np.float32)}
+    first = build(MLP, body, kind="float", W=(16, 16), V=(16, 4), **constants)
+    weights = {name: first.tensors()[name].values for name in "WV"}
+    second = build(MLP, body, kind="float", **weights, **constants | {"S": constants["S"] * np.float32(0.9)})
+    found = explain(first, second, samples(first, 6))
+    assert found.sites[0].op == "If"
+    assert decibels(found.restored[1]) > decibels(found.total) + 80
