@@ -40,6 +40,7 @@ from channelfold.passes.quantize.qdq import (
     why_not_int8,
 )
 from channelfold.passes.quantize.tables import quantize_tables
+from channelfold.passes.quantize.timed import without_slow
 from channelfold.runtime.io import edit, temporary
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats import saturation
@@ -121,6 +122,8 @@ class Work(Quantize):
             kept = [site for site in kept if site.name not in worst]
         if integers:
             kept, tried = in_int8(graph, kept, outcome, insert, expanded(outcome))
+            if self.profile and kept:
+                kept = without_slow(graph, kept, outcome, insert, ctx)
             if self.reduce_range == "auto" and kept and (lost := saturation.lost(graph, tried.graph, ctx.data)):
                 format, codes = INT7, Codes()
                 outcome.warnings.append(f"Weights have 7 bits, for with 8 {lost}")
