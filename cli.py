@@ -412,7 +412,7 @@ def lint(jobs: Any, progress: Any, model: str, fix: bool, output: str | None, **
 @opt.source
 @click.option("--recipe", default="fold", show_default=True, metavar="RECIPE", help="Passes that run before.")
 @opt.workers
-@opt.of("quantize", without=["float_share", "min_activation_snr"])
+@opt.of("quantize", without=["float_share", "min_activation_snr", "profile"])
 def sensitivity(jobs: Any, progress: Any, model: str, recipe: str, workers: int, cluster: str, **options: Any) -> Any:
     """Measure what quantizing each node of MODEL does to its outputs.
 

@@ -49,6 +49,10 @@ class Quantize(Pass):
         low=75,
         metavar="SM",
     )
+    profile: bool = option(
+        False,
+        "For onnxruntime: leave in float what runs slower in int8 on this machine, if the file is faster then.",
+    )
     float_share: float = option(
         0.0,
         "Share of the linear nodes that may stay float: those whose int8 changes the outputs most, measured.",
@@ -60,6 +64,8 @@ class Quantize(Pass):
         super().__post_init__()
         if self.verify_plan and self.target != "tensorrt":
             raise UsageError(f"verify_plan is for the target tensorrt, not {self.target}", "Leave it out")
+        if self.profile and self.target != "onnxruntime":
+            raise UsageError(f"profile is for the target onnxruntime, not {self.target}", "Leave it out")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -41,6 +40,7 @@ from channelfold.passes.quantize.qdq import (
     why_not_int8,
 )
 from channelfold.passes.quantize.tables import quantize_tables
+from channelfold.passes.quantize.timed import without_slow
 from channelfold.runtime.io import edit, temporary
 from channelfold.runtime.io.files import infer_shapes
 from channelfold.runtime.stats import saturation
@@ -82,13 +82,14 @@ class Work(Quantize):
         enough = None if self.calibrator == "entropy" else counted(len(ctx.data))  # entropy weighs every single bin
         statistics = {name: TensorStatistics(axis, enough) for name, axis in axes.items()}
         ctx.observe(graph, by_name(statistics.items()))
-        movable = set() if integers or not self.center else center.movable(sites)
-        ranges = {name: self._range(seen, name in movable) for name, seen in statistics.items()}
+        ranges = {name: self._range(seen, integers) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges
+        movable = set() if integers or not self.center else center.movable(sites)
+        free = {name: self._range(statistics[name], True) for name in movable}
+        free = {name: seen for name, seen in free.items() if seen.step < center.GAIN * ranges[name].step}
         facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
-        of_sites = _of_sites(sites, statistics, ranges)
-        even = {name: self._facts(statistics[name], self._range(statistics[name], False)) for name in movable}
-        found = {name: _lower_snr((facts | even)[name]) for name in axes}  # an input is not taken for being centered
+        of_sites = {site.name: range_facts(site) for site in sites}
+        found = {name: _lower_snr(facts[name]) for name in axes}  # an input is not taken for being centered
         reasons = {name: self._why_beyond_int8(statistics[name], found[name]) for name in axes}
         kept = []
         for site in sites:
@@ -105,13 +106,12 @@ class Work(Quantize):
         )
         borders = inside(graph, kept, ctx.data)
         says = {site.name: f"{site.node.op}: int8, activation {site.data.name}" for site in kept}
-        limits = {site.name: max(-ranges[site.data.name].low, ranges[site.data.name].high) for site in kept}
         format, codes = INT7 if self.reduce_range == "on" else INT8, Codes()
 
         def insert(into: gs.Graph, sites: list[Linear]) -> Inserter:
             inserter = Inserter(into, not integers, codes, format)
             inserter.inside = borders
-            _insert(inserter, sites, poor, ranges, means)
+            _insert(inserter, sites, poor, ranges, free, means)
             return inserter
 
         if self.float_share:
@@ -122,21 +122,27 @@ class Work(Quantize):
             kept = [site for site in kept if site.name not in worst]
         if integers:
             kept, tried = in_int8(graph, kept, outcome, insert, expanded(outcome))
+            if self.profile and kept:
+                kept = without_slow(graph, kept, outcome, insert, ctx)
             if self.reduce_range == "auto" and kept and (lost := saturation.lost(graph, tried.graph, ctx.data)):
                 format, codes = INT7, Codes()
                 outcome.warnings.append(f"Weights have 7 bits, for with 8 {lost}")
         elif self.verify_plan:
             kept, _ = in_int8(graph, kept, outcome, insert, planned(self.verify_plan, ctx, outcome))
         inserter = insert(graph, kept)
+        read = inserter.centered["read"]
+        centered = {of_sites[name]["tensor"] for name in read}
+        ranges |= {name: free[name] for name in centered}
+        facts |= {name: self._facts(statistics[name], free[name]) for name in centered}
         for site in kept:
-            more = ", centered" if site.name in inserter.centered["read"] else ""
-            outcome.change(site.name, f"{says[site.name]} up to {limits[site.name]:.4g}{more}")
+            limit, more = ranges[of_sites[site.name]["tensor"]].limit, ", centered" if site.name in read else ""
+            outcome.change(site.name, f"{says[site.name]} up to {limit:.4g}{more}")
         if quantize_tables(inserter, outcome, lambda _: INT8, self) or kept or cells:
             inserter.finish()
             edit.remove_dead(graph)
         outcome.facts = summary(graph, kept, cells) | {"activations": facts, "weight_bits": format.bits}
         outcome.facts["centered"] = inserter.centered
-        outcome.facts["ranges"] = of_sites
+        outcome.facts["ranges"] = _with_clipped(of_sites.values(), statistics, ranges)
         return outcome
 
     def left(self, graph: gs.Graph) -> dict[str, Any]:
@@ -177,26 +183,19 @@ class Work(Quantize):
         chosen = sorted(errors, key=errors.__getitem__, reverse=True)[:count]
         return {name: float(decibels(errors[name])) for name in chosen}
 
-    def _range(self, seen: TensorStatistics, movable: bool) -> Range:
-        """The range to quantize; a free one for onnxruntime, and where it makes the steps of a movable input finer."""
-        low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+    def _range(self, seen: TensorStatistics, free: bool) -> Range:
+        """The range to quantize, whose threshold the calibrator chooses for its steps; a free one has zero anywhere."""
         if seen.total == 0:
-            return Range(0.0, 0.0, self.target == "onnxruntime")
-
-        def chosen(free: bool) -> Range:
-            levels = _levels(Range(low, high, free))
-            limit = calibrators.threshold(seen, self.calibrator, percentile=self.percentile, levels=levels)
-            return Range(max(low, -limit), min(high, limit), free)
-
-        if self.target == "onnxruntime":
-            return chosen(True)
-        centered, even = chosen(True) if movable else None, chosen(False)
-        return centered if centered and centered.step < center.GAIN * even.step else even
+            return Range(0.0, 0.0, free)
+        low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+        levels = _levels(Range(low, high, free))
+        limit = calibrators.threshold(seen, self.calibrator, percentile=self.percentile, levels=levels)
+        return Range(max(low, -limit), min(high, limit), free)
 
     def _facts(self, statistics: TensorStatistics, seen: Range) -> dict[str, Any]:
         """What a report says of an activation: its range, what is covered, and what rounding leaves of it."""
         empty = statistics.total == 0
-        limit, levels = max(-seen.low, seen.high), _levels(seen)
+        limit, levels = seen.limit, _levels(seen)
         snr = np.inf if empty else calibrators.snr(statistics, limit, levels)
         row_snr = np.inf if empty else calibrators.row_snr(statistics, limit, levels)
         return {
@@ -220,12 +219,12 @@ class Work(Quantize):
         return ""
 
 
-def _of_sites(
-    sites: list[Linear], statistics: Mapping[str, TensorStatistics], ranges: Mapping[str, Range]
+def _with_clipped(
+    of_sites: Iterable[dict[str, Any]], statistics: Mapping[str, TensorStatistics], ranges: Mapping[str, Range]
 ) -> list[dict[str, Any]]:
-    """What a report says of sites: what they read, the share of it that is clipped, and their weights."""
+    """What a report says of sites, with the share of what they read that is clipped."""
     shares = {name: calibrators.clipped(seen, ranges[name].low, ranges[name].high) for name, seen in statistics.items()}
-    return [range_facts(site) | {"clipped": shares[site.data.name]} for site in sites]
+    return [facts | {"clipped": shares[facts["tensor"]]} for facts in of_sites]
 
 
 def _levels(seen: Range) -> int:
@@ -279,15 +278,17 @@ def _insert(
     sites: list[Linear],
     poor: Set[str],
     ranges: Mapping[str, Range],
+    free: Mapping[str, Range],
     means: Mapping[tuple[str, int | None], np.ndarray | None],
 ) -> None:
     """Makes the QDQ nodes around every site. Tensors named in ``poor`` stay float.
 
-    ``means`` by tensor and axis: where a Conv and a MatMul read one tensor their channels are not the same.
+    ``free``: the ranges of the tensors that are read centered where that is possible. ``means`` by tensor and axis:
+    where a Conv and a MatMul read one tensor their channels are not the same.
     """
     graph, integers = inserter.graph, not inserter.symmetric
-    if not integers:
-        ranges, means = _centered(inserter, sites, ranges, means)
+    if free:
+        ranges, means = _centered(inserter, sites, ranges, free, means)
     between, everywhere = _integers(graph, sites, poor) if integers else ([], set())
     tensors = {id(tensor): tensor for tensor in [*between, *(site.data for site in sites)]}
     readers: dict[int, list[gs.Node]] = {key: [] for key in tensors}
@@ -318,23 +319,23 @@ def _insert(
 
 
 def _centered(
-    inserter: Inserter, sites: list[Linear], ranges: Mapping[str, Range], means: Mapping[tuple[str, int | None], Any]
+    inserter: Inserter,
+    sites: list[Linear],
+    ranges: Mapping[str, Range],
+    free: Mapping[str, Range],
+    means: Mapping[tuple[str, int | None], Any],
 ) -> tuple[dict[str, Range], dict[tuple[str, int | None], Any]]:
     """Centers the inputs that have a free range; ranges and means by the names that the sites read then."""
     ranges, means = dict(ranges), dict(means)
     readers: dict[str, list[Linear]] = {}
     for site in sites:
-        if ranges[site.data.name].free:
+        if site.data.name in free:
             readers.setdefault(site.data.name, []).append(site)
     views = {id(one.output): one for one in (*linears(inserter.graph), *sites)}
     for name, own in readers.items():
-        seen = ranges[name]
-        read = center.center(inserter, own[0].data, seen, own, views)
-        if read is None:
-            ranges[name] = replace(seen, free=False)
-            continue
-        ranges[read.name] = seen
-        means |= {(read.name, site.in_axis): means.get((name, site.in_axis)) for site in own}
+        if read := center.center(inserter, own[0].data, free[name], own, views):
+            ranges[read.name] = free[name]
+            means |= {(read.name, site.in_axis): means.get((name, site.in_axis)) for site in own}
     return ranges, means
 
 

@@ -66,8 +66,9 @@ def steps(given: Mapping[str, Any], acting: str = "int8", sms: Sequence[int] = (
 
     ``given``: options of passes, each set where a pass has it.
     """
-    if given.get("float_share"):
-        raise UsageError("A share of float nodes was given, and the search chooses the nodes", "Give one of the two")
+    for key, what in {"float_share": "A share of float nodes", "profile": "--profile"}.items():
+        if given.get(key):
+            raise UsageError(f"{what} was given, and the search chooses the nodes", "Give one of the two")
     found = {}
     for name, option in OPTIONS.items():
         if name != acting and (name in ACTING or not runs(name, given.get("target", "tensorrt"), sms)):

@@ -239,6 +239,7 @@ class Job:
         ratio = timed[1].ms / timed[0].ms
         if round(ratio, 2) > 1:
             self.warn(f"The quantized file is {ratio:.2f}x as slow as float on this machine")
+            self.record["next"] = list(dict.fromkeys([*self.record.get("next", ()), *advice.faster(self.record)]))
 
     def close(self) -> None:
         """Closes the sessions of the proof."""

@@ -40,9 +40,18 @@ def _steps(record: Mapping[str, Any], done: Mapping[str, Mapping[str, Any]]) -> 
         yield "Cut less: a larger --keep-macs or --keep-params, or --tolerance"
     if "approximate-ffn" in done:
         yield "Keep more of the hidden channels: a larger --keep-hidden"
+    yield from faster(record)
     count = data.split(" ", 1)[0]
     if quantized and count.isdigit() and int(count) < _FEW and "random" not in data:
         yield f"Calibrate on more than {count} samples"
+
+
+def faster(record: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence on a file quantized for ONNX Runtime that is slower than float."""
+    options = [step["options"] for step in record["steps"] if step["pass"] == "quantize" and step["changed"]]
+    slow = len(times := record.get("latency", ())) == 2 and times[1]["ms"] > times[0]["ms"]
+    if slow and any(o.get("target") == "onnxruntime" and not o.get("profile") for o in options):
+        yield "Let the nodes that run slower in int8 than in float stay in float: --profile"
 
 
 def _saturates(record: Mapping[str, Any]) -> bool:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from channelfold.passes.layers.owners import owners
 from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.search import latency
 from channelfold.passes.search.front import Point, point
 from channelfold.passes.search.latency import Timed
-from channelfold.passes.search.profiled import owners
 from channelfold.runtime import jobs
 from channelfold.runtime.io import files
 from channelfold.runtime.stats.profile import NodeTime, profiles

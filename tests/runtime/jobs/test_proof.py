@@ -160,4 +160,5 @@ def test_a_file_slower_than_float_is_said_to_be(target, milliseconds, said, monk
     record = jobs.quantize(DIGITS, tmp_path / "q.onnx", source=source, options={"target": target})
     slow = [text for text in record["warnings"] if "as slow as float" in text]
     assert slow == ([f"The quantized file is {said} as slow as float on this machine"] if said and now[0] else [])
+    assert any("--profile" in step for step in record.get("next", ())) == bool(slow)
     assert [round(row["ms"], 6) for row in record["latency"]] == (list(milliseconds) if target == "onnxruntime" else [])

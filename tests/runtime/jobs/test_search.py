@@ -254,9 +254,10 @@ def test_a_metric_that_cannot_be_used(metric, allowed, says, mlp, tmp_path, monk
         jobs.compress(mlp[0], "out", source=source, search=jobs.Search(max_loss=0.1, trials=2, metric=metric))
 
 
-def test_a_share_of_float_nodes_and_a_search_exclude_each_other(mlp, tmp_path):
+@pytest.mark.parametrize("given", [{"float_share": 0.1}, {"profile": True, "target": "onnxruntime"}])
+def test_other_choices_of_float_nodes_and_a_search_exclude_each_other(mlp, tmp_path, given):
     with pytest.raises(UsageError, match="the search chooses the nodes"):
-        jobs.compress(mlp[0], tmp_path, source=mlp[1], overrides={"float_share": 0.1}, search=jobs.Search())
+        jobs.compress(mlp[0], tmp_path, source=mlp[1], overrides=given, search=jobs.Search())
 
 
 def test_a_search_without_data_is_told_what_to_give(mlp, tmp_path):

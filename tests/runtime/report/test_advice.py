@@ -59,3 +59,18 @@ def test_a_missed_gate_says_what_to_do(run, tmp_path):
     assert code == 3
     assert "What to do next" in shown
     assert json.loads((tmp_path / "report.json").read_text())["next"] == missed.value.record["next"]
+
+
+@pytest.mark.parametrize(
+    ("options", "times", "said"),
+    [
+        ({"target": "onnxruntime", "profile": False}, (2.0, 3.0), True),
+        ({"target": "onnxruntime", "profile": False}, (3.0, 2.0), False),
+        ({"target": "onnxruntime", "profile": True}, (2.0, 3.0), False),
+        ({"target": "tensorrt", "profile": False}, (), False),
+    ],
+)
+def test_a_file_slower_than_float_may_be_profiled(options, times, said):
+    latency = {"latency": [{"ms": ms} for ms in times]} if times else {}
+    steps = next_steps(record(("quantize", options), **latency))
+    assert any("--profile" in step for step in steps) == said
