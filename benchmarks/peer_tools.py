@@ -36,7 +36,7 @@ def feeds(model: str, data: str) -> list[Feed]:
     return [{name: feed[name].astype(kind) for name, kind in kinds.items()} for feed in found]
 
 
-def onnxruntime(model: str, samples: list[Feed], out: str, method: str = "MinMax") -> None:
+def onnxruntime(model: str, samples: list[Feed], out: str, method: str = "MinMax", **settings: Any) -> None:
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -44,7 +44,7 @@ def onnxruntime(model: str, samples: list[Feed], out: str, method: str = "MinMax
     quant_pre_process(model, ready, skip_symbolic_shape=True)
     quantization.quantize_static(
         ready, out, reader(samples), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-        calibrate_method=quantization.CalibrationMethod[method],
+        calibrate_method=quantization.CalibrationMethod[method], **settings,
     )  # fmt: skip
 
 
@@ -54,6 +54,14 @@ def onnxruntime_percentile(model: str, samples: list[Feed], out: str) -> None:
 
 def onnxruntime_entropy(model: str, samples: list[Feed], out: str) -> None:
     onnxruntime(model, samples, out, "Entropy")
+
+
+def onnxruntime_products(model: str, samples: list[Feed], out: str) -> None:
+    """Of transformers: only products with weights."""
+    onnxruntime(
+        model, samples, out, op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+        extra_options={"MatMulConstBOnly": True},
+    )  # fmt: skip
 
 
 def nncf(model: str, samples: list[Feed], out: str) -> None:
@@ -109,7 +117,8 @@ def reader(samples: list[Feed]) -> Any:
 
 
 TOOLS: dict[str, Callable[[str, list[Feed], str], None]] = {
-    tool.__name__: tool for tool in (onnxruntime, onnxruntime_percentile, onnxruntime_entropy, nncf, modelopt, quark)
+    tool.__name__: tool
+    for tool in (onnxruntime, onnxruntime_percentile, onnxruntime_entropy, onnxruntime_products, nncf, modelopt, quark)
 }
 
 if __name__ == "__main__":

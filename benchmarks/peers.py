@@ -46,10 +46,10 @@ OURS = {
 }
 TOOLS = (
     "channelfold quantize", "channelfold int8", "channelfold int8-smooth",
-    "onnxruntime", "onnxruntime_entropy", "nncf", "modelopt", "quark",
+    "onnxruntime", "onnxruntime_entropy", "onnxruntime_products", "nncf", "modelopt", "quark",
 )  # fmt: skip
 TASKS = ("crepe_tiny", "minilm", "effnet")
-TRANSFORMERS = ("minilm",)  # the tasks that smoothing is for
+TRANSFORMERS = {"minilm": ("channelfold int8-smooth", "onnxruntime_products")}  # tools for transformers alone
 COSTS = (
     "channelfold quantize", "channelfold quantize minmax", "channelfold quantize percentile", "onnxruntime",
     "onnxruntime_percentile",
@@ -132,8 +132,9 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         outputs, figure = row.get("outputs", ()), row.get("figure")
         cells.append((
-            row["task"], row["tool"], " / ".join(f"{output['snr']:.1f}" for output in outputs),
-            " / ".join(f"{output['agreement']:.3f}" for output in outputs), "" if figure is None else f"{figure:.4f}",
+            row["task"], row["tool"], " / ".join(f"{float(output['snr']):.1f}" for output in outputs),
+            " / ".join(f"{output['agreement']:.3f}" for output in outputs if output["agreement"] is not None),
+            "" if figure is None else f"{figure:.4f}",
             f"{row.get('bytes', 0) / 1e6:.1f}", f"{row['seconds']:.1f}", f"{row['megabytes']:.0f}", row["failed"],
         ))  # fmt: skip
     header = ("task", "tool", "SNR dB", "agreement", "task figure", "MB", "CPU s", "peak MB", "why not")
@@ -166,7 +167,7 @@ def main() -> None:
         keep(options.json, rows)
     for task in () if options.cost else options.tasks:
         for tool in options.tools:
-            fits = tool != "channelfold int8-smooth" or task in TRANSFORMERS
+            fits = tool in TRANSFORMERS.get(task, ()) or tool not in sum(TRANSFORMERS.values(), ())
             if fits and f"{task} {tool}" not in rows:
                 rows[f"{task} {tool}"] = measured(options.python, options.dir, task, tool, options.figures)
                 keep(options.json, rows)

@@ -104,8 +104,12 @@ class Model:
         session = open_model(model, weights, names, exact=True, optimize=optimize, spins=False, arena=False)
         return Opened(session, self, outputs)
 
-    def _weights(self, prefix: str = "") -> list[tuple[onnx.TensorProto, np.ndarray]]:
-        found = [(deepcopy(weight), packed(self._snapshot.values[weight.name])) for weight in self._snapshot.weights]
+    def _weights(
+        self, prefix: str = "", names: Container[str] | None = None
+    ) -> list[tuple[onnx.TensorProto, np.ndarray]]:
+        """The large constants, all or those of some names, with a prefix to their names."""
+        wanted = [weight for weight in self._snapshot.weights if names is None or weight.name in names]
+        found = [(deepcopy(weight), packed(self._snapshot.values[weight.name])) for weight in wanted]
         for proto, _ in found:
             proto.name = prefix + proto.name
         return found
@@ -149,8 +153,8 @@ class Graft:
                 own = graph.initializer.add()
                 own.CopyFrom(proto)
                 own.name = prefix + proto.name
-        large = [pair for pair in self.first._weights(prefix) if pair[0].name.removeprefix(prefix) in read]
-        return _cast(graph, result, {result: own_kinds[self.end]}, kinds[self.second], f"{result}__cast"), large
+        end = _cast(graph, result, {result: own_kinds[self.end]}, kinds[self.second], f"{result}__cast")
+        return end, self.first._weights(prefix, read)
 
 
 class Opened:
