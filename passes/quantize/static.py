@@ -14,6 +14,7 @@ Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,9 +88,11 @@ class Work(Quantize):
         movable = set() if integers or not self.center else center.movable(sites)
         free = {name: self._range(statistics[name], True) for name in movable}
         free = {name: seen for name, seen in free.items() if seen.step < center.GAIN * ranges[name].step}
-        facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
+        found = {name: _lower_snr(self._facts(statistics[name], seen)) for name, seen in ranges.items()}
+        # What cannot be centered in the end keeps the threshold for finer steps: by mse, that for its own lies lower,
+        # and what is clipped more costs outputs more than the rounding costs that the lower threshold saves.
+        ranges |= {name: replace(seen, free=False) for name, seen in free.items()}
         of_sites = {site.name: range_facts(site) for site in sites}
-        found = {name: _lower_snr(facts[name]) for name in axes}  # an input is not taken for being centered
         reasons = {name: self._why_beyond_int8(statistics[name], found[name]) for name in axes}
         kept = []
         for site in sites:
@@ -133,7 +136,7 @@ class Work(Quantize):
         read = inserter.centered["read"]
         centered = {of_sites[name]["tensor"] for name in read}
         ranges |= {name: free[name] for name in centered}
-        facts |= {name: self._facts(statistics[name], free[name]) for name in centered}
+        facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
         for site in kept:
             limit, more = ranges[of_sites[site.name]["tensor"]].limit, ", centered" if site.name in read else ""
             outcome.change(site.name, f"{says[site.name]} up to {limit:.4g}{more}")

@@ -122,17 +122,15 @@ def test_what_would_cost_a_kernel_or_a_bias_stays(inputs, text, shapes):
     assert not any("centered" in what for what in changes(outcome))
 
 
-def test_an_input_that_cannot_be_centered_has_the_range_of_its_own_steps():
-    """A threshold for twice as many steps lies higher: the long tail of the input is clipped where int8 is coarse."""
+def test_the_report_on_an_input_that_cannot_be_centered_is_of_the_steps_that_it_has():
     shapes = {"W": (16, 16, 1, 1), "b": 16, "V": (16, 16, 1, 1), "c": 16}
     text = "h = Conv(x, W, b) e = Abs(h) y = Conv(e, V, c)"  # a Sub would stand between Abs and its quantizer
     graph, plain = (build("(float[N,16,6,6] x) => (float[] y)", text, kind="float", **shapes) for _ in range(2))
     data = samples(graph, count=8)
-    outcome, expected = quantize(graph, Quantize(), data), quantize(plain, Quantize(center=False), data)
-    assert constants(graph)["e_scale"] == constants(plain)["e_scale"]
-    assert changes(outcome) == changes(expected)
-    assert outcome.facts["activations"]["e"] == expected.facts["activations"]["e"]
-    assert outcome.facts["ranges"] == expected.facts["ranges"]
+    outcome, best = quantize(graph, Quantize(), data), quantize(plain, Quantize(center=False), data)
+    told = outcome.facts["activations"]["e"]
+    assert told["high"] == pytest.approx(127 * constants(graph)["e_scale"])
+    assert best.facts["activations"]["e"]["snr_db"] - 1 < told["snr_db"] <= best.facts["activations"]["e"]["snr_db"]
 
 
 def test_a_sub_serves_all_readers_and_leaves_others_alone():
