@@ -231,16 +231,20 @@ class _Hunt:
         path = board.folder / "typed.onnx"
         files.save(graph, path)
         player, (_, runner) = board.player(), self.job.runners(path)
-        read, found = _reader(runner, board.outputs), []
-        for split, (feeds, labels) in zip(splits, (self.steering, self.proof), strict=True):
+        read = _reader(runner, [tensor.name for tensor in graph.outputs])
+
+        def typed(split: Split, feeds: list[Feed], labels: list[int]) -> tuple[Split, Errors]:
             feeds = feeds[: len(split.files)]
-            found.append(_errors(board, (feeds, labels), player.run, read))
-            self.crew.count("networks", 2 * len(feeds))
-        if not self._keeps(board, found[0], splits[0]):
+            self.crew.count(split.name, 2 * len(feeds))
+            errors = _errors(board, (feeds, labels), player.run, read)
+            return dataclasses.replace(split, typed=errors), errors
+
+        steering, errors = typed(splits[0], *self.steering)
+        if not self._keeps(board, errors, steering):
             self.job.warn("What stays float is float32, for with 16 bits the float network itself misses the limits")
             return plain
-        typed = [dataclasses.replace(split, typed=errors) for split, errors in zip(splits, found, strict=True)]
-        return _Rest(_bytes(graph), typed, 2, [self._cast], float(found[0].by_sample().mean()))
+        proof, _ = typed(splits[1], *self.proof)
+        return _Rest(_bytes(graph), (steering, proof), 2, [self._cast], float(errors.by_sample().mean()))
 
     def _modelled_sm(self) -> int | None:
         """The GPU whose time is modelled; None where the time is that of ONNX Runtime."""
