@@ -79,6 +79,16 @@ class Errors:
     right: np.ndarray
     runs: float = 0.0
 
+    def plus(self, other: Errors) -> Errors:
+        """With the errors of the one configuration of ``other``, of another cause, in every configuration.
+
+        Squared errors add up; a position agrees at most where it does in both, and a class is right likewise.
+        """
+        right = np.concatenate([self.right[:1], self.right[1:] & other.right[1:]])
+        return replace(
+            self, lost=self.lost + other.lost, agreed=np.maximum(self.agreed + other.agreed - 1, 0), right=right
+        )
+
     def relative(self) -> np.ndarray:
         """The error of every configuration, (configurations,)."""
         return (self.lost.sum(axis=1) / np.maximum(self.energy.sum(axis=0), _SMALLEST)).mean(axis=-1)

@@ -208,7 +208,7 @@ def build(
             sizes = {option: own.size(name) for option, own in options.items()}
             slots[name] = _slot(base, name, values, sizes, folder, number)
     switches = tuple(_switches(whole, slots))
-    ends = _measured(whole)
+    ends = compared(whole)
     whole.outputs = [tensor for tensor, *_ in ends]
     edit.remove_dead(whole)
     save(whole, folder / _FILE, external=True)
@@ -338,7 +338,7 @@ def _as_stored(linear: Linear, weight: np.ndarray, bias: np.ndarray | None) -> l
     return found
 
 
-def _measured(graph: gs.Graph) -> list[tuple[gs.Tensor, str, bool]]:
+def compared(graph: gs.Graph) -> list[tuple[gs.Tensor, str, bool]]:
     """The floating outputs, or what a closing Softmax, Sigmoid or ArgMax reads; the output, and if they hold scores.
 
     Behind such operators errors do not add up: where one position flips, it counts as much as all others together.

@@ -79,6 +79,18 @@ def steps(given: Mapping[str, Any], acting: str = "int8", sms: Sequence[int] = (
     return found
 
 
+def cast(passes: Sequence[Pass], given: Mapping[str, Any]) -> Pass | None:
+    """The pass that gives what stays float its type: that of a recipe, or float16 for TensorRT.
+
+    ONNX Runtime computes float16 in float32 on a CPU, so that such a model gains no time there.
+    """
+    step = next((step for step in passes if step.name == LAST), None)
+    if step is None and given.get("target", "tensorrt") != "tensorrt":
+        return None
+    settings = {key: value for key, value in given.items() if key in options_of(PASSES[LAST])}
+    return make(LAST, (step.options() if step else {}) | settings)
+
+
 def runs(option: str, target: str, sms: Sequence[int]) -> bool:
     """Whether the kernels of a target, on all of some GPUs, read the format of an option as it is stored."""
     formats = OPTIONS[option].weights, OPTIONS[option].activations
@@ -135,19 +147,21 @@ def groups(graph: gs.Graph, board: Board) -> list[tuple[str, ...]]:
 class Whole:
     """A network as costs see it: ``bytes`` of its file and ``macs`` of its linears, both of the given model.
 
-    ``type_bytes``: of what stays float in the result, of 4. ``minimize``: "size", "arithmetic" or "both".
+    ``minimize``: "size", "arithmetic" or "both".
     """
 
     bytes: int
     macs: int
-    type_bytes: int = 4
     minimize: str = "both"
 
-    def priced(self, board: Board, sites: Sequence[Site], beside: int, error: float = 0.0) -> list[Site]:
+    def priced(
+        self, board: Board, sites: Sequence[Site], beside: int, error: float = 0.0, type_bytes: int = 4
+    ) -> list[Site]:
         """The sites with the cost of every option: the share of the bytes, of the arithmetic, or the mean of both.
 
         The arithmetic of a node is its multiply-accumulates on a feed times the bits of its factors. ``beside``: bytes
         that belong to no site; ``error``: of the network when all sites are float. Both become a site without options.
+        ``type_bytes``: of what stays float in the result, of 4.
         """
         share = {"size": (1.0, 0.0), "arithmetic": (0.0, 1.0), "both": (0.5, 0.5)}[self.minimize]
         taken = {name for site in sites for name in site.nodes}
@@ -156,8 +170,8 @@ class Whole:
             work = sum(board.macs.get(name, 0) for name in names) / max(self.macs, 1)
             nodes = {o: (4 if o in ACTING else 1) * len(site.nodes) for o in site.sizes if o != FLOAT}
             sizes = {o: size + _NODE * nodes.get(o, 0) for o, size in site.sizes.items()}
-            sizes[FLOAT] = sizes[FLOAT] * self.type_bytes // 4
-            bits = {o: 1 if o in ACTING else self.type_bytes for o in sizes}
+            sizes[FLOAT] = sizes[FLOAT] * type_bytes // 4 if site.nodes else sizes[FLOAT]
+            bits = {o: 1 if o in ACTING else type_bytes for o in sizes}
             costs = {o: share[0] * n / self.bytes + share[1] * work * bits[o] / 4 for o, n in sizes.items()}
             return dataclasses.replace(site, sizes=sizes, costs=costs)
 

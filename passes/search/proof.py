@@ -64,7 +64,8 @@ class Limits:
 class Split:
     """Samples to measure points on: files of the board, with a label for each or none. ``name``: what it is for.
 
-    ``metric`` gives the loss of a point by a metric that has data of its own.
+    ``metric`` gives the loss of a point by a metric that has data of its own. ``typed``: the errors of the type of what
+    stays float, which come to those of every point.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Split:
     labels: tuple[int, ...] = ()
     metric: Callable[[Point], float] | None = None
     crew: Crew = field(default_factory=Crew)
+    typed: Errors | None = None
     known: dict[tuple[str, ...], Figures] = field(default_factory=dict)
 
     @property
@@ -90,6 +92,7 @@ class Split:
         new = {point.options: point for point in points if point.options not in self.known}
         trials = [Trial(self.board, self.files, (point.chosen(sites),), labels=self.labels) for point in new.values()]
         for point, errors in zip(new.values(), self.crew.each(self.name, trials), strict=True):
+            errors = errors.plus(self.typed) if self.typed else errors
             self.known[point.options] = figures(point, errors, 0, self.board.scores, bool(self.labels), self.metric)
         return [replace(self.known[point.options], point=point) for point in points]
 

@@ -2,7 +2,8 @@
 
 The options of the nodes are chosen on the network that the recipe's own passes make, and on variants of it: smoothed,
 with FFNs reparameterized, with fp8 in place of int8, with fewer channels. What is right are always the outputs of the
-first. All points lie in one front; ``search_record`` has its record.
+first. What stays float is float16 for TensorRT, where that keeps the limits. All points lie in one front;
+``search_record`` has its record.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Pass
-from channelfold.passes.layers.sensitivity import Crew, Meter, Trial, keep, measure
+from channelfold.passes.layers.sensitivity import Crew, Errors, Meter, Trial, keep, measure
+from channelfold.passes.layers.switchboard import Board, compared
 from channelfold.passes.recipe import BEHIND_REPARAM, make
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.choice import Choice
@@ -31,6 +33,7 @@ from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import ChannelfoldError, DataError, GateError, UsageError
 from channelfold.runtime.io import files
 from channelfold.runtime.io.session import Feed
+from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.jobs import search_record as telling
 from channelfold.runtime.jobs.job import GateMissed, Job
 from channelfold.runtime.jobs.search_files import Files, Metric
@@ -96,6 +99,24 @@ class _Result:
         return not met, self.chosen.point.cost if met else self.chosen.error
 
 
+@dataclass(frozen=True)
+class _Rest:
+    """What stays float in the models of a network: ``bytes`` of the file where all does, and of a number.
+
+    ``behind``: the passes that give the type, and ``error``: what all in the type loses. ``splits`` know of that loss.
+    """
+
+    bytes: int
+    splits: Sequence[Split]
+    type_bytes: int = 4
+    behind: Sequence[Pass] = ()
+    error: float = 0.0
+
+    @property
+    def type(self) -> str:
+        return self.behind[0].options()["type"] if self.behind else "float32"
+
+
 Part = tuple[list[Feed], list[int]]  # samples, and the right class of each or none
 
 
@@ -111,15 +132,17 @@ class _Hunt:
         self.metric = Metric(job, search.metric) if search.metric else None
         self.data, self.steering, self.proof = _split(job)
         self.results: list[_Result] = []
+        self._cast: Pass | None = None  # what stays float gets its type from it
         self._least = np.inf  # error of all nodes in 8 bits
 
-    def run(self, before: list[Pass], type_bytes: int) -> _Result:
-        """The best result of the network that ``before`` makes, and of its variants."""
+    def run(self, passes: Sequence[Pass]) -> _Result:
+        """The best result of the network that the passes in front of quantizations make, and of its variants."""
+        before, self._cast = choices.in_front(passes), choices.cast(passes, self.given)
         graph, _ = self._after(self.job.graph, [*self.job.prepared(), *before])
         self._base = _Start("", before, graph)
         with self._prepared(self._base) as found:
             macs, size = sum(found.board.macs.values()), self.job.record["model"]["bytes"]
-            self._whole, self._costs = found, choices.Whole(size, macs, type_bytes, self.search.minimize)
+            self._whole, self._costs = found, choices.Whole(size, macs, self.search.minimize)
             self._search(self._base, found)
             for start in self._variants():
                 with self._prepared(start) as found:
@@ -177,17 +200,51 @@ class _Hunt:
             samples = keep(found.board, self.steering[0], "sites")
             self.crew.count("sensitivities", len(samples))
         sites = measure(found.board, samples, choices.groups(start.graph, found.board), self.crew, guess=True)
-        beside = _bytes(start.graph) - found.board.size({})
-        choice = Choice(
-            self._costs.priced(found.board, sites, beside, error),
-            *(samples, steering, proof, self.limits, self.search.trials),
-        )
+        rest = self._rest(start.graph, found.board, (steering, proof))
+        (steering, proof), written.behind = rest.splits, rest.behind
+        beside = rest.bytes - found.board.size({}) * rest.type_bytes // 4
+        sites = self._costs.priced(found.board, sites, beside, error + rest.error, rest.type_bytes)
+        choice = Choice(sites, samples, steering, proof, self.limits, self.search.trials)
         written.choice = choice
         if self.search.max_latency is not None:
             written.learn_times(self.steering[0][0], self._modelled_sm())
         chosen = choice.run()
         mix = choices.recipe(start.steps, found.passes, start.graph, found.board, chosen.point.chosen(choice.sites))
-        self.results.append(_Result(choice, chosen, telling.told(choice, chosen, start.name), mix))
+        told = telling.told(choice, chosen, start.name, rest.type)
+        self.results.append(_Result(choice, chosen, told, [*mix, *rest.behind]))
+
+    def _rest(self, graph: gs.Graph, board: Board, splits: Sequence[Split]) -> _Rest:
+        """The type of what stays float: that of the recipe or of the target, where alone it keeps the limits."""
+        plain = _Rest(_bytes(graph), splits)
+        if self._cast is None:
+            return plain
+        graph = Snapshot.of(graph).graph()
+        files.infer_shapes(graph)
+        graph.outputs = [tensor for tensor, *_ in compared(graph)]
+        try:
+            graph, changed = self._after(graph, [self._cast])
+        except ChannelfoldError as error:
+            self.job.warn(f"What stays float is float32 in the search: {error}")
+            return plain
+        if not changed:
+            return plain
+        path = board.folder / "typed.onnx"
+        files.save(graph, path)
+        player, (_, runner) = board.player(), self.job.runners(path)
+        read = _reader(runner, [tensor.name for tensor in graph.outputs])
+
+        def typed(split: Split, feeds: list[Feed], labels: list[int]) -> tuple[Split, Errors]:
+            feeds = feeds[: len(split.files)]
+            self.crew.count(split.name, 2 * len(feeds))
+            errors = _errors(board, (feeds, labels), player.run, read)
+            return dataclasses.replace(split, typed=errors), errors
+
+        steering, errors = typed(splits[0], *self.steering)
+        if not self._keeps(board, errors, steering):
+            self.job.warn("What stays float is float32, for with 16 bits the float network itself misses the limits")
+            return plain
+        proof, _ = typed(splits[1], *self.proof)
+        return _Rest(_bytes(graph), (steering, proof), 2, [self._cast], float(errors.by_sample().mean()))
 
     def _modelled_sm(self) -> int | None:
         """The GPU whose time is modelled; None where the time is that of ONNX Runtime."""
@@ -212,8 +269,32 @@ class _Hunt:
             self._least = min(self._least, acting)
             self._base = dataclasses.replace(start, finer=False)
             return 0.0
-        lost = figures(Point((), 0, 0.0, alone), errors, 0, found.board.scores, bool(steering.labels))
-        return alone if not self.limits.of_accuracy or self.search.metric or self.limits.accurate(lost) else None
+        return alone if self._keeps(found.board, errors, steering) else None
+
+    def _keeps(self, board: Board, errors: Errors, split: Split) -> bool:
+        """Whether the errors of a network without quantization keep the limits, as far as they tell."""
+        lost = figures(Point((), 0, 0.0, 0.0), errors, 0, board.scores, bool(split.labels))
+        return not self.limits.of_accuracy or bool(self.search.metric) or self.limits.accurate(lost)
+
+
+Run = Callable[[Feed], Sequence[np.ndarray]]  # the outputs of a network on a feed
+
+
+def _reader(runner: Any, names: Sequence[str]) -> Run:
+    def run(feed: Feed) -> list[np.ndarray]:
+        outputs = runner.run(feed)
+        return [outputs[name] for name in names]
+
+    return run
+
+
+def _errors(board: Board, part: Part, right: Run, found: Run) -> Errors:
+    """The errors of a network on samples."""
+    feeds, labels = part
+    meter = Meter(len(feeds), board.scores, 1, labels, board.mask)
+    for place, feed in enumerate(feeds):
+        meter.see(place, feed, right(feed), [found(feed)])
+    return meter.errors
 
 
 def _bytes(graph: gs.Graph) -> int:
@@ -254,15 +335,11 @@ class Found:
             raise GateMissed(GateError(missed, f"The nearest was written: {what}"), self.job.record)
 
     def _figures(self, out: Path) -> Figures:
-        (feeds, labels), board = self.proof, self.result.choice.proof.board
-        meter = Meter(len(feeds), board.scores, 1, labels, board.mask)
-        runners = self.job.runners(out)
-        for place, feed in enumerate(feeds):
-            right, found = ([outputs[name] for name in board.ends] for outputs in (r.run(feed) for r in runners))
-            meter.see(place, feed, right, [found])
-        own = self.metric
+        board, own = self.result.choice.proof.board, self.metric
+        right, found = (_reader(runner, board.ends) for runner in self.job.runners(out))
+        errors = _errors(board, self.proof, right, found)
         metric = (lambda _: own.of(out)) if own else None
-        return figures(self.result.chosen.point, meter.errors, 0, board.scores, bool(labels), metric)
+        return figures(self.result.chosen.point, errors, 0, board.scores, bool(self.proof[1]), metric)
 
 
 def find(
@@ -289,15 +366,14 @@ def find(
         card = card_of(sms[0]).name
         job.warn(f"The latency is that of a {card} by a model of it, relative to the float engine: not measured")
     choices.steps(given)
-    behind = [step for step in passes if step.name == choices.LAST]
     limits = _limits(search, gates, job.record["model"]["bytes"])
     hunt = _Hunt(job, given, search, limits, sms, keep_in)
-    best = hunt.run(choices.in_front(passes), 2 if behind else 4)
+    best = hunt.run(passes)
     if hunt.crew.resumed:
         job.warn(f"{hunt.crew.resumed:.0f} of {sum(hunt.crew.runs.values()):.0f} runs were done by an earlier call")
     job.record["search"] = telling.together(best.record, [result.record for result in hunt.results], hunt.crew)
     job.calibration = hunt.data
-    return Found([*best.passes, *behind], job, best, hunt.proof, hunt.metric)
+    return Found(best.passes, job, best, hunt.proof, hunt.metric)
 
 
 def _limits(search: Search, gates: Any, whole: int) -> Limits:

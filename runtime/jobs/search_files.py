@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from channelfold.passes.base import Pass
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.choice import Choice
 from channelfold.passes.search.front import Point
@@ -22,9 +24,13 @@ from channelfold.runtime.stats.bench import latencies
 
 
 class Files:
-    """The files of points, each written once. ``choice``: the sites that the points have options for."""
+    """The files of points, each written once.
+
+    ``choice``: the sites that the points have options for. ``behind``: passes behind those of the options.
+    """
 
     choice: Choice
+    behind: Sequence[Pass] = ()
 
     def __init__(self, job: Job, found: Prepared, data: Data):
         self.job, self._found, self._data = job, found, data
@@ -34,7 +40,7 @@ class Files:
         if point.options not in self._known:
             found, chosen = self._found, point.chosen(self.choice.sites)
             steps = choices.recipe([], found.passes, found.graph, found.board, chosen)
-            graph, _ = after(self.job, found.graph, steps, self._data)
+            graph, _ = after(self.job, found.graph, [*steps, *self.behind], self._data)
             self._known[point.options] = found.board.folder / f"point.{len(self._known)}.onnx"
             files.save(graph, self._known[point.options])
         return self._known[point.options]

@@ -2,11 +2,12 @@
 
 ``record["search"]``: {loss: what it is, options, limits, met, samples: {sensitivity, steering, proof}, runs: {what for:
 of the whole network, on one sample}, resumed (how many of them), kappa_db, points: [{bytes, cost, latency,
-latency_predicted, start, options: {option: share of the weights}, predicted_db, error_db, snr_db, agreement, loss, low,
-high, proof (the same figures on other samples, or null), chosen}], sites: [{nodes, option, bytes, snr_db, better:
-{option, bytes, snr_db} or null}], file (the figures of the written file on the samples of the proof, with its bytes and
-whether it has met the limits)}. Bytes of a point are those of its file, nearly; cost and latency are relative to float,
-latency is null without a limit of time; ``start`` names the variant of the network, if it is one.
+latency_predicted, start, type, options: {option: share of the weights}, predicted_db, error_db, snr_db, agreement,
+loss, low, high, proof (the same figures on other samples, or null), chosen}], sites: [{nodes, option, bytes, snr_db,
+better: {option, bytes, snr_db} or null}], file (the figures of the written file on the samples of the proof, with its
+bytes and whether it has met the limits)}. Bytes of a point are those of its file, nearly; cost and latency are relative
+to float, latency is null without a limit of time; ``start`` names the variant of the network, if it is one; ``type`` is
+that of what stays float.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from channelfold.passes.search.choice import Choice
 from channelfold.passes.search.proof import Figures, undominated
 
 
-def told(work: Choice, chosen: Figures, start: str) -> dict[str, Any]:
-    """The record of the search on one network, called ``start``."""
+def told(work: Choice, chosen: Figures, start: str, kind: str) -> dict[str, Any]:
+    """The record of the search on one network, called ``start``, where what stays float is of the type ``kind``."""
     limits = dataclasses.asdict(work.limits)
     ratios = [f.error / f.point.predicted for f in work.measured if f.point.predicted > 0 and f.error > 0]
     return {
@@ -40,7 +41,10 @@ def told(work: Choice, chosen: Figures, start: str) -> dict[str, Any]:
             "proof": len(work.proof.files),
         },
         "kappa_db": float(10 * np.log10(np.median(ratios))) if ratios else 0.0,
-        "points": [_told_point(work, figures, chosen, start) for figures in _front(work.measured, chosen)],
+        "points": [
+            _told_point(work, figures, chosen) | {"start": start, "type": kind}
+            for figures in _front(work.measured, chosen)
+        ],
         "sites": [_told_choice(s, o) for s, o in zip(work.sites, chosen.point.options, strict=True) if s.nodes],
     }
 
@@ -51,7 +55,7 @@ def _front(found: Sequence[Figures], chosen: Figures) -> list[Figures]:
     return sorted(kept if chosen in kept else [*kept, chosen], key=lambda figures: -figures.point.cost)
 
 
-def _told_point(work: Choice, figures: Figures, chosen: Figures, start: str) -> dict[str, Any]:
+def _told_point(work: Choice, figures: Figures, chosen: Figures) -> dict[str, Any]:
     point, shares = figures.point, dict[str, float]()
     chosen_of = [(site, option) for site, option in zip(work.sites, point.options, strict=True) if site.nodes]
     whole = sum(site.sizes[FLOAT] for site, _ in chosen_of)
@@ -61,7 +65,6 @@ def _told_point(work: Choice, figures: Figures, chosen: Figures, start: str) -> 
     return {
         "bytes": point.size,
         "cost": point.cost,
-        "start": start,
         "latency": work.times.get(point),
         "latency_predicted": work.latency.share(point.options) if work.latency else None,
         "options": shares,

@@ -17,7 +17,7 @@ def show(record: Mapping[str, Any], page: Page) -> None:
     names = [name for name in found["options"] if any(name in point["options"] for point in found["points"])]
     rows = [_point(point, names) for point in found["points"]]
     columns = (
-        *(">cost", ">latency", ">predicted", "<start"),
+        *(">cost", ">latency", ">predicted", "<start", "<float is"),
         *(f">{name}" for name in names),
         ">predicted dB",
         ">error dB",
@@ -66,6 +66,7 @@ def _point(point: Mapping[str, Any], names: list[str]) -> tuple[Any, ...]:
         "" if point["latency"] is None else f"{point['latency']:.0%}",
         "" if point.get("latency_predicted") is None else f"{point['latency_predicted']:.0%}",
         point.get("start", ""),
+        point.get("type", ""),
         *shares,
         *(number(point[key], _DB) for key in ("predicted_db", "error_db", "snr_db")),
         agreement,

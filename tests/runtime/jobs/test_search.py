@@ -290,12 +290,47 @@ def test_the_type_of_what_stays_float_comes_last(mlp, tmp_path):
     assert [step["pass"] for step in record["steps"] if step["changed"]][-1] == "cast"
 
 
+@pytest.fixture(scope="module")
+def front(mlp, tmp_path_factory):
+    return jobs.compress(mlp[0], tmp_path_factory.mktemp("front"), source=mlp[1], search=jobs.Search(trials=6))[
+        "search"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arithmetic"), [("fp16", 0.5), ("int8", 0.25), ("int8-fp16", 0.25), ("int8-weights", 1), ("int4", 1)]
+)
+def test_no_recipe_beats_the_front(recipe, arithmetic, front, mlp, tmp_path):
+    steering = {"x": mlp[1].calibration["x"][::2]}
+    record = jobs.compress(mlp[0], tmp_path, recipe, source=dataclasses.replace(mlp[1], evaluation=steering))
+    cost = (record["output"]["bytes"] / record["model"]["bytes"] + arithmetic) / 2
+    cost += 0.05  # the bytes of quantizers are guessed, and are a tenth of so small a file
+    error = record["accuracy"]["outputs"][0]["snr"]
+    assert any(point["cost"] <= cost and point["snr_db"] > error - 0.5 for point in front["points"])
+
+
+def test_what_stays_float_is_float16_where_that_keeps_the_limits(front, mlp, tmp_path):
+    """The point without quantization loses what the cast does, on samples as it was written."""
+    assert {point["type"] for point in front["points"]} == {"float16"}
+    alone, samples = front["points"][0], {"x": mlp[1].calibration["x"][::2]}
+    assert alone["options"] == {"float": 1}
+    jobs.cast(mlp[0], tmp_path / "half.onnx", source=jobs.Source(mlp[1].calibration))
+    runs = [Session(path).run(samples)["y"] for path in (mlp[0], tmp_path / "half.onnx")]
+    error = np.sum((runs[0] - runs[1]) ** 2) / np.sum(runs[0] ** 2)
+    assert alone["snr_db"] == pytest.approx(-10 * np.log10(error), abs=1)
+    assert alone["cost"] == pytest.approx(0.5, abs=0.05)
+    gates = Gates(min_snr=100)
+    record = jobs.compress(mlp[0], tmp_path / "fine", source=mlp[1], gates=gates, search=jobs.Search(trials=2))
+    assert {point["type"] for point in record["search"]["points"]} == {"float32"}
+    assert any("with 16 bits the float network itself misses the limits" in warning for warning in record["warnings"])
+
+
 @pytest.mark.parametrize("name", ["inside", "MatMul_0"])
 def test_nodes_in_bodies_stay_float(name, tmp_path):
     model = onnx.load(written(BODY, tmp_path / "model.onnx", A=(16, 16), B=(16, 16), C=(16, 16)))
     model.graph.node[1].attribute[0].g.node[0].name = name
     onnx.save(model, tmp_path / "model.onnx")
-    feeds = [{"x": random((1, 16), f"{i}").astype(np.float32), "c": np.array(i % 4 < 2)} for i in range(16)]
+    feeds = [{"x": random((1, 16), f"{i}").astype(np.float32), "c": np.array(i % 4 < 2)} for i in range(64)]
     record = jobs.compress(tmp_path / "model.onnx", tmp_path / "out", source=jobs.Source(feeds, feeds),
                            search=jobs.Search(trials=4))  # fmt: skip
     assert {name for site in record["search"]["sites"] for name in site["nodes"]} == {"MatMul_0", "MatMul_2"}
