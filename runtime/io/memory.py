@@ -17,7 +17,6 @@ from typing import Any
 
 _MAPPED = -3  # M_MMAP_THRESHOLD: blocks from here on are mapped
 _KEPT = -1  # M_TRIM_THRESHOLD: what a heap keeps at its end
-_OUTSIDE = (("MALLOC_MMAP_THRESHOLD_", ""), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold"))  # where a user sets it
 _LARGE, _LARGEST = 1 << 17, 1 << 25  # bytes: where the threshold begins, and the highest that it reaches on its own
 
 
@@ -43,6 +42,6 @@ def mapped() -> Iterator[None]:
 @functools.cache
 def _library() -> Any:
     """The C library of GNU, if this process runs on it and nobody has set the threshold from outside."""
-    if platform.libc_ver()[0] != "glibc" or any(what in os.environ.get(name, "-") for name, what in _OUTSIDE):
-        return None
-    return ctypes.CDLL("libc.so.6")
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    is_set = "MALLOC_MMAP_THRESHOLD_" in os.environ or "glibc.malloc.mmap_threshold" in tunables
+    return None if is_set or platform.libc_ver()[0] != "glibc" else ctypes.CDLL("libc.so.6")
