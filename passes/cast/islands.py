@@ -16,7 +16,7 @@ converted twice. The same holds for anything that is no product of matrices.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
@@ -58,7 +58,11 @@ class Reason:
 
 
 class Islands:
-    """``why``: the reasons of the nodes that stay float32, by id. ``float32``: ids of all nodes that do so."""
+    """``why``: the reasons of the nodes that stay float32, by id. ``float32``: ids of all nodes that do so.
+
+    ``asked`` says why a node is to stay, "" where nothing says so. ``built``: TensorRT builds the graph. ``io``: inputs
+    and outputs of the model take the type.
+    """
 
     def __init__(
         self,
@@ -155,21 +159,13 @@ class Islands:
             elif seen.overflow:
                 self.constants.limits[id(tensor), id(node)] = limit
                 self.constants.limited[name] = limit
-                self._masked |= set(self._behind(node)) if self._masks.hides(node.outputs[0]) else set()
+                self._masked |= self._masks.hidden(node)
             elif seen.nonzero and seen.zero == seen.nonzero:
                 self._keep(node, "a constant becomes zero", f"{name} is {seen.largest:.4g} at most")
                 self._keep_towards_division(node)
             elif seen.error > self.half.rounding and not operator(node).adds:
                 detail = f"{name} changes by {seen.error:.2g}, for its values are {seen.largest:.4g} at most"
                 self._keep(node, "a constant falls below the normal numbers", detail)
-
-    def _behind(self, node: gs.Node) -> Iterator[int]:
-        """The ids of the tensors from a node to the Softmax that its results lead to."""
-        for tensor in node.outputs:
-            if self._masks.hides(tensor):
-                yield id(tensor)
-                for reader in edit.consumers(tensor):
-                    yield from self._behind(reader)
 
     def _keep_towards_division(self, node: gs.Node) -> None:
         """Keeps what leads from a node to a division: in y / max(v, e) all must be as small as e is."""
@@ -273,11 +269,8 @@ class Islands:
         node = edit.producer(tensor)
         if node is None:
             return id(tensor) not in self.inputs
-        return id(node) in self.float32 or not self.writes_half(node, tensor)
-
-    def writes_half(self, node: gs.Node, tensor: gs.Tensor) -> bool:
         place = next(i for i, other in enumerate(node.outputs) if other is tensor)
-        return id(node) not in self.float32 and place in self.allowed[id(node)].outputs
+        return id(node) in self.float32 or place not in self.allowed[id(node)].outputs
 
     def needs(self, node: gs.Node, index: int) -> str:
         """The type in which a node reads a float32 input: ``half``, ``float32``, or "" for either."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -36,6 +36,11 @@ class Half:
     def code(self) -> int:
         """The number of the type in ONNX."""
         return onnx.helper.np_dtype_to_tensor_dtype(self.dtype)
+
+    @property
+    def onnx(self) -> str:
+        """The name that ONNX has for tensors of the type."""
+        return f"tensor({self.name})"
 
     def rounded(self, values: np.ndarray) -> np.ndarray:
         """Values as the type holds them, in float32; infinite where they overflow."""
@@ -115,27 +120,19 @@ def allowed(node: gs.Node, kinds: Kinds, opset: int, half: Half) -> Allowed | st
         (node.outputs, schema.outputs, _KEPT_OUTPUTS.get(node.op, ())),
     ):
         floats = [i for i, tensor in enumerate(tensors) if kinds.is_float32(tensor) and i not in kept]
-        may = frozenset(i for i in floats if _may(schema, formals, i, half))
+        may = frozenset(i for i in floats if half.onnx in formals[min(i, len(formals) - 1)].types)
         if floats and floats[0] not in may:
-            later = next((v for v in range(opset + 1, LAST_OPSET + 1) if _allows(node.op, v, half)), None)
+            later = opset_of(node.op, opset + 1, half)
             return f"ONNX has no {half.name} {node.op}" + (f" before opset {later}" if later else "")
         found.append(may)
     return Allowed(*found)
 
 
-def _may(schema: onnx.defs.OpSchema, formals: Sequence, index: int, half: Half) -> bool:
-    formal = formals[min(index, len(formals) - 1)]
-    types = next((c.allowed_type_strs for c in schema.type_constraints if c.type_param_str == formal.type_str), ())
-    return f"tensor({half.name})" in types
-
-
 def _allows(op: str, opset: int, half: Half) -> bool:
     """Whether an operator takes 16 bits where it takes float32: its first such input, else its result."""
     schema = onnx.defs.get_schema(op, opset)
-    constraints = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
-    typed = (constraints.get(f.type_str, [f.type_str]) for f in (*schema.inputs, *schema.outputs))
-    main = next((types for types in typed if "tensor(float)" in types), [])
-    return f"tensor({half.name})" in main
+    floats = (formal.types for formal in (*schema.inputs, *schema.outputs) if "tensor(float)" in formal.types)
+    return half.onnx in next(floats, ())
 
 
 def opset_of(op: str, opset: int, half: Half) -> int:

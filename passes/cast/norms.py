@@ -47,29 +47,30 @@ class _Norm:
                 pending += [reader] if known else []
         return [*self.small.values(), *self.large.values()]
 
-    def _back(self, node: gs.Node) -> None:
-        if id(node) in self.small or not _passes(node):
-            return
-        self.small[id(node)] = node
-        if operator(node).kind == "reduce":
-            self.sums = True
-            self._before_sum(edit.producer(node.inputs[0]))
-            return
-        for tensor in _variables(node):
-            if (source := edit.producer(tensor)) is not None:
-                self._back(source)
+    def _back(self, root: gs.Node) -> None:
+        """Takes in what leads to the root: sums, and what is computed from them."""
+        pending: list[gs.Node | None] = [root]
+        while pending:
+            node = pending.pop()
+            if node is None or id(node) in self.small or not _passes(node):
+                continue
+            self.small[id(node)] = node
+            if operator(node).kind == "reduce":
+                self.sums = True
+                pending.append(self._mean_before(edit.producer(node.inputs[0])))
+            else:
+                pending += map(edit.producer, _variables(node))
 
-    def _before_sum(self, node: gs.Node | None) -> None:
-        """Takes in the square in front of a sum, and the difference that is squared."""
+    def _mean_before(self, node: gs.Node | None) -> gs.Node | None:
+        """Takes in the square in front of a sum, and the difference that is squared; the mean that was subtracted."""
         if node is None or not squares(node):
-            return
+            return None
         self.large[id(node)] = node
         before = edit.producer(node.inputs[0])
-        if before is not None and before.op == "Sub":
-            self.large[id(before)] = before
-            mean = edit.producer(before.inputs[1])
-            if mean is not None:
-                self._back(mean)
+        if before is None or before.op != "Sub":
+            return None
+        self.large[id(before)] = before
+        return edit.producer(before.inputs[1])
 
 
 def squares(node: gs.Node) -> bool:

@@ -21,15 +21,12 @@ from channelfold.passes.cast import Cast
 from channelfold.passes.cast.islands import Islands, divisors
 from channelfold.passes.cast.kinds import FLOAT, HALVES, TYPE_ATTRIBUTES, Half, Kinds, opset_of
 from channelfold.passes.cast.ranges import Magnitudes, measured
-from channelfold.passes.cast.rounding import Moments, Trials, correct_bias, products
-from channelfold.passes.cast.values import Rounded, converted
+from channelfold.passes.cast.rounding import Means, Trials, measured_means, products
+from channelfold.passes.cast.values import Rounded, converted, limited
 from channelfold.runtime.errors import ModelError, VerificationError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.files import free_name, read, stored, weightless
-from channelfold.runtime.io.front import behind_of, unknown
-from channelfold.runtime.stats.channels import ChannelMoments
-from channelfold.runtime.stats.observe import by_name
 
 
 class Work(Cast):
@@ -49,9 +46,9 @@ class Work(Cast):
         kinds = Kinds(graph)
         blind = self.type == "bfloat16" or ctx.calibration is None
         seen = {} if blind else measured(graph, kinds, ctx, divisors(graph))
-        moments = self._moments(graph, ctx)
-        kept = self._lossy(graph, seen, moments, ctx, outcome)
-        islands, typer = self._cast(graph, kinds, seen, moments, kept, self.retypes)
+        means = measured_means(graph, ctx) if ctx.calibration is not None and self.correct_bias else Means()
+        kept = self._lossy(graph, kinds, seen, means, ctx, outcome)
+        islands, typer = self._cast(graph, kinds, seen, means, kept, self.retypes)
         for node in islands.typed:
             if (why := islands.why.get(id(node))) is not None:
                 detail = f" ({why.detail})" if why.detail else ""
@@ -66,18 +63,14 @@ class Work(Cast):
             raise VerificationError(f"The types of the graph do not fit together: {found}")
         return outcome
 
-    def _moments(self, graph: gs.Graph, ctx: Context) -> Moments:
-        """What biases need: the moments of the inputs of the products whose weights are rounded."""
-        if ctx.calibration is None or not self.correct_bias:
-            return {}
-        behind = behind_of(graph, unknown(graph))
-        sites = [one for one in products(graph) if one.takes_bias and id(one.data) not in behind]
-        found = {(site.data.name, site.in_axis): ChannelMoments(site.in_axis) for site in sites}
-        ctx.observe(graph, by_name((name, seen) for (name, _), seen in found.items()))
-        return found
-
     def _lossy(
-        self, graph: gs.Graph, seen: Mapping[str, Magnitudes], moments: Moments, ctx: Context, outcome: Outcome
+        self,
+        graph: gs.Graph,
+        kinds: Kinds,
+        seen: Mapping[str, Magnitudes],
+        means: Means,
+        ctx: Context,
+        outcome: Outcome,
     ) -> Mapping[str, float]:
         """The products that stay float32 for the sake of the outputs, with the error of each.
 
@@ -87,10 +80,13 @@ class Work(Cast):
             return {}
 
         def cast(copy: gs.Graph, kept: Collection[str]) -> None:
-            self._cast(copy, Kinds(copy), seen, moments, kept, False)
+            self._cast(copy, Kinds(copy), seen, means, kept, False)
 
+        found = self._islands(graph, kinds, seen, (), False)
+        names = [linear.name for linear in products(graph) if id(linear.node) not in found.float32]
         try:
-            kept, error = Trials(graph, ctx.calibration, self._half, moments, ctx.progress).keep(self.max_error, cast)
+            trials = Trials(graph, names, ctx.calibration, self._half, means, ctx.progress)
+            kept, error = trials.keep(self.max_error, cast)
         except ModelError as reason:
             outcome.warnings.append(f"How much {self.type} changes the outputs is not known: {reason}")
             return {}
@@ -105,28 +101,28 @@ class Work(Cast):
         graph: gs.Graph,
         kinds: Kinds,
         seen: Mapping[str, Magnitudes],
-        moments: Moments,
+        means: Means,
         kept: Collection[str],
         io: bool,
     ) -> tuple[Islands, Typer]:
         """Casts a graph, but for the products named in ``kept``."""
-
-        def islands() -> Islands:
-            built = self.target == "tensorrt"
-            return Islands(graph, kinds, self._half, asked, seen, self.headroom, built, io)
-
-        def asked(node: gs.Node) -> str:
-            return "rounding it changes the outputs most" if node.name in kept else self._asked(node)
-
-        found = islands()
-        if moments:
+        found = self._islands(graph, kinds, seen, kept, io)
+        if means.moments:
             for linear in products(graph):
                 if id(linear.node) not in found.float32:
-                    correct_bias(linear, self._half, moments)
-            found = islands()
+                    means.correct_bias(linear, self._half)
+            found = self._islands(graph, kinds, seen, kept, io)
         typer = Typer(graph, found)
         typer.run()
         return found, typer
+
+    def _islands(
+        self, graph: gs.Graph, kinds: Kinds, seen: Mapping[str, Magnitudes], kept: Collection[str], io: bool
+    ) -> Islands:
+        def asked(node: gs.Node) -> str:
+            return "rounding it changes the outputs most" if node.name in kept else self._asked(node)
+
+        return Islands(graph, kinds, self._half, asked, seen, self.headroom, self.target == "tensorrt", io)
 
     def _asked(self, node: gs.Node) -> str:
         if node.op in self.exclude_ops:
@@ -211,12 +207,11 @@ class Typer:
     def _convert(
         self, tensor: gs.Constant, is_half: bool, limit: float, readers: list[tuple[gs.Node, int]], alone: bool
     ) -> None:
-        values = converted(tensor, self.half, limit)
         if is_half:
             self.rounded[id(tensor)] = self.islands.constants.seen[id(tensor)]
+            values = converted(tensor, self.half, limit)
         else:
-            values = values.astype(np.float32)
-            values = np.where(np.abs(np.asarray(read(tensor))) > limit, values, read(tensor))
+            values = limited(np.asarray(read(tensor)), limit)
         self.changed = True
         name = tensor.name if alone else free_name(self.graph, f"{tensor.name}_{self.half.name}")
         held = stored(self.graph, values, name)
@@ -228,43 +223,31 @@ class Typer:
             edit.set_input(node, index, new)
 
     def _meet(self, tensor: gs.Tensor, node: gs.Node | None, part: gs.Graph) -> None:
-        """Gives a tensor its type, and its readers of the other type a Cast of the tensor."""
+        """Gives a tensor its type, and its readers of the other type a Cast of the tensor.
+
+        A tensor that ends a graph in another type than its node writes is the result of a Cast itself.
+        """
         islands = self.islands
         if not isinstance(tensor, gs.Variable) or not islands.kinds.is_float32(tensor):
             return
         is_half = not islands.stays(tensor)
-        if node is not None and not is_half and id(tensor) in self._retyped:
-            self._write_half(tensor, node, part)
-            return
-        readers = [(r, i) for r in edit.consumers(tensor) for i, t in enumerate(r.inputs) if t is tensor]
-        others = [(r, i) for r, i in readers if islands.needs(r, i) == ("float32" if is_half else "half")]
-        if is_half and node is not None and id(tensor) in islands.outputs:
-            made = self._like(tensor, self.half)
-            edit.set_output(node, next(i for i, t in enumerate(node.outputs) if t is tensor), made)
-            for reader, index in readers:
-                if (reader, index) not in others:
-                    edit.set_input(reader, index, made)
-            self._cast(made, tensor, node, part)
-            return
-        if is_half:
+        ends_otherwise = node is not None and id(tensor) in (islands.outputs if is_half else self._retyped)
+        if is_half != ends_otherwise:
             tensor.dtype = self.half.dtype
             self.changed = True
-        if others:
-            made = self._like(tensor, None if is_half else self.half)
-            for reader, index in others:
-                edit.set_input(reader, index, made)
+        other = "float32" if is_half else "half"
+        readers = [(r, i) for r in edit.consumers(tensor) for i, t in enumerate(r.inputs) if t is tensor]
+        moved = [(r, i) for r, i in readers if (islands.needs(r, i) == other) != ends_otherwise]
+        if not moved and not ends_otherwise:
+            return
+        made = self._like(tensor, self.half if is_half == ends_otherwise else None)
+        for reader, index in moved:
+            edit.set_input(reader, index, made)
+        if node is not None and ends_otherwise:
+            edit.set_output(node, next(i for i, t in enumerate(node.outputs) if t is tensor), made)
+            self._cast(made, tensor, node, part)
+        else:
             self._cast(tensor, made, node, part)
-
-    def _write_half(self, tensor: gs.Variable, node: gs.Node, part: gs.Graph) -> None:
-        """Lets a Cast write an output that takes the type, where the node behind it computes in float32."""
-        made = self._like(tensor, None)
-        edit.set_output(node, next(i for i, t in enumerate(node.outputs) if t is tensor), made)
-        for reader in edit.consumers(tensor):
-            for index, other in enumerate(reader.inputs):
-                if other is tensor and self.islands.needs(reader, index) != "half":
-                    edit.set_input(reader, index, made)
-        tensor.dtype = self.half.dtype
-        self._cast(made, tensor, node, part)
 
     def _like(self, tensor: gs.Variable, half: Half | None) -> gs.Variable:
         name = free_name(self.graph, f"{tensor.name}_{half.name if half else 'float32'}")

@@ -62,10 +62,14 @@ def converted(tensor: gs.Constant, half: Half, limit: float = math.inf) -> np.nd
     flat = result.reshape(-1)
     start = 0
     for part in _chunks(values):
-        limited = np.where(np.isfinite(part), np.clip(part, -limit, limit), part) if math.isfinite(limit) else part
-        flat[start : start + part.size] = limited.astype(half.dtype)
+        flat[start : start + part.size] = limited(part, limit).astype(half.dtype)
         start += part.size
     return result
+
+
+def limited(values: np.ndarray, limit: float) -> np.ndarray:
+    """The values; those whose magnitude is finite and above ``limit`` are the limit."""
+    return np.where(np.isfinite(values), np.clip(values, -limit, limit), values) if math.isfinite(limit) else values
 
 
 def _chunks(values: np.ndarray) -> Iterator[np.ndarray]:
@@ -92,11 +96,20 @@ class Masks:
     def hides(self, tensor: gs.Tensor) -> bool:
         """Whether every way from a tensor leads to a Softmax, through operators that select, add and move."""
         if id(tensor) not in self._hide:
-            self._hide[id(tensor)] = False
             readers = edit.consumers(tensor)
-            known = readers and id(tensor) not in self._outputs
-            self._hide[id(tensor)] = bool(known) and all(map(self._leads, readers))
+            known = bool(readers) and id(tensor) not in self._outputs
+            self._hide[id(tensor)] = known and all(map(self._leads, readers))
         return self._hide[id(tensor)]
+
+    def hidden(self, node: gs.Node) -> set[int]:
+        """The ids of the tensors from a node to the Softmax that all ways from its results lead to."""
+        found, pending = set[int](), [node]
+        while pending:
+            for tensor in pending.pop().outputs:
+                if id(tensor) not in found and not tensor.is_empty() and self.hides(tensor):
+                    found.add(id(tensor))
+                    pending += edit.consumers(tensor)
+        return found
 
     def _leads(self, node: gs.Node) -> bool:
         if node.op in ("Softmax", "LogSoftmax"):

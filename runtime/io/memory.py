@@ -10,19 +10,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
+import platform
 from collections.abc import Iterator
 from typing import Any
 
-_MAPPED, _KEPT = (
-    -3,
-    -1,
-)  # M_MMAP_THRESHOLD: blocks from here on are mapped; M_TRIM_THRESHOLD: what a heap keeps at its end
+_MAPPED = -3  # M_MMAP_THRESHOLD: blocks from here on are mapped
+_KEPT = -1  # M_TRIM_THRESHOLD: what a heap keeps at its end
 _LARGE, _LARGEST = 1 << 17, 1 << 25  # bytes: where the threshold begins, and the highest that it reaches on its own
 
 
 @contextlib.contextmanager
 def mapped() -> Iterator[None]:
-    """Maps the large blocks that are taken inside, each on its own; elsewhere than on GNU nothing changes."""
+    """Maps the large blocks that are taken inside, each on its own; elsewhere than on GNU nothing changes.
+
+    A threshold that was set once moves no more, so the process is left with the highest that it would have come to.
+    Activations, which come and go with every sample, stay in the heap.
+    """
     library = _library()
     if library is None:
         yield
@@ -31,13 +35,13 @@ def mapped() -> Iterator[None]:
     try:
         yield
     finally:
-        library.mallopt(_MAPPED, _LARGEST)  # activations come and go with every sample, and stay in the heap
+        library.mallopt(_MAPPED, _LARGEST)
         library.mallopt(_KEPT, 2 * _LARGEST)
 
 
 @functools.cache
 def _library() -> Any:
-    try:
-        return ctypes.CDLL("libc.so.6")
-    except OSError:
-        return None
+    """The C library of GNU, if this process runs on it and nobody has set the threshold from outside."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    is_set = "MALLOC_MMAP_THRESHOLD_" in os.environ or "glibc.malloc.mmap_threshold" in tunables
+    return None if is_set or platform.libc_ver()[0] != "glibc" else ctypes.CDLL("libc.so.6")

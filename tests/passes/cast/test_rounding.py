@@ -82,3 +82,31 @@ def test_nothing_is_measured_without_data(tmp_path):
     outcome = Cast(type="bfloat16", max_error=1e-5).apply(chain(EXACT * LOSSY), Context())
     assert "error" not in outcome.facts
     assert not outcome.warnings
+
+
+def test_a_padded_kernel_reads_less_than_the_mean_at_the_borders():
+    lossy = np.float32(1 + 2.0**-11 - 2.0**-15)  # which float16 rounds to 1
+    constants = {"W": np.full((1, 1, 3, 3), lossy), "B": np.zeros(1, np.float32)}
+    text = "y = Conv<pads=[1,1,1,1]>(x, W, B)"
+    graph = build("(float[1,1,4,4] x) => (float[] y)", text, **constants, kind="float")
+    cast(graph, Cast(max_error=0), data_from({"x": np.ones((1, 1, 4, 4), np.float32)}))
+    (conv,) = (node for node in graph.nodes if node.op == "Conv")
+    read = (3 / 4 + 1 + 3 / 4) ** 2
+    np.testing.assert_allclose(np.float32(edit.value(conv.inputs[2])), [read * (lossy - 1)], rtol=2.0**-11)
+
+
+def test_a_bias_stays_where_the_mean_is_little_of_the_error():
+    feeds = [{"x": np.full((1, SIZE), value, np.float32)} for value in (-1.0, 1.0, 1.5)]  # mean 0.5, variance 1.17
+    graph = chain(EXACT * LOSSY)
+    cast(graph, Cast(type="bfloat16", max_error=0), data_from(*feeds))
+    assert not np.any(edit.value(graph.nodes[1].inputs[2]))
+
+
+def test_what_stays_float32_anyway_is_not_tried(data):
+    """A weight that float16 does not hold, and a product that was named: neither is one of the few that may stay."""
+    weights = [EXACT, EXACT * np.float32(1e5), EXACT * np.float32(1e-5), EXACT * np.float32(1 + 2.0**-11)]
+    graph = chain(*weights)
+    step = Cast(exclude=(graph.nodes[2].name,), correct_bias=False, max_error=1e-6)
+    outcome = step.apply(graph, Context(calibration=data))
+    assert set(outcome.facts["lossy"]).isdisjoint(node.name for node in graph.nodes[1:3])
+    assert np.isfinite(outcome.facts["error"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from channelfold.runtime.io.files import save
-from channelfold.runtime.io.memory import mapped
+from channelfold.runtime.io.memory import _library, mapped
 from channelfold.runtime.io.session import Session
 from channelfold.tests.graphs import build
 
@@ -46,3 +46,19 @@ def test_elsewhere_nothing_changes(monkeypatch):
     monkeypatch.setattr("channelfold.runtime.io.memory._library", lambda: None)
     with mapped():
         assert np.ones(3).sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("system", "settings"),
+    [
+        ("musl", {}),
+        ("", {}),
+        ("glibc", {"MALLOC_MMAP_THRESHOLD_": "65536"}),
+        ("glibc", {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}),
+    ],
+)
+def test_another_library_and_what_a_user_has_set_are_left_alone(system, settings, monkeypatch):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("platform.libc_ver", lambda: (system, "1"))
+    assert _library.__wrapped__() is None
