@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
+import multiprocessing
 import sys
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,8 @@ import pytest
 
 from channelfold.runtime.io.files import save
 from channelfold.runtime.io.memory import _library, mapped
-from channelfold.runtime.io.session import Session
 from channelfold.tests.graphs import build
-
-
-def held() -> float:
-    """MB of this process's own memory."""
-    gc.collect()
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
+from channelfold.tests.tasks import memory_around_sessions
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library of GNU")
@@ -29,17 +22,11 @@ def test_the_weights_of_a_session_are_given_back(tmp_path):
     text = "x0 = Identity(x) " + " ".join(f"x{i + 1} = MatMul(x{i}, W{i})" for i in layers) + " y = Identity(x40)"
     shapes: Any = {f"W{i}": (512, 512) for i in layers}
     save(build("(float[1,512] x) => (float[1,512] y)", text, kind="float", **shapes), tmp_path / "m.onnx")
-    np.ones(1 << 22)  # the first large block that is freed
-    before = held()
-    for _ in range(3):
-        session = Session(tmp_path / "m.onnx")
-        assert session.inputs[0].name == "x"
-        between = [np.ones(1 << 10) for _ in range(100)]  # smaller blocks that stay
-        during = held()
-        del session
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(memory_around_sessions, tmp_path / "m.onnx").result()
+    for before, during, after in found:
         assert during > before + 30
-        assert held() < (before + during) / 2
-        assert len(between) == 100
+        assert after < (before + during) / 2
 
 
 def test_elsewhere_nothing_changes(monkeypatch):

@@ -256,7 +256,8 @@ def test_smooth_runs_the_calibration_data_once(folded, tmp_path, monkeypatch):
     assert 128 <= len(fed) <= 128 + 1 + 2 * 3
     fed.clear()
     jobs.smooth(folded, tmp_path / "t.onnx", "smoothquant", source=source)
-    assert len(fed) <= 128 + 1 + 2 * 3 + 8 * (32 + 16)  # trials, each on samples for ranges and for errors
+    right, ranges, trials = 16, 32, 2 + 2 + 4  # samples; trials of all sites, none, halves and quarters
+    assert len(fed) <= 128 + 1 + 2 * 3 + right + trials * (ranges + right)
 
 
 def test_smooth_compares_on_evaluation_data(folded, tmp_path):
