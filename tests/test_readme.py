@@ -42,13 +42,13 @@ def test_every_command_exists_and_so_do_its_options(line):
         assert args[0] == "install"
         assert set(extras.split(",")) <= project["optional-dependencies"].keys()
     else:
-        assert line in ("python3 -m venv .venv", ". .venv/bin/activate", "pytest")
+        assert line in ("python3 -m venv .venv", ". .venv/bin/activate", "pytest -n 2")
 
 
 def test_two_commands_do_all_set_up():
     environment = "python3 -m venv .venv && . .venv/bin/activate && "
     assert f"{environment}pip install '.[cpu,rtx]' && channelfold demo" in COMMANDS
-    assert f"{environment}pip install '.[cpu,rtx,test]' && pytest" in COMMANDS
+    assert f"{environment}pip install '.[cpu,rtx,test]' && pytest -n 2" in COMMANDS
 
 
 def test_every_command_is_shown():
