@@ -173,7 +173,7 @@ def main() -> None:
                 keep(options.json, rows)
                 print(f"{task} {tool} done", file=sys.stderr)
     parts = [
-        report([row for name, row in rows.items() if name != "cost"]),
+        report([rows[name] for task in TASKS for tool in TOOLS if (name := f"{task} {tool}") in rows]),
         *([rows["cost"]] if "cost" in rows else []),
     ]
     print(*parts, sep="\n\n")
