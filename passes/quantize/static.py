@@ -94,15 +94,11 @@ class Work(Quantize):
         ranges |= {name: replace(seen, free=False) for name, seen in free.items()}
         of_sites = {site.name: range_facts(site) for site in sites}
         reasons = {name: self._why_beyond_int8(statistics[name], found[name]) for name in axes}
-        kept = []
-        for site in sites:
-            name = site.data.name
-            if reason := reasons[name]:
-                snr = found[name]
-                detail = name if snr is None else f"{name}: {snr} dB, {self.min_activation_snr:g} wanted"
-                outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({detail})", reason)
-                continue
-            kept.append(site)
+        for site in (site for site in sites if reasons[site.data.name]):
+            name, reason, snr = site.data.name, reasons[site.data.name], found[site.data.name]
+            detail = name if snr is None else f"{name}: {snr} dB, {self.min_activation_snr:g} wanted"
+            outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({detail})", reason)
+        kept = [site for site in sites if not reasons[site.data.name]]
         poor = {name for name, reason in reasons.items() if reason or statistics[name].masked}
         means = (
             {(name, axis): statistics[name].channel_mean for name, axis in axes.items()} if self.correct_bias else {}
@@ -126,7 +122,7 @@ class Work(Quantize):
         if integers:
             kept, tried = in_int8(graph, kept, outcome, insert, expanded(outcome))
             if self.profile and kept:
-                kept = without_slow(graph, kept, outcome, insert, ctx)
+                kept, tried = without_slow(graph, kept, tried, outcome, insert, ctx)
             if self.reduce_range == "auto" and kept and (lost := saturation.lost(graph, tried.graph, ctx.data)):
                 format, codes = INT7, Codes()
                 outcome.warnings.append(f"Weights have 7 bits, for with 8 {lost}")

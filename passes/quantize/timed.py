@@ -10,7 +10,7 @@ themselves. So the mix runs as well, and the slow sites stay float only where th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
 from pathlib import Path
 
 import onnx_graphsurgeon as gs
@@ -19,6 +19,7 @@ from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.linear import Linear
 from channelfold.passes.layers.owners import owners
 from channelfold.passes.quantize.proven import Insert, expanded, in_int8
+from channelfold.passes.quantize.qdq import Inserter
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import files, temporary
 from channelfold.runtime.io.snapshot import Snapshot
@@ -29,43 +30,41 @@ _LEAST = 0.02  # ms
 _WORTH = 0.97  # of the time of all nodes; less is noise
 
 
-def without_slow(graph: gs.Graph, sites: list[Linear], outcome: Outcome, insert: Insert, ctx: Context) -> list[Linear]:
-    """The sites without those that are refused for being slow in int8; all of them where that makes nothing faster."""
-    feed, left = next(iter(ctx.data)), Outcome()
-    with temporary.folder() as folder:
+def without_slow(
+    graph: gs.Graph, sites: list[Linear], tried: Inserter, outcome: Outcome, insert: Insert[Linear], ctx: Context
+) -> tuple[list[Linear], Inserter]:
+    """The sites without those that are refused for being slow in int8, and the inserter of the copy that has them so.
 
-        def times(paths: Mapping[str, Path], names: Sequence[str]) -> dict[str, tuple[float, list[float]]]:
-            """The time of all nodes of every file, and of each of the sites ``names``, in milliseconds."""
-            timed = profiles(paths, feed, progress=ctx.progress)
-            each = {kind: owners(path, timed[kind], [[name] for name in names]) for kind, path in paths.items()}
-            return {kind: (sum(node.ms for node in timed[kind]), each[kind]) for kind in paths}
+    All sites, and the inserter ``tried`` of the copy in which all are int8, where float makes nothing faster.
+    """
+    profiled = functools.partial(profiles, feed=next(iter(ctx.data)), progress=ctx.progress)
+    left = Outcome()
+    with temporary.folder() as folder:
 
         def written(kind: str, graph: gs.Graph) -> Path:
             files.save(graph, path := folder / f"{kind}.onnx")
             return path
 
         try:
-            whole = written("int8", in_int8(graph, sites, Outcome(), insert, lambda *_: {})[1].graph)
-            alone = times(
-                {"float": written("float", Snapshot.of(graph).graph()), "int8": whole}, [s.name for s in sites]
-            )
-            both = zip(sites, alone["float"][1], alone["int8"][1], strict=True)
+            plain, whole = written("float", Snapshot.of(graph).graph()), written("int8", tried.graph)
+            timed, names = profiled({"float": plain, "int8": whole}), [[site.name] for site in sites]
+            both = zip(sites, owners(plain, timed["float"], names), owners(whole, timed["int8"], names), strict=True)
             slow = {site.name: (a, b) for site, a, b in both if b > _RATIO * a and b - a > _LEAST}
             if not slow:
-                return sites
+                return sites, tried
             rest = [site for site in sites if site.name not in slow]
             rest, mixed = in_int8(graph, rest, left, insert, expanded(left))
-            found = times({"int8": whole, "mixed": written("mixed", mixed.graph)}, [])
+            found = profiled({"int8": whole, "mixed": written("mixed", mixed.graph)})
         except ModelError as error:
             outcome.warnings.append(f"Which nodes are slower in int8 is not known: {error}")
-            return sites
-    before, after = found["int8"][0], found["mixed"][0]
+            return sites, tried
+    before, after = (sum(node.ms for node in found[kind]) for kind in ("int8", "mixed"))
     if after >= _WORTH * before:
-        return sites
+        return sites, tried
     for site in (site for site in sites if site.name in slow):
         reason = "ONNX Runtime runs it slower in int8 on this machine"
         a, b = slow[site.name]
         outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({b:.3f} ms, {a:.3f} in float)", reason)
     outcome.refused += left.refused
     outcome.warnings += left.warnings
-    return rest
+    return rest, mixed
