@@ -14,7 +14,7 @@ Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,22 @@ _FUSED_ACTIVATIONS = ("Relu", "Clip")  # by onnxruntime, into what precedes them
 _MOVING = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
+@dataclass
+class _Seen:
+    """What the data tell of tensors, by name.
+
+    ``axes``: of the channels, None for tensors between the sites. ``ranges``: as quantized in place; ``free``: those of
+    inputs that may be centered. ``snr``: of rounding, in dB. ``reasons``: why 8 bits cannot represent them, or "".
+    """
+
+    axes: Mapping[str, int | None]
+    statistics: Mapping[str, TensorStatistics]
+    ranges: dict[str, Range]
+    free: Mapping[str, Range]
+    snr: Mapping[str, float | None]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
 class Work(Quantize):
     def least_opset(self, graph: gs.Graph) -> int:
         return opset_of_scales(graph)
@@ -78,6 +94,29 @@ class Work(Quantize):
         short = self.reduce_range == "on" or (self.reduce_range == "auto" and integers and saturation.saturates())
         cells = quantize_cells(graph, outcome, INT7 if short else INT8, self)
         sites = list(self.sites(graph, outcome))
+        seen = self._observed(graph, sites, ctx, integers)
+        of_sites = {site.name: range_facts(site) for site in sites}
+        kept = self._representable(sites, seen, outcome)
+        says = {site.name: f"{site.node.op}: int8, activation {site.data.name}" for site in kept}
+        kept, inserter = self._placed(graph, kept, seen, ctx, outcome)
+        read = inserter.centered["read"]
+        centered = {of_sites[name]["tensor"] for name in read}
+        ranges = seen.ranges | {name: seen.free[name] for name in centered}
+        for site in kept:
+            limit, more = ranges[of_sites[site.name]["tensor"]].limit, ", centered" if site.name in read else ""
+            outcome.change(site.name, f"{says[site.name]} up to {limit:.4g}{more}")
+        if quantize_tables(inserter, outcome, lambda _: INT8, self) or kept or cells:
+            inserter.finish()
+            edit.remove_dead(graph)
+        outcome.facts = summary(graph, kept, cells)
+        outcome.facts["activations"] = {name: self._facts(seen.statistics[name], own) for name, own in ranges.items()}
+        outcome.facts["weight_bits"] = inserter.format.bits
+        outcome.facts["centered"] = inserter.centered
+        outcome.facts["ranges"] = _with_clipped(of_sites.values(), seen.statistics, ranges)
+        return outcome
+
+    def _observed(self, graph: gs.Graph, sites: list[Linear], ctx: Context, integers: bool) -> _Seen:
+        """Runs the data, and chooses the ranges of all tensors that may be quantized."""
         axes: dict[str, int | None] = {tensor.name: None for tensor in _integers(graph, sites)[0]} if integers else {}
         axes |= {site.data.name: site.in_axis for site in sites}
         enough = None if self.calibrator == "entropy" else counted(len(ctx.data))  # entropy weighs every single bin
@@ -88,29 +127,36 @@ class Work(Quantize):
         movable = set() if integers or not self.center else center.movable(sites)
         free = {name: self._range(statistics[name], True) for name in movable}
         free = {name: seen for name, seen in free.items() if seen.step < center.GAIN * ranges[name].step}
-        found = {name: _lower_snr(self._facts(statistics[name], seen)) for name, seen in ranges.items()}
+        snr = {name: _lower_snr(self._facts(statistics[name], seen)) for name, seen in ranges.items()}
         # What cannot be centered in the end keeps the threshold for finer steps: by mse, that for its own lies lower,
         # and what is clipped more costs outputs more than the rounding costs that the lower threshold saves.
         ranges |= {name: replace(seen, free=False) for name, seen in free.items()}
-        of_sites = {site.name: range_facts(site) for site in sites}
-        reasons = {name: self._why_beyond_int8(statistics[name], found[name]) for name in axes}
-        for site in (site for site in sites if reasons[site.data.name]):
-            name, reason, snr = site.data.name, reasons[site.data.name], found[site.data.name]
+        return _Seen(axes, statistics, ranges, free, snr)
+
+    def _representable(self, sites: list[Linear], seen: _Seen, outcome: Outcome) -> list[Linear]:
+        """The sites whose inputs 8 bits can represent; refuses the others."""
+        seen.reasons = {name: self._why_beyond_int8(seen.statistics[name], seen.snr[name]) for name in seen.axes}
+        for site in (site for site in sites if seen.reasons[site.data.name]):
+            name, reason, snr = site.data.name, seen.reasons[site.data.name], seen.snr[site.data.name]
             detail = name if snr is None else f"{name}: {snr} dB, {self.min_activation_snr:g} wanted"
             outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({detail})", reason)
-        kept = [site for site in sites if not reasons[site.data.name]]
-        poor = {name for name, reason in reasons.items() if reason or statistics[name].masked}
-        means = (
-            {(name, axis): statistics[name].channel_mean for name, axis in axes.items()} if self.correct_bias else {}
-        )
+        return [site for site in sites if not seen.reasons[site.data.name]]
+
+    def _placed(
+        self, graph: gs.Graph, kept: list[Linear], seen: _Seen, ctx: Context, outcome: Outcome
+    ) -> tuple[list[Linear], Inserter]:
+        """The sites that gain by int8 where the target runs them, and what has inserted their QDQ nodes."""
+        integers = self.target == "onnxruntime"
+        poor = {name for name, reason in seen.reasons.items() if reason or seen.statistics[name].masked}
+        of_channels = seen.axes.items() if self.correct_bias else ()
+        means = {(name, axis): seen.statistics[name].channel_mean for name, axis in of_channels}
         borders = inside(graph, kept, ctx.data)
-        says = {site.name: f"{site.node.op}: int8, activation {site.data.name}" for site in kept}
         format, codes = INT7 if self.reduce_range == "on" else INT8, Codes()
 
         def insert(into: gs.Graph, sites: list[Linear]) -> Inserter:
             inserter = Inserter(into, not integers, codes, format)
             inserter.inside = borders
-            _insert(inserter, sites, poor, ranges, free, means)
+            _insert(inserter, sites, poor, seen.ranges, seen.free, means)
             return inserter
 
         if self.float_share:
@@ -128,21 +174,7 @@ class Work(Quantize):
                 outcome.warnings.append(f"Weights have 7 bits, for with 8 {lost}")
         elif self.verify_plan:
             kept, _ = in_int8(graph, kept, outcome, insert, planned(self.verify_plan, ctx, outcome))
-        inserter = insert(graph, kept)
-        read = inserter.centered["read"]
-        centered = {of_sites[name]["tensor"] for name in read}
-        ranges |= {name: free[name] for name in centered}
-        facts = {name: self._facts(statistics[name], seen) for name, seen in ranges.items()}
-        for site in kept:
-            limit, more = ranges[of_sites[site.name]["tensor"]].limit, ", centered" if site.name in read else ""
-            outcome.change(site.name, f"{says[site.name]} up to {limit:.4g}{more}")
-        if quantize_tables(inserter, outcome, lambda _: INT8, self) or kept or cells:
-            inserter.finish()
-            edit.remove_dead(graph)
-        outcome.facts = summary(graph, kept, cells) | {"activations": facts, "weight_bits": format.bits}
-        outcome.facts["centered"] = inserter.centered
-        outcome.facts["ranges"] = _with_clipped(of_sites.values(), statistics, ranges)
-        return outcome
+        return kept, insert(graph, kept)
 
     def left(self, graph: gs.Graph) -> dict[str, Any]:
         return summary(graph, [])
