@@ -292,9 +292,8 @@ def test_the_type_of_what_stays_float_comes_last(mlp, tmp_path):
 
 @pytest.fixture(scope="module")
 def front(mlp, tmp_path_factory):
-    return jobs.compress(mlp[0], tmp_path_factory.mktemp("front"), source=mlp[1], search=jobs.Search(trials=6))[
-        "search"
-    ]
+    record = jobs.compress(mlp[0], tmp_path_factory.mktemp("front"), source=mlp[1], search=jobs.Search(trials=6))
+    return record["search"]
 
 
 @pytest.mark.parametrize(
