@@ -28,7 +28,9 @@ class Cast(Pass):
     headroom: float = option(
         2.0, "How many times larger than on the calibration data a value may become without overflow.", low=1
     )
-    correct_bias: bool = option(True, "Make up in the biases for the mean error of rounded weights; needs data.")
+    correct_bias: bool = option(
+        True, "Make up in the biases for the mean error of rounded weights where that is much of the error; needs data."
+    )
     max_error: float = option(
         0.01,
         "Relative L2 error of the outputs on the calibration data above which the products that cause most of it stay "

@@ -164,9 +164,9 @@ class Trials:
         """Rounds what a linear multiplies and adds."""
         self._means.correct_bias(linear, self._half)
         linear.set_weight(self._half.rounded(linear.weight()))
-        bias = None if linear.bias() is None else self._half.rounded(linear.bias())
-        if bias is not None and np.isfinite(bias).all():  # an Add whose constant overflows stays float32
-            linear.set_bias(bias)
+        bias = linear.bias()
+        if bias is not None and np.isfinite(held := self._half.rounded(bias)).all():  # an Add that overflows is float32
+            linear.set_bias(held)
         source, port = linear.data, 1 - linear.weight_input
         for kind in (self._half.dtype, FLOAT):
             result = gs.Variable(f"{linear.name}_{port}_{kind}", kind, source.shape)

@@ -50,8 +50,9 @@ _SQUARES = ("ReduceL2", "ReduceSumSquare")
 class Work(Rotate):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome = Outcome()
-        data = ctx.calibration if ctx.calibration is not None else random_data(required_inputs(graph), 1)
-        shapes = measured_shapes(graph, next(iter(data)))
+        known = ctx.calibration is not None
+        feed = self.feed(ctx) if known else next(iter(random_data(required_inputs(graph), 1)))
+        shapes = measured_shapes(graph, feed)
         names = list(_sites(graph, shapes, outcome))
         kept, outcome.facts = self._paying(graph, names, shapes, ctx, outcome)
         _turn(graph, shapes, kept, ctx.seed, outcome)
@@ -317,11 +318,11 @@ class _Tracer:
     def _factor(self, node: gs.Node, tensor: gs.Variable) -> None:
         """A product with what all channels share, or with a gain."""
         result, gain = node.outputs[0], self.seen[id(tensor)]
-        others = [t for t in node.inputs if self._last(t) != self.stream.width]
-        data = next((t for t in node.inputs if not isinstance(t, gs.Constant) and t not in others), None)
-        other = next((t for t in node.inputs if t is not data), None)
-        if data is None or other is None or (node.op == "Div" and data is not node.inputs[0]):
-            raise Refused(f"{node.op} is not linear in its channels")
+        wide = [isinstance(t, gs.Variable) and self._last(t) == self.stream.width for t in node.inputs]
+        place = wide.index(True) if any(wide) else None
+        if place is None or len(wide) != 2 or (node.op == "Div" and place):
+            raise Refused(f"{node.op} is not linear in its channels", what=node.op)
+        data, other = node.inputs[place], node.inputs[1 - place]
         if self._last(other) == 1:
             self._add(data, gain)
             self._add(result, gain)
@@ -331,11 +332,14 @@ class _Tracer:
             raise Refused(f"{node.op} multiplies its channels with {other.name!r}")
         values = values.reshape(-1).astype(np.float64)
         values = 1 / values if node.op == "Div" else values
-        self.stream.gains.append((node, node.inputs.index(other)))
+        self.stream.gains.append((node, 1 - place))
         self._add(result, values if gain is None else values * gain)
 
     def _is_square(self, node: gs.Node, tensor: gs.Variable) -> bool:
-        """Whether a node makes sums of the squares of the channels, which a turn leaves as they are."""
+        """Whether a node makes sums of the squares of the channels, which a turn leaves as they are.
+
+        Counts a norm for all that reduces or squares the channels, so that a stream refused for the node is reported.
+        """
         if operator(node).kind == "reduce":
             self.stream.norms += self._over_channels(node, tensor)
             return node.op in _SQUARES and self._over_channels(node, tensor)

@@ -54,7 +54,7 @@ def _part(
     inputs: Collection[onnx.ValueInfoProto],
     outputs: Collection[str],
 ) -> onnx.ModelProto:
-    read = {name for node in nodes for name in reads(node)}
+    read = {name for node in nodes for name in reads(node)}.union(outputs)  # an output may be an input or a constant
     part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     part.graph.name = model.graph.name
     part.graph.node.extend(nodes)

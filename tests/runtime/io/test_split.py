@@ -47,3 +47,17 @@ def test_what_does_not_change_is_in_the_stem(changing, stem, rest):
             found |= runner.run(runner.accepted(found))
     for name, expected in Session(model.SerializeToString()).run(FEED).items():
         np.testing.assert_array_equal(found[name], expected)
+
+
+def test_an_output_that_no_node_writes_is_in_the_rest():
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 17]>
+        g (float[2] x, float[2] s) => (float[2] y, float[2] w, float[2] s) <float[2] w = {2, 3}> { y = Add(x, s) }
+    """)
+    _, rest = split(model, {"s"})
+    given = {"x": np.float32([1, 2]), "s": np.float32([3, 4])}
+    assert [values.tolist() for values in Session(rest.SerializeToString()).run(given).values()] == [
+        [4, 6],
+        [2, 3],
+        [3, 4],
+    ]
