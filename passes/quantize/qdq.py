@@ -154,15 +154,6 @@ def range_facts(linear: Linear) -> dict[str, Any]:
 Codes = dict[str, tuple[np.ndarray, np.ndarray]]  # codes and scales by the name of the linear node
 
 
-def _is_table(linear: Linear) -> bool:
-    """Whether a Gather takes the output channels of a linear as rows: a language model may tie both ends."""
-    readers = edit.consumers(linear.source)
-    turned = [node.attrs.get("perm") for node in linear.chain if node.op == "Transpose"]
-    as_rows = len(turned) == len(linear.chain) == weight_axis(linear) and len(linear.source.shape) == 2
-    taken = any(operator(node).kind == "gather" and node.inputs[0] is linear.source for node in readers)
-    return as_rows and taken and min(linear.source.shape) >= MIN_CHANNELS and linear.factor("alpha") == 1
-
-
 class Inserter:
     """Makes QDQ nodes and remembers them, so that readers of one tensor, or of one weight, share them.
 
@@ -316,8 +307,6 @@ class Inserter:
 
     def _stored(self, linear: Linear, layer: Rounded, format: Format, inputs_first: bool) -> gs.Variable:
         axis, flip, base = weight_axis(linear), inputs_first and linear.node.op == "Gemm", layer.base
-        if not format.group and not inputs_first and _is_table(linear):
-            return self._stored_as_table(linear, layer.codes, layer.scales[:, 0], format)
 
         def oriented(values: np.ndarray) -> np.ndarray:
             return np.ascontiguousarray(values.T if flip else linear.unorient(values))
@@ -336,19 +325,6 @@ class Inserter:
             return self._in_fp4(linear, constants, base, attrs)
         restored = self.dequantized(linear.source.name, constants, attrs, linear.node)
         return self._in_int8(linear, restored, base, axis) if base is not None else restored
-
-    def _stored_as_table(self, linear: Linear, codes: np.ndarray, scales: np.ndarray, format: Format) -> gs.Variable:
-        """A weight whose rows Gather takes as well, stored once for both: Transpose(DQ(W_q)) in front of a product."""
-        name = linear.source.name
-        constants = self.stored["table", id(linear.source), format] = self.constants(name, codes, scales)
-        restored = self.dequantized(name, constants, {"axis": 0}, linear.node)
-        if weight_axis(linear) == 0:
-            return restored
-        turned = self._new(linear.source, "transposed", linear.dtype)
-        node = self._node(linear.source, "Transpose", [restored], turned)
-        node.attrs = {"perm": [1, 0]}
-        self.before(linear.node, [node])
-        return turned
 
     def _in_fp4(self, linear: Linear, constants: list[gs.Constant], base: np.ndarray, attrs: dict) -> gs.Variable:
         """DQ(codes, DQ(scales in E4M3, base)): the weight in NVFP4."""

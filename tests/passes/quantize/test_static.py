@@ -95,7 +95,7 @@ def test_projections_share_one_pair():
 
 
 def test_a_weight_shared_with_a_lookup():
-    """Weight tying: products share one int8 weight, whatever their biases, and Gather takes rows of its codes."""
+    """Weight tying: products share one int8 weight, whatever their biases, and the Gather has one by row."""
     graph = build(
         "(float[N,16] x, int64[N] ids) => (float[] a, float[] b, float[] e)",
         "T = Transpose<perm=[1,0]>(E) a = Gemm(x, T, b1) b = Gemm(x, T, b2) e = Gather(E, ids)",
@@ -105,15 +105,14 @@ def test_a_weight_shared_with_a_lookup():
     assert listing(graph) == (
         "x_quantized = QuantizeLinear(x, x_scale, x_zero_point)\n"
         "x_dequantized = DequantizeLinear(x_quantized, x_scale, x_zero_point)\n"
-        "E_dequantized = DequantizeLinear<axis=0>(E_quantized, E_scale, E_zero_point)\n"
-        "E_transposed = Transpose<perm=[1, 0]>(E_dequantized)\n"
-        "a = Gemm(x_dequantized, E_transposed, b1)\n"
-        "b = Gemm(x_dequantized, E_transposed, b2)\n"
-        "E_dequantized_1 = DequantizeLinear<axis=0>(E_quantized, E_scale, E_zero_point)\n"
+        "E_dequantized = DequantizeLinear<axis=1>(E_quantized, E_scale, E_zero_point)\n"
+        "a = Gemm(x_dequantized, E_dequantized, b1)\n"
+        "b = Gemm(x_dequantized, E_dequantized, b2)\n"
+        "E_dequantized_1 = DequantizeLinear<axis=0>(E_quantized_1, E_scale_1, E_zero_point_1)\n"
         "e = Gather(E_dequantized_1, ids)"
     )
-    assert constants(graph)["E_quantized"].shape == (24, 16)
-    rows = constants(graph)["E_quantized"] * constants(graph)["E_scale"][:, None]
+    assert constants(graph)["E_quantized"].shape == (16, 24)
+    rows = constants(graph)["E_quantized_1"] * constants(graph)["E_scale_1"][:, None]
     assert np.abs(rows - random((24, 16), "E")).max() < 0.02
 
 
