@@ -33,12 +33,13 @@ class Outputs:
     """The float outputs of a graph for some feeds of ``data``, kept as the reference. Raises ModelError.
 
     ``energies`` holds the sum of squares of each output, ``variances`` the sum of squares around its mean; both are 0
-    without a kept output. Values that are not finite do not count. The outputs named in ``without`` do not count where
-    there are others. int8 products do not saturate, whatever the machine.
+    without a kept output. Values that are not finite do not count, nor do outputs that are constants, nor those named
+    in ``without`` where there are others. int8 products do not saturate, whatever the machine.
     """
 
     def __init__(self, graph: gs.Graph, data: Data, without: Collection[str] = ()):
-        names = [t.name for t in graph.outputs if t.type == "tensor_type" and edit.is_float(t)]
+        computed = (t for t in graph.outputs if isinstance(t, gs.Variable) and t.type == "tensor_type")
+        names = [t.name for t in computed if edit.is_float(t)]
         self.names = [name for name in names if name not in without] or names
         self.kept: list[tuple[Feed, dict[str, np.ndarray]]] = []
         if self.names:

@@ -204,3 +204,13 @@ def test_the_next_quantization_of_a_run_judges():
 def test_alone_smoothing_is_judged_by_int8(step, expected):
     assert quantizer(step, []) == expected
     assert quantizer(step, [QuantizeWeights()]) == QuantizeWeights()
+
+
+def test_an_output_that_is_a_constant_does_not_count():
+    """As in a branch that passes on what the decoder has computed before."""
+    graph = build(
+        "(float[1,8] x) => (float[] y, float[] c)", "y = MatMul(x, W) c = Identity(x)", kind="float", W=(8, 8)
+    )
+    graph.outputs[1] = gs.Constant("c", np.ones(4, np.float32))
+    graph.nodes.pop()
+    assert Outputs(graph, samples(graph)).names == ["y"]
