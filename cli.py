@@ -105,7 +105,8 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
     """Run a recipe on MODEL, compare with the original, build engines.
 
     Writes DIR/model.onnx, DIR/model.sm89.engine for --sm 89, and DIR/report.json. A repeated command continues where
-    an interrupted one stopped. Options of passes replace those in the recipe.
+    an interrupted one stopped. Options of passes replace those in the recipe; --target tensorrt:89 is short for
+    --target tensorrt --sm 89.
 
     With --max-loss, --max-size, --max-latency or --search, searches for the best option of every node (float, int8,
     weights alone in 8 or 4 bits, fp8 where each --sm has it) in place of the recipe's quantization, by what reaches the

@@ -11,8 +11,10 @@ import errno
 import functools
 import importlib
 import io
+import itertools
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -38,6 +40,29 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
+class Command(click.Command):
+    """A command in which ``--target tensorrt:89`` is short for ``--target tensorrt --sm 89``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        flags = {flag for param in self.params for flag in param.opts}
+        return super().parse_args(ctx, _with_sm(args, "--sm" in flags, ctx) if "--target" in flags else args)
+
+
+def _with_sm(args: Sequence[str], known: bool, ctx: click.Context) -> list[str]:
+    """The arguments with the SM of a target as the flag ``--sm``, where the command knows the flag."""
+    found: list[str] = []
+    for before, text in itertools.pairwise(["", *args]):
+        short = re.fullmatch(r"((?:--target=)?tensorrt):(\d+)", text)
+        if short is None or "--target" not in (before, text[:8]):
+            found.append(text)
+        elif known:
+            found += [short[1], "--sm", short[2]]
+        else:
+            wanted = f"Give --target tensorrt; compress and lint take tensorrt:{short[2]}"
+            raise click.UsageError(f"{ctx.command.name!r} builds no engine for an SM. {wanted}", ctx)
+    return found
+
+
 def command(group: click.Group, example: str) -> Callable[[Callable[..., Any]], click.Command]:
     """Makes a command of ``group`` out of a function that returns a record. The help ends with the example.
 
@@ -58,7 +83,7 @@ def command(group: click.Group, example: str) -> Callable[[Callable[..., Any]], 
                 raise
             _deliver(_named(record, function), as_json, html, quiet)
 
-        made = group.command(name=function.__name__, epilog=f"\b\nExample:\n  {example}")(run)
+        made = group.command(cls=Command, name=function.__name__, epilog=f"\b\nExample:\n  {example}")(run)
         made.params += [
             click.Option(["--json", "as_json"], is_flag=True, help="Print the report, or the error, as JSON."),
             click.Option(["--html"], metavar="FILE", type=click.Path(), help="Also write the report as a web page."),

@@ -221,3 +221,11 @@ def test_the_help_of_compress_names_the_built_in_recipes(run):
 
 def test_version(run):
     assert run("--version") == (0, f"channelfold {channelfold.__version__}\n", "")
+
+
+@pytest.mark.parametrize("short", [["--target", "tensorrt:89"], ["--target=tensorrt:89"]])
+@pytest.mark.parametrize(("name", "key", "sms"), [("compress", "sms", (86, 89)), ("lint", "sm", 89)])
+def test_the_target_takes_an_sm(short, name, key, sms):
+    more = ["-o", "x", "--sm", "86"] if name == "compress" else []
+    context = cli.cli.commands[name].make_context(name, ["tensorrt:89", *more, *short])
+    assert (context.params["model"], context.params["target"], context.params[key]) == ("tensorrt:89", "tensorrt", sms)

@@ -44,6 +44,7 @@ def samples(tmp_path):
         (("fold", "m.onnx"), "Missing option '-o' / '--output'. See: channelfold fold --help"),
         (("fold", "-o", "x"), "Missing argument 'MODEL'"),
         (("quantize", "m.onnx", "-o", "x", "--calibrator", "msee"), "'msee' is unknown. Did you mean 'mse'?"),
+        (("quantize", "m.onnx", "-o", "x", "--target", "tensorrt:89"), "compress and lint take tensorrt:89. See"),
         (("quantize", "m.onnx", "-o", "x", "--random", "0"), "0 is not in the range"),
         (("compress", DIGITS, "-o", "x", "--recipe", "in8"), "There is no recipe 'in8'. Did you mean 'int8'?"),
         (("compress", DIGITS, "-o", "x", "--recipe", "fold", "--calibrator", "mse"), "has an option 'calibrator'"),
