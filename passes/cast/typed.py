@@ -22,6 +22,7 @@ from channelfold.passes.cast.islands import Islands, divisors
 from channelfold.passes.cast.kinds import FLOAT, HALVES, TYPE_ATTRIBUTES, Half, Kinds, opset_of
 from channelfold.passes.cast.ranges import Magnitudes, measured
 from channelfold.passes.cast.rounding import Means, Trials, measured_means, products
+from channelfold.passes.cast.scales import raise_scales
 from channelfold.passes.cast.values import Rounded, converted, limited
 from channelfold.runtime.errors import ModelError, VerificationError
 from channelfold.runtime.io import edit
@@ -43,6 +44,8 @@ class Work(Cast):
 
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
         outcome, faults = Outcome(), _faults(graph)
+        if self.type == "float16":
+            raise_scales(graph)
         kinds = Kinds(graph)
         blind = self.type == "bfloat16" or ctx.calibration is None
         seen = {} if blind else measured(graph, kinds, ctx, divisors(graph))

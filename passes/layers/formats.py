@@ -22,8 +22,9 @@ code); Zhang et al., Dual Grained Quantization, 2023.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -42,6 +43,16 @@ FLOAT = np.dtype(np.float32)
 def positive_scale(limit: np.ndarray | float, levels: float, dtype: np.dtype) -> np.ndarray:
     """The scale limit / levels in ``dtype`` (float32 or float16); never zero."""
     return np.maximum(np.asarray(limit, np.float64) / levels, _SMALLEST[np.dtype(dtype)]).astype(dtype)
+
+
+def spread(values: np.ndarray, shape: Sequence[int], attrs: Mapping[str, Any]) -> np.ndarray:
+    """Scales or zero points so that they broadcast to codes of ``shape``; ``attrs`` are those of the quantizer."""
+    axis, block = int(attrs.get("axis", 1)), int(attrs.get("block_size", 0))
+    if values.size == 1:
+        return values.reshape(())
+    if block:
+        return np.repeat(values, block, axis).take(range(shape[axis]), axis)
+    return values.reshape([-1 if place == axis % len(shape) else 1 for place in range(len(shape))])
 
 
 @dataclass(frozen=True)

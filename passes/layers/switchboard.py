@@ -31,7 +31,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.layers.formats import chunks
+from channelfold.passes.layers.formats import chunks, spread
 from channelfold.passes.layers.linear import Linear, cast, linears
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
@@ -242,19 +242,10 @@ def settle(graph: gs.Graph) -> dict[str, int]:
 
 def dequantized(codes: np.ndarray, scales: np.ndarray, zero: np.ndarray | None, attrs: Mapping) -> np.ndarray:
     """What DequantizeLinear makes of codes, in the type of the scales."""
-
-    def spread(values: np.ndarray) -> np.ndarray:
-        axis, block = attrs.get("axis", 1), attrs.get("block_size", 0)
-        if block:
-            return np.repeat(values, block, axis).take(range(codes.shape[axis]), axis)
-        return (
-            values.reshape([-1 if i == axis % codes.ndim else 1 for i in range(codes.ndim)]) if values.ndim else values
-        )
-
     wide = codes.astype(np.float32 if codes.dtype != np.int32 else np.float64)
     if zero is not None and np.any(zero.astype(np.float32)):
-        wide = wide - spread(zero.astype(np.float32))
-    return (wide * spread(scales.astype(np.float32))).astype(scales.dtype)
+        wide = wide - spread(zero.astype(np.float32), codes.shape, attrs)
+    return (wide * spread(scales.astype(np.float32), codes.shape, attrs)).astype(scales.dtype)
 
 
 class _Options:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.layers.formats import SCALES, positive_scale
+from channelfold.passes.layers.formats import SCALES, positive_scale, spread
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name
 from channelfold.runtime.lint.center import centered
@@ -30,8 +30,7 @@ def float_biases(graph: gs.Graph) -> list[str]:
         codes, scale = edit.value(node.inputs[0]), edit.value(node.inputs[1])
         if codes is None or scale is None or codes.dtype != np.int32 or edit.is_output(graph, node.outputs[0]):
             continue
-        axis = int(node.attrs.get("axis", 1))
-        values = _spread(scale.astype(np.float64), codes.ndim, axis) * codes
+        values = spread(scale.astype(np.float64), codes.shape, node.attrs) * codes
         new = constant(graph, f"{node.name}_float", values.astype(scale.dtype))
         edit.replace_uses(graph, node.outputs[0], new)
         edit.detach(node)
@@ -157,24 +156,17 @@ def signed_weights(graph: gs.Graph) -> list[str]:
         if codes is None or scale is None or zero is None or not _is_asymmetric(node) or node.attrs.get("block_size"):
             continue
         axis = int(node.attrs.get("axis", 1))
-        whole = codes.astype(np.int32) - _spread(zero.astype(np.int32), codes.ndim, axis)
+        whole = codes.astype(np.int32) - spread(zero.astype(np.int32), codes.shape, node.attrs)
         if whole.min(initial=0) < -128 or whole.max(initial=0) > 127:
             others = tuple(a for a in range(codes.ndim) if not scale.ndim or a != axis % codes.ndim)
             reach = np.abs(whole).max(axis=others) if scale.ndim else np.abs(whole).max()
             factor = np.maximum(np.reshape(reach, np.shape(scale)) / 127, 1e-30)
-            whole = np.rint(whole / _spread(factor, codes.ndim, axis))
+            whole = np.rint(whole / spread(factor, codes.shape, node.attrs))
             edit.set_constant(graph, node, 1, (scale * factor).astype(scale.dtype), f"{node.name}_scale")
         edit.set_input(node, 0, constant(graph, f"{node.name}_codes", whole.astype(np.int8)))
         edit.set_input(node, 2, constant(graph, f"{node.name}_zero_point", np.zeros(np.shape(scale), np.int8)))
         done.append(node.name)
     return done
-
-
-def _spread(values: np.ndarray, size: int, axis: int) -> np.ndarray:
-    """Scales or zero points in the shape in which they broadcast to codes of ``size`` axes."""
-    if values.size == 1:
-        return values.reshape(())
-    return values.reshape([-1 if place == axis % size else 1 for place in range(size)])
 
 
 def stored_codes(graph: gs.Graph) -> list[str]:
@@ -184,8 +176,8 @@ def stored_codes(graph: gs.Graph) -> list[str]:
         values, scale, zero = edit.value(node.inputs[0]), edit.value(node.inputs[1]), _zero(node)
         if values is None or scale is None or zero is None or not _is_asymmetric(node) or node.attrs.get("block_size"):
             continue
-        axis, limits = int(node.attrs.get("axis", 1)), np.iinfo(zero.dtype)
-        codes = np.rint(values / _spread(scale, values.ndim, axis)) + _spread(zero, values.ndim, axis)
+        limits = np.iinfo(zero.dtype)
+        codes = np.rint(values / spread(scale, values.shape, node.attrs)) + spread(zero, values.shape, node.attrs)
         new = constant(graph, f"{node.name}_codes", np.clip(codes, limits.min, limits.max).astype(zero.dtype))
         edit.replace_uses(graph, node.outputs[0], new)
         edit.detach(node)
@@ -221,8 +213,8 @@ def dead_channels(graph: gs.Graph) -> list[str]:
             continue
         if node.attrs.get("block_size") or not np.all(scale >= 0) or codes.dtype.kind not in "iu":
             continue
-        dead = _spread(scale == 0, codes.ndim, int(node.attrs.get("axis", 1)))
-        zero = _spread(_zero(node), codes.ndim, int(node.attrs.get("axis", 1)))  # pyright: ignore
+        dead = spread(scale == 0, codes.shape, node.attrs)
+        zero = spread(_zero(node), codes.shape, node.attrs)  # pyright: ignore
         edit.set_constant(graph, node, 0, np.where(dead, zero, codes).astype(codes.dtype), f"{node.name}_codes")
         smallest = np.where(scale == 0, positive_scale(0.0, 127, scale.dtype), scale)
         edit.set_constant(graph, node, 1, smallest.astype(scale.dtype), f"{node.name}_scale")

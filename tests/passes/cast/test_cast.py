@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.cast import Cast
+from channelfold.passes.layers.switchboard import dequantized
 from channelfold.runtime.errors import UsageError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import raise_opset
@@ -346,6 +348,36 @@ def test_int8_graphs_take_scales_of_the_type(kind, tmp_path):
         assert edit.dtype(found.inputs[1]).name == kind
     after = computed(graph, feed) if kind == "float16" else twin(graph, tmp_path, feed)
     assert error(before, after) < 16 * EPSILON[kind]
+
+
+@pytest.mark.parametrize(
+    ("codes", "attrs", "scale", "zero"),
+    [
+        ("int8", "axis = 1", [1e-2, 1e-6, 0.0, 3e-8], None),
+        ("uint8", "axis = 1", [1e-2, 1e-6, 1e-9, 3e-8], [128, 120, 0, 255]),
+        ("int4", "axis = 0, block_size = 4", np.full((2, 4), 1e-7), None),
+        ("int8", "axis = 1", 1e-12, None),
+        ("float8_e4m3fn", "axis = -1", [1e-2, 1e-6, 1e-9, 3e-8], None),
+    ],
+)
+def test_scales_below_float16_are_raised_and_codes_follow(codes, attrs, scale, zero):
+    """A weight moves by half a step of its new scale at most, which is 2^-17 where that is larger than the old one."""
+    kind = getattr(ml_dtypes, codes, codes)
+    constants = {"W": np.arange(32).reshape(8, 4) % 8, "s": np.array(scale)} | ({} if zero is None else {"z": zero})
+    held = {name: np.asarray(v).astype("f4" if name == "s" else kind) for name, v in constants.items()}
+    body = f"w = DequantizeLinear<{attrs}>({', '.join(constants)})  y = MatMul(x, w)"
+    graph = build("(float[3,8] x) => (float[3,4] y)", body, opset=21, kind="float", **held)
+
+    def weight() -> np.ndarray:
+        found = node(graph, "DequantizeLinear")
+        stored, scales, *zeros = (tensor.values for tensor in found.inputs)
+        return dequantized(stored, scales.astype(np.float32), zeros[0] if zeros else None, found.attrs)
+
+    before = weight()
+    cast(graph)
+    scales = node(graph, "DequantizeLinear").inputs[1].values
+    assert (scales.dtype, scales.min()) == (np.float16, 2.0**-17)
+    assert np.all(np.abs(weight() - before) <= 2.0**-18 + 2.0**-11 * np.abs(before))
 
 
 def test_scales_need_opset_19():
