@@ -3,7 +3,8 @@
 1   points of the front are measured on the samples that sensitivities were measured on, which steer, and those of
     recipes, which correct the sensitivities
 2   bisection between the cheapest that keeps the limits and the next cheaper one
-3   the best one is proved on samples that chose nothing; where it misses the limits there, the next one
+3   the cheapest one that keeps the limits, or a more accurate one of nearly its cost, is proved on samples that chose
+    nothing; where it misses the limits there, the next one
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from channelfold.passes.layers import sensitivity
 from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.search.front import Point, cheapest, front, most_accurate, scaled, uniform
 from channelfold.passes.search.latency import Latency
-from channelfold.passes.search.proof import Figures, Limits, Split, refined, undominated
+from channelfold.passes.search.proof import Figures, Limits, Split, ranked, refined, undominated
 
 _MATTERS = 0.02  # share of the error of a point from which on a guess in it is measured
 
@@ -91,7 +92,7 @@ class Choice:
         fits = [f for f in self.measured if self.small(f.point)]
         fits = fits or [min(self.measured, key=lambda f: (self.times.get(f.point, math.inf), f.point.size))]
         best = min(fits, key=lambda f: f.error)
-        kept = sorted((f for f in undominated(fits) if self.limits.accurate(f)), key=lambda f: f.point.cost)
+        kept = ranked([f for f in undominated(fits) if self.limits.accurate(f)])
         for candidate in kept[: self.trials] if self.limits.of_accuracy else [best]:
             self.proved[candidate.point] = self.proof.measured([candidate.point], self.sites)[0]
             if self.limits.accurate(self.proved[candidate.point]):

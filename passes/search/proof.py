@@ -22,6 +22,7 @@ from channelfold.passes.search.front import Point
 RELATIVE = "relative squared error"
 _SIGMA = 1.96  # of a two-sided interval of 95 %
 _TINY = 1e-30
+_NEAR = 1.01  # of the least cost: up to here a more accurate point is the better one
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,12 @@ def undominated(found: Sequence[Figures]) -> list[Figures]:
         if not best or figures.error < best[-1].error:
             best.append(figures)
     return best[::-1]
+
+
+def ranked(found: Sequence[Figures]) -> list[Figures]:
+    """Points from the cheapest on; those of nearly the least cost come first, the most accurate of these before all."""
+    most = _NEAR * min((f.point.cost for f in found), default=0.0)
+    return sorted(found, key=lambda f: (0.0, f.error) if f.point.cost <= most else (1.0, f.point.cost))
 
 
 def refined(

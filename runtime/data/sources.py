@@ -160,7 +160,7 @@ def _file_batches(files: Sequence[Path], inputs: Sequence[TensorSpec]) -> tuple[
             stored = {inputs[0].name: stored["arr_0"]}
         batches.append(Batch(str(file), _pick(stored, inputs, str(file))))
         ignored |= dict.fromkeys(stored.keys() - {spec.name for spec in inputs})
-    return batches, [f"Not inputs of the model, ignored: {', '.join(sorted(ignored))}"] if ignored else []
+    return batches, [f"Not inputs of the model, not fed to it: {', '.join(sorted(ignored))}"] if ignored else []
 
 
 def _files(path: Path) -> tuple[list[Path], list[str]]:

@@ -4,10 +4,10 @@
 of the whole network, on one sample}, resumed (how many of them), kappa_db, points: [{bytes, cost, latency,
 latency_predicted, start, type, options: {option: share of the weights}, predicted_db, error_db, snr_db, agreement,
 loss, low, high, proof (the same figures on other samples, or null), chosen}], sites: [{nodes, option, bytes, snr_db,
-better: {option, bytes, snr_db} or null}], file (the figures of the written file on the samples of the proof, with its
-bytes and whether it has met the limits)}. Bytes of a point are those of its file, nearly; cost and latency are relative
-to float, latency is null without a limit of time; ``start`` names the variant of the network, if it is one; ``type`` is
-that of what stays float.
+better: null or {option, snr_db, and how much more cost and bytes}}], file (the figures of the written file on the
+samples of the proof, with its bytes and whether it has met the limits)}. Bytes of a point are those of its file,
+nearly; cost and latency are relative to float, latency is null without a limit of time; ``start`` names the variant of
+the network, if it is one; ``type`` is that of what stays float.
 """
 
 from __future__ import annotations
@@ -89,8 +89,13 @@ def _told_choice(site: Site, option: str) -> dict[str, Any]:
     told = {"nodes": list(site.nodes), "option": option, "bytes": site.sizes[option], "snr_db": float(decibels(error))}
     if following is None:
         return told | {"better": None}
-    more = {"option": following, "bytes": site.sizes[following] - site.sizes[option]}
-    return told | {"better": more | {"snr_db": float(decibels(site.errors.get(following, 0.0)))}}
+    more = {
+        "option": following,
+        "bytes": site.sizes[following] - site.sizes[option],
+        "cost": site.costs[following] - site.costs[option],
+        "snr_db": float(decibels(site.errors.get(following, 0.0))),
+    }
+    return told | {"better": more}
 
 
 def together(best: dict[str, Any], records: Sequence[dict[str, Any]], crew: Crew) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def show(record: Mapping[str, Any], page: Page) -> None:
             )
         )
     sites = sorted(found["sites"], key=lambda site: site["snr_db"])
-    columns = ("<option", ">bytes", ">dB alone", "<next better", ">bytes more", ">dB then")
+    columns = ("<option", ">bytes", ">dB alone", "<next better", ">cost more", ">bytes more", ">dB then")
     page.fill("Nodes", columns, [(_names(site), *_site(site)) for site in sites])
 
 
@@ -87,7 +87,9 @@ def _names(site: Mapping[str, Any]) -> str:
 
 def _site(site: Mapping[str, Any]) -> tuple[str, ...]:
     better = site["better"]
-    told = (better["option"], f"{better['bytes']:+,}", _db(better["snr_db"])) if better else ("", "", "")
+    told = ("", "", "", "")
+    if better:
+        told = (better["option"], f"{better['cost']:+.2%}", f"{better['bytes']:+,}", _db(better["snr_db"]))
     return (site["option"], size(site["bytes"]), _db(site["snr_db"]), *told)
 
 

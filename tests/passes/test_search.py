@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.search.front import Point, cheapest, front, most_accurate, point, uniform
-from channelfold.passes.search.proof import Figures, Limits, interval, refined, undominated
+from channelfold.passes.search.proof import Figures, Limits, interval, ranked, refined, undominated
 
 numbers = st.floats(0.01, 100, allow_nan=False).map(lambda x: round(x, 2))
 
@@ -83,6 +83,11 @@ def figures(cost: float, error: float, loss: float = 0.0) -> Figures:
 def test_points_that_others_beat_are_left_out():
     found = [figures(1, 0.9), figures(2, 0.95), figures(3, 0.1), figures(3, 0.2), figures(4, 0.05)]
     assert [f.point.cost for f in undominated(found)] == [4, 3, 1]
+
+
+def test_a_cost_of_one_percent_is_paid_for_a_smaller_error():
+    found = [figures(*pair) for pair in ((0.5, 0.001), (0.2741, 0.002), (0.273, 0.05), (0.2735, 0.01), (0.28, 0.0015))]
+    assert [f.point.cost for f in ranked(found)] == [0.2741, 0.2735, 0.273, 0.28, 0.5]
 
 
 def test_bisection_finds_the_cheapest_point_that_keeps_a_limit():

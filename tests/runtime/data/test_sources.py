@@ -328,7 +328,7 @@ class TestBadFiles:
 
     def test_extra_keys_are_ignored_with_a_note(self, tmp_path: Path):
         np.savez(tmp_path / "calib.npz", image=PICTURES, label=np.arange(10), id=np.arange(3))
-        assert open_data(tmp_path / "calib.npz", IMAGE).notes == ("Not inputs of the model, ignored: id, label",)
+        assert open_data(tmp_path / "calib.npz", IMAGE).notes == ("Not inputs of the model, not fed to it: id, label",)
 
     @pytest.mark.parametrize(
         ("shape", "hint"),

@@ -319,7 +319,7 @@ def test_diff_of_a_model_with_itself():
         DIGITS, DIGITS, source=jobs.Source(evaluation=EVALUATION), gates=Gates(min_snr=1e6, min_agreement=1, max_rel=0)
     )
     assert record["accuracy"]["outputs"][0]["snr"] == "inf"
-    assert record["warnings"] == ["evaluation data: Not inputs of the model, ignored: label"]
+    assert record["warnings"] == ["evaluation data: Not inputs of the model, not fed to it: label"]
 
 
 def test_diff_names_collapse_in_capitals(tmp_path):
