@@ -168,9 +168,10 @@ class Meter:
         return output[mask != 0]
 
     def _classed(self, sample: int, outputs: Sequence[np.ndarray]) -> bool:
-        scores = next((o for o, holds in zip(outputs, self._scores, strict=True) if holds), outputs[0])
-        found = int(scores.reshape(-1, scores.shape[-1])[0].argmax())
-        return bool(self._labels) and found == self._labels[sample]
+        if not self._labels:
+            return False
+        scores = np.atleast_1d(next((o for o, holds in zip(outputs, self._scores, strict=True) if holds), outputs[0]))
+        return int(scores.reshape(-1, scores.shape[-1])[0].argmax()) == self._labels[sample]
 
 
 def attempt(trial: Trial) -> Errors:

@@ -27,7 +27,7 @@ from channelfold.passes.search import options as choices
 from channelfold.passes.search.choice import Choice
 from channelfold.passes.search.front import Point
 from channelfold.passes.search.modelled import card_of
-from channelfold.passes.search.proof import RELATIVE, Figures, Limits, Split, figures
+from channelfold.passes.search.proof import RELATIVE, Figures, Limits, Split, figures, ranked
 from channelfold.runtime.data.npz import read_headers
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import ChannelfoldError, DataError, GateError, UsageError
@@ -93,11 +93,6 @@ class _Result:
     record: dict[str, Any]
     passes: list[Pass]
 
-    @property
-    def rank(self) -> tuple[bool, float]:
-        met = self.record["met"]
-        return not met, self.chosen.point.cost if met else self.chosen.error
-
 
 @dataclass(frozen=True)
 class _Rest:
@@ -147,7 +142,15 @@ class _Hunt:
             for start in self._variants():
                 with self._prepared(start) as found:
                     self._search(start, found)
-        return min(self.results, key=lambda result: result.rank)
+        return self._best()
+
+    def _best(self) -> _Result:
+        """The best of the results that keep the limits; where none does, the most accurate one."""
+        met = [result for result in self.results if result.record["met"]]
+        if not met:
+            return min(self.results, key=lambda result: result.chosen.error)
+        first = ranked([result.chosen for result in met])[0]
+        return next(result for result in met if result.chosen is first)
 
     def _variants(self) -> Iterator[_Start]:
         """The other networks. Each starts from the last exact one that paid."""

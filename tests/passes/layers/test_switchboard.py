@@ -130,3 +130,12 @@ def test_a_channel_axis_and_a_scalar_are_taken_apart_too():
     np.testing.assert_array_equal(dequantized(codes, scales, None, {"axis": 0}), [[1, 2], [12, 16]])
     np.testing.assert_array_equal(dequantized(codes, scales, None, {"axis": -1}), [[1, 8], [3, 16]])
     np.testing.assert_array_equal(dequantized(codes, np.float32(2), np.int8(1), {}), [[2, 6], [10, 14]])
+
+
+@pytest.mark.parametrize(("labels", "classed"), [((), False), ((0,), True)])
+def test_an_output_may_be_a_scalar(labels, classed):
+    meter = sensitivity.Meter(1, [False], 1, labels)
+    meter.see(0, {}, [np.array(2.0)], [[np.array(1.0)]])
+    errors = meter.errors
+    assert (errors.energy[0, 0], errors.lost[0, 0, 0], np.isnan(errors.agreed[0, 0, 0])) == (4.0, 1.0, True)
+    assert errors.right[:, 0].tolist() == [classed, classed]
