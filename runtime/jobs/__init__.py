@@ -306,7 +306,6 @@ def diff(
     other = files.load(b)
     job.record["output"] = model_facts(Path(b), other)
     job.prove(Path(b), computes_as_written(other), fuses_rightly(other))
-    job.close()
     if explain:
         with job.or_warning("The error was not explained"):
             job.record["explanation"] = explaining.explain(Path(a), Path(b), job.evaluation, progress)
