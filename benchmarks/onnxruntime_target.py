@@ -78,7 +78,7 @@ def made(name: str, folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
 
 
 def ratio(float_model: Path, int8_model: Path, feed: Mapping[str, np.ndarray], threads: int) -> float:
-    sessions = {path.name: Session(path, threads=threads) for path in (float_model, int8_model)}
+    sessions = {path.name: Session(path, threads=threads, timed=True) for path in (float_model, int8_model)}
     runs = {name: lambda s=session: s.run(feed) for name, session in sessions.items()}
     first, second = latencies(runs, rounds=41, warmup=3, seconds=8)
     return second.ms / first.ms

@@ -117,7 +117,9 @@ def timed(paths: Mapping[str, Path], threads: int, seconds: float, clock: Callab
     from channelfold.runtime.io.session import Session
     from channelfold.runtime.stats.bench import latencies
 
-    runs = {form: functools.partial(Session(path, threads=threads).run, IMAGE) for form, path in paths.items()}
+    runs = {
+        form: functools.partial(Session(path, threads=threads, timed=True).run, IMAGE) for form, path in paths.items()
+    }
     found = latencies(runs, rounds=ROUNDS, seconds=seconds, clock=clock)
     return {latency.name: latency.ms for latency in found}
 

@@ -117,7 +117,7 @@ def time_share(uncut: Path, cut: Path, feed: Feed, rounds: int, seconds: float) 
     The times are lower quartiles, which other work on the machine moves less than medians. Two models are open at a
     time, because models may be large. Raises ModelError where ONNX Runtime refuses one of them.
     """
-    runs = {path.name: functools.partial(Session(path).run, feed) for path in (uncut, cut)}
+    runs = {path.name: functools.partial(Session(path, timed=True).run, feed) for path in (uncut, cut)}
     whole, rest = (latency.low for latency in latencies(runs, rounds=rounds, seconds=seconds))
     return rest / whole
 

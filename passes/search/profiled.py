@@ -26,7 +26,7 @@ def profiled(
 ) -> dict[str, Timed]:
     """The times of files with ``sites``, run in turns on one feed. ``clock`` gives the time of runs in seconds."""
     timed = profiles(paths, feed, threads=threads)
-    sessions = {name: Session(path, threads=threads) for name, path in paths.items()}
+    sessions = {name: Session(path, threads=threads, timed=True) for name, path in paths.items()}
     runs = {name: functools.partial(s.run, s.accepted(feed)) for name, s in sessions.items()}
     # the lower quartile, for interruptions make runs longer
     whole = {found.name: found.low for found in latencies(runs, rounds=25, seconds=10.0, clock=clock)}

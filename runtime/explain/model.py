@@ -101,7 +101,7 @@ class Model:
             graph.node.append(onnx.helper.make_node("Cast", [source], [_SEEN.format(name)], to=onnx.TensorProto.FLOAT))
         _keep(graph, [_SEEN.format(name) for name in outputs])
         names = [_SEEN.format(name) for name in outputs]
-        session = open_model(model, weights, names, exact=True, optimize=optimize, spins=False, arena=False)
+        session = open_model(model, weights, names, exact=True, optimize=optimize, arena=False)
         return Opened(session, self, outputs)
 
     def _weights(

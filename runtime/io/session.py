@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.metadata
 import json
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from channelfold.runtime.errors import DependencyError, LimitError, ModelError
-from channelfold.runtime.io import limits, memory
+from channelfold.runtime.io import limits, memory, wire
 
 _EXACT = "session.x64quantprecision"  # on x86 without VNNI: u8 x u8 products, which do not saturate
 _PRODUCTS = "session.qdq_matmulnbits_accuracy_level"  # 1: float activations in products with stored weights; 4: int8
@@ -24,7 +25,6 @@ _UNFUSED = "session.disable_quant_qdq"
 _FOLDER = "session.model_external_initializers_file_folder_path"  # heeded with a model in memory, from 1.22 on
 _WEIGHTS = "session.optimized_model_external_initializers_file_name"
 _LEAST = "session.optimized_model_external_initializers_min_size_in_bytes"
-_RESTS = "session.force_spinning_stop"
 _SPINS = "session.intra_op.allow_spinning"
 _AS_STORED = "session.disable_prepacking"
 
@@ -125,8 +125,9 @@ class Session:
     without VNNI, and activations from being rounded to 8 bits in front of stored weights, so that a measurement is of
     the file and not of this machine. ``fuse=False`` leaves QDQ nodes, and float weights behind them, as they are.
     ``optimized`` is where ONNX Runtime writes the graph that it makes of the model, weights beside it.
-    ``arena=False``: memory is given back after every run, instead of being kept for the next. ``rests``: between runs
-    the threads sleep, instead of keeping the processors busy while they wait; ``spins=False``: within a run as well.
+    ``arena=False``: memory is given back after every run, instead of being kept for the next. ``timed``: the file is
+    opened and run as any program would, so that its time can be measured; otherwise the weights inside a large file are
+    mapped too, and threads that wait for each other sleep, instead of keeping the processors from other work.
     ``prepack=False``: weights stay in their file, of which ONNX Runtime otherwise holds a copy in the layout of its
     kernels. ``providers`` defaults to the CPU. ``profile``: how the name of a file begins to which ONNX Runtime writes
     the time of every node, see ``events``.
@@ -146,63 +147,63 @@ class Session:
         optimized: Path | None = None,
         threads: int | None = None,
         arena: bool = True,
-        rests: bool = False,
-        spins: bool = True,
+        timed: bool = False,
         profile: Path | None = None,
         prepack: bool = True,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ):
         ort = onnxruntime()
-        self._run_options, self._size, self._before = (
-            ort.RunOptions(),
-            _size(model) if size is None else size,
-            limits.memory(),
-        )
+        name = "the model" if isinstance(model, bytes) else Path(model).name
+        self._size, self._before = _size(model) if size is None else size, limits.memory()
+        self._run_options = ort.RunOptions()
+        if not timed and not isinstance(model, bytes):
+            model, folder = _mapped(Path(model)) or (model, folder)
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        options.enable_cpu_mem_arena, options.intra_op_num_threads = arena, threads or 0
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if exact:
-            options.add_session_config_entry(_EXACT, "1")
-            options.add_session_config_entry(_PRODUCTS, "1")
-        if not fuse:
-            options.add_session_config_entry(_UNFUSED, "1")
         if optimized:
             options.optimized_model_filepath = str(optimized)
-            options.add_session_config_entry(_WEIGHTS, f"{optimized.name}.data")
-            options.add_session_config_entry(_LEAST, "1024")
-            prepack = False  # nothing will run
-        if not prepack:
-            options.add_session_config_entry(_AS_STORED, "1")
-        options.enable_cpu_mem_arena = arena
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        if rests:
-            options.add_session_config_entry(_RESTS, "1")
-        if not spins:
-            options.add_session_config_entry(_SPINS, "0")
-        if threads:
-            options.intra_op_num_threads = threads
-        if folder is not None:
-            options.add_session_config_entry(_FOLDER, str(folder))
-        source, name = (model, "the model") if isinstance(model, bytes) else (str(model), Path(model).name)
-        opening = memory.mapped() if self._size >= _LARGE else contextlib.nullcontext()
+        entries = {
+            _EXACT: "1" if exact else None,
+            _PRODUCTS: "1" if exact else None,
+            _UNFUSED: None if fuse else "1",
+            _WEIGHTS: f"{optimized.name}.data" if optimized else None,
+            _LEAST: "1024" if optimized else None,
+            _AS_STORED: None if prepack and not optimized else "1",  # where a graph is written, nothing will run
+            _SPINS: None if timed else "0",
+            _FOLDER: None if folder is None else str(folder),
+        }
+        for key, value in entries.items():
+            if value is not None:
+                options.add_session_config_entry(key, value)
         off = [] if fuse and not exact else [_WRONG]
-        try:
-            try:
-                with opening:
-                    self._session = ort.InferenceSession(source, options, list(providers), disabled_optimizers=off)
-            except Exception:
-                if not (exact and optimize):
-                    raise
-                # its exact kernels fail on an int8 weight that several nodes share; without them it is exact as well
-                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-                self._session = ort.InferenceSession(source, options, providers=list(providers))
-        except Exception as error:
-            raise ModelError(f"ONNX Runtime cannot open {name}: {_first_line(error)}") from None
+        self._session = self._opened(model, name, options, providers, off, exact and optimize)
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
         self._types = {spec.name: spec.dtype for spec in self.inputs}
+
+    def _opened(
+        self, model: str | Path | bytes, name: str, options: Any, providers: Sequence[str], off: list[str], again: bool
+    ) -> Any:
+        """ONNX Runtime's session without the optimizers ``off``; ``again``: without any where those fail."""
+        ort = onnxruntime()
+        source = model if isinstance(model, bytes) else str(model)
+        try:
+            try:
+                with memory.mapped() if self._size >= _LARGE else contextlib.nullcontext():
+                    return ort.InferenceSession(source, options, list(providers), disabled_optimizers=off)
+            except Exception:
+                if not again:
+                    raise
+                # its exact kernels fail on an int8 weight that several nodes share; without them it is exact as well
+                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+                return ort.InferenceSession(source, options, providers=list(providers))
+        except Exception as error:
+            raise ModelError(f"ONNX Runtime cannot open {name}: {_first_line(error)}") from None
 
     def accepted(self, feed: Feed) -> Feed:
         """The part of a feed for which the model has inputs. A pass may have removed inputs that nothing reads."""
@@ -249,6 +250,18 @@ def _size(model: str | Path | bytes) -> int:
         return path.stat().st_size + sum(other.stat().st_size for other in others if other.is_file())
     except OSError:
         return 0
+
+
+def _mapped(path: Path) -> tuple[bytes, Path] | None:
+    """(the model in a large file, with its weights as external data in that same file; the folder); else None.
+
+    ONNX Runtime reads a file into memory twice, parsed and as tensors, and maps external data.
+    """
+    with contextlib.suppress(OSError, wire.WireError):
+        if path.stat().st_size >= _LARGE and not path.is_symlink():  # external data lie in the folder itself
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return wire.skeleton(data, path.name, inner=False), path.absolute().parent
+    return None
 
 
 def _spec(value: Any) -> TensorSpec:

@@ -28,6 +28,7 @@ _GRAPH: dict = {5: _TENSOR}
 _ATTRIBUTE = {5: _TENSOR, 6: _GRAPH}
 _GRAPH[1] = {5: _ATTRIBUTE}
 _MODEL = {7: _GRAPH}
+_INITIALIZERS = {7: {5: _TENSOR}}
 
 Buffer = bytes | mmap.mmap
 
@@ -36,12 +37,13 @@ class WireError(ValueError):
     """The bytes are not a protobuf message, or end too early."""
 
 
-def skeleton(data: Buffer, location: str) -> bytes:
+def skeleton(data: Buffer, location: str, inner: bool = True) -> bytes:
     """The ModelProto in ``data`` with the bytes of large tensors replaced by references into the file ``location``.
 
-    Raises WireError.
+    ``inner=False`` replaces those of the graph's initializers alone, not of attributes. Raises WireError.
     """
-    return b"".join(_rewrite(data, 0, len(data), _MODEL, location, _DEPTH_LIMIT))
+    message = _MODEL if inner else _INITIALIZERS
+    return b"".join(_rewrite(data, 0, len(data), message, location, _DEPTH_LIMIT))
 
 
 def write_inline(

@@ -103,15 +103,9 @@ def compress(
     job.sources.append(Path(recipe))
     job.open_both()
     job.check_output(out_dir / "report.json", "a report")
-    found = None
-    if search:
-        job.check_output(out_dir / "recipe.toml", "a recipe")
-        found = searching.find(job, passes, overrides or {}, search, gates, sms, keep_in=out_dir / "checkpoint")
-        passes = found.passes
-        with files.writing(out_dir / "recipe.toml") as file:
-            file.write(recipes.dumps(recipes.Recipe("search", tuple(passes))).encode())
+    found = _searched(job, passes, overrides or {}, search, gates, sms, out_dir) if search else None
     gated = gates is not None and gates != Gates()
-    job.transform(passes, out, checkpoint=out_dir / "checkpoint", gated=gated, counted=True)
+    job.transform(found.passes if found else passes, out, out_dir / "checkpoint", gated, counted=True)
     terminal.write_both(job.record, out_dir)
     for sm in sms:
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
@@ -124,6 +118,23 @@ def compress(
     finally:
         terminal.write_both(job.record, out_dir)
     return job.record
+
+
+def _searched(
+    job: Job,
+    passes: Sequence[Pass],
+    overrides: Mapping[str, Any],
+    search: Search,
+    gates: Gates | None,
+    sms: Sequence[int],
+    out_dir: Path,
+) -> searching.Found:
+    """The result of a search, whose recipe is written."""
+    job.check_output(out_dir / "recipe.toml", "a recipe")
+    found = searching.find(job, passes, overrides, search, gates, sms, keep_in=out_dir / "checkpoint")
+    with files.writing(out_dir / "recipe.toml") as file:
+        file.write(recipes.dumps(recipes.Recipe("search", tuple(found.passes))).encode())
+    return found
 
 
 def fold(
@@ -306,7 +317,6 @@ def diff(
     other = files.load(b)
     job.record["output"] = model_facts(Path(b), other)
     job.prove(Path(b), computes_as_written(other), fuses_rightly(other))
-    job.close()
     if explain:
         with job.or_warning("The error was not explained"):
             job.record["explanation"] = explaining.explain(Path(a), Path(b), job.evaluation, progress)

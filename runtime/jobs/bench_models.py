@@ -150,7 +150,7 @@ def _timed(
 ) -> list[Latency]:
     """The latencies of models, then of engines, all in turns."""
     with contextlib.ExitStack() as stack:
-        sessions = {name: Session(path, threads=asked.threads) for name, path in models.items()}
+        sessions = {name: Session(path, threads=asked.threads, timed=True) for name, path in models.items()}
         runs: dict[str, Any] = {name: functools.partial(s.run, s.accepted(feed)) for name, s in sessions.items()}
         for name, path in engines.items():
             session = stack.enter_context(EngineSession(path, _package(path)))
@@ -224,7 +224,7 @@ def peak(path: str, feed: Feed, threads: int | None) -> int:
 
     onnxruntime()
     before = _peak()
-    session = Session(path, threads=threads)
+    session = Session(path, threads=threads, timed=True)
     session.run(session.accepted(feed))
     return _peak() - before
 

@@ -124,7 +124,9 @@ class Job:
         self.calibration: Data | None = None
         self._caches: dict[str, Any] = {}
         self.evaluation: Data | None = None
-        self._proved: tuple[Data, Runner | None, Runner] | None = None  # the data, the original, the candidate
+        self._reference: tuple[Data, Runner | None] | None = (
+            None  # the data, the original's outputs where they are held
+        )
         self.comparison: compare.Comparison | None = None
         self.record: Record = {
             "schema": 1,
@@ -183,8 +185,9 @@ class Job:
         if self.source.cache is not None:
             check_folder(self.source.cache)
         exact = all(step.kind == "exact" for step in passes)
-        if (self.evaluation or not exact) and self.record["model"]["bytes"] <= verify.LARGE:
-            self._session(self.model, optimize=False)  # a model that cannot be compared must show before the work
+        proved = bool(self.evaluation or not exact or self.fixed or (gated and self.calibration))
+        if proved and self.record["model"]["bytes"] <= verify.LARGE:
+            self._refer()  # a model that cannot be compared must show before the work
         if counted:
             self.record["model"] |= inspection.costs(self.graph)
         passes = [*self.prepared(), *passes]
@@ -207,11 +210,9 @@ class Job:
             self._account(written, nothing)
             as_written, fuse = computes_as_written(written), fuses_rightly(written)
             del written
-            if self.evaluation or not exact or self.fixed or (gated and self.calibration):
-                self.prove(candidate, as_written, fuse)
-            if any(step["changed"] and step["options"].get("target") == "onnxruntime" for step in steps):
-                self.time()
-            self.close()
+            timed = any(step["changed"] and step["options"].get("target") == "onnxruntime" for step in steps)
+            if proved:
+                self.prove(candidate, as_written, fuse, timed)
 
     @contextlib.contextmanager
     def blaming(self) -> Iterator[None]:
@@ -226,24 +227,16 @@ class Job:
                 session.run(next(iter(random_data(self.inputs, 1, seed=self.source.seed))))
             raise
 
-    def time(self) -> None:
-        """Measures the latency of both models, in turns, on one sample of the proof; warns of a slower candidate."""
-        if self._proved is None:
-            return
-        data, original, candidate = self._proved
-        feed = next(iter(data))
-        sessions = {"float": original or self._original(), "quantized": candidate}
+    def _time(self, feed: Feed, candidate: Runner) -> None:
+        """Measures the latency of both models, in turns, on one sample; warns of a slower candidate."""
+        sessions = {"float": self._original(timed=True), "quantized": candidate}
         runs = {name: functools.partial(session.run, feed) for name, session in sessions.items()}
-        timed = latencies(runs, rounds=9, warmup=1, seconds=1.0)
-        self.record["latency"] = [{"name": f"{t.name}, ONNX Runtime on this machine", "ms": t.ms} for t in timed]
-        ratio = timed[1].ms / timed[0].ms
+        found = latencies(runs, rounds=9, warmup=1, seconds=1.0)
+        self.record["latency"] = [{"name": f"{t.name}, ONNX Runtime on this machine", "ms": t.ms} for t in found]
+        ratio = found[1].ms / found[0].ms
         if round(ratio, 2) > 1:
             self.warn(f"The quantized file is {ratio:.2f}x as slow as float on this machine")
             self.record["next"] = list(dict.fromkeys([*self.record.get("next", ()), *advice.faster(self.record)]))
-
-    def close(self) -> None:
-        """Closes the sessions of the proof."""
-        self._proved = None
 
     def prepared(self) -> list[Pass]:
         """Passes that show all weights to the others: makes inputs with defaults constants, and inlines functions."""
@@ -291,12 +284,8 @@ class Job:
                 raise UsageError(f"{out} is one of the files in {source}, which are read", "Give another output")
         check_kind(out, kind)
 
-    def prove(self, candidate: Path, as_written: bool, fuse: bool = True) -> None:
-        """Compares the outputs of the candidate with those of the original.
-
-        ``as_written``: the file is not quantized for ONNX Runtime (``computes_as_written``). ``fuse``: see
-        ``fuses_rightly``.
-        """
+    def _refer(self) -> None:
+        """Chooses the data of the comparison and runs the original on them, so that one model is open at a time."""
         data = self.evaluation or self.calibration
         if data is None:
             data = self._probes()
@@ -306,11 +295,22 @@ class Job:
             data = data.first(SEEN if self.record["model"]["bytes"] < _COSTLY else SEEN // 2)
             self.warn("The outputs were compared on the calibration data; --evaluation compares them on unseen data")
         self.record["data"]["evaluation"] = data.description
-        original = None if as_written else self._original(exact=True)  # to be timed, else to make room
-        reference = compare.remembered(uncut(original or self._original(exact=True), self._caches), data)
+        self._reference = data, compare.remembered(self._original(exact=True), data)
+
+    def prove(self, candidate: Path, as_written: bool, fuse: bool = True, timed: bool = False) -> None:
+        """Compares the outputs of the candidate with those of the original.
+
+        ``as_written``: the file is not quantized for ONNX Runtime (``computes_as_written``). ``fuse``: see
+        ``fuses_rightly``. ``timed``: the latencies of both are measured as well.
+        """
+        if self._reference is None:
+            self._refer()
+        if self._reference is None:
+            return
+        data, held = self._reference
+        reference = uncut(held or self._original(exact=True), self._caches)
         exact = self._candidate(candidate, exact=True, fuse=fuse)
-        here = exact if as_written else self._candidate(candidate)
-        self._proved = data, original, here
+        here = exact if as_written else self._candidate(candidate, timed=timed)
         if as_written:
             self.comparison = compare.compare(reference, exact, data, self.progress)
             self.record["accuracy"] = self.comparison.to_json()
@@ -324,6 +324,8 @@ class Job:
         if level != "ok":
             self.warn(f"THE OUTPUTS HAVE {level.upper()} on {data.description}: {'; '.join(reasons)}")
             self.record["next"] = advice.next_steps(self.record)
+        if timed:
+            self._time(next(iter(data)), here)
 
     def runners(self, path: Path) -> tuple[Runner, Runner]:
         """The original and a result of it, whose outputs can be compared."""

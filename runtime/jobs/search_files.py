@@ -61,7 +61,9 @@ class Files:
 
     def latency(self, point: Point, feed: Feed) -> float:
         """The time of a point as a share of the float model's, measured in turns."""
-        sessions = {name: Session(path) for name, path in (("float", self.job.model), ("point", self.of(point)))}
+        sessions = {
+            name: Session(path, timed=True) for name, path in (("float", self.job.model), ("point", self.of(point)))
+        }
         runs = {name: functools.partial(session.run, feed) for name, session in sessions.items()}
         whole, found = latencies(runs, rounds=25, warmup=3, seconds=5.0)
         return found.low / whole.low  # what interrupts a run makes it longer

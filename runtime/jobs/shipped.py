@@ -59,7 +59,7 @@ def run(
     if any(step["pass"] == "reparameterize-ffn" and step["changed"] for step in record["steps"]):
         jobs.reparam(original, folder / "folded.onnx", progress=progress)
         files = {"float": original, "folded": folder / "folded.onnx", "int8": folder / "model.onnx"}
-    sessions = {stage: Session(path) for stage, path in files.items()}
+    sessions = {stage: Session(path, timed=True) for stage, path in files.items()}
     logits = {stage: Session(path, exact=True).run(evaluation)[model.output] for stage, path in files.items()}
     sample = {model.input: evaluation[model.input][:1]}
     timed = latencies({stage: lambda s=session: s.run(sample) for stage, session in sessions.items()}, rounds=500)

@@ -136,28 +136,24 @@ def compare_all(
     return [comparing.result(data) for comparing in found]
 
 
-def remembered(model: Runner, data: Data) -> Runner:
-    """The model's outputs on all feeds in their order, so that the model can be closed; the model where they are large.
-
-    Of two models only one is then in memory at a time.
-    """
+def remembered(model: Runner, data: Data) -> Runner | None:
+    """The model's outputs on all feeds, in their order, so that the model can be closed; None where they are large."""
     found: list[Mapping[str, Any]] = []
     for feed in data:
         found.append(model.run(feed))
         if sum(getattr(value, "nbytes", _HELD) for value in found[0].values()) * len(data) > _HELD:
-            return _Known(model, iter(found))
-    return _Known(None, iter(found))
+            return None
+    return _Known(iter(found))
 
 
 @dataclass(frozen=True)
 class _Known:
-    """The outputs on the first feeds, which come in their order, and the model for all others."""
+    """The outputs on some feeds, which come in their order."""
 
-    model: Runner | None
     outputs: Iterator[Mapping[str, Any]]
 
-    def run(self, feed: Feed) -> Mapping[str, Any]:
-        return next(self.outputs) if self.model is None else next(self.outputs, None) or self.model.run(feed)
+    def run(self, _: Feed) -> Mapping[str, Any]:
+        return next(self.outputs)
 
 
 class _Comparing:

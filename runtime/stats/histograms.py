@@ -21,11 +21,14 @@ from channelfold.runtime.stats.observe import check_width
 
 BINS = 1 << 15  # of magnitudes; with the sign there are twice as many
 MASK = 2.0**100  # values at least this large (1.3e30) are attention masks and the like; the edge of a bin
-COUNTED = 1 << 21  # values of a tensor, all samples together, that a histogram needs at least
+COUNTED = 1 << 20  # values of a tensor, all samples together, that a histogram needs at least
+_LEAST = 1 << 13  # values of a tensor in one sample that are counted at least
 _TAIL = 1024  # one of so many values of a sample is in the tail, which is counted whole; up to …
 _REACH = 20 * 128  # … bins from the largest magnitude
 _SINGLY = 1 << 15  # values that are added up one by one in float64
 _PIECE = 1 << 16  # values that stay in the cache
+_SOME = 1 << 10  # values of which one is zero, if zeros are no exception
+_SIGN = 1 << 31
 _SUMMABLE = 1e37  # float32 ends at 3e38
 _OCTAVE = 128  # bins
 _COARSER = 5  # bits of a bin's number that are left out for rows
@@ -152,12 +155,12 @@ class TensorStatistics:
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         if flat.size == 0:
             return
-        low, high = _range(flat)
-        if np.isnan(low):
-            raise DataError("it holds NaN")
         step = stride(values.shape, self.counted)
+        counts, low, high = _estimated(flat, step) if step > 1 else (None, *_range(flat))
+        if math.isnan(low) or math.isnan(high):
+            raise DataError("it holds NaN")
         if not (low > -MASK and high < MASK):
-            masked, step = np.abs(values) >= MASK, 1
+            masked, counts = np.abs(values) >= MASK, None
             low = float(values.min(initial=np.inf, where=~masked))
             high = float(values.max(initial=-np.inf, where=~masked))
             values = np.where(masked, np.float32(0), values)
@@ -165,7 +168,6 @@ class TensorStatistics:
             self._add_channels(values, self.channel_axis % values.ndim, max(abs(low), abs(high)))
         if high >= low:
             self._peaks.append(max(abs(low), abs(high)))
-        counts = _estimated(flat, step, low, high) if step > 1 else None
         self._octaves.add(np.bincount(_bins(flat)) if counts is None else counts)
         self._widen(low, high)
 
@@ -190,14 +192,15 @@ class TensorStatistics:
         self._positions += values.size // values.shape[axis]
         if axis == values.ndim - 1:
             rows = values.reshape(-1, values.shape[axis])[:: -(-values.size // (self.counted or values.size))]
-            energies = np.einsum("rc,rc->r", rows, rows, dtype=np.float64)  # in float32, 1e19 overflows
+            wide = np.float64 if peak * peak * values.shape[axis] > _SUMMABLE else None
+            energies = np.einsum("rc,rc->r", rows, rows, dtype=wide)
             found = np.sqrt(energies / values.shape[axis]).astype(np.float32)
             self._rows.add(np.bincount(_bins(found) >> _COARSER))
 
 
 def counted(samples: int) -> int:
     """How many values of each of some samples are counted, so that ``COUNTED`` of a tensor are."""
-    return max(_SINGLY, COUNTED // max(1, samples))
+    return max(_LEAST, COUNTED // max(1, samples))
 
 
 def stride(shape: tuple[int, ...], limit: int | None) -> int:
@@ -216,30 +219,42 @@ def _bins(values: np.ndarray, step: int = 1) -> np.ndarray:
     return values.view(np.uint16)[1 :: 2 * step]
 
 
-def _estimated(flat: np.ndarray, step: int, low: float, high: float) -> np.ndarray | None:
-    """Counts: those of every n-th value, n times, and in the tail those of all values.
+def _estimated(flat: np.ndarray, step: int) -> tuple[np.ndarray | None, float, float]:
+    """(counts, minimum, maximum). Counts are those of every n-th value, n times, and in the tail those of all values.
 
     The tail begins at the edge of a bin that few of the n-th values reach. The counts add up to the number of values,
-    and the last bin on each side is that of the end, ``low`` or ``high``. None where every n-th value and all values
-    disagree about the share of the tail.
+    and the last bin on each side is that of the end. They are None where every n-th value and all values disagree about
+    the share of the tail; an end is NaN where a value is.
     """
-    ends = _bins(np.array([low, high], np.float32))
-    counts = np.bincount(_bins(flat, step), minlength=int(ends.max()) + 1)
-    first = _edge(counts, int(max(ends & (BINS - 1))), len(flat) // step // _TAIL)
+    codes = np.ascontiguousarray(_bins(flat, step))
+    counts, last = np.bincount(codes), int((codes & (BINS - 1)).max())
+    first = min(last, _edge(counts, last, len(flat) // step // _TAIL))
+    tail, low, high = _tail(flat, first, len(counts) > BINS)
     counts[first:BINS] = counts[BINS + first :] = 0
-    counts *= step
     most = int(counts.argmax())
-    enough = counts[most]
-    edge = np.float32(LOWER[first])
-    beyond = flat >= edge
-    if low <= -edge:
-        beyond |= flat <= -edge
-    tail = np.bincount(_bins(flat[np.flatnonzero(beyond)]))
-    counts[: len(tail)] += tail
-    counts[ends] = np.maximum(counts[ends], 1)
-    lacking = flat.size - int(counts.sum())
-    counts[most] += lacking
-    return counts if abs(lacking) < enough else None
+    ends, bins = _bins(np.array([low, high], np.float32)), _bins(tail)
+    total = np.zeros((max(len(counts), int(ends.max()) + 1) + _OCTAVE - 1) // _OCTAVE * _OCTAVE, np.int64)
+    np.multiply(counts, step, out=total[: len(counts)])
+    np.add.at(total, bins, 1)
+    total[ends] = np.maximum(total[ends], 1)
+    lacking = flat.size - int(total.sum())
+    total[most] += lacking
+    return total if abs(lacking) < counts[most] * step else None, low, high
+
+
+def _tail(flat: np.ndarray, first: int, signed: bool) -> tuple[np.ndarray, float, float]:
+    """(the values in the bin ``first`` of magnitudes and in higher ones, minimum, maximum), one NaN where a value is.
+
+    Where few values are negative, ``signed=False``, all of these are in the tail: seen as uint32 they are above all
+    others, as NaN is, in one comparison. Then there is mostly a zero as well, the minimum.
+    """
+    bits, edge = flat.view(np.uint32), first << 16
+    beyond = (flat.view(np.int32) >= edge) | (bits >= edge + _SIGN) if signed else bits >= edge
+    tail = flat[np.flatnonzero(beyond)]
+    low, high = tail.min(), tail.max()
+    if not low < 0:
+        low = flat.min() if signed or flat[:_SOME].min() else np.float32(0)
+    return tail, float(low), float(high if high > 0 else flat.max())
 
 
 def _edge(counts: np.ndarray, last: int, few: int) -> int:

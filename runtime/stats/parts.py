@@ -179,4 +179,4 @@ def _session(
     )
     for name in sorted(outside & given.keys()):
         part.graph.input.append(onnx.ValueInfoProto(name=name, type=given[name]))
-    return open_model(part, own, outputs, arena=whole, rests=True, prepack=prepack)
+    return open_model(part, own, outputs, arena=whole, prepack=prepack)

@@ -40,7 +40,7 @@ def profiles(
     """The nodes of every model in the order of their first run, after ``rounds`` runs or, from 5 on, ``seconds``."""
     with tempfile.TemporaryDirectory(prefix="channelfold-") as folder:
         sessions = {
-            name: Session(path, threads=threads, profile=Path(folder, f"profile{number}"))
+            name: Session(path, threads=threads, timed=True, profile=Path(folder, f"profile{number}"))
             for number, (name, path) in enumerate(models.items())
         }
         feeds = {name: session.accepted(feed) for name, session in sessions.items()}

@@ -109,9 +109,9 @@ def test_the_option_reaches_onnxruntime(monkeypatch):
             super().add_session_config_entry(key, value)
 
     monkeypatch.setattr(ort, "SessionOptions", Options)
-    Session(DIGITS)
+    Session(DIGITS, timed=True)
     assert not entries
-    Session(DIGITS, exact=True)
+    Session(DIGITS, exact=True, timed=True)
     assert entries == {"session.x64quantprecision": "1", "session.qdq_matmulnbits_accuracy_level": "1"}
 
 
