@@ -160,7 +160,7 @@ def _reader(node: gs.Node, tensor: gs.Tensor) -> tuple[gs.Node, np.dtype | None]
         through = node.op in _THROUGH or codes_behind(node) is not None
         if not through or not edit.is_standard(node) or node.inputs[0] is not tensor:
             break
-        if node.op == "Cast" and codes_behind(node) is tensor:
+        if node.op == "Cast" and codes_behind(node) is not None:
             scale = edit.dtype(node.outputs[0])
         if node.op == "DequantizeLinear" and edit.dtype(node.inputs[1]) is not None:
             scale = edit.dtype(node.inputs[1])

@@ -1,6 +1,6 @@
 """The weights that float nodes read, stored in 8 bits: a node that stays float need not make the file large.
 
-    W   becomes   Reshape((Cast(q) - 128) s),    a scale for ``GROUP`` inputs of an output channel
+    W   becomes   Reshape((Cast(q) - 128) s),    a scale for 32 to 64 inputs of an output channel
 
 Both targets expand the weight once, when they load the file (see ``layers/expansion``), so the node costs what it
 costs in float. The scales are finer than those of an int8 node, because such a node often reads what 8 bits could not
@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Outcome
 from channelfold.passes.layers.expansion import LEAST
-from channelfold.passes.layers.formats import INT8, SCALES, Format, all_finite
+from channelfold.passes.layers.formats import FLOAT, SCALES, Format, all_finite
 from channelfold.passes.operators import operator
 from channelfold.passes.quantize import Quantize, QuantizeWeights
 from channelfold.passes.quantize.qdq import excluded
@@ -27,7 +27,7 @@ from channelfold.passes.quantize.rounders import by_scale, rounded
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, read
 
-GROUP = 64
+_GROUP = 64  # inputs that share a scale at most, and half of them at least
 _MIDDLE = 128  # the code of zero
 _NOTED = 0.02  # of the bytes of the constants; PLCMOS has stack traces of 14 %
 _CONVOLUTIONS = ("conv", "fused_conv")
@@ -72,30 +72,34 @@ def _store(graph: gs.Graph, node: gs.Node, index: int) -> list[gs.Node]:
     def held(what: str, values: np.ndarray) -> gs.Constant:
         return constant(graph, f"{name}_{what}", values)
 
-    tensor: gs.Tensor = held("codes", codes)
-    made = []
-    for op, attrs, others in (
-        ("Cast", {"to": onnx.helper.np_dtype_to_tensor_dtype(dtype)}, []),
-        ("Sub", {}, [held("middle", np.array(_MIDDLE, dtype))]),
+    steps = [
+        ("Cast", _to(FLOAT), []),
+        ("Sub", {}, [held("middle", np.array(_MIDDLE, FLOAT))]),
         ("Mul", {}, [held("scales", scales)]),
+        *([("Cast", _to(dtype), [])] if dtype != FLOAT else []),
         ("Reshape", {}, [held("shape", np.array(weight.shape, np.int64))]),
-    ):
-        result = gs.Variable(free_name(graph, f"{name}_{op}_output"), dtype)
+    ]
+    made, tensor = [], held("codes", codes)
+    for op, attrs, others in steps:
+        result = gs.Variable(free_name(graph, f"{name}_{op}_output"))
         made.append(gs.Node(op, free_name(graph, f"{name}_{op}"), attrs, [tensor, *others], [result]))
         tensor = result
-    tensor.shape = list(weight.shape)
+    tensor.dtype, tensor.shape = dtype, list(weight.shape)
     edit.redirect(weight, tensor)
     return made
+
+
+def _to(dtype: np.dtype) -> dict[str, int]:
+    return {"to": onnx.helper.np_dtype_to_tensor_dtype(dtype)}
 
 
 def _weights(node: gs.Node) -> Iterator[int]:
     """The inputs of a node that are large float weights."""
     known = operator(node)
     for index in (0,) if known.kind == "gather" else known.weights:
-        tensor = node.inputs[index] if edit.has_input(node, index) else None
-        if not isinstance(tensor, gs.Constant) or len(tensor.shape) < 2 or math.prod(tensor.shape) < LEAST:
-            continue
-        if edit.is_float_type(np.dtype(tensor.dtype)):
+        tensor = node.inputs[index] if edit.has_input(node, index) else gs.Variable.empty()
+        large = isinstance(tensor, gs.Constant) and len(tensor.shape) > 1 and math.prod(tensor.shape) >= LEAST
+        if large and edit.is_float_type(np.dtype(tensor.dtype)):
             yield index
 
 
@@ -117,9 +121,9 @@ def _rounded(weight: np.ndarray, node: gs.Node, index: int) -> tuple[np.ndarray,
     weight = weight.swapaxes(-1, -2) if inputs_first else weight
     lead = weight.shape[: 1 if kind in _CONVOLUTIONS else -1]
     rows = np.ascontiguousarray(weight).reshape(math.prod(lead), -1)
-    format = Format(group=GROUP).fitted(rows.shape[1], whole=True)
-    format = format if rows.shape[1] % format.group == 0 else INT8
-    layer = rounded(rows, by_scale(format, np.dtype(weight.dtype)), format)
+    width = rows.shape[1]
+    format = Format(group=next((size for size in range(_GROUP, _GROUP // 2 - 1, -1) if width % size == 0), width))
+    layer = rounded(rows, by_scale(format, FLOAT), format)
     codes = (layer.codes.astype(np.int16) + _MIDDLE).astype(np.uint8).reshape(*lead, layer.scales.shape[1], -1)
     scales = layer.scales.reshape(*lead, -1, 1)
     if inputs_first:
