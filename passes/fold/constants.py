@@ -6,9 +6,10 @@ The pass computes Weight Standardization (W - mean(W)) / std(W), the arithmetic 
 behind Cast or Transpose. ONNX Runtime runs the nodes of the model without fusing them. The shape of a tensor counts as
 a constant where the shape is the same for every input.
 
-The pass leaves alone: random operators, QuantizeLinear and DequantizeLinear (folding them would undo a quantization),
-nodes with subgraphs, nodes that write a graph output, and connected nodes whose result would make the file more than 1
-MB larger (a tied embedding behind a Transpose, a weight that ConstantOfShape makes).
+The pass leaves alone: random operators, QuantizeLinear, DequantizeLinear and what expands a weight that is stored in 8
+bits (folding them would undo a quantization), nodes with subgraphs, nodes that write a graph output, and connected
+nodes whose result would make the file more than 1 MB larger (a tied embedding behind a Transpose, a weight that
+ConstantOfShape makes).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.fold import FoldConstants
+from channelfold.passes.layers.expansion import codes_behind
 from channelfold.passes.layers.linear import GROWTH_LIMIT
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
@@ -113,7 +115,7 @@ def _is_foldable(graph: gs.Graph, node: gs.Node) -> bool:
         return False
     if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
         return False
-    return not any(edit.is_output(graph, t) for t in node.outputs)
+    return not any(edit.is_output(graph, t) for t in node.outputs) and codes_behind(node) is None
 
 
 def _known_shape(node: gs.Node) -> np.ndarray | None:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from channelfold.passes.layers.expansion import codes_behind
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.bodies import Body, bodies, located
@@ -24,6 +25,7 @@ from channelfold.runtime.io.convert import carried
 MAIN = "main graph"
 FLOAT = "float"
 VECTOR = "biases, norms and scales stay float"
+EXPANDED = "for a float product, expanded when the file is loaded"
 _THROUGH = ("DequantizeLinear", "Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 _INTEGER = (  # parts of the names of operators on integer codes
     "Integer", "QLinear", "NBits", "QAttention", "QGemm", "BlockQuantized", "QMoE", "QOrdered", "QEmbed", "BnbQ",
@@ -35,8 +37,8 @@ _INTEGER = (  # parts of the names of operators on integer codes
 class Row:
     """``bytes`` of ``tensors`` weights in one ``place``, read by one ``op``, in one ``state``, for one ``reason``.
 
-    ``state`` is "float" or the type of the codes, and ``reason`` says why the weights are float. ``largest`` is the
-    name of the largest weight, and ``most`` its bytes.
+    ``state`` is "float" or the type of the codes, and ``reason`` says why the weights, or what is made of their codes,
+    are float. ``largest`` is the name of the largest weight, and ``most`` its bytes.
     """
 
     place: str
@@ -139,8 +141,9 @@ def _state(
     reader, scale = _reader(node, tensor)
     if _is_code(node, tensor):
         width = (scale.itemsize if scale is not None else 4) * 8 // int(node.attrs.get("bits", 8))  # several to a byte
-        return reader.op, dtype.name, "", width
+        return reader.op, dtype.name, EXPANDED if codes_behind(node) is tensor else "", width
     with_codes = node.op in ("DequantizeLinear", "QuantizeLinear") or any(part in node.op for part in _INTEGER)
+    with_codes |= codes_behind(node) is not None
     if not edit.is_float_type(dtype) or with_codes:
         return None  # a scale comes with its codes
     unknown = "" if reasons is None else f"no weight of {reader.op} is quantized"
@@ -154,8 +157,11 @@ def _reader(node: gs.Node, tensor: gs.Tensor) -> tuple[gs.Node, np.dtype | None]
     """(the operator that uses a constant, the type that the constant is dequantized to on the way)."""
     scale = None
     for _ in range(len(_THROUGH)):
-        if node.op not in _THROUGH or not edit.is_standard(node) or node.inputs[0] is not tensor:
+        through = node.op in _THROUGH or codes_behind(node) is not None
+        if not through or not edit.is_standard(node) or node.inputs[0] is not tensor:
             break
+        if node.op == "Cast" and codes_behind(node) is not None:
+            scale = edit.dtype(node.outputs[0])
         if node.op == "DequantizeLinear" and edit.dtype(node.inputs[1]) is not None:
             scale = edit.dtype(node.inputs[1])
         readers = edit.consumers(node.outputs[0])
@@ -174,6 +180,8 @@ def _is_code(node: gs.Node, tensor: gs.Constant) -> bool:
     """Whether a constant of integers stands for floating point numbers."""
     if edit.is_standard(node) and node.op == "DequantizeLinear":
         return node.inputs[0] is tensor
+    if codes_behind(node) is tensor:
+        return True
     known = any(part in node.op for part in _INTEGER) or operator(node).kind == "gather"
     least = 2 if node.op == "DynamicQuantizeLSTM" else 1  # its zero points are matrices
     return known and len(tensor.shape) > least and np.dtype(tensor.dtype).itemsize == 1

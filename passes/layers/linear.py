@@ -27,6 +27,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import DoesNotFit, Outcome, Refused, TwoActivations
+from channelfold.passes.layers.expansion import codes_behind
 from channelfold.passes.operators import operator
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import constant, free_name, read
@@ -386,7 +387,7 @@ def _resolve(tensor: gs.Tensor) -> tuple[gs.Constant, list[gs.Node]] | None:
 
 def _why_not_constant(node: gs.Node, tensor: gs.Tensor) -> Refused:
     source = edit.producer(tensor)
-    if source is not None and source.op == "DequantizeLinear":
+    if (source is not None and source.op == "DequantizeLinear") or codes_behind(source) is not None:
         return Refused("its weight is quantized already")
     if source is not None and source.inputs and all(isinstance(t, gs.Constant) for t in source.inputs):
         return Refused(f"its weight is made at run time by {source.op}, from constants")

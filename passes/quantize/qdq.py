@@ -12,8 +12,9 @@ onnxruntime   uint8, z free; around convolutions *every* reader of a quantized t
               float, and only they read through the pair. Of MatMul and Add it makes a float Gemm before it looks for
               QDQ nodes; see ``Inserter.fusable``.
 
-A Q or DQ without a zero point would be uint8 by the ONNX specification, which TensorRT clamps to half its range, so the
-zero point is always written. A scale is never zero: a dead channel gets a small number.
+A Q without a zero point would be uint8 by the ONNX specification, which TensorRT clamps to half its range, and ONNX
+Runtime fuses no weight without a zero point, so the zero point is always written, but for biases. A scale is never
+zero: a dead channel gets a small number.
 """
 
 from __future__ import annotations
@@ -428,7 +429,7 @@ class Inserter:
         step = float(seen.parameters(self.symmetric, scales.dtype)[0])
         combined = np.maximum(scales.astype(np.float64) * step, 1e-30)
         stored = np.rint(bias / combined).astype(np.int32)  # fits: see _smallest_scale
-        constants = self.constants(f"{linear.name}_bias", stored, combined.astype(scales.dtype))
+        constants = self.constants(f"{linear.name}_bias", stored, combined.astype(scales.dtype))[:2]
         restored = self.dequantized(f"{linear.name}_bias", constants, {"axis": 0}, linear.node)
         edit.set_input(linear.node, 2, restored)
         if "beta" in linear.node.attrs:
@@ -456,7 +457,7 @@ class Inserter:
         self, name: str, constants: list[gs.Constant], attrs: dict[str, int], reader: gs.Node
     ) -> gs.Variable:
         """The result of a DequantizeLinear of ``constants``, which will stand in front of ``reader``."""
-        codes, scales, _ = constants
+        codes, scales = constants[:2]
         restored = gs.Variable(free_name(self.graph, f"{name}_dequantized"), scales.dtype, list(codes.shape))
         own = free_name(self.graph, f"{name}_DequantizeLinear")
         node = gs.Node("DequantizeLinear", own, attrs, list(constants), [restored])

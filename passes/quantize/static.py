@@ -40,6 +40,7 @@ from channelfold.passes.quantize.qdq import (
     summary,
     why_not_int8,
 )
+from channelfold.passes.quantize.storage import store_rest
 from channelfold.passes.quantize.tables import quantize_tables
 from channelfold.passes.quantize.timed import without_slow
 from channelfold.runtime.io import edit, temporary
@@ -109,6 +110,7 @@ class Work(Quantize):
             inserter.finish()
             edit.remove_dead(graph)
         outcome.facts = summary(graph, kept, cells)
+        store_rest(graph, outcome, self)
         outcome.facts["activations"] = {name: self._facts(seen.statistics[name], own) for name, own in ranges.items()}
         outcome.facts["weight_bits"] = inserter.format.bits
         outcome.facts["centered"] = inserter.centered

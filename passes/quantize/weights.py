@@ -43,6 +43,7 @@ from channelfold.passes.quantize.qdq import (
     why_not_int8,
 )
 from channelfold.passes.quantize.rounders import Rounded, Rounder, by_scale, gptq, rounded
+from channelfold.passes.quantize.storage import store_rest
 from channelfold.passes.quantize.tables import quantize_tables
 from channelfold.runtime.errors import DataError
 from channelfold.runtime.io import edit
@@ -111,6 +112,7 @@ class Work(QuantizeWeights):
             inserter.finish()
             edit.remove_dead(graph)
         outcome.facts = summary(graph, kept, cells) | {"ranges": list(ranges.values())}
+        store_rest(graph, outcome, self)
         return outcome
 
     def _of_table(self, node: gs.Node) -> Format:

@@ -298,7 +298,7 @@ def _worth_telling(warnings: list[str]) -> list[str]:
             )
         elif match := re.match(r"Profile k(\w+) values are not self-consistent\. (.*)", text, re.DOTALL):
             told.append(f"The engine will fail at the {match[1]} shapes: {_clean(match[2])}")
-        elif not re.search("Make sure input|Empty initializer", text):
+        elif not re.search("Make sure input|Empty initializer|UINT8 data .* converted to INT32", text):
             told.append(_clean(text))
     return list(dict.fromkeys(told))
 

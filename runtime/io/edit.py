@@ -224,6 +224,19 @@ def rewrite(node: gs.Node, op: str, inputs: list[gs.Tensor]) -> None:
     node.outputs.append(output)
 
 
+def notes(node: gs.Node) -> int:
+    """The bytes of a node's documentation and metadata."""
+    kept = vars(node).get("carried") or onnx.NodeProto()
+    return onnx.NodeProto(doc_string=kept.doc_string, metadata_props=kept.metadata_props).ByteSize()
+
+
+def drop_notes(node: gs.Node) -> None:
+    """Removes a node's documentation and metadata."""
+    if (kept := vars(node).get("carried")) is not None:
+        kept.ClearField("doc_string")
+        kept.ClearField("metadata_props")
+
+
 def detach(node: gs.Node) -> None:
     """Removes the edges of a node and of its subgraphs. The node is then dead; ``sweep`` removes dead nodes."""
     for attribute in node.attrs.values():

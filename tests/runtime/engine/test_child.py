@@ -108,6 +108,7 @@ def test_warnings_worth_telling() -> None:
     log.handle(record)
     log.warnings += [
         "ModelImporter.cpp:1071: Make sure input ids has Int64 binding.",
+        "onnxOpImporters.cpp:88: UINT8 data W_codes is being converted to INT32",
         "Profile kMIN values are not self-consistent. IShuffleLayer r: reshape changes volume In f at /_src/s.cpp:3 "
         "Instruction: RESHAPE{8 32}",
         "onnxOpImporters.cpp:1980: TensorRT supports QuantizeLinear/DequantizeLinear with UINT8 zero_point only on DLA",
