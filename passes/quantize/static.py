@@ -24,7 +24,7 @@ from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.borders import inside
 from channelfold.passes.layers.formats import INT7, INT8
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
-from channelfold.passes.layers.sensitivity import SAMPLES, Crew, decibels, keep, measure, spread
+from channelfold.passes.layers.sensitivity import SAMPLES, Crew, brief, decibels, keep, measure, spread
 from channelfold.passes.layers.switchboard import build
 from channelfold.passes.quantize import Quantize, calibrators, center
 from channelfold.passes.quantize.cells import quantize_cells
@@ -208,7 +208,7 @@ class Work(Quantize):
         with temporary.folder() as folder:
             _, tried = in_int8(graph, sites, Outcome(), insert, lambda *_: {})
             board = build(graph, {"int8": tried.graph}, folder, centered=tried.centered)
-            samples = keep(board, spread(ctx.data, SAMPLES), "sample")
+            samples = keep(board, brief(board, spread(ctx.data, SAMPLES)), "sample")
             measured = measure(board, samples, crew=Crew(progress=ctx.progress))
         errors = {site.nodes[0]: site.errors["int8"] for site in measured}
         chosen = sorted(errors, key=errors.__getitem__, reverse=True)[:count]
