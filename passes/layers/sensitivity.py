@@ -29,6 +29,7 @@ from channelfold.runtime.errors import no_progress
 from channelfold.runtime.io import workers as pool
 from channelfold.runtime.io.files import writing
 from channelfold.runtime.io.session import Feed
+from channelfold.runtime.stats.metrics import counted
 
 SAMPLES = 16  # on which sensitivities are measured, where ``RUNS`` pays for them
 RUNS = 256  # of the whole network on one sample, for the sensitivities of a network: four passes over 64 samples
@@ -162,21 +163,15 @@ class Meter:
 
     def see(self, sample: int, feed: Feed, right: Sequence[np.ndarray], found: Iterable[Sequence[np.ndarray]]) -> None:
         """Takes the outputs on a sample: those that are right, and those of every configuration."""
-        self.errors.energy[sample] = [_energy(self._counted(feed, output)) for output in right]
+        mask = feed.get(self._mask)
+        self.errors.energy[sample] = [_energy(counted(output, mask)) for output in right]
         self.errors.right[0, sample] = self._classed(sample, right)
         for number, outputs in enumerate(found):
             self.errors.right[1 + number, sample] = self._classed(sample, outputs)
             for place, pair in enumerate(zip(right, outputs, strict=True)):
-                old, new = (self._counted(feed, output) for output in pair)
+                old, new = (counted(output, mask) for output in pair)
                 self.errors.lost[number, sample, place] = _lost(old, new)
                 self.errors.agreed[number, sample, place] = _agreed(old, new)
-
-    def _counted(self, feed: Feed, output: np.ndarray) -> np.ndarray:
-        """The positions of an output that take part, (n, channels), where the output has those of the mask."""
-        mask = feed.get(self._mask)
-        if mask is None or mask.ndim != 2 or output.ndim < 3 or output.shape[: mask.ndim] != mask.shape:
-            return output
-        return output[mask != 0]
 
     def _classed(self, sample: int, outputs: Sequence[np.ndarray]) -> bool:
         scores = next((o for o, holds in zip(outputs, self._scores, strict=True) if holds), outputs[0])
