@@ -327,6 +327,27 @@ def measure(
     return sites
 
 
+def worst(
+    board: Board, samples: Sequence[str], sites: Sequence[Site], option: str, count: int, crew: Crew
+) -> list[Site]:
+    """Up to ``count`` sites that stay float where all others have an option; none where none of the choices pays.
+
+    Largest errors first: of the mean of the samples, or of their median, for a few of the samples can hold most of the
+    error, and where these are the same sites, or errors do not add up, a choice can be worse than none. Each choice is
+    measured, and the best one is taken.
+    """
+    ranks: list[Callable[[Site], float]] = [
+        lambda site: site.errors[option],
+        lambda site: float(np.median(site.by_sample[option])),
+    ]
+    choices = [sorted(sites, key=rank, reverse=True)[:count] for rank in ranks]
+    mixes: list[Configuration] = [{name: option for site in sites for name in site.nodes}]
+    mixes += [mixes[0] | {name: FLOAT for site in chosen for name in site.nodes} for chosen in choices]
+    trials = [Trial(board, tuple(_some(samples, SAMPLES)), tuple(mixes))]
+    (errors,) = crew.each("choices", trials)
+    return [[], *choices][int(errors.by_sample().mean(axis=1).argmin())]
+
+
 def checked(
     board: Board, samples: Sequence[str], sites: Sequence[Site], used: Collection[Pair], crew: Crew
 ) -> list[Site]:
