@@ -1,10 +1,14 @@
-"""What the search of ``channelfold compress`` finds on the open set, and what ``--float-share`` keeps.
+"""What the search of ``channelfold compress`` finds on the open set, beside recipes, and what ``--float-share`` keeps.
 
-    python benchmarks/search.py [SUBJECT …] [--dir DIR] [--json FILE] [--write]
+    python benchmarks/search.py [SUBJECT …] [--part PART …] [--dir DIR] [--json FILE] [--write]
 
-For every subject: the SNR of the worst output, all in int8 and with 5, 10 and 20 % of the linear nodes in float, ranked
-by the measured sensitivities; then a search for 1 % loss: what it predicts and measures along the front, the file, the
-samples that it runs (as passes over 64 samples), and its processor time beside that of the float model on 64 samples.
+search    a search: what it predicts and measures along the front, the file, the samples that it runs (as passes over 64
+          samples), its processor time and peak memory
+recipes   the built-in recipes on the samples that steer the search: which of them is off its front, at less cost and a
+          smaller error than every point
+shares    the SNR of the worst output with 0, 5, 10 and 20 % of the linear nodes in float
+ranks     the rank correlation of the scores of nodes with the error of one node at a time on the other samples
+
 Measured on samples that nothing was calibrated on: for EfficientNet-Lite0 the first 40 crops of its accuracy task, else
 every third sample of the calibration data, which is then left out of the calibration.
 """
@@ -12,27 +16,43 @@ every third sample of the calibration data, which is then left out of the calibr
 from __future__ import annotations
 
 import json
-import resource
+import math
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from harness import add_results, channelfold, keep, known, parser, table, write
 
-SHARES = (0.0, 0.05, 0.1, 0.2)
-SUBJECTS = {  # file, calibration data, recipe
-    "crepe_tiny": ("crepe_tiny.onnx", "crepe_tiny.npz", "int8"),
-    "effnet": ("effnet_lite0.bn.onnx", "effnet.npz", "int8"),
-    "minilm": ("minilm.onnx", "minilm", "int8"),
-    "minilm smooth": ("minilm.onnx", "minilm", "int8-smooth"),
-    "imgfocus": ("vit_s_focus.onnx", "imgfocus.npz", "int8"),
-    "ocr_rec": ("ocr_rec.onnx", "ocr_rec", "int8"),
+
+class Subject(NamedTuple):
+    """A model of the open set, its calibration data, the recipe of its search and of its shares, and its limit."""
+
+    file: str
+    data: str
+    recipe: str = "int8"
+    limit: tuple[str, ...] = ("--max-loss", "1%")
+    shares: str = "int8"
+
+
+SUBJECTS = {
+    "crepe_tiny": Subject("crepe_tiny.onnx", "crepe_tiny.npz"),
+    "effnet": Subject("effnet_lite0.bn.onnx", "effnet.npz"),
+    "effnet 28 dB": Subject("effnet_lite0.bn.onnx", "effnet.npz", limit=("--search", "--min-snr", "28")),
+    "minilm": Subject("minilm.onnx", "minilm", shares="int8-smooth"),
+    "imgfocus": Subject("vit_s_focus.onnx", "imgfocus.npz"),
+    "ocr_rec": Subject("ocr_rec.onnx", "ocr_rec"),
+    "smollm2": Subject("smollm2.onnx", "smol.npz"),
 }
+PARTS = ("search", "recipes", "shares", "ranks")
+SHARES = (0.0, 0.05, 0.1, 0.2)
+RECIPES = ("fp16", "int8", "int8-smooth", "int8-fp16", "int8-weights", "int4")
 CROPS = 40
+NEAR = 0.005, 0.5  # of the cost, and dB: the bytes of the quantizers of a point are guessed
 
 
 def samples(source: Path) -> Iterator[dict[str, np.ndarray]]:
@@ -44,11 +64,11 @@ def samples(source: Path) -> Iterator[dict[str, np.ndarray]]:
             yield {name: values[i : i + 1] for name, values in arrays.items()}
 
 
-def split(source: Path, folder: Path, name: str) -> tuple[Path, Path]:
-    """(calibration, evaluation) as folders of samples."""
+def split(source: Path, folder: Path, name: str) -> dict[str, Path]:
+    """Folders of samples: calibration, evaluation, and those of the evaluation that steer a search."""
     found = list(samples(source))
     parts = {"calibration": [s for i, s in enumerate(found) if i % 3], "evaluation": found[::3]}
-    if name == "effnet":
+    if name.startswith("effnet"):
         from tasks.images import crop, lite_input, random_windows
         from tasks.sources import photos
 
@@ -56,84 +76,220 @@ def split(source: Path, folder: Path, name: str) -> tuple[Path, Path]:
         windows = list(random_windows(views, 200, np.random.default_rng(0)))[:CROPS]
         crops = [{"image": lite_input(crop(views, window)[None])} for window in windows]
         parts = {"calibration": found, "evaluation": crops}
+    parts["steering"] = parts["evaluation"][::2]
     for part, feeds in parts.items():
         (folder / part).mkdir()
         for i, feed in enumerate(feeds):
             np.savez(folder / part / f"{i:03}.npz", **feed)  # pyright: ignore[reportArgumentType]
-    return folder / "calibration", folder / "evaluation"
+    return {part: folder / part for part in parts}
 
 
-def compressed(model: Path, data: tuple[Path, Path], out: Path, *flags: str) -> tuple[dict[str, Any], float]:
-    """The record of a command, and its processor time in seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    command = channelfold("compress", model, "-o", out, "--calibration", data[0], "--evaluation", data[1], *flags)
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    if done.returncode not in (0, 3):
-        sys.exit(done.stderr[-2000:])
-    return json.loads(done.stdout), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+class Run(NamedTuple):
+    """The record of a command, its processor time in seconds, and its peak memory in bytes."""
+
+    record: dict[str, Any]
+    cpu: float
+    memory: int
+
+
+def compressed(model: Path, data: Mapping[str, Path], out: Path, *flags: str, measured: str = "evaluation") -> Run:
+    command = channelfold("compress", model, "-o", out, "--calibration", data["calibration"])
+    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as told:
+        process = subprocess.Popen(
+            [*command, "--evaluation", data[measured], *flags, "--json"], stdout=printed, stderr=told
+        )
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        printed.seek(0), told.seek(0)
+        if process.returncode not in (0, 3):
+            sys.exit(told.read().decode()[-2000:])
+        return Run(json.loads(printed.read()), used.ru_utime, used.ru_maxrss * 1024)
 
 
 def snr(record: dict[str, Any]) -> float:
     return min(float(o["snr"]) for o in record["accuracy"]["outputs"] if o["snr"] is not None)
 
 
-def measured(model: Path, source: Path, recipe: str, name: str) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        data = split(source, root, name)
-        for share in SHARES:
-            flags = ("--recipe", recipe, "--float-share", str(share))
-            record, row[f"{share:.0%} cpu"] = compressed(model, data, root / "share", *flags)
-            row[f"{share:.0%}"] = snr(record)
-        record, row["cpu"] = compressed(model, data, root / "search", "--recipe", recipe, "--max-loss", "1%")
-        found = record["search"]
-        points = [p for p in found["points"] if p["cost"] < 1 and len(p["options"]) > 1]
-        chosen = next(p for p in found["points"] if p["chosen"])
-        gaps = [p["error_db"] - p["predicted_db"] + found["kappa_db"] for p in points if p["predicted_db"] < 200]
-        row |= {
-            "met": found["met"], "kappa": found["kappa_db"], "gaps": gaps, "runs": found["runs"],
-            "bytes": record["output"]["bytes"] / record["model"]["bytes"], "cost": chosen["cost"],
-            "loss": chosen["proof"]["loss"], "high": chosen["proof"]["high"], "what": found["loss"],
-            "snr": snr(record), "start": chosen["start"],
-        }  # fmt: skip
-    return row
+# ---- what is measured --------------------------------------------------------------------------------------------
 
 
-def line(name: str, row: dict[str, Any]) -> list[str]:
-    near = sum(abs(gap) <= 1 for gap in row["gaps"])
+def search(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path) -> dict[str, Any]:
+    run = compressed(model, data, folder / "search", "--recipe", subject.recipe, *subject.limit)
+    record, found = run.record, run.record["search"]
+    mixed = [p for p in found["points"] if p["cost"] < 1 and len(p["options"]) > 1 and p["predicted_db"] < 200]
+    return {
+        "met": found["met"], "what": found["loss"], "runs": found["runs"], "points": found["points"],
+        "gaps": [p["error_db"] - p["predicted_db"] for p in mixed], "kappa": found["kappa_db"], "file": found["file"],
+        "bytes": record["output"]["bytes"] / record["model"]["bytes"], "cpu": run.cpu,
+        "memory": run.memory / record["model"]["bytes"],
+    }  # fmt: skip
+
+
+def recipes(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path) -> dict[str, Any]:
+    """The cost of every recipe, as a search counts, and its SNR in front of a closing Softmax."""
+    from channelfold.passes.layers.switchboard import compared
+    from channelfold.passes.search.options import multiplications
+    from channelfold.runtime.data.sources import open_data
+    from channelfold.runtime.io import files
+    from channelfold.runtime.io.facts import required_inputs
+    from channelfold.runtime.io.session import Session
+    from channelfold.runtime.stats.compare import compare
+
+    def opened(path: Path, into: Path) -> Session:
+        graph = files.load(path)
+        graph.outputs = [tensor for tensor, *_ in compared(graph)]
+        for place, tensor in enumerate(graph.outputs):
+            tensor.name = f"compared.{place}"
+        files.save(graph, into)
+        return Session(into, fuse=False)
+
+    graph = files.load(model)
+    steering = open_data(data["steering"], required_inputs(graph))
+    macs = multiplications(graph, next(iter(steering)))
+    original, found = opened(model, folder / "original.onnx"), {}
+    for recipe in RECIPES:
+        record, *_ = compressed(model, data, folder / recipe, "--recipe", recipe, measured="steering")
+        changed = {s["pass"]: {c["node"] for c in s["changed"]} for s in record["steps"]}
+        bits = 0.5 if changed.get("cast") else 1.0
+        quantized = changed.get("quantize", set())
+        work = sum(count * (0.25 if name in quantized else bits) for name, count in macs.items()) / sum(macs.values())
+        cost = (record["output"]["bytes"] / record["model"]["bytes"] + work) / 2
+        outputs = compare(original, opened(folder / recipe / "model.onnx", folder / "opened.onnx"), steering).outputs
+        found[recipe] = {"cost": cost, "snr": min(o.snr for o in outputs if o.snr is not None)}
+    return found
+
+
+def shares(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for share in SHARES:
+        flags = ("--recipe", subject.shares, "--float-share", str(share))
+        record, cpu, _ = compressed(model, data, folder / "share", *flags)
+        agreed = [o["agreement"] for o in record["accuracy"]["outputs"] if o["agreement"] is not None]
+        found[f"{share:.0%}"] = {"snr": snr(record), "agreement": min(agreed, default=None), "cpu": cpu}
+    return found
+
+
+def ranks(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path) -> dict[str, Any]:
+    from channelfold.passes.layers.sensitivity import SAMPLES, Crew, brief, keep, measure, spread
+    from channelfold.passes.recipe import load_recipe
+    from channelfold.passes.search import options as choices
+    from channelfold.runtime.jobs.job import Job, Source
+    from channelfold.runtime.jobs.sensitivity import after, prepared
+
+    job = Job("sensitivity", model, lambda *_: None, Source(data["calibration"]))
+    calibration, others = (job.open("calibration", data[part], None) for part in ("calibration", "evaluation"))
+    passes = [*job.prepared(), *choices.in_front(load_recipe(subject.recipe).passes)]
+    graph, _ = after(job, job.graph, passes, calibration)
+    with prepared(job, graph, choices.steps({}), calibration) as found:
+        board, groups, crew = found.board, choices.groups(graph, found.board), Crew()
+        scored, true = (
+            keep(board, brief(board, spread(d, SAMPLES)), n) for n, d in (("s", calibration), ("t", others))
+        )
+        scores = measure(board, scored, groups, crew, guess=True)
+        runs = sum(crew.runs.values())
+        truth = measure(board, true, groups, runs=math.inf)
+        options = [o for o in ("int8", "w4") if any(o in site.errors for site in scores)]
+        return {"runs": runs, "samples": len(true)} | {o: _rank(scores, truth, o) for o in options}
+
+
+def _rank(scores: Sequence[Any], truth: Sequence[Any], option: str) -> tuple[float, int]:
+    """Spearman's correlation, and the number of sites."""
+    errors = [[site.errors[option] for site in sites if option in site.errors] for sites in (scores, truth)]
+    first, second = (np.argsort(np.argsort(own)) for own in errors)
+    return float(np.corrcoef(first, second)[0, 1]), len(first)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+def beaten(points: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> list[str]:
+    """The recipes at less cost and a higher SNR than every point of a front."""
+    cost, db = NEAR
+    return [
+        recipe
+        for recipe, own in found.items()
+        if not any(p["cost"] <= own["cost"] + cost and p["snr_db"] >= own["snr"] - db for p in points)
+    ]
+
+
+def of_search(name: str, row: dict[str, Any]) -> list[str]:
+    chosen = next(p for p in row["points"] if p["chosen"])
+    gaps, runs = [abs(gap + row["kappa"]) for gap in row["gaps"]], row["runs"]
+    parts = [sum(runs.get(key, 0) for key in keys) / 64 for keys in (("networks",), ("sensitivities",), ("points",))]
     return [
         name,
-        *(f"{row[f'{share:.0%}']:.1f}" for share in SHARES),
-        f"{row['bytes']:.0%} / {row['cost']:.0%}",
-        f"{row['snr']:.1f}",
-        f"{row['loss']:.2%} (to {row['high']:.2%})" + ("" if row["met"] else " missed"),
-        f"{near} of {len(row['gaps'])}",
-        f"{(sum(row['runs'].values()) - row['runs']['proof']) / 64:.1f}",
+        chosen["start"] or "as it is",
+        f"{row['bytes']:.0%}",
+        f"{chosen['cost']:.0%}",
+        f"{row['file']['snr_db']:.1f}",
+        f"{row['file']['loss']:.2%} (to {row['file']['high']:.2%})" + ("" if row["met"] else " missed"),
+        f"{sum(gap <= 1 for gap in gaps)}, {sum(gap <= 3 for gap in gaps)} of {len(gaps)}",
+        " + ".join(f"{part:.1f}" for part in parts) + f" = {sum(parts):.1f}",
+        f"{runs['proof'] / 64:.1f}",
         f"{row['cpu']:.0f} s",
+        f"{row['memory']:.1f}",
     ]
+
+
+def of_recipes(name: str, row: dict[str, Any], points: Sequence[Mapping[str, Any]]) -> list[str]:
+    cells = [f"{own['cost']:.0%}, {own['snr']:.1f} dB" for own in row.values()]
+    return [name, *cells, ", ".join(beaten(points, row)) or "none"]
+
+
+def of_shares(name: str, row: dict[str, Any]) -> list[str]:
+    agreed = [own["agreement"] for own in row.values()]
+    told = "" if None in agreed else ", ".join(f"{a:.2f}" for a in agreed)
+    return [name, *(f"{own['snr']:.1f}" for own in row.values()), told, f"{row['20%']['cpu']:.0f} s"]
+
+
+def of_ranks(name: str, row: dict[str, Any]) -> list[str]:
+    cells = [f"{row[o][0]:.3f} ({row[o][1]})" if o in row else "" for o in ("int8", "w4")]
+    return [name, *cells, str(row["samples"]), f"{row['runs'] / 64:.1f}"]
+
+
+def page(rows: Mapping[str, Any]) -> str:
+    """All tables."""
+    headers = {
+        "search": ("model", "network", "bytes", "cost", "dB", "loss of the file", "within 1, 3 dB",
+                   "passes: networks, sensitivities, points", "proof", "user CPU", "memory / model"),
+        "recipes": ("model", *RECIPES, "off the front"),
+        "shares": ("model", *(f"{share:.0%} float" for share in SHARES), "argmax agreement", "user CPU at 20 %"),
+        "ranks": ("model", "int8 (sites)", "w4 (sites)", "samples of the truth", "passes"),
+    }  # fmt: skip
+    tables = {
+        "search": [of_search(name, own["search"]) for name, own in rows.items() if "search" in own],
+        "recipes": [
+            of_recipes(name, own["recipes"], own["search"]["points"])
+            for name, own in rows.items()
+            if {"recipes", "search"} <= own.keys()
+        ],
+        "shares": [of_shares(name, own["shares"]) for name, own in rows.items() if "shares" in own],
+        "ranks": [of_ranks(name, own["ranks"]) for name, own in rows.items() if "ranks" in own],
+    }
+    return "\n\n".join(f"## {part.title()}\n\n{table(headers[part], tables[part])}" for part in PARTS if tables[part])
 
 
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("subjects", nargs="*", metavar="SUBJECT", help=", ".join(SUBJECTS))
+    made.add_argument("--part", action="append", choices=PARTS, help="what to measure (default: all)")
     add_results(made, "search.md")
     args = made.parse_args()
     rows = known(args.json)
+    measures = {"search": search, "recipes": recipes, "shares": shares, "ranks": ranks}
     for name in args.subjects or SUBJECTS:
-        file, data, recipe = SUBJECTS[name]
-        rows[name] = measured(args.dir / "open" / file, args.dir / "calibration" / data, recipe, name)
-        keep(args.json, rows)
-        print(name, json.dumps(rows[name]), file=sys.stderr)
-    header = ("model", "int8 dB", "5 % float", "10 %", "20 %", "search: bytes / cost", "dB", "loss", "within 1 dB",
-              "passes", "user CPU")  # fmt: skip
-    text = table(header, [line(name, row) for name, row in rows.items()])
+        subject = SUBJECTS[name]
+        model = args.dir / "open" / subject.file
+        for part in args.part or PARTS:
+            with tempfile.TemporaryDirectory() as folder:
+                data = split(args.dir / "calibration" / subject.data, Path(folder), name)
+                rows.setdefault(name, {})[part] = measures[part](subject, model, data, Path(folder))
+            keep(args.json, rows)
+            print(name, part, json.dumps(rows[name][part]), file=sys.stderr)
+    text = page(rows)
     print(text)
     if args.write:
-        says = "Loss: of argmaxes where the model scores classes, else of the energy of the outputs; to: end of the "
-        says += "interval of 95 %. Within 1 dB: mixed points of the front whose prediction is that near, after one "
-        says += "factor. Passes: what was measured before the proof, in units of 64 samples."
-        write("search.md", "# Search and float share\n\n`python benchmarks/search.py --write`", text, says)
+        write("search.md", "# Search and float share\n\n`python benchmarks/search.py --write`", text, __doc__ or "")
 
 
 if __name__ == "__main__":

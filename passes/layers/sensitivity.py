@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,11 +29,13 @@ from channelfold.runtime.errors import no_progress
 from channelfold.runtime.io import workers as pool
 from channelfold.runtime.io.files import writing
 from channelfold.runtime.io.session import Feed
+from channelfold.runtime.stats.metrics import counted
 
-SAMPLES = 16  # on which sensitivities are measured
-FEW = 4  # of them, on which every site is measured
-_MANY = 96  # sites
-_HEAD = 0.9  # share of the error that is measured on all samples
+SAMPLES = 16  # on which sensitivities are measured, where ``RUNS`` pays for them
+RUNS = 256  # of the whole network on one sample, for the sensitivities of a network: four passes over 64 samples
+_FEWEST = 2  # samples on which every site is measured, whatever that takes
+_TOKENS = 64  # of a text, for sensitivities
+_HEAD = 0.9  # share of the error that is measured on as many samples as the runs pay for
 _BLOCK = 4  # sites that one session tries: few, for only constants have the fast layouts of ONNX Runtime
 _BYTES = 1 << 28  # of outputs of samples
 _RIGHT = "channelfold.right."  # in files of samples
@@ -109,6 +111,16 @@ def spread(data: Data, count: int) -> list[Feed]:
     return [feed for index, feed in enumerate(data) if index in chosen]
 
 
+def brief(board: Board, feeds: Iterable[Feed]) -> list[Feed]:
+    """The feeds with texts cut to their first tokens; to their last ones where a mask leaves the first ones out."""
+    found = []
+    for feed in feeds:
+        padded = bool(board.mask) and not feed[board.mask][0, 0]
+        part = np.s_[:, -_TOKENS:] if padded else np.s_[:, :_TOKENS]
+        found.append({name: values[part] for name, values in feed.items()} if board.texts else feed)
+    return found
+
+
 def keep(board: Board, feeds: Iterable[Feed], name: str, whole: Board | None = None) -> tuple[str, ...]:
     """Writes samples into the folder of the board, with the outputs that are right; their files.
 
@@ -151,21 +163,15 @@ class Meter:
 
     def see(self, sample: int, feed: Feed, right: Sequence[np.ndarray], found: Iterable[Sequence[np.ndarray]]) -> None:
         """Takes the outputs on a sample: those that are right, and those of every configuration."""
-        self.errors.energy[sample] = [_energy(self._counted(feed, output)) for output in right]
+        mask = feed.get(self._mask)
+        self.errors.energy[sample] = [_energy(counted(output, mask)) for output in right]
         self.errors.right[0, sample] = self._classed(sample, right)
         for number, outputs in enumerate(found):
             self.errors.right[1 + number, sample] = self._classed(sample, outputs)
             for place, pair in enumerate(zip(right, outputs, strict=True)):
-                old, new = (self._counted(feed, output) for output in pair)
+                old, new = (counted(output, mask) for output in pair)
                 self.errors.lost[number, sample, place] = _lost(old, new)
                 self.errors.agreed[number, sample, place] = _agreed(old, new)
-
-    def _counted(self, feed: Feed, output: np.ndarray) -> np.ndarray:
-        """The positions of an output that take part, (n, channels), where the output has those of the mask."""
-        mask = feed.get(self._mask)
-        if mask is None or mask.ndim != 2 or output.ndim < 3 or output.shape[: mask.ndim] != mask.shape:
-            return output
-        return output[mask != 0]
 
     def _classed(self, sample: int, outputs: Sequence[np.ndarray]) -> bool:
         if not self._labels:
@@ -289,23 +295,27 @@ def measure(
     groups: Sequence[Group] | None = None,
     crew: Crew | None = None,
     guess: bool = False,
+    runs: float = RUNS,
 ) -> list[Site]:
-    """The error of every option of every site, alone: on ``FEW`` of the samples, where it is large on all of them.
+    """The error of every option of every site, alone.
 
-    Networks of many sites are large, and are measured on half of the samples. ``samples``: files that ``keep`` has
-    written. ``groups``: the nodes of each site, by default each node by itself. ``guess``: of the options that change
-    weights alone, the coarsest is measured, and the others are guessed.
+    A half of the ``runs`` measures all of them on few samples, two at least; the other half measures those that hold
+    nearly all of the error on more. ``samples``: files that ``keep`` has written. ``groups``: the nodes of each site,
+    by default each node by itself. ``guess``: of the options that change weights alone, the coarsest is measured, and
+    the others are guessed.
     """
     groups = [(name,) for name in board.slots] if groups is None else groups
-    crew, many = crew or Crew(), len(groups) > _MANY
-    samples = _some(samples, SAMPLES // 2 if many else SAMPLES)
-    few = _few(samples, groups)
+    crew = crew or Crew()
     own = {group: [o for o in board.options(group[0]) if all(o in board.options(n) for n in group)] for group in groups}
     pairs = [(group, option) for group in groups for option in own[group] if option != FLOAT]
     guesses = {pair: source for pair in pairs if (source := _coarsest(board, own, pair)) != pair} if guess else {}
-    found = _measured(board, few, [pair for pair in pairs if pair not in guesses], crew)
-    rest = [sample for sample in samples if sample not in few]
-    for pair, errors in (_measured(board, rest, _head(found), crew) if rest else {}).items():
+    measured = [pair for pair in pairs if pair not in guesses]
+    few = _paid(board, samples, measured, runs / 2)
+    found = _measured(board, few, measured, crew)
+    rest = [sample for sample in _some(samples, SAMPLES) if sample not in few]
+    head, left = _head(found), runs - len(few) * _runs(board, measured)
+    rest = _some(rest, int(min(left / max(_runs(board, head), _SMALLEST), SAMPLES)))
+    for pair, errors in (_measured(board, rest, head, crew) if rest else {}).items():
         found[pair] = [*found[pair], *errors]
     for pair, source in guesses.items():
         factor = _rounding(board, pair) / max(_rounding(board, source), _SMALLEST)
@@ -318,6 +328,27 @@ def measure(
     return sites
 
 
+def worst(
+    board: Board, samples: Sequence[str], sites: Sequence[Site], option: str, count: int, crew: Crew
+) -> list[Site]:
+    """Up to ``count`` sites that stay float where all others have an option; none where none of the choices pays.
+
+    Largest errors first: of the mean of the samples, or of their median, for a few of the samples can hold most of the
+    error, and where these are the same sites, or errors do not add up, a choice can be worse than none. Each choice is
+    measured, and the best one is taken.
+    """
+    ranks: list[Callable[[Site], float]] = [
+        lambda site: site.errors[option],
+        lambda site: float(np.median(site.by_sample[option])),
+    ]
+    choices = [sorted(sites, key=rank, reverse=True)[:count] for rank in ranks]
+    mixes: list[Configuration] = [{name: option for site in sites for name in site.nodes}]
+    mixes += [mixes[0] | {name: FLOAT for site in chosen for name in site.nodes} for chosen in choices]
+    trials = [Trial(board, tuple(_some(samples, SAMPLES)), tuple(mixes))]
+    (errors,) = crew.each("choices", trials)
+    return [[], *choices][int(errors.by_sample().mean(axis=1).argmin())]
+
+
 def checked(
     board: Board, samples: Sequence[str], sites: Sequence[Site], used: Collection[Pair], crew: Crew
 ) -> list[Site]:
@@ -325,7 +356,7 @@ def checked(
     pairs = [
         (s.nodes, option) for s in sites for option in s.errors if option in s.guessed and (s.nodes, option) in used
     ]
-    found = _measured(board, _few(samples, sites), pairs, crew)
+    found = _measured(board, _paid(board, samples, pairs, RUNS / 8), pairs, crew)
     return [
         replace(_with(site, own), guessed=site.guessed - own.keys())
         for site in sites
@@ -338,12 +369,20 @@ def _with(site: Site, found: dict[str, list[float]]) -> Site:
     return replace(site, errors=site.errors | errors, by_sample=site.by_sample | found)
 
 
-def _few(samples: Sequence[str], groups: Sized) -> list[str]:
-    return _some(samples, FEW // 2 if len(groups) > _MANY else FEW)
+def _paid(board: Board, samples: Sequence[str], pairs: Sequence[Pair], runs: float) -> list[str]:
+    """As many of the samples as ``runs`` pay for, two at least."""
+    count = runs / max(_runs(board, pairs), _SMALLEST)
+    return _some(samples, int(min(max(count, _FEWEST), SAMPLES)))
+
+
+def _runs(board: Board, pairs: Iterable[Pair]) -> float:
+    """About the runs of the whole network for a sample: what lies in front of a site runs once for all options."""
+    places = {name: place for place, name in enumerate(board.slots)}
+    return sum(1 - min(places[name] for name in group) / len(places) for group, _ in pairs)
 
 
 def _some(samples: Sequence[str], count: int) -> list[str]:
-    return [samples[int(i)] for i in np.linspace(0, len(samples) - 1, min(count, len(samples)))]
+    return [samples[int(i)] for i in np.linspace(0, len(samples) - 1, max(0, min(count, len(samples))))]
 
 
 def _coarsest(board: Board, own: Mapping[Group, Sequence[str]], pair: Pair) -> Pair:

@@ -38,7 +38,7 @@ from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import constant, free_name, infer_shapes, packed, read, save
-from channelfold.runtime.io.session import Feed, Session
+from channelfold.runtime.io.session import Feed, Session, TensorSpec
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.io.split import split, typed
 
@@ -83,7 +83,7 @@ class Board:
 
     ``outputs``: what is measured, and ``ends`` the outputs of the graph that they stand for; ``scores``: which of them
     hold class scores, written by a linear node or read by a closing Softmax or ArgMax. ``mask``: the input that tells
-    which positions of a sequence take part, or empty.
+    which positions of a sequence take part, or empty. ``texts``: all inputs, where each has a value for every token.
     ``macs``: of the nodes of a graph, where they are known.
     """
 
@@ -95,6 +95,7 @@ class Board:
     slots: dict[str, Slot]
     switches: tuple[Switch, ...]
     acting: tuple[str, ...]
+    texts: tuple[str, ...] = ()
     macs: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property
@@ -212,9 +213,17 @@ def build(
     whole.outputs = [tensor for tensor, *_ in ends]
     edit.remove_dead(whole)
     save(whole, folder / _FILE, external=True)
-    mask = next((s.name for s in required_inputs(graph) if s.meaning and s.meaning.kind == "mask"), "")
+    inputs = required_inputs(graph)
+    mask = next((s.name for s in inputs if s.meaning and s.meaning.kind == "mask"), "")
+    texts = tuple(s.name for s in inputs) if all(map(_is_text, inputs)) else ()
     outputs, closed, scores = zip(*((tensor.name, end, holds) for tensor, end, holds in ends), strict=True)
-    return Board(folder, outputs, closed, scores, mask, slots, switches, tuple(acting))
+    return Board(folder, outputs, closed, scores, mask, slots, switches, tuple(acting), texts)
+
+
+def _is_text(spec: TensorSpec) -> bool:
+    """Whether an input has a value for every token, of any number of tokens."""
+    values = spec.meaning is not None and spec.meaning.kind in ("ids", "mask", "position", "zeros")
+    return values and len(spec.shape) == 2 and not isinstance(spec.shape[1], int)
 
 
 # ---- the parts of a board ----------------------------------------------------------------------------------------

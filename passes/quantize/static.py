@@ -24,7 +24,7 @@ from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.borders import inside
 from channelfold.passes.layers.formats import INT7, INT8
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
-from channelfold.passes.layers.sensitivity import SAMPLES, Crew, decibels, keep, measure, spread
+from channelfold.passes.layers.sensitivity import SAMPLES, Crew, brief, decibels, keep, measure, spread, worst
 from channelfold.passes.layers.switchboard import build
 from channelfold.passes.quantize import Quantize, calibrators, center
 from channelfold.passes.quantize.cells import quantize_cells
@@ -162,11 +162,12 @@ class Work(Quantize):
             return inserter
 
         if self.float_share:
-            worst = self._worst(graph, kept, insert, ctx)
-            for site in (site for site in kept if site.name in worst):
+            float_nodes = self._worst(graph, kept, insert, ctx, outcome)
+            for site in (site for site in kept if site.name in float_nodes):
                 reason = "int8 of this node changes the outputs most"
-                outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({worst[site.name]:.1f} dB)", reason)
-            kept = [site for site in kept if site.name not in worst]
+                lost = float_nodes[site.name]
+                outcome.refuse(site.name, f"{site.node.op} stays float: {reason} ({lost:.1f} dB)", reason)
+            kept = [site for site in kept if site.name not in float_nodes]
         if integers:
             kept, tried = in_int8(graph, kept, outcome, insert, expanded(outcome))
             if self.profile and kept:
@@ -200,7 +201,9 @@ class Work(Quantize):
             return "ONNX Runtime has no integer kernels for float16"
         return why_not_int8(linear)
 
-    def _worst(self, graph: gs.Graph, sites: list[Linear], insert: Insert, ctx: Context) -> dict[str, float]:
+    def _worst(
+        self, graph: gs.Graph, sites: list[Linear], insert: Insert, ctx: Context, outcome: Outcome
+    ) -> dict[str, float]:
         """The nodes that ``float_share`` leaves in float, with the error of the outputs in dB that each one saves."""
         live = {id(node) for node in live_linears(graph)}
         total = sum(id(linear.node) in live for linear in linears(graph))
@@ -210,11 +213,12 @@ class Work(Quantize):
         with temporary.folder() as folder:
             _, tried = in_int8(graph, sites, Outcome(), insert, lambda *_: {})
             board = build(graph, {"int8": tried.graph}, folder, centered=tried.centered)
-            samples = keep(board, spread(ctx.data, SAMPLES), "sample")
-            measured = measure(board, samples, crew=Crew(progress=ctx.progress))
-        errors = {site.nodes[0]: site.errors["int8"] for site in measured}
-        chosen = sorted(errors, key=errors.__getitem__, reverse=True)[:count]
-        return {name: float(decibels(errors[name])) for name in chosen}
+            samples = keep(board, brief(board, spread(ctx.data, SAMPLES)), "sample")
+            crew = Crew(progress=ctx.progress)
+            chosen = worst(board, samples, measure(board, samples, crew=crew), "int8", count, crew)
+        if not chosen:
+            outcome.warnings.append("No more nodes stay float: those whose int8 changes the outputs most gain nothing")
+        return {site.nodes[0]: float(decibels(site.errors["int8"])) for site in chosen}
 
     def _range(self, seen: TensorStatistics, free: bool) -> Range:
         """The range to quantize, whose threshold the calibrator chooses for its steps; a free one has zero anywhere."""

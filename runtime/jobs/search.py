@@ -20,7 +20,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Pass
-from channelfold.passes.layers.sensitivity import Crew, Errors, Meter, Trial, keep, measure
+from channelfold.passes.layers.sensitivity import Crew, Errors, Meter, Trial, brief, keep, measure
 from channelfold.passes.layers.switchboard import Board, compared
 from channelfold.passes.recipe import BEHIND_REPARAM, make
 from channelfold.passes.search import options as choices
@@ -199,8 +199,8 @@ class _Hunt:
             return
         proof = self._split(found, written, self.proof, "proof")
         samples = steering.files
-        if not start.exact:  # what is right for its sites is its own float
-            samples = keep(found.board, self.steering[0], "sites")
+        if not start.exact or found.board.texts:  # what is right for its sites is its own float
+            samples = keep(found.board, brief(found.board, self.steering[0]), "sites")
             self.crew.count("sensitivities", len(samples))
         sites = measure(found.board, samples, choices.groups(start.graph, found.board), self.crew, guess=True)
         rest = self._rest(start.graph, found.board, (steering, proof))

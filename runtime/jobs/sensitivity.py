@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context, Pass
-from channelfold.passes.layers.sensitivity import SAMPLES, Crew, Site, Trial, decibels, keep, measure, spread
+from channelfold.passes.layers.sensitivity import SAMPLES, Crew, Site, Trial, brief, decibels, keep, measure, spread
 from channelfold.passes.layers.switchboard import FLOAT, Board
 from channelfold.passes.search import options as choices
 from channelfold.runtime.data.sources import Data
@@ -70,7 +70,7 @@ def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew
         raise DataError("There are no calibration data", "Give some with --calibration")
     graph, _ = after(job, job.graph, [*job.prepared(), *before], job.calibration)
     with prepared(job, graph, choices.steps(given), job.calibration) as found:
-        samples = keep(found.board, spread(job.calibration, SAMPLES), "sample")
+        samples = keep(found.board, brief(found.board, spread(job.calibration, SAMPLES)), "sample")
         sites = measure(found.board, samples, crew=crew)
         names = [option for option in choices.OPTIONS if any(option in site.errors for site in sites)]
         mixes = [Trial(found.board, samples, (found.all_in(option),)) for option in names]

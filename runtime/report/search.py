@@ -9,6 +9,7 @@ from channelfold.runtime.report.tables import UNKNOWN, Page, number, size
 
 _DB = "{:.1f}"
 _EXACT = 299  # dB: no error at all
+_OFF = 3  # dB between what was predicted and what was measured, from which on a prediction is no help
 
 
 def show(record: Mapping[str, Any], page: Page) -> None:
@@ -20,6 +21,7 @@ def show(record: Mapping[str, Any], page: Page) -> None:
         *(">cost", ">latency", ">predicted", "<start", "<float is"),
         *(f">{name}" for name in names),
         ">predicted dB",
+        "<",
         ">error dB",
         ">SNR dB",
         ">agree",
@@ -31,6 +33,9 @@ def show(record: Mapping[str, Any], page: Page) -> None:
     page.points("The front: each point is a model", "cost in % of float", "error dB", places)
     page.table("Front", (*columns, "<on other samples", "<"), rows)
     samples = found["samples"]
+    if off := sum(map(_is_off, found["points"])):
+        share = f"{off} of {len(found['points'])} predictions are off by over {_OFF} dB"
+        page.note(f"{share}: errors do not add up there, and better points may be missing; every point was measured")
     page.note(
         "bytes of the file; cost, latency: relative to float; float, int8 …: share of the weights; worst output: SNR"
     )
@@ -68,12 +73,19 @@ def _point(point: Mapping[str, Any], names: list[str]) -> tuple[Any, ...]:
         point.get("start", ""),
         point.get("type", ""),
         *shares,
-        *(number(point[key], _DB) for key in ("predicted_db", "error_db", "snr_db")),
+        number(point["predicted_db"], _DB),
+        ("off", "yellow") if _is_off(point) else "",
+        *(number(point[key], _DB) for key in ("error_db", "snr_db")),
         agreement,
         f"{point['loss']:.2%}",
         told,
         ("chosen", "green") if point["chosen"] else "",
     )
+
+
+def _is_off(point: Mapping[str, Any]) -> bool:
+    """Whether errors do not add up in a point. Only without any error nothing is predicted."""
+    return point["error_db"] < _EXACT and abs(point["predicted_db"] - point["error_db"]) > _OFF
 
 
 def _loss(point: Mapping[str, Any]) -> str:

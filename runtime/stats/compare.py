@@ -5,6 +5,8 @@ The figures (SNR, cosine, relative L2, max and mean error) are defined in metric
 Argmax agreement is the share of positions whose largest element along the last axis has the same index. It is given for
 floating outputs of rank 2 and 3 with two or more elements on that axis: class scores and token logits. From rank 4 on
 the last axis is a row of pixels or a head's channels, where an argmax means nothing.
+
+Positions that the mask of a text leaves out do not count, in outputs that have (samples, tokens, channels).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy as np
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import GateError, UsageError, no_progress
 from channelfold.runtime.io.session import Feed
-from channelfold.runtime.stats.metrics import ErrorSums, is_float
+from channelfold.runtime.stats.metrics import ErrorSums, counted, is_float
 from channelfold.runtime.stats.samples import Worst, spread
 
 COLLAPSED_SNR, DEGRADED_SNR = 10.0, 20.0  # dB
@@ -126,7 +128,8 @@ def compare_all(
     progress: Callable[[str, int, int], None] = no_progress,
 ) -> list[Comparison]:
     """Compares several candidates with one reference, which runs once on every feed."""
-    found = [_Comparing() for _ in candidates]
+    mask = next((spec.name for spec in data.inputs if spec.meaning and spec.meaning.kind == "mask"), "")
+    found = [_Comparing(mask) for _ in candidates]
     for index, feed in enumerate(data):
         progress("compare", index, len(data))
         expected = _leaves(reference.run(feed))
@@ -159,7 +162,8 @@ class _Known:
 class _Comparing:
     """The running comparison of all outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, mask: str) -> None:
+        self.mask = mask
         self.trackers: dict[str, _Tracker] = {}
         self.missing: dict[str, None] = {}
         self.extra: dict[str, None] = {}
@@ -169,9 +173,10 @@ class _Comparing:
         self.missing |= dict.fromkeys(name for name in expected if name not in found)
         self.extra |= dict.fromkeys(name for name in found if name not in expected)
         both = [name for name in expected if name in found]
-        ratios = {
-            name: self.trackers.setdefault(name, _Tracker()).add(index, expected[name], found[name]) for name in both
-        }
+        mask, ratios = feed.get(self.mask), {}
+        for name in both:
+            pair = (counted(outputs[name], mask) for outputs in (expected, found))
+            ratios[name] = self.trackers.setdefault(name, _Tracker()).add(index, *pair)
         if ratios:
             lowest = min(ratios, key=ratios.__getitem__)
             self.worst.add(index, lowest, ratios[lowest], feed)

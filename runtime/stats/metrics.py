@@ -29,6 +29,16 @@ def is_float(value: Any) -> bool:
     return isinstance(value, np.ndarray) and (value.dtype.kind == "f" or "float" in value.dtype.name)
 
 
+def counted(output: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """The positions of an output that take part, (n, channels), where the output has those of the mask (n, tokens).
+
+    A mask of floats may be one that is added, where 0 takes part; it leaves nothing out.
+    """
+    if mask is None or mask.ndim != 2 or mask.dtype.kind == "f":
+        return output
+    return output[mask != 0] if output.ndim > 2 and output.shape[:2] == mask.shape else output
+
+
 @dataclass
 class ErrorSums:
     """Sums over pairs of float arrays, from which every figure follows.

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from channelfold.runtime.data.sources import Data, open_data
 from channelfold.runtime.errors import GateError, UsageError
-from channelfold.runtime.io.session import Session, TensorSpec
+from channelfold.runtime.io.session import Meaning, Session, TensorSpec
 from channelfold.runtime.stats import metrics
 from channelfold.runtime.stats.compare import (
     Comparison,
@@ -231,6 +231,21 @@ def test_sessions(tmp_path: Path):
     assert (outputs["y"].worst_sample, outputs["y"].worst_snr) == (0, 20.0)
     assert (outputs["y"].agreement, outputs["top"].equal) == (0.5, 0.5)
     assert (outputs["columns[0]"].max_error, outputs["columns[1]"].max_error) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(("kind", "snr"), [("mask", math.inf), ("ids", 10 * math.log10(24 / (12 * 81)))])
+def test_positions_that_a_mask_leaves_out_do_not_count(kind: str, snr: float):
+    mask = np.array([[1, 1, 0], [1, 0, 0]])
+    data = open_data({"index": mask}, [TensorSpec("index", mask.dtype, (2, 3), Meaning(kind))])
+    hidden = np.ones((2, 3, 4), np.float32)
+    padded = np.where(mask[..., None] == 0, 10 * hidden, hidden)
+
+    class Always(Fake):
+        def run(self, feed: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+            return self.outputs(0)
+
+    (output,) = compare(Always(lambda _: {"y": hidden}), Always(lambda _: {"y": padded}), data).outputs
+    assert output.snr == pytest.approx(snr)
 
 
 def test_progress_counts_feeds():
