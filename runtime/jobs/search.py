@@ -1,8 +1,8 @@
 """The search of ``compress``: networks to choose on, the front, the proof and the choice.
 
 The options of the nodes are chosen on the network that the recipe's own passes make, and on variants of it: smoothed,
-with FFNs reparameterized, with fp8 in place of int8, with fewer channels. What is right are always the outputs of the
-first. What stays float is float16 for TensorRT, where that keeps the limits. All points lie in one front;
+with FFNs reparameterized, with fewer channels. What is right are always the outputs of the first. What stays float is
+float16 for TensorRT, where that keeps the limits, or what the user wants. All points lie in one front;
 ``search_record`` has its record.
 """
 
@@ -71,7 +71,7 @@ class Search:
 
 @dataclass(frozen=True)
 class _Start:
-    """A network to choose on, made by ``steps``. ``acting``: its option that quantizes activations.
+    """A network to choose on, made by ``steps``.
 
     ``exact``: it computes what the given model computes. ``finer``: it is worth a search where it makes 8 bits finer.
     """
@@ -79,7 +79,6 @@ class _Start:
     name: str
     steps: list[Pass]
     graph: gs.Graph
-    acting: str = "int8"
     exact: bool = True
     finer: bool = False
 
@@ -154,9 +153,6 @@ class _Hunt:
         yield from self._reparameterized()
         if not any(step.name == _SMOOTH for step in self._base.steps):
             yield from self._with(_SMOOTH, make(_SMOOTH, {}), finer=True)
-        base = self._base
-        if self.sms and choices.runs("fp8", self.given.get("target", "tensorrt"), self.sms):
-            yield _Start("fp8", base.steps, base.graph, "fp8", finer=True)
         for share in self.search.prune_to:
             for name in ("prune", "approximate-ffn"):
                 yield from self._with(f"{name} {share:.0%}", make(name, {"keep_macs": share}), exact=False)
@@ -178,14 +174,13 @@ class _Hunt:
             self.job.warn(f"The search has left out {name}: {error}")
             return
         if changed:
-            yield _Start(name, [*self._base.steps, step], graph, self._base.acting, **how)
+            yield _Start(name, [*self._base.steps, step], graph, **how)
 
     def _after(self, graph: gs.Graph, passes: Sequence[Pass]) -> tuple[gs.Graph, bool]:
         return after(self.job, graph, passes, self.data, self.keep_in)
 
     def _prepared(self, start: _Start) -> contextlib.AbstractContextManager[Prepared]:
-        passes = choices.steps(self.given, start.acting, self.sms)
-        return prepared(self.job, start.graph, passes, self.data, self.keep_in)
+        return prepared(self.job, start.graph, choices.steps(self.given, self.sms), self.data, self.keep_in)
 
     def _search(self, start: _Start, found: Prepared) -> None:
         """Searches one network, where that is worth it."""
@@ -209,9 +204,11 @@ class _Hunt:
         if self.search.max_latency is not None:
             written.learn_times(self.steering[0][0], self._modelled_sm())
         chosen = choice.run()
-        mix = choices.recipe(start.steps, found.passes, start.graph, found.board, chosen.point.chosen(choice.sites))
+        mix = choices.recipe(
+            start.steps, found.passes, start.graph, found.board, chosen.point.chosen(choice.sites), rest.behind
+        )
         told = telling.told(choice, chosen, start.name, rest.type)
-        self.results.append(_Result(choice, chosen, told, [*mix, *rest.behind]))
+        self.results.append(_Result(choice, chosen, told, mix))
 
     def _rest(self, graph: gs.Graph, board: Board, splits: Sequence[Split]) -> _Rest:
         """The type of what stays float: that of the recipe or of the target, where alone it keeps the limits."""
@@ -259,7 +256,7 @@ class _Hunt:
 
     def _worth(self, start: _Start, found: Prepared, steering: Split) -> float | None:
         """The error of a network in float; None where a search on it is not worth its time."""
-        mixes = {}, found.all_in(start.acting)
+        mixes = {}, found.all_in("int8")
         trial = Trial(found.board, steering.files, mixes, labels=steering.labels)
         (errors,) = self.crew.each("networks", [trial])
         alone, acting = errors.by_sample().mean(axis=1).tolist()

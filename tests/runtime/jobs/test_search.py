@@ -351,7 +351,6 @@ def test_fp8_is_chosen_for_gpus_that_have_it_where_int8_is_too_coarse(mlp, tmp_p
         record = jobs.compress(tmp_path / "loud.onnx", tmp_path / option, source=jobs.Source(feeds, feeds), sms=sms,
                                search=jobs.Search(trials=2, minimize="arithmetic"))  # fmt: skip
         assert option in chosen(record)["options"]
-        assert (chosen(record)["start"] == "fp8") == (option == "fp8")
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
