@@ -110,10 +110,10 @@ def with_floats(tmp_path_factory):
     body = """
         a = Gemm<transB=1>(x, A, p) b = Relu(a) c = Gemm<transB=1>(b, B, q) d = Relu(c) e = MatMul(d, C) f = Add(e, r)
         s = Sigmoid(f) m = MatMul(s, D) n = Add(m, r) k = Reshape(n, shape)
-        g = Conv<pads=[1, 1, 1, 1], group=16>(k, G, u) h = Relu(g) y = Conv<pads=[1, 1, 1, 1]>(h, H, u)
+        g = Conv<pads=[1, 1, 1, 1]>(k, G, u) h = Relu(g) y = Conv<pads=[1, 1, 1, 1], group=16>(h, H, u)
     """
     weights = {name: random((64, 64), name) / 8 for name in "ABCD"} | {name: random((64,), name) for name in "pqr"}
-    weights |= {"G": random((16, 1, 3, 3), "G"), "H": random((16, 16, 3, 3), "H"), "u": random((16,), "u")}
+    weights |= {"G": random((16, 16, 3, 3), "G"), "H": random((16, 1, 3, 3), "H"), "u": random((16,), "u")}
     weights |= {"shape": np.array([-1, 16, 2, 2])}
     graph = network("(float[N,64] x) => (float[] y)", body, kind="float", opset=23, **weights)
     data = samples(graph, size=32, make=lambda shape, rng: rng.standard_normal(shape))
@@ -126,6 +126,7 @@ def test_formats_of_activations_in_one_file(options, with_floats):
     graph, data, steps, board = with_floats
     nodes = list(board.slots)
     assert {option for name in nodes for option in board.options(name)} == {"float", *ACTING}
+    assert {"Clip", "Sub", "Pad"} < {node.op for node in load(board.folder / "board.onnx").nodes}
     chosen = {name: options[i % len(options)] for i, name in enumerate(nodes)}
     chosen = {name: option for name, option in chosen.items() if option in board.options(name)}
     passes = recipe([], steps, graph, board, chosen)
