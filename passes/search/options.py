@@ -62,7 +62,8 @@ OPTIONS: dict[str, Option] = {
 }
 ACTING = tuple(name for name, option in OPTIONS.items() if option.activations != "none")
 LAST = "cast"  # what stays float gets another type
-_TYPED = "nvfp4"  # written in that type
+AUTO = "auto"  # the search chooses that type
+TYPED = "nvfp4"  # written in that type
 _OF_GPUS = ("fp8", "nvfp4")  # not for GPUs that are not named
 _NODE = 300  # bytes of a node that quantizes or dequantizes, with its names: one for a weight, three for activations
 
@@ -90,16 +91,16 @@ def steps(given: Mapping[str, Any], sms: Sequence[int] = ()) -> dict[str, Pass]:
     return found
 
 
-def cast(passes: Sequence[Pass], given: Mapping[str, Any]) -> Pass | None:
-    """The pass that gives what stays float its type: that of a recipe, or float16 for TensorRT.
+def cast(passes: Sequence[Pass], given: Mapping[str, Any], kind: str = AUTO) -> Pass | None:
+    """The pass that gives what stays float the type ``kind``; by default that of a recipe, or float16 for TensorRT.
 
     ONNX Runtime computes float16 in float32 on a CPU, so that such a model gains no time there.
     """
     step = next((step for step in passes if step.name == LAST), None)
-    if step is None and given.get("target", "tensorrt") != "tensorrt":
+    if kind == "float32" or (kind == AUTO and step is None and given.get("target", "tensorrt") != "tensorrt"):
         return None
     settings = {key: value for key, value in given.items() if key in options_of(PASSES[LAST])}
-    return make(LAST, (step.options() if step else {}) | settings)
+    return make(LAST, (step.options() if step else {}) | settings | ({} if kind == AUTO else {"type": kind}))
 
 
 def runs(option: str, target: str, sms: Sequence[int]) -> bool:
@@ -170,6 +171,15 @@ class Whole:
     macs: int
     minimize: str = "both"
 
+    def of_float(self, board: Board, size: int, type_bytes: int) -> float:
+        """The cost of a network that is all float, in a file of ``size`` bytes."""
+        work = sum(board.macs.values()) / max(self.macs, 1)
+        return self._shares[0] * size / self.bytes + self._shares[1] * work * type_bytes / 4
+
+    @property
+    def _shares(self) -> tuple[float, float]:
+        return {"size": (1.0, 0.0), "arithmetic": (0.0, 1.0), "both": (0.5, 0.5)}[self.minimize]
+
     def priced(
         self, board: Board, sites: Sequence[Site], beside: int, error: float = 0.0, type_bytes: int = 4
     ) -> list[Site]:
@@ -179,8 +189,7 @@ class Whole:
         that belong to no site; ``error``: of the network when all sites are float. Both become a site without options.
         ``type_bytes``: of what stays float in the result, of 4.
         """
-        share = {"size": (1.0, 0.0), "arithmetic": (0.0, 1.0), "both": (0.5, 0.5)}[self.minimize]
-        taken = {name for site in sites for name in site.nodes}
+        share, taken = self._shares, {name for site in sites for name in site.nodes}
 
         def priced(site: Site, names: Iterable[str]) -> Site:
             work = sum(board.macs.get(name, 0) for name in names) / max(self.macs, 1)
@@ -216,7 +225,7 @@ def recipe(
             others = [name for name, slot in board.slots.items() if name not in done and option in slot.files]
             settings, names = step.options(), dict.fromkeys([*others, *(n for n in inside if n not in mine)])
             made[option] = make(step.name, settings | {"exclude": (*settings["exclude"], *map(glob.escape, names))})
-    last = [made.pop(_TYPED)] if _TYPED in made else []
+    last = [made.pop(TYPED)] if TYPED in made else []
     return [*before, *made.values(), *behind, *last]
 
 

@@ -55,7 +55,8 @@ class Search:
     ``metric``: a script and a function of it, which takes the path of a model and returns a number, higher is better;
     its loss is relative to that of the float model. ``minimize``: "size", "arithmetic" or "both". Without a limit the
     outputs must have the SNR of the verdict OK. ``prune_to``: shares of the MACs; variants that keep these are searched
-    as well.
+    as well. ``float_type``: the type of what stays float, float32, float16 or bfloat16; auto: that of the recipe, or
+    float16 for TensorRT, where it alone keeps the limits.
     """
 
     max_loss: float | None = None
@@ -65,6 +66,7 @@ class Search:
     minimize: str = "both"
     trials: int = 12
     prune_to: tuple[float, ...] = ()
+    float_type: str = choices.AUTO
     workers: int = 1
     cluster: str = ""
 
@@ -103,6 +105,7 @@ class _Rest:
     """What stays float in the models of a network: ``bytes`` of the file where all does, and of a number.
 
     ``behind``: the passes that give the type, and ``error``: what all in the type loses. ``splits`` know of that loss.
+    ``missed``: all in another type, where that misses the limits.
     """
 
     bytes: int
@@ -110,6 +113,7 @@ class _Rest:
     type_bytes: int = 4
     behind: Sequence[Pass] = ()
     error: float = 0.0
+    missed: dict[str, Any] | None = None
 
     @property
     def type(self) -> str:
@@ -136,7 +140,7 @@ class _Hunt:
 
     def run(self, passes: Sequence[Pass]) -> _Result:
         """The best result of the network that the passes in front of quantizations make, and of its variants."""
-        before, self._cast = choices.in_front(passes), choices.cast(passes, self.given)
+        before, self._cast = choices.in_front(passes), choices.cast(passes, self.given, self.search.float_type)
         graph, _ = self._after(self.job.graph, [*self.job.prepared(), *before])
         self._base = _Start("", before, graph)
         with self._prepared(self._base) as found:
@@ -180,7 +184,10 @@ class _Hunt:
         return after(self.job, graph, passes, self.data, self.keep_in)
 
     def _prepared(self, start: _Start) -> contextlib.AbstractContextManager[Prepared]:
-        return prepared(self.job, start.graph, choices.steps(self.given, self.sms), self.data, self.keep_in)
+        passes = choices.steps(self.given, self.sms)
+        if self._cast and self._cast.options()["type"] == "bfloat16" and passes.pop(choices.TYPED, None):
+            self.job.warn("The search has left out nvfp4, which is written beside float32 and float16 alone")
+        return prepared(self.job, start.graph, passes, self.data, self.keep_in)
 
     def _search(self, start: _Start, found: Prepared) -> None:
         """Searches one network, where that is worth it."""
@@ -195,7 +202,7 @@ class _Hunt:
             samples = keep(found.board, self.steering[0], "sites")
             self.crew.count("sensitivities", len(samples))
         sites = measure(found.board, samples, choices.groups(start.graph, found.board), self.crew, guess=True)
-        rest = self._rest(start.graph, found.board, (steering, proof))
+        rest = self._rest(start, found.board, (steering, proof))
         (steering, proof), written.behind = rest.splits, rest.behind
         beside = rest.bytes - found.board.size({}) * rest.type_bytes // 4
         sites = self._costs.priced(found.board, sites, beside, error + rest.error, rest.type_bytes)
@@ -208,19 +215,22 @@ class _Hunt:
             start.steps, found.passes, start.graph, found.board, chosen.point.chosen(choice.sites), rest.behind
         )
         told = telling.told(choice, chosen, start.name, rest.type)
+        told["points"] += [rest.missed] if rest.missed else []
         self.results.append(_Result(choice, chosen, told, mix))
 
-    def _rest(self, graph: gs.Graph, board: Board, splits: Sequence[Split]) -> _Rest:
-        """The type of what stays float: that of the recipe or of the target, where alone it keeps the limits."""
-        plain = _Rest(_bytes(graph), splits)
+    def _rest(self, start: _Start, board: Board, splits: Sequence[Split]) -> _Rest:
+        """The type of what stays float: what the user wants; else the recipe or the target, where it keeps limits."""
+        plain = _Rest(_bytes(start.graph), splits)
         if self._cast is None:
             return plain
-        graph = Snapshot.of(graph).graph()
+        wanted, graph = self.search.float_type != choices.AUTO, Snapshot.of(start.graph).graph()
         files.infer_shapes(graph)
         graph.outputs = [tensor for tensor, *_ in compared(graph)]
         try:
             graph, changed = self._after(graph, [self._cast])
         except ChannelfoldError as error:
+            if wanted:
+                raise
             self.job.warn(f"What stays float is float32 in the search: {error}")
             return plain
         if not changed:
@@ -237,9 +247,11 @@ class _Hunt:
             return dataclasses.replace(split, typed=errors), errors
 
         steering, errors = typed(splits[0], *self.steering)
-        if not self._keeps(board, errors, steering):
+        if not wanted and not self._keeps(board, errors, steering):
             self.job.warn("What stays float is float32, for with 16 bits the float network itself misses the limits")
-            return plain
+            cost = self._costs.of_float(board, _bytes(graph), 2)
+            lost = self._of_float(board, errors, steering, _bytes(graph), cost)
+            return dataclasses.replace(plain, missed=telling.told_float(lost, start.name, self._cast.options()["type"]))
         proof, _ = typed(splits[1], *self.proof)
         return _Rest(_bytes(graph), (steering, proof), 2, [self._cast], float(errors.by_sample().mean()))
 
@@ -270,8 +282,12 @@ class _Hunt:
 
     def _keeps(self, board: Board, errors: Errors, split: Split) -> bool:
         """Whether the errors of a network without quantization keep the limits, as far as they tell."""
-        lost = figures(Point((), 0, 0.0, 0.0), errors, 0, board.scores, bool(split.labels))
+        lost = self._of_float(board, errors, split)
         return not self.limits.of_accuracy or bool(self.search.metric) or self.limits.accurate(lost)
+
+    def _of_float(self, board: Board, errors: Errors, split: Split, size: int = 0, cost: float = 0.0) -> Figures:
+        """The figures of a network without quantization."""
+        return figures(Point((), size, cost, 0.0), errors, 0, board.scores, bool(split.labels))
 
 
 Run = Callable[[Feed], Sequence[np.ndarray]]  # the outputs of a network on a feed
@@ -363,6 +379,7 @@ def find(
         card = card_of(sms[0]).name
         job.warn(f"The latency is that of a {card} by a model of it, relative to the float engine: not measured")
     choices.steps(given)
+    choices.cast(passes, given, search.float_type)
     limits = _limits(search, gates, job.record["model"]["bytes"])
     hunt = _Hunt(job, given, search, limits, sms, keep_in)
     best = hunt.run(passes)
