@@ -18,8 +18,10 @@ import glob
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes import PASSES
@@ -171,37 +173,45 @@ class Whole:
     macs: int
     minimize: str = "both"
 
-    def of_float(self, board: Board, size: int, type_bytes: int) -> float:
-        """The cost of a network that is all float, in a file of ``size`` bytes."""
-        work = sum(board.macs.values()) / max(self.macs, 1)
-        return self._shares[0] * size / self.bytes + self._shares[1] * work * type_bytes / 4
-
-    @property
-    def _shares(self) -> tuple[float, float]:
-        return {"size": (1.0, 0.0), "arithmetic": (0.0, 1.0), "both": (0.5, 0.5)}[self.minimize]
-
     def priced(
-        self, board: Board, sites: Sequence[Site], beside: int, error: float = 0.0, type_bytes: int = 4
+        self,
+        board: Board,
+        sites: Sequence[Site],
+        bytes: int,
+        error: float = 0.0,
+        widths: Mapping[str, int] = MappingProxyType({}),
     ) -> list[Site]:
         """The sites with the cost of every option: the share of the bytes, of the arithmetic, or the mean of both.
 
-        The arithmetic of a node is its multiply-accumulates on a feed times the bits of its factors. ``beside``: bytes
-        that belong to no site; ``error``: of the network when all sites are float. Both become a site without options.
-        ``type_bytes``: of what stays float in the result, of 4.
+        The arithmetic of a node is its multiply-accumulates on a feed times the bits of its activations. ``bytes`` are
+        those of the file and ``error`` that of the network when all sites are float, with ``widths``: the bytes of a
+        number, 4 for nodes that are not named. What belongs to no site becomes a site without options.
         """
-        share, taken = self._shares, {name for site in sites for name in site.nodes}
+        share = {"size": (1.0, 0.0), "arithmetic": (0.0, 1.0), "both": (0.5, 0.5)}[self.minimize]
+
+        def weighed(names: Iterable[str], bits: Mapping[str, int], option: str) -> float:
+            whole = 32 * max(self.macs, 1)
+            return sum(board.macs.get(name, 0) * bits.get(option, 8 * widths.get(name, 4)) for name in names) / whole
 
         def priced(site: Site, names: Iterable[str]) -> Site:
-            work = sum(board.macs.get(name, 0) for name in names) / max(self.macs, 1)
             nodes = {o: (4 if o in ACTING else 1) * len(site.nodes) for o in site.sizes if o != FLOAT}
             sizes = {o: size + _NODE * nodes.get(o, 0) for o, size in site.sizes.items()}
-            sizes[FLOAT] = sizes[FLOAT] * type_bytes // 4 if site.nodes else sizes[FLOAT]
-            bits = {o: FORMATS[OPTIONS[o].activations].bits if o in ACTING else 8 * type_bytes for o in sizes}
-            costs = {o: share[0] * n / self.bytes + share[1] * work * bits[o] / 32 for o, n in sizes.items()}
+            if site.nodes:
+                sizes[FLOAT] = sum(board.slots[name].sizes[FLOAT] * widths.get(name, 4) // 4 for name in site.nodes)
+            bits = {o: FORMATS[OPTIONS[o].activations].bits for o in sizes if o in ACTING}
+            costs = {o: share[0] * n / self.bytes + share[1] * weighed(names, bits, o) for o, n in sizes.items()}
             return dataclasses.replace(site, sizes=sizes, costs=costs)
 
-        rest = Site((), {FLOAT: error}, {FLOAT: beside})
-        return [*(priced(site, site.nodes) for site in sites), priced(rest, board.macs.keys() - taken)]
+        known = [priced(site, site.nodes) for site in sites]
+        rest = Site((), {FLOAT: error}, {FLOAT: bytes - sum(site.sizes[FLOAT] for site in known)})
+        return [*known, priced(rest, board.macs.keys() - {name for site in sites for name in site.nodes})]
+
+
+def widths(graph: gs.Graph) -> dict[str, int]:
+    """The bytes of a number in the weight of every node that has one."""
+    tables = {node.name: node.inputs[0] for node in graph.nodes if operator(node).kind == "gather"}
+    found = {name: np.dtype(table.dtype).itemsize for name, table in tables.items() if isinstance(table, gs.Constant)}
+    return found | {linear.name: linear.dtype.itemsize for linear in linears(graph)}
 
 
 def recipe(

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Pass
 from channelfold.passes.layers.sensitivity import Crew, Errors, Meter, Trial, keep, measure
-from channelfold.passes.layers.switchboard import Board, compared
+from channelfold.passes.layers.switchboard import FLOAT, Board, compared
 from channelfold.passes.recipe import BEHIND_REPARAM, make
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.choice import Choice
@@ -102,7 +102,7 @@ class _Result:
 
 @dataclass(frozen=True)
 class _Rest:
-    """What stays float in the models of a network: ``bytes`` of the file where all does, and of a number.
+    """What stays float in the models of a network: ``bytes`` of the file where all does, ``widths`` of its weights.
 
     ``behind``: the passes that give the type, and ``error``: what all in the type loses. ``splits`` know of that loss.
     ``missed``: all in another type, where that misses the limits.
@@ -110,7 +110,7 @@ class _Rest:
 
     bytes: int
     splits: Sequence[Split]
-    type_bytes: int = 4
+    widths: Mapping[str, int] = field(default_factory=dict)
     behind: Sequence[Pass] = ()
     error: float = 0.0
     missed: dict[str, Any] | None = None
@@ -204,8 +204,7 @@ class _Hunt:
         sites = measure(found.board, samples, choices.groups(start.graph, found.board), self.crew, guess=True)
         rest = self._rest(start, found.board, (steering, proof))
         (steering, proof), written.behind = rest.splits, rest.behind
-        beside = rest.bytes - found.board.size({}) * rest.type_bytes // 4
-        sites = self._costs.priced(found.board, sites, beside, error + rest.error, rest.type_bytes)
+        sites = self._costs.priced(found.board, sites, rest.bytes, error + rest.error, rest.widths)
         choice = Choice(sites, samples, steering, proof, self.limits, self.search.trials)
         written.choice = choice
         if self.search.max_latency is not None:
@@ -249,11 +248,12 @@ class _Hunt:
         steering, errors = typed(splits[0], *self.steering)
         if not wanted and not self._keeps(board, errors, steering):
             self.job.warn("What stays float is float32, for with 16 bits the float network itself misses the limits")
-            cost = self._costs.of_float(board, _bytes(graph), 2)
-            lost = self._of_float(board, errors, steering, _bytes(graph), cost)
+            (whole,) = self._costs.priced(board, [], _bytes(graph), 0.0, choices.widths(graph))
+            lost = self._of_float(board, errors, steering, _bytes(graph), whole.costs[FLOAT])
             return dataclasses.replace(plain, missed=telling.told_float(lost, start.name, self._cast.options()["type"]))
         proof, _ = typed(splits[1], *self.proof)
-        return _Rest(_bytes(graph), (steering, proof), 2, [self._cast], float(errors.by_sample().mean()))
+        error = float(errors.by_sample().mean())
+        return _Rest(_bytes(graph), (steering, proof), choices.widths(graph), [self._cast], error)
 
     def _modelled_sm(self) -> int | None:
         """The GPU whose time is modelled; None where the time is that of ONNX Runtime."""
