@@ -374,6 +374,20 @@ def test_fp8_is_chosen_for_gpus_that_have_it_where_int8_is_too_coarse(mlp, tmp_p
         assert option in chosen(record)["options"]
 
 
+def test_the_recipe_of_a_mix_of_all_formats_makes_the_same_model_again(mlp, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs.Job, "build", lambda *_: None)
+    search, gates = jobs.Search(trials=6), Gates(min_snr=14)
+    record = jobs.compress(mlp[0], tmp_path / "out", source=mlp[1], sms=[120], search=search, gates=gates)
+    found = chosen(record)
+    assert {"nvfp4", "w4"} <= found["options"].keys()
+    assert record["search"]["met"]
+    assert record["search"]["file"]["snr_db"] == pytest.approx(found["proof"]["snr_db"], abs=1)
+    assert found["bytes"] == pytest.approx(record["output"]["bytes"], rel=0.2)
+    assert [step["options"].get("weights") for step in record["steps"] if step["changed"]][-1] == "nvfp4"
+    jobs.compress(mlp[0], tmp_path / "again", tmp_path / "out" / "recipe.toml", source=mlp[1])
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
+
+
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
 def test_a_search_knows_the_target(target, searched, for_onnxruntime):
     record = {"tensorrt": searched[1], "onnxruntime": for_onnxruntime}[target]
