@@ -65,7 +65,7 @@ def test_formats_of_gpus_need_gpus_that_all_have_them():
 
 
 def test_the_cost_of_an_option_is_bytes_and_bits(network):
-    graph, *_, board = network
+    *_, board = network
     whole = options.Whole(bytes=10**6, macs=sum(board.macs.values()), minimize="arithmetic")
     sites = [options.Site((name,), sizes=board.slots[name].sizes) for name in board.slots]
     half = dict.fromkeys(board.slots, 2)
