@@ -75,6 +75,22 @@ def in_front(passes: Sequence[Pass]) -> list[Pass]:
     return [step for step in passes if step.name not in (*QUANTIZATIONS, LAST)]
 
 
+def settled(passes: Sequence[Pass], records: Sequence[Mapping[str, Any]]) -> list[Pass]:
+    """The passes of a search, which ran with these ``records``, so that they do the same in front of any mix.
+
+    What a pass has taken back, because it did not pay in front of a quantization, is left out.
+    """
+    found = list[Pass]()
+    for step in passes:
+        if not step.options().get("roll_back"):
+            found.append(step)
+            continue
+        sites = [change["node"] for record in records if record["pass"] == step.name for change in record["changed"]]
+        own = {"include": tuple(map(glob.escape, sites))} if "include" in step.options() else {}
+        found += [make(step.name, step.options() | {"roll_back": False} | own)] if sites else []
+    return found
+
+
 def steps(given: Mapping[str, Any], sms: Sequence[int] = ()) -> dict[str, Pass]:
     """The pass of every option that a target and its GPUs run.
 

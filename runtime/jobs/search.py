@@ -141,8 +141,8 @@ class _Hunt:
     def run(self, passes: Sequence[Pass]) -> _Result:
         """The best result of the network that the passes in front of quantizations make, and of its variants."""
         before, self._cast = choices.in_front(passes), choices.cast(passes, self.given, self.search.float_type)
-        graph, _ = self._after(self.job.graph, [*self.job.prepared(), *before])
-        self._base = _Start("", before, graph)
+        graph, records = self._after(self.job.graph, [*self.job.prepared(), *before])
+        self._asked, self._base = before, _Start("", choices.settled(before, records), graph)
         with self._prepared(self._base) as found:
             macs, size = sum(found.board.macs.values()), self.job.record["model"]["bytes"]
             self._whole, self._costs = found, choices.Whole(size, macs, self.search.minimize)
@@ -162,25 +162,26 @@ class _Hunt:
                 yield from self._with(f"{name} {share:.0%}", make(name, {"keep_macs": share}), exact=False)
 
     def _reparameterized(self) -> Iterator[_Start]:
-        steps = self._base.steps
+        steps = self._asked
         if not any(step.name == _REPARAM for step in steps):
             place = next((i for i, step in enumerate(steps) if step.name in BEHIND_REPARAM), len(steps))
             steps = [*steps[:place], make(_REPARAM, {}), *steps[place:]]
-            _, changed = self._after(self.job.graph, [*self.job.prepared(), *steps[: place + 1]])
-            if changed:
-                yield _Start("reparam", steps, self._after(self.job.graph, [*self.job.prepared(), *steps])[0])
+            _, records = self._after(self.job.graph, [*self.job.prepared(), *steps[: place + 1]])
+            if records[-1]["changed"]:
+                graph, records = self._after(self.job.graph, [*self.job.prepared(), *steps])
+                yield _Start("reparam", choices.settled(steps, records), graph)
 
     def _with(self, name: str, step: Pass, **how: bool) -> Iterator[_Start]:
         """The base behind one more pass, where the pass changes it."""
         try:
-            graph, changed = self._after(self._base.graph, [step])
+            graph, records = self._after(self._base.graph, [step])
         except ChannelfoldError as error:
             self.job.warn(f"The search has left out {name}: {error}")
             return
-        if changed:
-            yield _Start(name, [*self._base.steps, step], graph, **how)
+        if records[-1]["changed"]:
+            yield _Start(name, [*self._base.steps, *choices.settled([step], records)], graph, **how)
 
-    def _after(self, graph: gs.Graph, passes: Sequence[Pass]) -> tuple[gs.Graph, bool]:
+    def _after(self, graph: gs.Graph, passes: Sequence[Pass]) -> tuple[gs.Graph, list[dict[str, Any]]]:
         return after(self.job, graph, passes, self.data, self.keep_in)
 
     def _prepared(self, start: _Start) -> contextlib.AbstractContextManager[Prepared]:
@@ -226,13 +227,13 @@ class _Hunt:
         files.infer_shapes(graph)
         graph.outputs = [tensor for tensor, *_ in compared(graph)]
         try:
-            graph, changed = self._after(graph, [self._cast])
+            graph, records = self._after(graph, [self._cast])
         except ChannelfoldError as error:
             if wanted:
                 raise
             self.job.warn(f"What stays float is float32 in the search: {error}")
             return plain
-        if not changed:
+        if not records[-1]["changed"]:
             return plain
         path = board.folder / "typed.onnx"
         files.save(graph, path)

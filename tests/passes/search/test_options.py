@@ -8,7 +8,7 @@ import pytest
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.layers.targets import verdict
-from channelfold.passes.recipe import Recipe, dumps, loads
+from channelfold.passes.recipe import Recipe, dumps, loads, make
 from channelfold.passes.search import options
 from channelfold.runtime.engine import build as tensorrt
 from channelfold.runtime.io.files import save
@@ -74,3 +74,28 @@ def test_the_cost_of_an_option_is_bytes_and_bits(network):
     assert costs == pytest.approx({"float": 16, "int8": 8, "fp8": 8, "nvfp4": 4, "w8": 16, "w4": 16})
     assert (first.sizes["float"], rest.sizes["float"]) == (64 * 64 * 2, 1000)
     assert np.isclose(rest.costs["float"], 0)
+
+
+def test_what_was_taken_back_does_not_come_back_in_front_of_a_mix():
+    body = "a = Gemm<transB=1>(x, A, p) b = Gemm<transB=1>(a, B, p) c = Gemm<transB=1>(b, C, p) y = Gemm(c, D)"
+    weights = {name: random((64, 64), name) / 8 for name in "ABCD"} | {"p": random((64,), "p")}
+    weights["A"][:4] *= 50
+    weights["B"][:, :4] /= 50
+    graph = build("(float[N,64] x) => (float[] y)", body, kind="float", **weights)
+    ctx = Context(samples(graph, size=64, make=lambda shape, rng: rng.standard_normal(shape)))
+
+    def ran(passes):
+        return pipeline.run(Snapshot.of(graph).graph(), passes, ctx, verify=False)
+
+    mix = make("quantize", {"exclude": ["Gemm_0", "Gemm_1", "Gemm_2"]})
+    _, records = ran([make("smooth", {}), make("fold-constants", {})])
+    changed = [change["node"] for change in records[0]["changed"]]
+    assert changed
+    steps = options.settled([make("smooth", {}), make("fold-constants", {})], records)
+    assert (steps[0].options()["include"], steps[0].options()["roll_back"]) == (tuple(changed), False)
+    _, again = ran([*steps, mix])
+    assert [change["node"] for change in again[0]["changed"]] == changed
+    assert [change["what"] for change in again[0]["changed"]] == [change["what"] for change in records[0]["changed"]]
+    nothing = options.settled(steps[:1], [{"pass": "smooth", "changed": []}])
+    assert nothing == steps[:1]
+    assert options.settled([make("smooth", {})], [{"pass": "smooth", "changed": []}]) == []
