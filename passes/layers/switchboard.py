@@ -242,7 +242,7 @@ def settle(graph: gs.Graph) -> dict[str, int]:
         if node.op == "Cast":
             values = codes.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
         else:
-            values = dequantized(codes, *(*parameters, None)[:2], node.attrs)
+            values = dequantized(codes, parameters[0], parameters[1] if len(parameters) > 1 else None, node.attrs)
         new = constant(graph, f"{node.outputs[0].name}_settled", values)
         settled[id(new)] = whole
         edit.replace_uses(graph, node.outputs[0], new)
