@@ -67,7 +67,8 @@ def _settings(jobs: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def _search(jobs: Any, options: dict[str, Any]) -> Any:
     """What to search for, or None. Removes the options of a search from ``options``."""
-    names = ("max_loss", "max_size", "max_latency", "metric", "minimize", "trials", "prune_to", "workers", "cluster")
+    names = ("max_loss", "max_size", "max_latency", "metric", "minimize", "trials", "prune_to", "float_type")
+    names += ("workers", "cluster")
     found = {name: options.pop(name) for name in names}
     limits = (found[name] for name in ("max_loss", "max_size", "max_latency"))
     asked = options.pop("searches") or any(limit is not None for limit in limits)
@@ -109,10 +110,10 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
     --target tensorrt --sm 89.
 
     With --max-loss, --max-size, --max-latency or --search, searches for the best option of every node (float, int8,
-    weights alone in 8 or 4 bits, fp8 where each --sm has it) in place of the recipe's quantization, by what reaches the
-    outputs, also of smoothed and, with --prune-to, of smaller networks. For TensorRT, what stays float is float16
-    where that keeps the limits. Writes DIR/recipe.toml too. Exit code 3 where no model keeps the limits: the nearest
-    is written.
+    weights alone in 8 or 4 bits, fp8 and nvfp4 where each --sm has them) in place of the recipe's quantization, by what
+    reaches the outputs, also of smoothed and, with --prune-to, of smaller networks. For TensorRT, what stays float is
+    float16 where that keeps the limits, or of --float-type. Writes DIR/recipe.toml too. Exit code 3 where no model
+    keeps the limits: the nearest is written.
     """
     settings = {"search": _search(jobs, options)}
     settings |= {name: options.pop(name) for name in ("sms", "shapes", "require_share", "fixed")}

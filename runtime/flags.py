@@ -279,6 +279,15 @@ search = together(
         help="Search: variants with fewer channels as well, which keep X, such as 75%, of the MACs. Repeatable.",
     ),
     click.option(
+        "--float-type",
+        type=_Choice(["auto", "float32", "float16", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        metavar="TYPE",
+        help="Search: the type of what stays float. auto: that of the recipe, or float16 for TensorRT, where it alone "
+        "keeps the limits; float32, float16, bfloat16: this one.",
+    ),
+    click.option(
         "--trials", type=click.IntRange(min=2), default=12, show_default=True, metavar="N", help="Points to measure."
     ),
     workers,

@@ -1,7 +1,7 @@
 """All configurations of a quantized graph in one graph: which options its nodes have, and how to run any mix of them.
 
     weight, bias    an input of the graph, or a constant that lies in a file beside it
-    activation      If(on, DQ(Q(x)), x)
+    activation      If(int8, DQ(Q(x)), If(fp8, DQ(Q(x)), x)) …
     configuration   {node: option}; a node that it does not name is ``float``
 
 The board is made from the graphs that the passes themselves write, one for every option (``int8`` from ``quantize``,
@@ -13,7 +13,9 @@ feed, and one session tries out all their options. What they do not change is co
 session of its own. All other nodes are constants, so that ONNX Runtime keeps the layouts and kernels that it has for
 constants: without its blocked layout, convolutions take three times as long.
 
-A quantizer in front of the readers of a tensor is on where its reader is (tensorrt: each reader has its own switch).
+A switch in front of the readers of a tensor computes what the option of its reader puts between the two: a quantizer to
+int8, one to fp8 … (tensorrt: each reader has its own switch). The first option that quantizes activations also says how
+the rest of the graph is, such as which tensors hold x - c; the switches of the others begin with x.
 Around convolutions of target onnxruntime, all readers share one switch: it is on where a reader or the convolution that
 writes the tensor is quantized, or where an operator in between reads quantized tensors alone.
 """
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,19 +35,20 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.layers.formats import chunks, spread
 from channelfold.passes.layers.linear import Linear, cast, linears
+from channelfold.passes.layers.switches import FLOAT as FLOAT
+from channelfold.passes.layers.switches import Quantizers, Switch, insert_switches, reached, wire
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
+from channelfold.runtime.io.emulate import emulate
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import constant, free_name, infer_shapes, packed, read, save
 from channelfold.runtime.io.session import Feed, Session, TensorSpec
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.io.split import split, typed
 
-FLOAT = "float"
-_FILE, _SWITCH = "board.onnx", "channelfold.switch"
+_FILE = "board.onnx"
 _CLOSING = ("Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid", "ArgMax", "ArgMin")
-_FUSED = ("Relu", "Clip")
 
 Configuration = Mapping[str, str]
 
@@ -66,20 +69,8 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Switch:
-    """A quantizer of the tensor that is called ``result`` behind it: on where one of the nodes ``readers`` is.
-
-    ``carried``: tensors that are called so behind their switches; where all of them are on, the switch is as well.
-    """
-
-    result: str
-    readers: tuple[str, ...]
-    carried: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Board:
-    """The graph with its options, in a folder. ``acting``: options with activations.
+    """The graph with its options, in a folder. ``acting``: options with activations, the first that of the graph.
 
     ``outputs``: what is measured, and ``ends`` the outputs of the graph that they stand for; ``scores``: which of them
     hold class scores, written by a linear node or read by a closing Softmax or ArgMax. ``mask``: the input that tells
@@ -107,12 +98,13 @@ class Board:
                 found.update(hashlib.file_digest(file, "sha256").digest())
         return found.hexdigest()
 
-    def on(self, chosen: Configuration) -> dict[str, bool]:
-        """Whether each switch is on, by the name of the tensor behind it."""
-        found: dict[str, bool] = {}
+    def on(self, chosen: Configuration) -> dict[str, str]:
+        """The option that each switch is in, or ``float``, by the name of the tensor behind it."""
+        found: dict[str, str] = {}
         for switch in self.switches:
-            own = any(chosen.get(reader) in self.acting for reader in switch.readers)
-            found[switch.result] = own or (bool(switch.carried) and all(found.get(t, False) for t in switch.carried))
+            own = next((chosen[reader] for reader in switch.readers if chosen.get(reader) in switch.options), FLOAT)
+            carried = bool(switch.carried) and all(found.get(t, FLOAT) != FLOAT for t in switch.carried)
+            found[switch.result] = switch.options[0] if carried and own == FLOAT else own
         return found
 
     def options(self, name: str) -> list[str]:
@@ -137,14 +129,15 @@ class Player:
     def __init__(self, board: Board, chosen: Configuration, open: Collection[str]):
         self.board, self.chosen = board, dict(chosen)
         self.open = [board.slots[name] for name in board.slots if name in open]
-        self._switched = list(_reached(board.switches, set(open)))
+        self._switched = reached(board.switches, set(open))
         model = onnx.load(board.folder / _FILE, load_external_data=False)
         closed = {name: board.slots[name] for name in board.slots if name not in open}
         _close(model.graph, closed.values(), board.folder, self.chosen)
-        _wire(model.graph, board.on(self.chosen), set(self._switched))
+        wire(model.graph, board.on(self.chosen), self._switched)
         del model.graph.output[:]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in board.outputs)
-        changing = {name for slot in self.open for name in slot.inputs} | set(map(_condition, self._switched))
+        changing = {name for slot in self.open for name in slot.inputs}
+        changing |= {name for switch in self._switched.values() for name in switch.conditions.values()}
         first, rest = split(model, changing)
         self._stem = self._session(first)
         if self._stem and not typed(rest, self._stem.outputs):
@@ -171,7 +164,8 @@ class Player:
             files = slot.files[chosen.get(slot.name, FLOAT)]
             full |= {name: self._array(file) for name, file in zip(slot.inputs, files, strict=True)}
         on = self.board.on(chosen)
-        full |= {_condition(name): np.array(on[name]) for name in self._switched}
+        for result, switch in self._switched.items():
+            full |= {name: np.array(on[result] == option) for option, name in switch.conditions.items()}
         found = full | _run(self._rest, full)
         return [found[name] for name in self.board.outputs]
 
@@ -190,25 +184,32 @@ def build(
     """Writes the board of a float graph into a folder.
 
     ``variants``: by option, the graph that a pass makes of ``graph`` where it gives every node this option; they are
-    used up. Those in ``acting`` also quantize activations; there is one of them at most. ``centered``: the linears of
-    that one that read or write x - c, whose biases make up for that in all options. Raises ModelError.
+    used up. Those in ``acting`` also quantize activations. ``centered``: the linears of the first of these that read or
+    write x - c, whose biases make up for that in all options. Raises ModelError.
     """
     found = {FLOAT: _Options(graph), **{option: _Options(other, settle(other)) for option, other in variants.items()}}
     infer_shapes(graph)
-    whole = next((variants[option] for option in acting if option in variants), None)
-    whole = Snapshot.of(graph).graph() if whole is None else whole
+    acting = tuple(option for option in acting if option in variants)
+    first, *others = acting or (FLOAT,)
+    whole = variants[first] if acting else Snapshot.of(graph).graph()
     infer_shapes(whole)
     base, slots = _Options(whole), {}
     for number, name in enumerate(node.name for node in graph.nodes):
         options = {option: own for option, own in found.items() if name in own}
+        if first not in options:  # nothing can be switched in front of it
+            options = {option: own for option, own in options.items() if option not in others}
         if len(options) > 1:
             values = {option: found.values(name) for option, found in options.items()}
             if centered and name in base.linears:
-                for option in values.keys() - set(acting):
-                    values[option] = _centered(base.linears[name], *values[option], centered)
+                for option in values.keys() - {first}:
+                    sides = ("written",) if option in others else ("read", "written")
+                    values[option] = _centered(base.linears[name], *values[option], centered, sides)
             sizes = {option: own.size(name) for option, own in options.items()}
             slots[name] = _slot(base, name, values, sizes, folder, number)
-    switches = tuple(_switches(whole, slots))
+    read = {name: tensor.name for name, tensor in found[FLOAT].reads().items()}
+    ends = {option: (found[option].graph, found[option].reads()) for option in others}
+    quantizers = Quantizers(ends, read, (centered or {}).get("read", {}))
+    switches = tuple(insert_switches(whole, slots, first, quantizers))
     ends = compared(whole)
     whole.outputs = [tensor for tensor, *_ in ends]
     edit.remove_dead(whole)
@@ -217,7 +218,7 @@ def build(
     mask = next((s.name for s in inputs if s.meaning and s.meaning.kind == "mask"), "")
     texts = tuple(s.name for s in inputs) if all(map(_is_text, inputs)) else ()
     outputs, closed, scores = zip(*((tensor.name, end, holds) for tensor, end, holds in ends), strict=True)
-    return Board(folder, outputs, closed, scores, mask, slots, switches, tuple(acting), texts)
+    return Board(folder, outputs, closed, scores, mask, slots, switches, acting, texts)
 
 
 def _is_text(spec: TensorSpec) -> bool:
@@ -230,22 +231,33 @@ def _is_text(spec: TensorSpec) -> bool:
 
 
 def settle(graph: gs.Graph) -> dict[str, int]:
-    """Replaces every DequantizeLinear of constants by its result; the bytes of the weight by the name of the reader."""
+    """Replaces every DequantizeLinear of constants by its result; the bytes of the weight by the name of the reader.
+
+    Scales may be the result of another one, and cast. What ONNX Runtime does not know is emulated.
+    """
     sizes: dict[str, int] = {}
-    for node in [node for node in graph.nodes if node.op == "DequantizeLinear"]:
+    settled: dict[int, int] = {}  # the bytes of what was replaced
+    for node in [node for node in graph.nodes if node.op in ("DequantizeLinear", "Cast")]:
         constants = all(isinstance(tensor, gs.Constant) for tensor in node.inputs)
         if not constants or edit.is_output(graph, node.outputs[0]):
             continue
-        whole = sum(packed(tensor._values).nbytes for tensor in node.inputs)
+        if node.op == "Cast" and id(node.inputs[0]) not in settled:
+            continue
+        whole = sum(settled.get(id(tensor)) or packed(tensor._values).nbytes for tensor in node.inputs)
         for reader in edit.consumers(node.outputs[0]):
             if not (len(reader.inputs) > 2 and reader.inputs[2] is node.outputs[0]):  # a bias
                 sizes[reader.name] = whole
-        name = node.outputs[0].name
-        codes, scales, *zero = (np.asarray(read(tensor)) for tensor in node.inputs)
-        values = dequantized(codes, scales, zero[0] if zero else None, node.attrs)
-        edit.replace_uses(graph, node.outputs[0], constant(graph, f"{name}_settled", values))
+        codes, *parameters = (np.asarray(read(tensor)) for tensor in node.inputs)
+        if node.op == "Cast":
+            values = codes.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+        else:
+            values = dequantized(codes, parameters[0], parameters[1] if len(parameters) > 1 else None, node.attrs)
+        new = constant(graph, f"{node.outputs[0].name}_settled", values)
+        settled[id(new)] = whole
+        edit.replace_uses(graph, node.outputs[0], new)
         edit.detach(node)
     edit.sweep(graph)
+    emulate(graph)
     return sizes
 
 
@@ -273,6 +285,10 @@ class _Options:
             return np.asarray(read(self.tables[name].inputs[0])), None
         return self.linears[name].weight(), self.linears[name].bias()
 
+    def reads(self) -> dict[str, gs.Tensor]:
+        """What every linear reads."""
+        return {name: linear.data for name, linear in self.linears.items() if name in self}
+
     def size(self, name: str) -> int:
         return self.values(name)[0].nbytes if self.sizes is None else self.sizes[name]
 
@@ -282,10 +298,16 @@ def _is_table(tensor: gs.Tensor) -> bool:
 
 
 def _centered(
-    linear: Linear, weight: np.ndarray, bias: np.ndarray | None, centered: Mapping[str, Mapping[str, float]]
+    linear: Linear,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    centered: Mapping[str, Mapping[str, float]],
+    sides: Collection[str],
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """A weight, and the bias for a linear that reads x - c or writes y - c."""
-    read, written = (centered.get(side, {}).get(linear.name, 0.0) for side in ("read", "written"))
+    """A weight, and the bias for a linear that reads x - c or writes y - c, of the ``sides`` "read" and "written"."""
+    read, written = (
+        centered.get(side, {}).get(linear.name, 0.0) if side in sides else 0.0 for side in ("read", "written")
+    )
     if not read and not written:
         return weight, bias
     moved = linear.respond(weight, np.full(linear.channels[1], read)) - written
@@ -361,58 +383,6 @@ def compared(graph: gs.Graph) -> list[tuple[gs.Tensor, str, bool]]:
     return list(found.values())
 
 
-# ---- switches ----------------------------------------------------------------------------------------------------
-
-
-def _switches(graph: gs.Graph, slots: Collection[str]) -> Iterator[Switch]:
-    """Puts a switch in the place of every pair of QuantizeLinear and DequantizeLinear."""
-    for after in [node for node in graph.nodes if node.op == "DequantizeLinear"]:
-        before = edit.producer(after.inputs[0])
-        if before is None or before.op != "QuantizeLinear":
-            continue
-        restored, parameters = after.outputs[0], before.inputs[:3]
-        readers = edit.consumers(restored)
-        writers, carried = _writers(parameters[0], slots)
-        apart = all(node.op in ("MatMul", "Gemm") for node in readers) and not (writers or carried)
-        apart = apart or edit.dtype(before.inputs[2]) == np.int8
-        for group in [[node] for node in readers] if apart else [readers]:
-            result = gs.Variable(free_name(graph, f"{restored.name}_switched"), restored.dtype, restored.shape)
-            edit.insert_after(graph, after, gs.Node(_SWITCH, result.name, {}, list(parameters), [result]))
-            for node in group:
-                for place in [i for i, tensor in enumerate(node.inputs) if tensor is restored]:
-                    edit.set_input(node, place, result)
-            owners = tuple(node.name for node in group if node.name in slots)
-            yield Switch(result.name, owners) if apart else Switch(result.name, (*owners, *writers), carried)
-        edit.detach(after)
-        if not edit.consumers(before.outputs[0]):
-            edit.detach(before)
-    edit.sweep(graph)
-
-
-def _writers(tensor: gs.Tensor, slots: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The convolution that writes a tensor, or else the switches that the operator which writes it reads."""
-    writer = edit.producer(tensor)
-    while writer is not None and (writer.op in _FUSED or (writer.op == "Sum" and len(writer.inputs) == 1)):
-        writer = edit.producer(writer.inputs[0])
-    if writer is None or operator(writer).weighted:
-        return ((writer.name,) if writer and writer.name in slots and operator(writer).kind == "conv" else ()), ()
-    made = map(edit.producer, writer.inputs)
-    return (), tuple(node.name for node in made if node is not None and node.op == _SWITCH)
-
-
-def _reached(switches: Sequence[Switch], open: Set[str]) -> dict[str, None]:
-    """The results of the switches that the options of some nodes can change."""
-    found: dict[str, None] = {}
-    for switch in switches:
-        if open & set(switch.readers) or found.keys() & set(switch.carried):
-            found[switch.result] = None
-    return found
-
-
-def _condition(name: str) -> str:
-    return f"{name}_on"
-
-
 def _close(graph: onnx.GraphProto, slots: Iterable[Slot], folder: Path, chosen: Configuration) -> None:
     """Makes constants, which lie in their files, of the inputs of nodes."""
     gone = {}
@@ -429,34 +399,3 @@ def _close(graph: onnx.GraphProto, slots: Iterable[Slot], folder: Path, chosen: 
     kept = [value for value in graph.input if value.name not in gone]
     del graph.input[:]
     graph.input.extend(kept)
-
-
-def _wire(graph: onnx.GraphProto, on: Mapping[str, bool], open: Collection[str]) -> None:
-    """Puts nodes of ONNX in the place of the switches."""
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        if node.op_type != _SWITCH:
-            nodes.append(node)
-            continue
-        (tensor, *parameters), (result,) = node.input, node.output
-        if result not in open and not on[result]:
-            nodes.append(onnx.helper.make_node("Identity", [tensor], [result], name=result))
-            continue
-        codes, inner = f"{result}_codes", f"{result}_inner" if result in open else result
-        pair = [
-            onnx.helper.make_node("QuantizeLinear", [tensor, *parameters], [codes], name=f"{result}_Q"),
-            onnx.helper.make_node("DequantizeLinear", [codes, *parameters], [inner], name=f"{result}_DQ"),
-        ]
-        if result not in open:
-            nodes += pair
-            continue
-        same = [onnx.helper.make_node("Identity", [tensor], [f"{result}_same"], name=f"{result}_Identity")]
-        branches: dict[str, Any] = {
-            f"{branch}_branch": onnx.helper.make_graph(body, branch, [], [onnx.ValueInfoProto(name=body[-1].output[0])])
-            for branch, body in (("then", pair), ("else", same))
-        }
-        condition = _condition(result)
-        graph.input.append(onnx.helper.make_tensor_value_info(condition, onnx.TensorProto.BOOL, ()))
-        nodes.append(onnx.helper.make_node("If", [condition], [result], name=result, **branches))
-    del graph.node[:]
-    graph.node.extend(nodes)

@@ -2,8 +2,13 @@
 
 float     as it is
 int8      quantize          weights by channel and activations in 8 bits
-fp8       quantize-weights  the same in E4M3, in place of int8
+fp8       quantize-weights  the same in E4M3, where GPUs are named and all of them have it
 w8, w4    quantize-weights  weights alone: int8 by channel, int4 in groups
+nvfp4     quantize-weights  weights and activations in 4 bits, as fp8 is
+
+One file may hold all of them, node by node: TensorRT-RTX builds such mixes for SM 89 and 120, in float32, float16 and
+bfloat16, and every node runs in its own arithmetic. NVFP4 is written behind the cast of what stays float: its scales
+are then made in that type. It needs float32 or float16.
 """
 
 from __future__ import annotations
@@ -13,12 +18,15 @@ import glob
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes import PASSES
 from channelfold.passes.base import Context, Pass
+from channelfold.passes.layers.formats import FORMATS
 from channelfold.passes.layers.linear import linears
 from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.layers.switchboard import FLOAT, Board, Configuration, build
@@ -50,9 +58,15 @@ OPTIONS: dict[str, Option] = {
     "fp8": Option("quantize-weights", {"weights": "fp8", "activations": "fp8", "embeddings": False}, "fp8", "fp8"),
     "w8": Option("quantize-weights", {"weights": "int8"}, "int8"),
     "w4": Option("quantize-weights", {"weights": "int4"}, "int4"),
+    "nvfp4": Option(
+        "quantize-weights", {"weights": "nvfp4", "activations": "fp4", "embeddings": False}, "nvfp4", "fp4"
+    ),
 }
-ACTING = tuple(name for name, option in OPTIONS.items() if option.activations != "none")  # one of them at a time
+ACTING = tuple(name for name, option in OPTIONS.items() if option.activations != "none")
 LAST = "cast"  # what stays float gets another type
+AUTO = "auto"  # the search chooses that type
+TYPED = "nvfp4"  # written in that type
+_OF_GPUS = ("fp8", "nvfp4")  # not for GPUs that are not named
 _NODE = 300  # bytes of a node that quantizes or dequantizes, with its names: one for a weight, three for activations
 
 
@@ -61,8 +75,24 @@ def in_front(passes: Sequence[Pass]) -> list[Pass]:
     return [step for step in passes if step.name not in (*QUANTIZATIONS, LAST)]
 
 
-def steps(given: Mapping[str, Any], acting: str = "int8", sms: Sequence[int] = ()) -> dict[str, Pass]:
-    """The pass of every option that a target and its GPUs run; ``acting``: the one that quantizes activations.
+def settled(passes: Sequence[Pass], records: Sequence[Mapping[str, Any]]) -> list[Pass]:
+    """The passes of a search, which ran with these ``records``, so that they do the same in front of any mix.
+
+    What a pass has taken back, because it did not pay in front of a quantization, is left out.
+    """
+    found = list[Pass]()
+    for step in passes:
+        if not step.options().get("roll_back"):
+            found.append(step)
+            continue
+        sites = [change["node"] for record in records if record["pass"] == step.name for change in record["changed"]]
+        own = {"include": tuple(map(glob.escape, sites))} if "include" in step.options() else {}
+        found += [make(step.name, step.options() | {"roll_back": False} | own)] if sites else []
+    return found
+
+
+def steps(given: Mapping[str, Any], sms: Sequence[int] = ()) -> dict[str, Pass]:
+    """The pass of every option that a target and its GPUs run.
 
     ``given``: options of passes, each set where a pass has it.
     """
@@ -71,7 +101,7 @@ def steps(given: Mapping[str, Any], acting: str = "int8", sms: Sequence[int] = (
             raise UsageError(f"{what} was given, and the search chooses the nodes", "Give one of the two")
     found = {}
     for name, option in OPTIONS.items():
-        if name != acting and (name in ACTING or not runs(name, given.get("target", "tensorrt"), sms)):
+        if not runs(name, given.get("target", "tensorrt"), sms):
             continue
         known = options_of(PASSES[option.step])
         settings = {key: value for key, value in given.items() if key in known and key not in option.own}
@@ -79,21 +109,23 @@ def steps(given: Mapping[str, Any], acting: str = "int8", sms: Sequence[int] = (
     return found
 
 
-def cast(passes: Sequence[Pass], given: Mapping[str, Any]) -> Pass | None:
-    """The pass that gives what stays float its type: that of a recipe, or float16 for TensorRT.
+def cast(passes: Sequence[Pass], given: Mapping[str, Any], kind: str = AUTO) -> Pass | None:
+    """The pass that gives what stays float the type ``kind``; by default that of a recipe, or float16 for TensorRT.
 
     ONNX Runtime computes float16 in float32 on a CPU, so that such a model gains no time there.
     """
     step = next((step for step in passes if step.name == LAST), None)
-    if step is None and given.get("target", "tensorrt") != "tensorrt":
+    if kind == "float32" or (kind == AUTO and step is None and given.get("target", "tensorrt") != "tensorrt"):
         return None
     settings = {key: value for key, value in given.items() if key in options_of(PASSES[LAST])}
-    return make(LAST, (step.options() if step else {}) | settings)
+    return make(LAST, (step.options() if step else {}) | settings | ({} if kind == AUTO else {"type": kind}))
 
 
 def runs(option: str, target: str, sms: Sequence[int]) -> bool:
     """Whether the kernels of a target, on all of some GPUs, read the format of an option as it is stored."""
     formats = OPTIONS[option].weights, OPTIONS[option].activations
+    if option in _OF_GPUS and not sms:
+        return False
     slow = "refused", "wrong", "dequantized first"
     return formats == ("int8", "int8") or all(verdict(*formats, target, sm) not in slow for sm in sms or [None])
 
@@ -101,8 +133,12 @@ def runs(option: str, target: str, sms: Sequence[int]) -> bool:
 def board_of(graph: gs.Graph, passes: Mapping[str, Pass], ctx: Context, folder: Path) -> Board:
     """The board of a graph: every pass runs on a copy, on all nodes of the main graph that it takes."""
     before, variants, centered = Snapshot.of(graph), {}, None
+    acting = [option for option in passes if option in ACTING]
+    shared = max((passes[option].opset_for(graph) for option in acting), default=0)  # their operators meet in one graph
     for option, step in passes.items():
         variant = before.graph()
+        if option in acting and shared > variant.opset:
+            variant = raise_opset(variant, shared)
         for part in _comparable(step):
             work = part.work()
             if (needed := work.least_opset(variant)) > variant.opset:
@@ -110,7 +146,6 @@ def board_of(graph: gs.Graph, passes: Mapping[str, Pass], ctx: Context, folder: 
             centered = work.apply(variant, ctx).facts.get("centered", centered)
         variants[option] = variant
     macs = multiplications(before.graph(), next(iter(ctx.data)))
-    acting = [option for option in passes if option in ACTING]
     return dataclasses.replace(build(graph, variants, folder, acting, centered), macs=macs)
 
 
@@ -155,47 +190,69 @@ class Whole:
     minimize: str = "both"
 
     def priced(
-        self, board: Board, sites: Sequence[Site], beside: int, error: float = 0.0, type_bytes: int = 4
+        self,
+        board: Board,
+        sites: Sequence[Site],
+        bytes: int,
+        error: float = 0.0,
+        widths: Mapping[str, int] = MappingProxyType({}),
     ) -> list[Site]:
         """The sites with the cost of every option: the share of the bytes, of the arithmetic, or the mean of both.
 
-        The arithmetic of a node is its multiply-accumulates on a feed times the bits of its factors. ``beside``: bytes
-        that belong to no site; ``error``: of the network when all sites are float. Both become a site without options.
-        ``type_bytes``: of what stays float in the result, of 4.
+        The arithmetic of a node is its multiply-accumulates on a feed times the bits of its activations. ``bytes`` are
+        those of the file and ``error`` that of the network when all sites are float, with ``widths``: the bytes of a
+        number, 4 for nodes that are not named. What belongs to no site becomes a site without options.
         """
         share = {"size": (1.0, 0.0), "arithmetic": (0.0, 1.0), "both": (0.5, 0.5)}[self.minimize]
-        taken = {name for site in sites for name in site.nodes}
+
+        def weighed(names: Iterable[str], bits: Mapping[str, int], option: str) -> float:
+            whole = 32 * max(self.macs, 1)
+            return sum(board.macs.get(name, 0) * bits.get(option, 8 * widths.get(name, 4)) for name in names) / whole
 
         def priced(site: Site, names: Iterable[str]) -> Site:
-            work = sum(board.macs.get(name, 0) for name in names) / max(self.macs, 1)
             nodes = {o: (4 if o in ACTING else 1) * len(site.nodes) for o in site.sizes if o != FLOAT}
             sizes = {o: size + _NODE * nodes.get(o, 0) for o, size in site.sizes.items()}
-            sizes[FLOAT] = sizes[FLOAT] * type_bytes // 4 if site.nodes else sizes[FLOAT]
-            bits = {o: 1 if o in ACTING else type_bytes for o in sizes}
-            costs = {o: share[0] * n / self.bytes + share[1] * work * bits[o] / 4 for o, n in sizes.items()}
+            if site.nodes:
+                sizes[FLOAT] = sum(board.slots[name].sizes[FLOAT] * widths.get(name, 4) // 4 for name in site.nodes)
+            bits = {o: FORMATS[OPTIONS[o].activations].bits for o in sizes if o in ACTING}
+            costs = {o: share[0] * n / self.bytes + share[1] * weighed(names, bits, o) for o, n in sizes.items()}
             return dataclasses.replace(site, sizes=sizes, costs=costs)
 
-        rest = Site((), {FLOAT: error}, {FLOAT: beside})
-        return [*(priced(site, site.nodes) for site in sites), priced(rest, board.macs.keys() - taken)]
+        known = [priced(site, site.nodes) for site in sites]
+        rest = Site((), {FLOAT: error}, {FLOAT: bytes - sum(site.sizes[FLOAT] for site in known)})
+        return [*known, priced(rest, board.macs.keys() - {name for site in sites for name in site.nodes})]
+
+
+def widths(graph: gs.Graph) -> dict[str, int]:
+    """The bytes of a number in the weight of every node that has one."""
+    tables = {node.name: node.inputs[0] for node in graph.nodes if operator(node).kind == "gather"}
+    found = {name: np.dtype(table.dtype).itemsize for name, table in tables.items() if isinstance(table, gs.Constant)}
+    return found | {linear.name: linear.dtype.itemsize for linear in linears(graph)}
 
 
 def recipe(
-    before: Sequence[Pass], passes: Mapping[str, Pass], graph: gs.Graph, board: Board, chosen: Configuration
+    before: Sequence[Pass],
+    passes: Mapping[str, Pass],
+    graph: gs.Graph,
+    board: Board,
+    chosen: Configuration,
+    behind: Sequence[Pass] = (),
 ) -> list[Pass]:
     """The passes that give every node its option: each excludes the nodes that are for another pass, or for none.
 
-    Nodes in bodies of If, Loop and Scan stay float.
+    ``behind``: what gives its type to what stays float. Nodes in bodies of If, Loop and Scan stay float.
     """
     inside = [node.name for part in list(all_graphs(graph))[1:] for node in part.nodes if _is_weighted(node)]
-    made, done = list(before), set()
+    made, done = dict[str, Pass](), set()
     for option, step in passes.items():
         mine = {name for name in board.slots if chosen.get(name, FLOAT) == option}
         done |= mine
         if mine:
             others = [name for name, slot in board.slots.items() if name not in done and option in slot.files]
             settings, names = step.options(), dict.fromkeys([*others, *(n for n in inside if n not in mine)])
-            made.append(make(step.name, settings | {"exclude": (*settings["exclude"], *map(glob.escape, names))}))
-    return made
+            made[option] = make(step.name, settings | {"exclude": (*settings["exclude"], *map(glob.escape, names))})
+    last = [made.pop(TYPED)] if TYPED in made else []
+    return [*before, *made.values(), *behind, *last]
 
 
 def _is_weighted(node: gs.Node) -> bool:

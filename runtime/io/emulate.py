@@ -49,7 +49,18 @@ def _values(node: gs.Node) -> np.ndarray:
         scale = np.repeat(scale, block, axis=axis).take(np.arange(values.shape[axis]), axis=axis)
     elif scale.ndim:
         scale = scale.reshape([-1 if i == axis % values.ndim else 1 for i in range(values.ndim)])
-    return (values * scale).astype(node.outputs[0].dtype or np.float32)
+    return (values * scale).astype(_type(node))
+
+
+def _type(node: gs.Node) -> np.dtype:
+    """The type of what a DequantizeLinear or Cast makes, which may stand nowhere: that of its scales."""
+    if node.op == "Cast":
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+    scales = node.inputs[1]
+    known, source = node.outputs[0].dtype or scales.dtype, edit.producer(scales)
+    if known is None and source is not None and source.op in ("Cast", "DequantizeLinear"):
+        return _type(source)
+    return np.dtype(known or np.float32)
 
 
 def _read(tensor: gs.Tensor) -> np.ndarray:
@@ -65,7 +76,7 @@ def _read(tensor: gs.Tensor) -> np.ndarray:
 
 def _rounded(graph: gs.Graph, quantize: gs.Node, last: gs.Node) -> gs.Variable:
     data, unit = quantize.inputs
-    dtype = np.dtype(last.outputs[0].dtype or np.float32)
+    dtype = _type(last)
 
     def add(op: str, *inputs: gs.Tensor | np.ndarray | float, kind: np.dtype = _FLOAT, **attrs: int):
         name = free_name(graph, f"{data.name}_{op}")

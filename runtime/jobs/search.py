@@ -1,8 +1,8 @@
 """The search of ``compress``: networks to choose on, the front, the proof and the choice.
 
 The options of the nodes are chosen on the network that the recipe's own passes make, and on variants of it: smoothed,
-with FFNs reparameterized, with fp8 in place of int8, with fewer channels. What is right are always the outputs of the
-first. What stays float is float16 for TensorRT, where that keeps the limits. All points lie in one front;
+with FFNs reparameterized, with fewer channels. What is right are always the outputs of the first. What stays float is
+float16 for TensorRT, where that keeps the limits, or what the user wants. All points lie in one front;
 ``search_record`` has its record.
 """
 
@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Pass
 from channelfold.passes.layers.sensitivity import Crew, Errors, Meter, Trial, brief, keep, measure
-from channelfold.passes.layers.switchboard import Board, compared
+from channelfold.passes.layers.switchboard import FLOAT, Board, compared
 from channelfold.passes.recipe import BEHIND_REPARAM, make
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.choice import Choice
@@ -55,7 +55,8 @@ class Search:
     ``metric``: a script and a function of it, which takes the path of a model and returns a number, higher is better;
     its loss is relative to that of the float model. ``minimize``: "size", "arithmetic" or "both". Without a limit the
     outputs must have the SNR of the verdict OK. ``prune_to``: shares of the MACs; variants that keep these are searched
-    as well.
+    as well. ``float_type``: the type of what stays float, float32, float16 or bfloat16; auto: that of the recipe, or
+    float16 for TensorRT, where it alone keeps the limits.
     """
 
     max_loss: float | None = None
@@ -65,13 +66,14 @@ class Search:
     minimize: str = "both"
     trials: int = 12
     prune_to: tuple[float, ...] = ()
+    float_type: str = choices.AUTO
     workers: int = 1
     cluster: str = ""
 
 
 @dataclass(frozen=True)
 class _Start:
-    """A network to choose on, made by ``steps``. ``acting``: its option that quantizes activations.
+    """A network to choose on, made by ``steps``.
 
     ``exact``: it computes what the given model computes. ``finer``: it is worth a search where it makes 8 bits finer.
     """
@@ -79,7 +81,6 @@ class _Start:
     name: str
     steps: list[Pass]
     graph: gs.Graph
-    acting: str = "int8"
     exact: bool = True
     finer: bool = False
 
@@ -96,16 +97,18 @@ class _Result:
 
 @dataclass(frozen=True)
 class _Rest:
-    """What stays float in the models of a network: ``bytes`` of the file where all does, and of a number.
+    """What stays float in the models of a network: ``bytes`` of the file where all does, ``widths`` of its weights.
 
     ``behind``: the passes that give the type, and ``error``: what all in the type loses. ``splits`` know of that loss.
+    ``missed``: all in another type, where that misses the limits.
     """
 
     bytes: int
     splits: Sequence[Split]
-    type_bytes: int = 4
+    widths: Mapping[str, int] = field(default_factory=dict)
     behind: Sequence[Pass] = ()
     error: float = 0.0
+    missed: dict[str, Any] | None = None
 
     @property
     def type(self) -> str:
@@ -132,9 +135,9 @@ class _Hunt:
 
     def run(self, passes: Sequence[Pass]) -> _Result:
         """The best result of the network that the passes in front of quantizations make, and of its variants."""
-        before, self._cast = choices.in_front(passes), choices.cast(passes, self.given)
-        graph, _ = self._after(self.job.graph, [*self.job.prepared(), *before])
-        self._base = _Start("", before, graph)
+        before, self._cast = choices.in_front(passes), choices.cast(passes, self.given, self.search.float_type)
+        graph, records = self._after(self.job.graph, [*self.job.prepared(), *before])
+        self._asked, self._base = before, _Start("", choices.settled(before, records), graph)
         with self._prepared(self._base) as found:
             macs, size = sum(found.board.macs.values()), self.job.record["model"]["bytes"]
             self._whole, self._costs = found, choices.Whole(size, macs, self.search.minimize)
@@ -157,37 +160,37 @@ class _Hunt:
         yield from self._reparameterized()
         if not any(step.name == _SMOOTH for step in self._base.steps):
             yield from self._with(_SMOOTH, make(_SMOOTH, {}), finer=True)
-        base = self._base
-        if self.sms and choices.runs("fp8", self.given.get("target", "tensorrt"), self.sms):
-            yield _Start("fp8", base.steps, base.graph, "fp8", finer=True)
         for share in self.search.prune_to:
             for name in ("prune", "approximate-ffn"):
                 yield from self._with(f"{name} {share:.0%}", make(name, {"keep_macs": share}), exact=False)
 
     def _reparameterized(self) -> Iterator[_Start]:
-        steps = self._base.steps
+        steps = self._asked
         if not any(step.name == _REPARAM for step in steps):
             place = next((i for i, step in enumerate(steps) if step.name in BEHIND_REPARAM), len(steps))
             steps = [*steps[:place], make(_REPARAM, {}), *steps[place:]]
-            _, changed = self._after(self.job.graph, [*self.job.prepared(), *steps[: place + 1]])
-            if changed:
-                yield _Start("reparam", steps, self._after(self.job.graph, [*self.job.prepared(), *steps])[0])
+            _, records = self._after(self.job.graph, [*self.job.prepared(), *steps[: place + 1]])
+            if records[-1]["changed"]:
+                graph, records = self._after(self.job.graph, [*self.job.prepared(), *steps])
+                yield _Start("reparam", choices.settled(steps, records), graph)
 
     def _with(self, name: str, step: Pass, **how: bool) -> Iterator[_Start]:
         """The base behind one more pass, where the pass changes it."""
         try:
-            graph, changed = self._after(self._base.graph, [step])
+            graph, records = self._after(self._base.graph, [step])
         except ChannelfoldError as error:
             self.job.warn(f"The search has left out {name}: {error}")
             return
-        if changed:
-            yield _Start(name, [*self._base.steps, step], graph, self._base.acting, **how)
+        if records[-1]["changed"]:
+            yield _Start(name, [*self._base.steps, *choices.settled([step], records)], graph, **how)
 
-    def _after(self, graph: gs.Graph, passes: Sequence[Pass]) -> tuple[gs.Graph, bool]:
+    def _after(self, graph: gs.Graph, passes: Sequence[Pass]) -> tuple[gs.Graph, list[dict[str, Any]]]:
         return after(self.job, graph, passes, self.data, self.keep_in)
 
     def _prepared(self, start: _Start) -> contextlib.AbstractContextManager[Prepared]:
-        passes = choices.steps(self.given, start.acting, self.sms)
+        passes = choices.steps(self.given, self.sms)
+        if self._cast and self._cast.options()["type"] == "bfloat16" and passes.pop(choices.TYPED, None):
+            self.job.warn("The search has left out nvfp4, which is written beside float32 and float16 alone")
         return prepared(self.job, start.graph, passes, self.data, self.keep_in)
 
     def _search(self, start: _Start, found: Prepared) -> None:
@@ -203,33 +206,37 @@ class _Hunt:
             samples = keep(found.board, brief(found.board, self.steering[0]), "sites")
             self.crew.count("sensitivities", len(samples))
         sites = measure(found.board, samples, choices.groups(start.graph, found.board), self.crew, guess=True)
-        rest = self._rest(start.graph, found.board, (steering, proof))
+        rest = self._rest(start, found.board, (steering, proof))
         (steering, proof), written.behind = rest.splits, rest.behind
-        beside = rest.bytes - found.board.size({}) * rest.type_bytes // 4
-        sites = self._costs.priced(found.board, sites, beside, error + rest.error, rest.type_bytes)
+        sites = self._costs.priced(found.board, sites, rest.bytes, error + rest.error, rest.widths)
         choice = Choice(sites, samples, steering, proof, self.limits, self.search.trials)
         written.choice = choice
         if self.search.max_latency is not None:
             written.learn_times(self.steering[0][0], self._modelled_sm())
         chosen = choice.run()
-        mix = choices.recipe(start.steps, found.passes, start.graph, found.board, chosen.point.chosen(choice.sites))
+        mix = choices.recipe(
+            start.steps, found.passes, start.graph, found.board, chosen.point.chosen(choice.sites), rest.behind
+        )
         told = telling.told(choice, chosen, start.name, rest.type)
-        self.results.append(_Result(choice, chosen, told, [*mix, *rest.behind]))
+        told["points"] += [rest.missed] if rest.missed else []
+        self.results.append(_Result(choice, chosen, told, mix))
 
-    def _rest(self, graph: gs.Graph, board: Board, splits: Sequence[Split]) -> _Rest:
-        """The type of what stays float: that of the recipe or of the target, where alone it keeps the limits."""
-        plain = _Rest(_bytes(graph), splits)
+    def _rest(self, start: _Start, board: Board, splits: Sequence[Split]) -> _Rest:
+        """The type of what stays float: what the user wants; else the recipe or the target, where it keeps limits."""
+        plain = _Rest(_bytes(start.graph), splits)
         if self._cast is None:
             return plain
-        graph = Snapshot.of(graph).graph()
+        wanted, graph = self.search.float_type != choices.AUTO, Snapshot.of(start.graph).graph()
         files.infer_shapes(graph)
         graph.outputs = [tensor for tensor, *_ in compared(graph)]
         try:
-            graph, changed = self._after(graph, [self._cast])
+            graph, records = self._after(graph, [self._cast])
         except ChannelfoldError as error:
+            if wanted:
+                raise
             self.job.warn(f"What stays float is float32 in the search: {error}")
             return plain
-        if not changed:
+        if not records[-1]["changed"]:
             return plain
         path = board.folder / "typed.onnx"
         files.save(graph, path)
@@ -243,11 +250,14 @@ class _Hunt:
             return dataclasses.replace(split, typed=errors), errors
 
         steering, errors = typed(splits[0], *self.steering)
-        if not self._keeps(board, errors, steering):
+        if not wanted and not self._keeps(board, errors, steering):
             self.job.warn("What stays float is float32, for with 16 bits the float network itself misses the limits")
-            return plain
+            (whole,) = self._costs.priced(board, [], _bytes(graph), 0.0, choices.widths(graph))
+            lost = self._of_float(board, errors, steering, _bytes(graph), whole.costs[FLOAT])
+            return dataclasses.replace(plain, missed=telling.told_float(lost, start.name, self._cast.options()["type"]))
         proof, _ = typed(splits[1], *self.proof)
-        return _Rest(_bytes(graph), (steering, proof), 2, [self._cast], float(errors.by_sample().mean()))
+        error = float(errors.by_sample().mean())
+        return _Rest(_bytes(graph), (steering, proof), choices.widths(graph), [self._cast], error)
 
     def _modelled_sm(self) -> int | None:
         """The GPU whose time is modelled; None where the time is that of ONNX Runtime."""
@@ -262,7 +272,7 @@ class _Hunt:
 
     def _worth(self, start: _Start, found: Prepared, steering: Split) -> float | None:
         """The error of a network in float; None where a search on it is not worth its time."""
-        mixes = {}, found.all_in(start.acting)
+        mixes = {}, found.all_in("int8")
         trial = Trial(found.board, steering.files, mixes, labels=steering.labels)
         (errors,) = self.crew.each("networks", [trial])
         alone, acting = errors.by_sample().mean(axis=1).tolist()
@@ -276,8 +286,12 @@ class _Hunt:
 
     def _keeps(self, board: Board, errors: Errors, split: Split) -> bool:
         """Whether the errors of a network without quantization keep the limits, as far as they tell."""
-        lost = figures(Point((), 0, 0.0, 0.0), errors, 0, board.scores, bool(split.labels))
+        lost = self._of_float(board, errors, split)
         return not self.limits.of_accuracy or bool(self.search.metric) or self.limits.accurate(lost)
+
+    def _of_float(self, board: Board, errors: Errors, split: Split, size: int = 0, cost: float = 0.0) -> Figures:
+        """The figures of a network without quantization."""
+        return figures(Point((), size, cost, 0.0), errors, 0, board.scores, bool(split.labels))
 
 
 Run = Callable[[Feed], Sequence[np.ndarray]]  # the outputs of a network on a feed
@@ -369,6 +383,7 @@ def find(
         card = card_of(sms[0]).name
         job.warn(f"The latency is that of a {card} by a model of it, relative to the float engine: not measured")
     choices.steps(given)
+    choices.cast(passes, given, search.float_type)
     limits = _limits(search, gates, job.record["model"]["bytes"])
     hunt = _Hunt(job, given, search, limits, sms, keep_in)
     best = hunt.run(passes)

@@ -39,8 +39,8 @@ class Files:
     def of(self, point: Point) -> Path:
         if point.options not in self._known:
             found, chosen = self._found, point.chosen(self.choice.sites)
-            steps = choices.recipe([], found.passes, found.graph, found.board, chosen)
-            graph, _ = after(self.job, found.graph, [*steps, *self.behind], self._data)
+            steps = choices.recipe([], found.passes, found.graph, found.board, chosen, self.behind)
+            graph, _ = after(self.job, found.graph, steps, self._data)
             self._known[point.options] = found.board.folder / f"point.{len(self._known)}.onnx"
             files.save(graph, self._known[point.options])
         return self._known[point.options]

@@ -75,6 +75,13 @@ def _told_point(work: Choice, figures: Figures, chosen: Figures) -> dict[str, An
     }
 
 
+def told_float(found: Figures, start: str, kind: str) -> dict[str, Any]:
+    """A network called ``start`` that is all of the type ``kind``, as a point."""
+    told = {"bytes": found.point.size, "cost": found.point.cost, "latency": None, "latency_predicted": None}
+    told |= {"options": {FLOAT: 1.0}, "predicted_db": float(decibels(found.error)), **shown(found)}
+    return told | {"proof": None, "chosen": False, "start": start, "type": kind}
+
+
 def shown(found: Figures) -> dict[str, Any]:
     told = {name: getattr(found, name) for name in ("agreement", "loss", "low", "high")}
     told["agreement"] = None if math.isnan(found.agreement) else found.agreement

@@ -57,11 +57,10 @@ def prepared(
 
 def after(
     job: Job, graph: gs.Graph, passes: Sequence[Pass], data: Data, keep_in: Path | None = None
-) -> tuple[gs.Graph, bool]:
-    """A copy of a graph after passes; whether the last one has changed it."""
+) -> tuple[gs.Graph, list[dict[str, Any]]]:
+    """A copy of a graph after passes, and their records."""
     context = Context(data, job.progress, job.source.seed, keep=keep_in)
-    graph, steps = pipeline.run(Snapshot.of(graph).graph(), passes, context, verify=False)
-    return graph, bool(steps and steps[-1]["changed"])
+    return pipeline.run(Snapshot.of(graph).graph(), passes, context, verify=False)
 
 
 def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew: Crew) -> None:

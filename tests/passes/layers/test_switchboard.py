@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from channelfold.passes.base import Context
 from channelfold.passes.layers import sensitivity, switchboard
 from channelfold.passes.layers.switchboard import Board, build, dequantized
 from channelfold.passes.recipe import load_recipe, make
-from channelfold.passes.search.options import board_of
+from channelfold.passes.search.options import board_of, recipe
 from channelfold.runtime.data.sources import Data, open_data
+from channelfold.runtime.io.emulate import emulate
 from channelfold.runtime.io.facts import required_inputs
 from channelfold.runtime.io.files import load, session
 from channelfold.runtime.io.snapshot import Snapshot
@@ -42,6 +44,11 @@ def boards(graph: gs.Graph, data: Data, folder: Path, **options) -> tuple[Board,
     written = {option: pipeline.run(Snapshot.of(graph).graph(), [step], Context(data), verify=False)[0]
                for option, step in made.items()}  # fmt: skip
     return board_of(graph, made, Context(data), folder), written
+
+
+def emulated(graph: gs.Graph) -> gs.Graph:
+    emulate(graph)
+    return graph
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
@@ -77,6 +84,66 @@ def test_a_mix_is_the_file_that_excludes_the_other_nodes(name, target, tmp_path)
         (expected,) = literal.run(feed).values()
         assert relative(board.player(chosen).run(feed)[0], expected) < 1e-9
         assert relative(board.player(open=nodes[:4], chosen=chosen).run(feed)[0], expected) < 1e-9
+
+
+@dataclass
+class OfFloat(Context):
+    """Shows a pass the data in the original graph, whatever the passes before have done to them."""
+
+    original: gs.Graph | None = None
+
+    def observe(self, graph, observers):
+        assert self.original is not None
+        super().observe(self.original, observers)
+
+
+ACTING = {
+    "int8": ("quantize", {"embeddings": False}),
+    "fp8": ("quantize-weights", {"weights": "fp8", "activations": "fp8"}),
+    "nvfp4": ("quantize-weights", {"weights": "nvfp4", "activations": "fp4"}),
+}
+
+
+@pytest.fixture(scope="module")
+def with_floats(tmp_path_factory):
+    """A network whose inputs int8 centers, by biases in front, a Sub and a Pad, with its data and its board."""
+    body = """
+        a = Gemm<transB=1>(x, A, p) b = Relu(a) c = Gemm<transB=1>(b, B, q) d = Relu(c) e = MatMul(d, C) f = Add(e, r)
+        s = Sigmoid(f) m = MatMul(s, D) n = Add(m, r) k = Reshape(n, shape)
+        g = Conv<pads=[1, 1, 1, 1]>(k, G, u) h = Relu(g) y = Conv<pads=[1, 1, 1, 1], group=16>(h, H, u)
+    """
+    weights = {name: random((64, 64), name) / 8 for name in "ABCD"} | {name: random((64,), name) for name in "pqr"}
+    weights |= {"G": random((16, 16, 3, 3), "G"), "H": random((16, 1, 3, 3), "H"), "u": random((16,), "u")}
+    weights |= {"shape": np.array([-1, 16, 2, 2])}
+    graph = network("(float[N,64] x) => (float[] y)", body, kind="float", opset=23, **weights)
+    data = samples(graph, size=32, make=lambda shape, rng: rng.standard_normal(shape))
+    steps = {option: make(*pair) for option, pair in ACTING.items()}
+    return graph, data, steps, board_of(Snapshot.of(graph).graph(), steps, Context(data), tmp_path_factory.mktemp("b"))
+
+
+@pytest.mark.parametrize("options", [("int8",), ("fp8",), ("nvfp4", "fp8"), ("int8", "fp8", "nvfp4"), ("fp8", "int8")])
+def test_formats_of_activations_in_one_file(options, with_floats):
+    graph, data, steps, board = with_floats
+    nodes = list(board.slots)
+    assert {option for name in nodes for option in board.options(name)} == {"float", *ACTING}
+    assert {"Clip", "Sub", "Pad"} < {node.op for node in load(board.folder / "board.onnx").nodes}
+    chosen = {name: options[i % len(options)] for i, name in enumerate(nodes)}
+    chosen = {name: option for name, option in chosen.items() if option in board.options(name)}
+    passes = recipe([], steps, graph, board, chosen)
+    ctx = OfFloat(data, original=graph)
+    literal = emulated(pipeline.run(Snapshot.of(graph).graph(), passes, ctx, verify=False)[0])
+    half = board.player(chosen, open=nodes[::2])
+    for feed in list(data)[:3]:
+        (expected,) = session(literal, optimize=False).run(feed).values()
+        lost = relative(expected, next(iter(session(graph).run(feed).values())))
+        for found in (board.player(chosen).run(feed), half.run(feed), half.run(feed, chosen)):
+            assert relative(found[0], expected) <= 0.02 * lost
+
+
+def test_the_bytes_of_two_levels_of_scales(with_floats):
+    graph, *_, board = with_floats
+    codes, scales = 64 * 64 // 2, 64 * 64 // 16
+    assert board.slots[graph.nodes[0].name].sizes["nvfp4"] == codes + scales + 4
 
 
 def test_the_bytes_of_an_option_are_those_in_the_file(tmp_path):

@@ -320,8 +320,29 @@ def test_what_stays_float_is_float16_where_that_keeps_the_limits(front, mlp, tmp
     assert alone["cost"] == pytest.approx(0.5, abs=0.05)
     gates = Gates(min_snr=100)
     record = jobs.compress(mlp[0], tmp_path / "fine", source=mlp[1], gates=gates, search=jobs.Search(trials=2))
-    assert {point["type"] for point in record["search"]["points"]} == {"float32"}
+    points = record["search"]["points"]
+    assert {point["type"] for point in points if point["snr_db"] >= 100} == {"float32"}
+    (half,) = [point for point in points if point["type"] == "float16"]  # below the limit, and still on the front
+    assert half["cost"] == pytest.approx(0.5, abs=0.05)
+    assert half["snr_db"] == pytest.approx(-10 * np.log10(error), abs=1)
     assert any("with 16 bits the float network itself misses the limits" in warning for warning in record["warnings"])
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_the_type_of_what_stays_float_is_what_the_user_wants(kind, mlp, tmp_path):
+    search = jobs.Search(float_type=kind, trials=2)
+    record = jobs.compress(mlp[0], tmp_path / "out", "int8-fp16", source=mlp[1], search=search, gates=Gates(min_snr=30))
+    assert {point["type"] for point in record["search"]["points"]} == {kind}
+    types = [step["options"]["type"] for step in record["steps"] if step["pass"] == "cast"]
+    assert types == ([] if kind == "float32" else [kind])
+    jobs.compress(mlp[0], tmp_path / "again", tmp_path / "out" / "recipe.toml", source=mlp[1])
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
+
+
+def test_bfloat16_is_not_for_onnxruntime(mlp, tmp_path):
+    with pytest.raises(UsageError, match="almost nothing in bfloat16"):
+        jobs.compress(mlp[0], tmp_path, source=mlp[1], overrides={"target": "onnxruntime"},
+                      search=jobs.Search(float_type="bfloat16"))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["inside", "MatMul_0"])
@@ -351,7 +372,20 @@ def test_fp8_is_chosen_for_gpus_that_have_it_where_int8_is_too_coarse(mlp, tmp_p
         record = jobs.compress(tmp_path / "loud.onnx", tmp_path / option, source=jobs.Source(feeds, feeds), sms=sms,
                                search=jobs.Search(trials=2, minimize="arithmetic"))  # fmt: skip
         assert option in chosen(record)["options"]
-        assert (chosen(record)["start"] == "fp8") == (option == "fp8")
+
+
+def test_the_recipe_of_a_mix_of_all_formats_makes_the_same_model_again(mlp, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs.Job, "build", lambda *_: None)
+    search, gates = jobs.Search(trials=6), Gates(min_snr=14)
+    record = jobs.compress(mlp[0], tmp_path / "out", source=mlp[1], sms=[120], search=search, gates=gates)
+    found = chosen(record)
+    assert {"nvfp4", "w4"} <= found["options"].keys()
+    assert record["search"]["met"]
+    assert record["search"]["file"]["snr_db"] == pytest.approx(found["proof"]["snr_db"], abs=1)
+    assert found["bytes"] == pytest.approx(record["output"]["bytes"], rel=0.2)
+    assert [step["options"].get("weights") for step in record["steps"] if step["changed"]][-1] == "nvfp4"
+    jobs.compress(mlp[0], tmp_path / "again", tmp_path / "out" / "recipe.toml", source=mlp[1])
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
