@@ -342,8 +342,8 @@ def worst(
         lambda site: float(np.median(site.by_sample[option])),
     ]
     choices = [sorted(sites, key=rank, reverse=True)[:count] for rank in ranks]
-    mixes: list[Configuration] = [{name: option for site in sites for name in site.nodes}]
-    mixes += [mixes[0] | {name: FLOAT for site in chosen for name in site.nodes} for chosen in choices]
+    every = {name: option for site in sites for name in site.nodes}
+    mixes = [every, *(every | {name: FLOAT for site in chosen for name in site.nodes} for chosen in choices)]
     trials = [Trial(board, tuple(_some(samples, SAMPLES)), tuple(mixes))]
     (errors,) = crew.each("choices", trials)
     return [[], *choices][int(errors.by_sample().mean(axis=1).argmin())]
