@@ -37,6 +37,7 @@ from channelfold.passes.layers.formats import chunks, spread
 from channelfold.passes.layers.linear import Linear, cast, linears
 from channelfold.passes.layers.switches import FLOAT as FLOAT
 from channelfold.passes.layers.switches import Quantizers, Switch, insert_switches, reached, wire
+from channelfold.passes.layers.tables import table_of
 from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
@@ -275,7 +276,7 @@ class _Options:
     def __init__(self, graph: gs.Graph, sizes: Mapping[str, int] | None = None):
         self.graph, self.sizes = graph, sizes
         self.linears = {linear.name: linear for linear in linears(graph)}
-        self.tables = {n.name: n for n in graph.nodes if operator(n).kind == "gather" and _is_table(n.inputs[0])}
+        self.tables = {n.name: n for n in graph.nodes if (t := table_of(n)) is not None and len(t.shape) == 2}
 
     def __contains__(self, name: str) -> bool:
         return (self.sizes is None or name in self.sizes) and (name in self.linears or name in self.tables)
@@ -291,10 +292,6 @@ class _Options:
 
     def size(self, name: str) -> int:
         return self.values(name)[0].nbytes if self.sizes is None else self.sizes[name]
-
-
-def _is_table(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant) and len(tensor.shape) == 2 and edit.is_float_type(np.dtype(tensor.dtype))
 
 
 def _centered(

@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Outcome
 from channelfold.passes.layers.formats import SCALES, Format, all_finite
-from channelfold.passes.operators import operator
+from channelfold.passes.layers.tables import table_of
 from channelfold.passes.quantize import Quantize, QuantizeWeights
 from channelfold.passes.quantize.qdq import MIN_CHANNELS, Inserter, excluded
 from channelfold.passes.quantize.rounders import by_scale, rounded
@@ -31,19 +31,8 @@ from channelfold.runtime.io.files import constant, free_name, infer_shapes, read
 def tables(graph: gs.Graph) -> Iterator[tuple[gs.Node, gs.Constant]]:
     """Every node that takes rows of a constant table of floating point numbers, and the table."""
     for node in graph.nodes:
-        if not node.inputs or not isinstance(table := node.inputs[0], gs.Constant):
-            continue
-        if len(table.shape) < 2 or not edit.is_float_type(table.dtype):
-            continue
-        by_axis = operator(node).kind == "gather" and node.attrs.get("axis", 0) in (0, -len(table.shape))
-        if by_axis or _takes_rows(node):
+        if (table := table_of(node)) is not None:
             yield node, table
-
-
-def _takes_rows(node: gs.Node) -> bool:
-    """Whether a GatherND does what a Gather of the first axis does."""
-    shape = node.inputs[1].shape if node.op == "GatherND" else None
-    return bool(shape) and shape[-1] == 1 and not node.attrs.get("batch_dims", 0)
 
 
 def _as_gather(inserter: Inserter, node: gs.Node) -> None:

@@ -30,6 +30,7 @@ from channelfold.passes.layers.formats import FORMATS
 from channelfold.passes.layers.linear import linears
 from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.layers.switchboard import FLOAT, Board, Configuration, build
+from channelfold.passes.layers.tables import table_of
 from channelfold.passes.layers.targets import verdict
 from channelfold.passes.operators import operator
 from channelfold.passes.options import options as options_of
@@ -225,8 +226,8 @@ class Whole:
 
 def widths(graph: gs.Graph) -> dict[str, int]:
     """The bytes of a number in the weight of every node that has one."""
-    tables = {node.name: node.inputs[0] for node in graph.nodes if operator(node).kind == "gather"}
-    found = {name: np.dtype(table.dtype).itemsize for name, table in tables.items() if isinstance(table, gs.Constant)}
+    tables = ((node.name, table) for node in graph.nodes if (table := table_of(node)) is not None)
+    found = {name: np.dtype(table.dtype).itemsize for name, table in tables}
     return found | {linear.name: linear.dtype.itemsize for linear in linears(graph)}
 
 
@@ -240,16 +241,19 @@ def recipe(
 ) -> list[Pass]:
     """The passes that give every node its option: each excludes the nodes that are for another pass, or for none.
 
-    ``behind``: what gives its type to what stays float. Nodes in bodies of If, Loop and Scan stay float.
+    ``behind``: what gives its type to what stays float. Nodes in bodies of If, Loop and Scan stay float, and so do
+    tables that are not on the board.
     """
-    inside = [node.name for part in list(all_graphs(graph))[1:] for node in part.nodes if _is_weighted(node)]
+    parts = [part.nodes for part in all_graphs(graph)]
+    apart = [node.name for node in parts[0] if table_of(node) is not None and node.name not in board.slots]
+    apart += [node.name for nodes in parts[1:] for node in nodes if _is_weighted(node)]
     made, done = dict[str, Pass](), set()
     for option, step in passes.items():
         mine = {name for name in board.slots if chosen.get(name, FLOAT) == option}
         done |= mine
         if mine:
             others = [name for name, slot in board.slots.items() if name not in done and option in slot.files]
-            settings, names = step.options(), dict.fromkeys([*others, *(n for n in inside if n not in mine)])
+            settings, names = step.options(), dict.fromkeys([*others, *(n for n in apart if n not in mine)])
             made[option] = make(step.name, settings | {"exclude": (*settings["exclude"], *map(glob.escape, names))})
     last = [made.pop(TYPED)] if TYPED in made else []
     return [*before, *made.values(), *behind, *last]

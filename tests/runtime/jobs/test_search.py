@@ -414,3 +414,12 @@ def alone(mlp):
 @pytest.mark.parametrize("workers", [2, 4])
 def test_the_number_of_workers_changes_no_bit(workers, alone, mlp):
     assert jobs.sensitivity(mlp[0], source=mlp[1], workers=workers)["sensitivity"] == alone
+
+
+def test_rows_that_a_gathernd_takes_are_those_of_a_table(tmp_path):
+    text = """<ir_version: 10, opset_import: ["": 17]> g (int64[n,4,1] ids) => (float[n,4,32] y)
+              { e = GatherND(T, ids) y = MatMul(e, W) }"""
+    model = written(text, tmp_path / "m.onnx", T=(50, 64), W=(64, 32))
+    source = jobs.Source({"ids": np.random.default_rng(0).integers(0, 50, (16, 4, 1))})
+    found = jobs.compress(model, tmp_path / "out", source=source, search=jobs.Search(trials=2))
+    assert [site["nodes"] for site in found["search"]["sites"]] == [["GatherND_0"], ["MatMul_1"]]
