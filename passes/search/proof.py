@@ -115,22 +115,26 @@ def figures(
     if metric:
         loss = metric(point)
         return Figures(point, error, snr, agreement, loss, loss, loss)
+    share = labelled or not math.isnan(agreement)
     if labelled:
         losses = errors.right[0].astype(float) - errors.right[1 + place]
-    elif not math.isnan(agreement):
+    elif share:
         losses = 1 - agreed.mean(axis=1)
     else:
         losses = errors.by_sample()[place]
-    return Figures(point, error, snr, agreement, *interval(losses))
+    return Figures(point, error, snr, agreement, *interval(losses, 1.0 if share else math.inf))
 
 
-def interval(losses: np.ndarray) -> tuple[float, float, float]:
-    """The mean of losses per sample, and its interval of confidence. Where all are equal, by the rule of three."""
+def interval(losses: np.ndarray, most: float = math.inf) -> tuple[float, float, float]:
+    """The mean of losses per sample, and its interval of confidence. Where all are equal, by the rule of three.
+
+    ``most``: what a loss is at most.
+    """
     count, mean = len(losses), float(losses.mean())
     if np.ptp(losses) == 0:
-        return mean, mean, mean + 3 / count
+        return mean, mean, min(mean + 3 / count, most)
     half = _SIGMA * float(losses.std(ddof=1)) / math.sqrt(count)
-    return mean, mean - half, mean + half
+    return mean, mean - half, min(mean + half, most)
 
 
 def undominated(found: Sequence[Figures]) -> list[Figures]:

@@ -107,3 +107,4 @@ def test_an_interval_narrows_with_the_samples():
     mean, low, high = interval(np.array([0.0, 1.0] * 200))
     assert (mean, round(high - low, 2)) == (0.5, 0.1)
     assert interval(np.zeros(300)) == (0.0, 0.0, 0.01)
+    assert interval(np.zeros(2), 1.0) == (0.0, 0.0, 1.0)
