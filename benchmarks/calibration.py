@@ -7,9 +7,9 @@
 DIR is what ``shapes.py make DIR`` filled. Every measurement is a process of its own, in turn with the plain run that it
 is divided by. Cost is processor time, of all threads, user and system: on a busy machine seconds on the clock mean
 little. ``floor`` opens the model and runs the samples in a plain session; ``statistics`` opens the model and observes
-the input of every layer that ``quantize`` quantizes; ``quantize CALIBRATOR`` is the whole command, and ``onnxruntime
-METHOD`` the calibrator of ONNX Runtime on the same operators. Memory is the most that the process held of its own:
-pages of mapped files, which the system drops when it needs the room, do not count.
+the input of every layer that ``quantize`` quantizes, all values of it for ``entropy``; ``quantize CALIBRATOR`` is the
+whole command, and ``onnxruntime METHOD`` the calibrator of ONNX Runtime on the same operators. Memory is the most
+that the process held of its own: pages of mapped files, which the system drops when it needs the room, do not count.
 
 ``thresholds``: ``quantize`` counts a part of the values of large tensors (``histograms.COUNTED``), and all of their
 largest magnitudes; for the calibrator entropy it counts all values. How far the ranges are from those by all values,
@@ -34,7 +34,7 @@ from harness import add_results, keep, known, parser, table, write
 
 MODELS = ("resnet50", "vit", "bert")
 CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
-OURS = ("statistics", *(f"quantize {name}" for name in CALIBRATORS))
+OURS = ("statistics", "statistics entropy", *(f"quantize {name}" for name in CALIBRATORS))
 PEERS = ("onnxruntime minmax", "onnxruntime percentile")
 LOOK = 0.05  # seconds between two looks at the memory of a process
 HEADER = ("model", "what", "samples", "runs", "CPU s", "of the floor", "MB", "of the floor")
@@ -135,11 +135,11 @@ def opened(model: Path, samples: list[dict[str, np.ndarray]]) -> tuple[Any, dict
     return graph, axes, Context(open_data(samples, required_inputs(graph)))
 
 
-def observe(model: Path, samples: list[dict[str, np.ndarray]], _: str) -> None:
+def observe(model: Path, samples: list[dict[str, np.ndarray]], calibrator: str) -> None:
     from channelfold.runtime.stats.histograms import TensorStatistics, counted
 
     graph, axes, context = opened(model, samples)
-    enough = counted(len(samples))
+    enough = None if calibrator == "entropy" else counted(len(samples))
     context.observe(graph, {name: [TensorStatistics(axis, enough)] for name, axis in axes.items()})
 
 

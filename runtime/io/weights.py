@@ -11,8 +11,9 @@ import mmap
 import os
 import tempfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import onnx
@@ -275,6 +276,16 @@ def described(values: Values, name: str) -> onnx.TensorProto:
 def stored(scratch: Scratch, values: np.ndarray, name: str = "") -> MappedValues:
     """Puts values into a scratch file. Raises OutputError where the disk is full."""
     return MappedValues(described(values, name), scratch, spill(scratch, packed(values)))
+
+
+def out_of_memory(scratch: Scratch, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by name, large arrays as arrays on a scratch file, which goes with the last of them."""
+    return {
+        name: stored(scratch, one).load()
+        if isinstance(one, np.ndarray) and one.dtype != object and one.nbytes >= SPILL_LIMIT
+        else one
+        for name, one in values.items()
+    }
 
 
 def spill(scratch: Scratch, values: np.ndarray) -> int:

@@ -23,6 +23,7 @@ import numpy as np
 from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import GateError, UsageError, no_progress
 from channelfold.runtime.io.session import Feed
+from channelfold.runtime.io.weights import Scratch, out_of_memory
 from channelfold.runtime.stats.metrics import ErrorSums, counted, is_float
 from channelfold.runtime.stats.samples import Worst, spread
 
@@ -30,7 +31,7 @@ COLLAPSED_SNR, DEGRADED_SNR = 10.0, 20.0  # dB
 COLLAPSED_AGREEMENT, DEGRADED_AGREEMENT = 0.5, 0.95
 
 
-_HELD = 1 << 26  # bytes of outputs that are held in memory
+_HELD = 1 << 28  # bytes of outputs that are held, large ones in a file
 
 
 class Runner(Protocol):
@@ -141,9 +142,9 @@ def compare_all(
 
 def remembered(model: Runner, data: Data) -> Runner | None:
     """The model's outputs on all feeds, in their order, so that the model can be closed; None where they are large."""
-    found: list[Mapping[str, Any]] = []
+    found, files = list[Mapping[str, Any]](), Scratch()
     for feed in data:
-        found.append(model.run(feed))
+        found.append(out_of_memory(files, model.run(feed)))
         if sum(getattr(value, "nbytes", _HELD) for value in found[0].values()) * len(data) > _HELD:
             return None
     return _Known(iter(found))

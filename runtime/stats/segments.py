@@ -20,7 +20,7 @@ from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.io.files import session
-from channelfold.runtime.io.weights import SPILL_LIMIT, Scratch, stored
+from channelfold.runtime.io.weights import Scratch, out_of_memory
 
 
 class Segments:
@@ -77,16 +77,13 @@ class Segments:
 
 
 def _on_disk(values: Mapping[str, np.ndarray], files: Scratch) -> dict[str, np.ndarray]:
-    """The values, large ones as arrays on a file, which goes with the last of them. Raises ModelError for sequences."""
-    found = dict(values)
-    for name, array in found.items():
+    """The values, large ones on a file. Raises ModelError for sequences."""
+    for name, array in values.items():
         if not hasattr(array, "dtype"):
             raise ModelError(
                 f"The model cannot be cut where {name!r} is read, which is no tensor", "Use another rounder"
             )
-        if array.dtype != object and array.nbytes >= SPILL_LIMIT:
-            found[name] = stored(files, array).load()
-    return found
+    return out_of_memory(files, values)
 
 
 def _read(node: gs.Node) -> set[str]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from channelfold.runtime.errors import ModelError
+from channelfold.runtime.io import weights
 from channelfold.runtime.io.files import session
-from channelfold.runtime.stats import segments
 from channelfold.runtime.stats.segments import Segments
 from channelfold.tests.graphs import build, data_from, samples
 
@@ -72,7 +72,7 @@ def test_an_input_needs_no_run():
 def test_large_values_lie_on_disk(monkeypatch):
     graph, data = network(), samples(network(), 2, size=lambda index: 3)
     plain = list(Segments(graph.copy(), ["r", "p"], data).values("p"))
-    monkeypatch.setattr(segments, "SPILL_LIMIT", 1)
+    monkeypatch.setattr(weights, "SPILL_LIMIT", 1)
     found = Segments(graph.copy(), ["r", "p"], data)
     for values, other in zip(found.values("p"), plain, strict=True):
         assert np.array_equal(values, other)
