@@ -6,10 +6,11 @@
 
 DIR is what ``shapes.py make DIR`` filled. Every measurement is a process of its own, in turn with the plain run that it
 is divided by. Cost is processor time, of all threads, user and system: on a busy machine seconds on the clock mean
-little. ``floor`` opens the model and runs the samples in a plain session; ``statistics`` opens the model and observes
-the input of every layer that ``quantize`` quantizes, all values of it for ``entropy``; ``quantize CALIBRATOR`` is the
-whole command, and ``onnxruntime METHOD`` the calibrator of ONNX Runtime on the same operators. Memory is the most
-that the process held of its own: pages of mapped files, which the system drops when it needs the room, do not count.
+little. ``floor`` opens the model and runs the samples in a plain session, ``floor asleep`` in one whose threads sleep
+while they wait for each other, as ours do; ``statistics`` opens the model and observes the input of every layer that
+``quantize`` quantizes, all values of it for ``entropy``; ``quantize CALIBRATOR`` is the whole command, and
+``onnxruntime METHOD`` the calibrator of ONNX Runtime on the same operators. Memory is the most that the process held of
+its own: pages of mapped files, which the system drops when it needs the room, do not count.
 
 ``thresholds``: ``quantize`` counts a part of the values of large tensors (``histograms.COUNTED``), and all of their
 largest magnitudes; for the calibrator entropy it counts all values. How far the ranges are from those by all values,
@@ -36,6 +37,7 @@ MODELS = ("resnet50", "vit", "bert")
 CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
 OURS = ("statistics", "statistics entropy", *(f"quantize {name}" for name in CALIBRATORS))
 PEERS = ("onnxruntime minmax", "onnxruntime percentile")
+ASLEEP = "floor asleep"
 LOOK = 0.05  # seconds between two looks at the memory of a process
 HEADER = ("model", "what", "samples", "runs", "CPU s", "of the floor", "MB", "of the floor")
 
@@ -113,10 +115,13 @@ def one(what: str, model: Path, data: Path, samples: int) -> None:
     )
 
 
-def floor(model: Path, samples: list[dict[str, np.ndarray]], _: str) -> None:
+def floor(model: Path, samples: list[dict[str, np.ndarray]], how: str) -> None:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    if how:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     for feed in samples:
         session.run(None, feed)
 
@@ -240,7 +245,7 @@ def parse() -> argparse.Namespace:
         task.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
         task.add_argument("--samples", type=int, default=64)
         add_results(task, page, folder=False)
-    run.add_argument("--what", nargs="+", choices=(*OURS, *PEERS), default=(*OURS, *PEERS))
+    run.add_argument("--what", nargs="+", choices=(*OURS, *PEERS, ASLEEP), default=(*OURS, *PEERS))
     run.add_argument("--runs", type=int, default=3)
     single = tasks.add_parser("one")
     single.add_argument("what")

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 from channelfold.runtime.data.sources import Data, open_data
 from channelfold.runtime.errors import GateError, UsageError
 from channelfold.runtime.io.session import Meaning, Session, TensorSpec
+from channelfold.runtime.stats import compare as comparing
 from channelfold.runtime.stats import metrics
 from channelfold.runtime.stats.compare import (
     Comparison,
@@ -27,6 +28,7 @@ from channelfold.runtime.stats.compare import (
     check_gates,
     compare,
     difference,
+    remembered,
     same,
     verdict,
 )
@@ -405,3 +407,14 @@ class TestSame:
 def test_ml_dtypes_are_floats():
     bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
     assert compared([np.array([[3, 4]], bfloat16)], [np.array([[3, 4.5]], bfloat16)]).snr == 20.0
+
+
+def test_outputs_are_remembered_unless_they_are_large(monkeypatch):
+    data = indices(3)
+    model = Fake(lambda index: {"y": np.full(4, index, np.float32)})
+    held = remembered(model, data)
+    assert held is not None
+    assert [held.run({})["y"].tolist() for _ in data] == [[index] * 4 for index in range(3)]
+    monkeypatch.setattr(comparing, "_HELD", 100)
+    assert remembered(Fake(lambda _: {"y": np.zeros(8, np.float32)}), data) is not None
+    assert remembered(Fake(lambda _: {"y": np.zeros(9, np.float32)}), data) is None

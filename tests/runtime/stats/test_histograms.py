@@ -179,6 +179,45 @@ def test_a_part_of_the_values_is_counted_and_stands_for_all(shape):
     assert [int(np.flatnonzero(half)[-1]) for half in part.counts.reshape(2, -1)] == ends
 
 
+def rare(values: np.ndarray, *others: float) -> np.ndarray:
+    """The values with others at places that a part of them does not hold."""
+    changed = values.copy()
+    changed.reshape(-1)[1 : 1 + len(others)] = others
+    return changed
+
+
+LARGE = large(0, (1, 64, 1000))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        LARGE,
+        np.maximum(LARGE, 0),
+        rare(np.maximum(LARGE, 0), -0.001, 99, -0.0),
+        np.abs(LARGE) + 1,
+        rare(np.abs(LARGE) + 1, 0.5, -0.5),
+        -np.abs(LARGE) - 1,
+        rare(-np.abs(LARGE) - 1, 0.25, -1e9),
+        rare(np.full_like(LARGE, 3), 7, -7),
+    ],
+)
+def test_the_ends_of_a_part_are_exact_however_rare(values):
+    statistics = TensorStatistics(1, 1000)
+    statistics.add(values)
+    assert (statistics.minimum, statistics.maximum) == (values.min(), values.max())
+    assert (statistics.total, statistics.peaks) == (values.size, [np.abs(values).max()])
+    for end in (values.min(), values.max()):
+        assert statistics.counts[int(np.float32(end).view(np.uint32)) >> 16] >= 1
+
+
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+@pytest.mark.parametrize("values", [LARGE, np.maximum(LARGE, 0), -np.abs(LARGE) - 1])
+def test_one_nan_among_many_values_is_found(values, nan):
+    with pytest.raises(DataError, match="it holds NaN"):
+        TensorStatistics(1, 1000).add(rare(values, nan))
+
+
 def test_a_part_depends_on_no_order_and_no_split():
     samples = [large(seed, (1, 32, 30, 30)) for seed in range(6)]
     forward, backward, first, second = (TensorStatistics(1, 3000) for _ in range(4))
