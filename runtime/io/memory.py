@@ -25,7 +25,8 @@ def mapped() -> Iterator[None]:
     """Maps the large blocks that are taken inside, each on its own; elsewhere than on GNU nothing changes.
 
     A threshold that was set once moves no more, so the process is left with the highest that it would have come to.
-    Activations, which come and go with every sample, stay in the heap.
+    Activations and counts, which come and go with every sample, stay in the heap: to map them anew takes longer than
+    to count them.
     """
     library = _library()
     if library is None:

@@ -31,7 +31,7 @@ _AS_STORED = "session.disable_prepacking"
 _TIMED = "_kernel_time"
 
 _NAMES = 1 << 26  # bytes; a larger file holds its weights
-_LARGE = 1 << 24  # bytes of a model whose weights are not left to the heap
+_LARGE = 1 << 24  # bytes of a file whose weights are mapped
 
 Feed = dict[str, np.ndarray]
 
@@ -194,7 +194,7 @@ class Session:
         source = model if isinstance(model, bytes) else str(model)
         try:
             try:
-                with memory.mapped() if self._size >= _LARGE else contextlib.nullcontext():
+                with memory.mapped():
                     return ort.InferenceSession(source, options, list(providers), disabled_optimizers=off)
             except Exception:
                 if not again:

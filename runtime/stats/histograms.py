@@ -230,7 +230,7 @@ def _estimated(flat: np.ndarray, step: int) -> tuple[np.ndarray | None, float, f
     counts, last = np.bincount(codes), int((codes & (BINS - 1)).max())
     first = min(last, _edge(counts, last, len(flat) // step // _TAIL))
     tail, low, high = _tail(flat, first, len(counts) > BINS)
-    if math.isnan(low + high):  # of infinities as well
+    if math.isnan(low + high):  # also: both infinities
         return None, low, high
     counts[first:BINS] = counts[BINS + first :] = 0
     most = int(counts.argmax())
