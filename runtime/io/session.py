@@ -257,7 +257,7 @@ def _mapped(path: Path) -> tuple[bytes, Path] | None:
 
     ONNX Runtime reads a file into memory twice, parsed and as tensors, and maps external data.
     """
-    with contextlib.suppress(OSError, wire.WireError):
+    with contextlib.suppress(OSError, ValueError):  # no file, no ONNX, or a name that ONNX cannot refer to
         if path.stat().st_size >= _LARGE and not path.is_symlink():  # external data lie in the folder itself
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return wire.skeleton(data, path.name, inner=False), path.absolute().parent

@@ -31,7 +31,7 @@ COLLAPSED_SNR, DEGRADED_SNR = 10.0, 20.0  # dB
 COLLAPSED_AGREEMENT, DEGRADED_AGREEMENT = 0.5, 0.95
 
 
-_HELD = 1 << 28  # bytes of outputs that are held, large ones in a file
+_HELD = 1 << 26  # bytes of outputs that are held, large ones in a file
 
 
 class Runner(Protocol):
