@@ -39,6 +39,7 @@ class Quantize(Pass):
         15.0, "Leave a node in float when 8 bits represent its input worse than this, in dB.", metavar="DB"
     )
     percentile: float = option(99.999, "Of the calibrator percentile.", above=0, high=100, metavar="P")
+    gptq: bool = option(False, "Round weights without a kernel by GPTQ, which takes another run of the data.")
     correct_bias: bool = option(True, "Make up in the biases for the mean error of rounded weights.")
     reduce_range: Literal["auto", "on", "off"] = option(
         "auto", "Weights of 7 bits; auto: for onnxruntime, where products of 8 bits saturate on this machine."

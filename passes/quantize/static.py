@@ -14,6 +14,7 @@ Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any
@@ -23,11 +24,13 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.borders import inside
-from channelfold.passes.layers.formats import INT7, INT8
+from channelfold.passes.layers.formats import INT7, INT8, Format
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
 from channelfold.passes.layers.sensitivity import decibels, measure, worst
 from channelfold.passes.quantize import Quantize, calibrators, center
 from channelfold.passes.quantize.cells import quantize_cells
+from channelfold.passes.quantize.done import Done
+from channelfold.passes.quantize.inputs import Inputs, Products, joint
 from channelfold.passes.quantize.measured import DEFAULT, OTHERS, Seen, choose, measuring
 from channelfold.passes.quantize.proven import Insert, expanded, in_int8, planned
 from channelfold.passes.quantize.qdq import (
@@ -41,11 +44,13 @@ from channelfold.passes.quantize.qdq import (
     summary,
     why_not_int8,
 )
+from channelfold.passes.quantize.rounders import gptq, rounded
 from channelfold.passes.quantize.storage import store_rest
 from channelfold.passes.quantize.tables import quantize_tables
 from channelfold.passes.quantize.timed import without_slow
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.stats import saturation
 from channelfold.runtime.stats.histograms import TensorStatistics, counted
 from channelfold.runtime.stats.observe import by_name
@@ -151,7 +156,8 @@ class Work(Quantize):
         of_channels = seen.axes.items() if self.correct_bias else ()
         means = {(name, axis): seen.statistics[name].channel_mean for name, axis in of_channels}
         borders = inside(graph, kept, ctx.data)
-        format, codes = INT7 if self.reduce_range == "on" else INT8, Codes()
+        format = INT7 if self.reduce_range == "on" else INT8
+        codes = self._codes(graph, kept, ctx, format)
 
         def insert(into: gs.Graph, sites: list[Linear], by: Seen = seen) -> Inserter:
             inserter = Inserter(into, not integers, codes, format)
@@ -164,7 +170,6 @@ class Work(Quantize):
             others = {name: way._seen(graph, kept, seen.axes, seen.statistics) for name, way in ways.items()}
             choose(graph, kept, seen, others, lambda by: functools.partial(insert, by=by), ctx)
             seen.ranges = _unified(graph, seen.ranges) if integers else seen.ranges
-            codes = Codes()  # of weights: their scales depend on the ranges
         if self.float_share:
             float_nodes = self._worst(graph, kept, insert, ctx, outcome)
             for site in (site for site in kept if site.name in float_nodes):
@@ -177,11 +182,32 @@ class Work(Quantize):
             if self.profile and kept:
                 kept, tried = without_slow(graph, kept, tried, outcome, insert, ctx)
             if self.reduce_range == "auto" and kept and (lost := saturation.lost(graph, tried.graph, ctx.data)):
-                format, codes = INT7, Codes()
+                format, codes = INT7, self._codes(graph, kept, ctx, INT7)
                 outcome.warnings.append(f"Weights have 7 bits, for with 8 {lost}")
         elif self.verify_plan:
             kept, _ = in_int8(graph, kept, outcome, insert, planned(self.verify_plan, ctx, outcome))
         return kept, insert(graph, kept)
+
+    def _codes(self, graph: gs.Graph, sites: list[Linear], ctx: Context, format: Format) -> Codes:
+        """The codes and scales of the weights that are not rounded to the nearest code.
+
+        A weight with several readers is not among them: the inputs of each of them want other codes.
+        """
+        if not self.gptq:
+            return {}
+        readers = Counter(id(site.source._values) for site in sites)
+        alone = [site for site in sites if readers[id(site.source._values)] == 1 and joint(site)]
+        alone = [site for site in alone if id(site.source._values) not in ctx.shared]
+        how = replace(self, reduce_range="on" if format == INT7 else "off")  # what else tells them apart in the folder
+        done = Done(ctx.keep, Snapshot.of(graph), ctx.data, how)
+        codes = {}
+        for number, (site, seen) in enumerate(Inputs(graph, alone, ctx.data, False).run(done.find)):
+            ctx.progress("Rounding weights", number, len(alone))
+            if isinstance(seen, Products):
+                seen = rounded(site.weight(), gptq(format, site.dtype, seen.factored), format, wide=True)
+                done.keep(site, seen)
+            codes[site.name] = seen.codes, seen.scales[:, 0]
+        return codes
 
     def left(self, graph: gs.Graph) -> dict[str, Any]:
         return summary(graph, [])
