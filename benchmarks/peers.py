@@ -41,6 +41,8 @@ OURS = {
     "channelfold quantize": ("quantize",),
     "channelfold quantize minmax": ("quantize", "--calibrator", "minmax"),
     "channelfold quantize percentile": ("quantize", "--calibrator", "percentile"),
+    "channelfold quantize measured": ("quantize", "--calibrator", "measured"),
+    "channelfold quantize gptq": ("quantize", "--gptq"),
     "channelfold int8": ("compress", "--recipe", "int8"),
     "channelfold int8-smooth": ("compress", "--recipe", "int8-smooth"),
 }

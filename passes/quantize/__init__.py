@@ -17,7 +17,7 @@ from channelfold.passes.layers.targets import why_not
 from channelfold.passes.options import option
 from channelfold.runtime.errors import UsageError
 
-Calibrator = Literal["minmax", "percentile", "entropy", "mse"]
+Calibrator = Literal["minmax", "percentile", "entropy", "mse"]  # that read one histogram
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,11 @@ class Quantize(Pass):
     name, kind, does_it, needs_data = "quantize", "calibrated", "static", "Quantization"
     needs_opset = 13
 
-    calibrator: Calibrator = option("mse", "How ranges are chosen.")
+    calibrator: Literal[Calibrator, "measured"] = option(
+        "mse",
+        "How ranges are chosen; measured: by the calibrator of each tensor that changes the outputs least, which takes "
+        "hundreds of runs.",
+    )
     target: Literal["tensorrt", "onnxruntime"] = option("tensorrt", "Whose rules for QDQ nodes.")
     exclude: tuple[str, ...] = option((), "Nodes to leave in float: names, * and ? match.", metavar="PATTERN")
     exclude_ops: tuple[str, ...] = option((), "Operator type to leave in float, such as MatMul.", metavar="OP")
@@ -35,6 +39,7 @@ class Quantize(Pass):
         15.0, "Leave a node in float when 8 bits represent its input worse than this, in dB.", metavar="DB"
     )
     percentile: float = option(99.999, "Of the calibrator percentile.", above=0, high=100, metavar="P")
+    gptq: bool = option(False, "Round weights without a kernel by GPTQ, which takes another run of the data.")
     correct_bias: bool = option(True, "Make up in the biases for the mean error of rounded weights.")
     reduce_range: Literal["auto", "on", "off"] = option(
         "auto", "Weights of 7 bits; auto: for onnxruntime, where products of 8 bits saturate on this machine."

@@ -75,6 +75,11 @@ class Products:
         return (weight + _SHARE * weight @ change.T).astype(np.float32)
 
 
+def joint(site: Linear) -> bool:
+    """Whether the codes of a weight can be chosen together: each output is one row of it times one row of the input."""
+    return site.groups == 1 and all(size == 1 for size in site.kernel)
+
+
 class _Sums:
     """Sums over the rows of x, and of x' where there is one, less the mean of the first rows of x."""
 

@@ -158,9 +158,9 @@ Codes = dict[str, tuple[np.ndarray, np.ndarray]]  # codes and scales by the name
 class Inserter:
     """Makes QDQ nodes and remembers them, so that readers of one tensor, or of one weight, share them.
 
-    ``codes`` are those of an inserter on a copy of the graph, so that no weight is rounded twice. ``centered``: by name
-    of the linear, the c of those that read x - c, and of those that write it (see ``center``). ``inside``: by name of
-    the linear, what the places of its kernel read (``borders``), for the correction of biases.
+    ``codes`` are those of a rounder, or of an inserter on a copy of the graph, so that no weight is rounded twice.
+    ``centered``: by name of the linear, the c of those that read x - c, and of those that write it (see ``center``).
+    ``inside``: by name of the linear, what the places of its kernel read (``borders``), for the correction of biases.
     """
 
     def __init__(self, graph: gs.Graph, symmetric: bool = True, codes: Codes | None = None, format: Format = INT8):
@@ -254,8 +254,9 @@ class Inserter:
         b' = b - (W_q - W) E[x], wherever the node has a bias or a place for one. The bias of a node that reads
         x - ``offset`` takes back W_q offset.
         """
-        if linear.name not in self._codes:
-            floor = self._smallest_scale(linear, seen)
+        floor = self._smallest_scale(linear, seen)
+        known = self._codes.get(linear.name)
+        if known is None or np.any(known[1] < np.asarray(floor, known[1].dtype)):
             self._codes[linear.name] = self.format.codes(linear.weight(), linear.dtype, floor)
         values, scales = self._codes[linear.name]
         if offset:

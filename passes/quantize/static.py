@@ -13,8 +13,10 @@ Source of the bias correction: Nagel et al., Data-Free Quantization, ICCV 2019, 
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +24,14 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.borders import inside
-from channelfold.passes.layers.formats import INT7, INT8
+from channelfold.passes.layers.formats import INT7, INT8, Format
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
-from channelfold.passes.layers.sensitivity import SAMPLES, Crew, brief, decibels, keep, measure, spread, worst
-from channelfold.passes.layers.switchboard import build
+from channelfold.passes.layers.sensitivity import decibels, measure, worst
 from channelfold.passes.quantize import Quantize, calibrators, center
 from channelfold.passes.quantize.cells import quantize_cells
+from channelfold.passes.quantize.done import Done
+from channelfold.passes.quantize.inputs import Inputs, Products, joint
+from channelfold.passes.quantize.measured import DEFAULT, OTHERS, Seen, choose, measuring
 from channelfold.passes.quantize.proven import Insert, expanded, in_int8, planned
 from channelfold.passes.quantize.qdq import (
     MIN_CHANNELS,
@@ -40,11 +44,13 @@ from channelfold.passes.quantize.qdq import (
     summary,
     why_not_int8,
 )
+from channelfold.passes.quantize.rounders import gptq, rounded
 from channelfold.passes.quantize.storage import store_rest
 from channelfold.passes.quantize.tables import quantize_tables
 from channelfold.passes.quantize.timed import without_slow
-from channelfold.runtime.io import edit, temporary
+from channelfold.runtime.io import edit
 from channelfold.runtime.io.files import infer_shapes
+from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.stats import saturation
 from channelfold.runtime.stats.histograms import TensorStatistics, counted
 from channelfold.runtime.stats.observe import by_name
@@ -68,22 +74,6 @@ _FUSED_ACTIVATIONS = ("Relu", "Clip")  # by onnxruntime, into what precedes them
 _MOVING = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
-@dataclass
-class _Seen:
-    """What the data tell of tensors, by name.
-
-    ``axes``: of the channels, None for tensors between the sites. ``ranges``: as quantized in place; ``free``: those of
-    inputs that may be centered. ``snr``: of rounding, in dB. ``reasons``: why 8 bits cannot represent them, or "".
-    """
-
-    axes: Mapping[str, int | None]
-    statistics: Mapping[str, TensorStatistics]
-    ranges: dict[str, Range]
-    free: Mapping[str, Range]
-    snr: Mapping[str, float | None]
-    reasons: Mapping[str, str] = field(default_factory=dict)
-
-
 class Work(Quantize):
     def least_opset(self, graph: gs.Graph) -> int:
         return opset_of_scales(graph)
@@ -104,8 +94,10 @@ class Work(Quantize):
         centered = {of_sites[name]["tensor"] for name in read}
         ranges = seen.ranges | {name: seen.free[name] for name in centered}
         for site in kept:
-            limit, more = ranges[of_sites[site.name]["tensor"]].limit, ", centered" if site.name in read else ""
-            outcome.change(site.name, f"{says[site.name]} up to {limit:.4g}{more}")
+            tensor = of_sites[site.name]["tensor"]
+            more = ", centered" if site.name in read else ""
+            more += f", by {seen.by[tensor]}" if tensor in seen.by else ""
+            outcome.change(site.name, f"{says[site.name]} up to {ranges[tensor].limit:.4g}{more}")
         if quantize_tables(inserter, outcome, lambda _: INT8, self) or kept or cells:
             inserter.finish()
             edit.remove_dead(graph)
@@ -117,13 +109,24 @@ class Work(Quantize):
         outcome.facts["ranges"] = _with_clipped(of_sites.values(), seen.statistics, ranges)
         return outcome
 
-    def _observed(self, graph: gs.Graph, sites: list[Linear], ctx: Context, integers: bool) -> _Seen:
+    def _observed(self, graph: gs.Graph, sites: list[Linear], ctx: Context, integers: bool) -> Seen:
         """Runs the data, and chooses the ranges of all tensors that may be quantized."""
         axes: dict[str, int | None] = {tensor.name: None for tensor in _integers(graph, sites)[0]} if integers else {}
         axes |= {site.data.name: site.in_axis for site in sites}
         enough = None if self.calibrator == "entropy" else counted(len(ctx.data))  # entropy weighs every single bin
         statistics = {name: TensorStatistics(axis, enough) for name, axis in axes.items()}
         ctx.observe(graph, by_name(statistics.items()))
+        return self._seen(graph, sites, axes, statistics)
+
+    def _seen(
+        self,
+        graph: gs.Graph,
+        sites: list[Linear],
+        axes: Mapping[str, int | None],
+        statistics: Mapping[str, TensorStatistics],
+    ) -> Seen:
+        """The ranges that the calibrator chooses."""
+        integers = self.target == "onnxruntime"
         ranges = {name: self._range(seen, integers) for name, seen in statistics.items()}
         ranges = _unified(graph, ranges) if integers else ranges
         movable = set() if integers or not self.center else center.movable(sites)
@@ -133,9 +136,9 @@ class Work(Quantize):
         # What cannot be centered in the end keeps the threshold for finer steps: by mse, that for its own lies lower,
         # and what is clipped more costs outputs more than the rounding costs that the lower threshold saves.
         ranges |= {name: replace(seen, free=False) for name, seen in free.items()}
-        return _Seen(axes, statistics, ranges, free, snr)
+        return Seen(axes, statistics, ranges, free, snr)
 
-    def _representable(self, sites: list[Linear], seen: _Seen, outcome: Outcome) -> list[Linear]:
+    def _representable(self, sites: list[Linear], seen: Seen, outcome: Outcome) -> list[Linear]:
         """The sites whose inputs 8 bits can represent; refuses the others."""
         seen.reasons = {name: self._why_beyond_int8(seen.statistics[name], seen.snr[name]) for name in seen.axes}
         for site in (site for site in sites if seen.reasons[site.data.name]):
@@ -145,7 +148,7 @@ class Work(Quantize):
         return [site for site in sites if not seen.reasons[site.data.name]]
 
     def _placed(
-        self, graph: gs.Graph, kept: list[Linear], seen: _Seen, ctx: Context, outcome: Outcome
+        self, graph: gs.Graph, kept: list[Linear], seen: Seen, ctx: Context, outcome: Outcome
     ) -> tuple[list[Linear], Inserter]:
         """The sites that gain by int8 where the target runs them, and what has inserted their QDQ nodes."""
         integers = self.target == "onnxruntime"
@@ -153,14 +156,20 @@ class Work(Quantize):
         of_channels = seen.axes.items() if self.correct_bias else ()
         means = {(name, axis): seen.statistics[name].channel_mean for name, axis in of_channels}
         borders = inside(graph, kept, ctx.data)
-        format, codes = INT7 if self.reduce_range == "on" else INT8, Codes()
+        format = INT7 if self.reduce_range == "on" else INT8
+        codes = self._codes(graph, kept, ctx, format)
 
-        def insert(into: gs.Graph, sites: list[Linear]) -> Inserter:
+        def insert(into: gs.Graph, sites: list[Linear], by: Seen = seen) -> Inserter:
             inserter = Inserter(into, not integers, codes, format)
             inserter.inside = borders
-            _insert(inserter, sites, poor, seen.ranges, seen.free, means)
+            _insert(inserter, sites, poor, by.ranges, by.free, means)
             return inserter
 
+        if self.calibrator == "measured":
+            ways = {name: replace(self, **options) for name, options in OTHERS.items()}
+            others = {name: way._seen(graph, kept, seen.axes, seen.statistics) for name, way in ways.items()}
+            choose(graph, kept, seen, others, lambda by: functools.partial(insert, by=by), ctx)
+            seen.ranges = _unified(graph, seen.ranges) if integers else seen.ranges
         if self.float_share:
             float_nodes = self._worst(graph, kept, insert, ctx, outcome)
             for site in (site for site in kept if site.name in float_nodes):
@@ -173,11 +182,32 @@ class Work(Quantize):
             if self.profile and kept:
                 kept, tried = without_slow(graph, kept, tried, outcome, insert, ctx)
             if self.reduce_range == "auto" and kept and (lost := saturation.lost(graph, tried.graph, ctx.data)):
-                format, codes = INT7, Codes()
+                format, codes = INT7, self._codes(graph, kept, ctx, INT7)
                 outcome.warnings.append(f"Weights have 7 bits, for with 8 {lost}")
         elif self.verify_plan:
             kept, _ = in_int8(graph, kept, outcome, insert, planned(self.verify_plan, ctx, outcome))
         return kept, insert(graph, kept)
+
+    def _codes(self, graph: gs.Graph, sites: list[Linear], ctx: Context, format: Format) -> Codes:
+        """The codes and scales of the weights that are not rounded to the nearest code.
+
+        A weight with several readers is not among them: the inputs of each of them want other codes.
+        """
+        if not self.gptq:
+            return {}
+        readers = Counter(id(site.source._values) for site in sites)
+        alone = [site for site in sites if readers[id(site.source._values)] == 1 and joint(site)]
+        alone = [site for site in alone if id(site.source._values) not in ctx.shared]
+        how = replace(self, reduce_range="on" if format == INT7 else "off")  # what else tells them apart in the folder
+        done = Done(ctx.keep, Snapshot.of(graph), ctx.data, how)
+        codes = {}
+        for number, (site, seen) in enumerate(Inputs(graph, alone, ctx.data, False).run(done.find)):
+            ctx.progress("Rounding weights", number, len(alone))
+            if isinstance(seen, Products):
+                seen = rounded(site.weight(), gptq(format, site.dtype, seen.factored), format, wide=True)
+                done.keep(site, seen)
+            codes[site.name] = seen.codes, seen.scales[:, 0]
+        return codes
 
     def left(self, graph: gs.Graph) -> dict[str, Any]:
         return summary(graph, [])
@@ -210,11 +240,7 @@ class Work(Quantize):
         count = int(self.float_share * total) - (total - len(sites))
         if count <= 0:
             return {}
-        with temporary.folder() as folder:
-            _, tried = in_int8(graph, sites, Outcome(), insert, lambda *_: {})
-            board = build(graph, {"int8": tried.graph}, folder, centered=tried.centered)
-            samples = keep(board, brief(board, spread(ctx.data, SAMPLES)), "sample")
-            crew = Crew(progress=ctx.progress)
+        with measuring(graph, sites, insert, ctx) as (board, samples, crew):
             chosen = worst(board, samples, measure(board, samples, crew=crew), "int8", count, crew)
         if not chosen:
             outcome.warnings.append("No more nodes stay float: those whose int8 changes the outputs most gain nothing")
@@ -226,7 +252,8 @@ class Work(Quantize):
             return Range(0.0, 0.0, free)
         low, high = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
         levels = _levels(Range(low, high, free))
-        limit = calibrators.threshold(seen, self.calibrator, percentile=self.percentile, levels=levels)
+        calibrator = DEFAULT if self.calibrator == "measured" else self.calibrator
+        limit = calibrators.threshold(seen, calibrator, percentile=self.percentile, levels=levels)
         return Range(max(low, -limit), min(high, limit), free)
 
     def _facts(self, statistics: TensorStatistics, seen: Range) -> dict[str, Any]:

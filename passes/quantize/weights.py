@@ -29,7 +29,7 @@ from channelfold.passes.layers.linear import Linear, usable
 from channelfold.passes.quantize import QuantizeWeights, calibrators
 from channelfold.passes.quantize.cells import quantize_cells
 from channelfold.passes.quantize.done import Done
-from channelfold.passes.quantize.inputs import Inputs, Products
+from channelfold.passes.quantize.inputs import Inputs, Products, joint
 from channelfold.passes.quantize.integers import multiply_integers, why_not_integers
 from channelfold.passes.quantize.nbits import FAST, many_readers, multiply_nbits, why_not_nbits
 from channelfold.passes.quantize.qdq import (
@@ -142,13 +142,13 @@ class Work(QuantizeWeights):
         infer_shapes(graph)
         before = Snapshot.of(graph)
         whole = before.graph()  # the weights of ``graph`` are replaced while the data run
-        joint: dict[tuple[str, int], list[Linear]] = {}
+        together: list[Linear] = []
         alone = []
         for site in sites:
             if id(site.source._values) in ctx.shared:
                 yield site, None  # whatever the data of a part are, all parts get the same codes
-            elif self.rounder in _JOINT and site.groups == 1 and all(size == 1 for size in site.kernel):
-                joint.setdefault((site.data.name, site.in_axis), []).append(site)
+            elif self.rounder in _JOINT and joint(site):
+                together.append(site)
             else:
                 alone.append(site)
         moments = {(site.data.name, site.in_axis): ChannelMoments(site.in_axis) for site in alone}
@@ -156,10 +156,10 @@ class Work(QuantizeWeights):
         for site in alone:
             seen = moments[site.data.name, site.in_axis]
             yield site, seen if seen.positions else None
-        if not joint:
+        if not together:
             return
         done = Done(ctx.keep, before, ctx.data, self)
-        inputs = Inputs(whole, [site for found in joint.values() for site in found], ctx.data, self.correct_inputs)
+        inputs = Inputs(whole, together, ctx.data, self.correct_inputs)
         for site, seen in inputs.run(done.find):
             yield site, seen
             if (layer := made.get(site.name)) is None:

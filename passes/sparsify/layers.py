@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,19 +85,21 @@ class Layer:
             scores *= per_group
         return scores.reshape(self.shape)
 
-    def keep(self, mask: np.ndarray, correct_bias: bool) -> None:
+    def keep(self, mask: np.ndarray, inside: Mapping[str, np.ndarray] | None) -> None:
         """Sets the weights to zero that ``mask`` does not keep.
 
-        With ``correct_bias`` a bias takes up the mean of the lost products, b' = b + (W - W') E[x]. Layers with a
-        kernel keep their bias, because the mean of the input differs between the border and the middle of an image.
+        A bias takes up the mean of the lost products, b' = b + (W - W') E[x]. ``inside``: by name of the linear, what
+        the places of its kernel read (``borders``); None where biases stay. A ConvTranspose with a kernel keeps its
+        bias, because its outputs read different places, and so does a padded Conv that ``inside`` does not know.
         """
         first, *others = self.linears
         weight = first.weight()
-        if correct_bias:
+        if inside is not None:
             removed = np.where(mask, 0, weight)
             for linear, seen in zip(self.linears, self.power, strict=True):
-                if all(size == 1 for size in linear.kernel):
-                    _add_to_bias(linear, linear.respond(removed, seen.mean))
+                even = linear.node.op == "Conv" and not linear.padded
+                if linear.name in inside or even or all(size == 1 for size in linear.kernel):
+                    _add_to_bias(linear, linear.respond(removed * inside.get(linear.name, 1.0), seen.mean))
         first.set_weight(np.where(mask, weight, np.zeros((), weight.dtype)))
         for linear in others:
             edit.set_input(linear.node, linear.weight_input, first.source)

@@ -1,7 +1,7 @@
 """Weights set to zero in a pattern, with the shape of the graph as it was.
 
     W' = M * W        M of zeros and ones,  by the scores  s = |w_ij|  or  |w_ij| rms(x_j)   (``layers``)
-    b' = b + (W - W') E[x]                  with data, without a kernel: the outputs keep their mean
+    b' = b + (W - W') E[x]                  with data: the outputs keep their mean, borders included (``borders``)
 
     N:M            the best N of every M consecutive *input* channels, for each output channel and place of the kernel:
                    sparse tensor cores read 2:4 along the sum
@@ -30,6 +30,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Refused
+from channelfold.passes.layers.borders import inside
 from channelfold.passes.layers.linear import Linear, usable
 from channelfold.passes.sparsify import Sparsify
 from channelfold.passes.sparsify import ratios as layer_ratios
@@ -56,6 +57,9 @@ class Work(Sparsify):
                 if not layer.observed:
                     _refuse(layer, "no calibration sample reached it", outcome)
             layers = [layer for layer in layers if layer.observed]
+        borders = None
+        if with_data and self.correct_bias:
+            borders = inside(graph, [linear for layer in layers for linear in layer.linears], ctx.data)
         counts = self._counts(graph, layers, wanda, ctx) if self.group is None and layers else [0] * len(layers)
         facts, untouched = [], 0
         for number, (layer, count) in enumerate(zip(layers, counts, strict=True)):
@@ -63,7 +67,7 @@ class Work(Sparsify):
             scores = layer.scores(wanda)
             mask = self._mask(layer, scores, count)
             if np.any(scores, where=~mask):
-                facts.append(_sparsified(layer, scores, mask, self.correct_bias and with_data, outcome))
+                facts.append(_sparsified(layer, scores, mask, borders, outcome))
             else:
                 untouched += layer.size
                 _refuse(layer, "nothing has to go, or is zero already", outcome)
@@ -143,14 +147,14 @@ def _refuse(layer: Layer, reason: str, outcome: Outcome) -> None:
 
 
 def _sparsified(
-    layer: Layer, scores: np.ndarray, mask: np.ndarray, correct_bias: bool, outcome: Outcome
+    layer: Layer, scores: np.ndarray, mask: np.ndarray, inside: Mapping[str, np.ndarray] | None, outcome: Outcome
 ) -> dict[str, Any]:
     """Drops the weights that the mask does not keep; ``energy_kept`` is the kept share of the squared scores."""
     energy = np.square(scores, dtype=np.float64)
     total = float(energy.sum())
     kept = float(energy.sum(where=mask)) / total if total > 0 else 1.0
     dense = layer.deflated()
-    layer.keep(mask, correct_bias)
+    layer.keep(mask, inside)
     zeros = layer.size - int(np.count_nonzero(layer.linears[0].weight()))
     for linear in layer.linears:
         outcome.change(linear.name, f"{linear.node.op}: {zeros / layer.size:.1%} zeros, {kept:.2%} of the energy kept")
