@@ -46,7 +46,7 @@ OURS = {
 }
 TOOLS = (
     "channelfold quantize", "channelfold int8", "channelfold int8-smooth",
-    "onnxruntime", "onnxruntime_entropy", "onnxruntime_products", "nncf", "modelopt", "quark",
+    "onnxruntime", "onnxruntime_entropy", "onnxruntime_products", "nncf", "modelopt", "quark", "aimet",
 )  # fmt: skip
 TASKS = ("crepe_tiny", "minilm", "effnet")
 TRANSFORMERS = {"minilm": ("channelfold int8-smooth", "onnxruntime_products")}  # tools for transformers alone

@@ -244,7 +244,7 @@ class Islands:
 
     def _between(self, node: gs.Node) -> bool:
         """Whether a node reads float32, and all its readers (any, where it moves) want float32."""
-        if operator(node).kind in _CONTRACTIONS:
+        if is_product(node):
             return False
         read = [t for t in node.inputs if isinstance(t, gs.Variable) and self.kinds.is_float32(t)]
         wanted = [self._wanted.get(id(t), []) for t in node.outputs if self.kinds.is_float32(t)]
@@ -279,6 +279,10 @@ class Islands:
         if id(node) in self.float32 or index not in self.allowed[id(node)].inputs:
             return "float32"
         return "half"
+
+
+def is_product(node: gs.Node) -> bool:
+    return operator(node).kind in _CONTRACTIONS
 
 
 def divisors(graph: gs.Graph) -> set[str]:
