@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.cast import Cast
 from channelfold.passes.cast.fit import products
-from channelfold.passes.cast.islands import Islands, divisors, is_product
+from channelfold.passes.cast.islands import Islands, divisors, is_free, is_product
 from channelfold.passes.cast.kinds import FLOAT, HALVES, TYPE_ATTRIBUTES, Half, Kinds, opset_of
 from channelfold.passes.cast.ranges import Magnitudes, measured
 from channelfold.passes.cast.rounding import Plan, Trials
@@ -57,7 +57,7 @@ class Work(Cast):
             if (why := islands.why.get(id(node))) is not None:
                 detail = f" ({why.detail})" if why.detail else ""
                 outcome.refuse(node.name, f"{node.op} stays float32: {why.code}{detail}", why.code)
-            elif id(node) not in islands.float32 and (node.op != "Cast" or islands.is_free(node)):
+            elif id(node) not in islands.float32 and (node.op != "Cast" or is_free(node)):
                 outcome.change(node.name, f"{node.op}: {self.type}")
         if not typer.changed:
             outcome.changed.clear()
@@ -103,13 +103,13 @@ class Work(Cast):
             return reason
         if node.name in plan.kept:
             return "rounding it changes the outputs most"
-        if plan.between and not is_product(node):
+        if plan.between and not is_product(node) and not is_free(node):
             return "it computes between products, where float32 halves the error of the outputs"
         return ""
 
     def _facts(self, islands: Islands, typer: Typer) -> dict[str, Any]:
         rounded = [islands.constants.seen[key] for key in typer.rounded]
-        computing = [node for node in islands.typed if not islands.is_free(node) and id(node) not in islands.silent]
+        computing = [node for node in islands.typed if not is_free(node) and id(node) not in islands.silent]
         kept = [node.name for node in computing if id(node) in islands.float32]
         return {
             "type": self.type,

@@ -385,3 +385,14 @@ def test_scales_need_opset_19():
                   s=np.array(0.01), opset=13, kind="float")  # fmt: skip
     assert Cast().opset_for(graph) == 19
     assert Cast(type="bfloat16").opset_for(graph) == 19
+
+
+def test_a_cache_grows_in_its_own_type():
+    """What is new is converted, and what the products read: the cache itself is not rounded."""
+    graph = build("(float[1,3,8] past, float[1,1,8] x) => (float[] present, float[] y)",
+                  "k = MatMul(x, W)  present = Concat<axis=1>(past, k)  t = Transpose<perm=[0,2,1]>(present)"
+                  "  y = MatMul(x, t)", W=(8, 8), kind="float")  # fmt: skip
+    outcome = cast(graph)
+    (concat,) = (node for node in graph.nodes if node.op == "Concat")
+    assert {str(edit.dtype(t)) for t in (*concat.inputs, *concat.outputs)} == {"float32"}
+    assert outcome.facts["casts"] == 4  # of x, of the new key, of the keys that are multiplied, of y

@@ -8,9 +8,12 @@ import pytest
 
 from channelfold.passes.base import Context
 from channelfold.passes.cast import Cast
+from channelfold.passes.cast.fit import fitted
+from channelfold.passes.cast.kinds import HALVES
 from channelfold.runtime.data.sources import Data
+from channelfold.runtime.errors import no_progress
 from channelfold.runtime.io import edit
-from channelfold.tests.graphs import build, data_from
+from channelfold.tests.graphs import build, data_from, random
 from channelfold.tests.passes.cast.casts import cast, computed, error, twin
 
 LOSSY = np.float32(1 + 2.0**-8 - 2.0**-12)  # which bfloat16 rounds to 1
@@ -118,3 +121,37 @@ def test_what_stays_float32_anyway_is_not_tried(data):
     outcome = step.apply(graph, Context(calibration=data))
     assert set(outcome.facts["lossy"]).isdisjoint(node.name for node in graph.nodes[1:3])
     assert np.isfinite(outcome.facts["error"])
+
+
+def test_errors_of_the_inputs_cancel_and_zeros_of_a_sparse_weight_stay(data):
+    weight, half = np.where(random((SIZE, SIZE)) > 0, random((SIZE, SIZE)), 0).astype(np.float32), HALVES["bfloat16"]
+    graph = chain(weight)
+    (name,) = (node.name for node in graph.nodes)
+    found = fitted(graph, [name], data, half, no_progress)[name]
+    new, x = found.weight.astype(np.float32).T, np.concatenate([feed["x"] for feed in data])
+    assert not new[weight == 0].any()
+    nearest, fit = x @ (half.rounded(weight) - weight), x @ (new - weight) + found.bias.astype(np.float32)
+    assert np.linalg.norm(fit) < np.linalg.norm(nearest) / 3
+
+
+def test_a_weight_of_two_products_keeps_one_value(data):
+    graph = build(f"(float[N,{SIZE}] x) => (float[] y)", "h = MatMul(x, W)  y = MatMul(h, W)", W=EXACT * LOSSY,
+                  kind="float")  # fmt: skip
+    assert not fitted(graph, [node.name for node in graph.nodes], data, HALVES["bfloat16"], no_progress)
+
+
+def test_a_residual_stream_stays_float32_where_that_halves_the_error():
+    """Sums of many terms lose more than products here, whose weights and inputs bfloat16 holds."""
+    steps = ["h0 = Gemm(x, W0, B0)"]
+    for i in range(1, 9):
+        steps.append(f"a{i} = Add(h{i - 1}, C{i})  h{i} = Sub(a{i}, D{i})")
+    constants = {f"{n}{i}": np.float32([1000.0]) for i in range(1, 9) for n in "CD"}
+    graph = build(f"(float[N,{SIZE}] x) => (float[] y)", "  ".join([*steps, "y = Gemm(h8, W0, B0)"]), W0=EXACT,
+                  B0=np.zeros(SIZE, np.float32), **constants, kind="float")  # fmt: skip
+    feed = {"x": np.round(random((8, SIZE)) * 64) / 64}
+    outcome = cast(graph, Cast(type="bfloat16"), data_from({"x": feed["x"].astype(np.float32)}))
+    assert outcome.facts["between_float32"]
+    assert outcome.facts["error"] < 1e-2
+    assert {node.op: {str(edit.dtype(t)) for t in node.outputs} for node in graph.nodes if node.op != "Cast"} == {
+        "Gemm": {"bfloat16"}, "Add": {"float32"}, "Sub": {"float32"}
+    }  # fmt: skip
