@@ -91,6 +91,19 @@ def quark(model: str, samples: list[Feed], out: str) -> None:
     )
 
 
+def aimet(model: str, samples: list[Feed], out: str) -> None:
+    import onnx
+    from aimet_onnx import QuantizationSimModel  # pyright: ignore
+    from aimet_onnx.batch_norm_fold import fold_all_batch_norms_to_weight  # pyright: ignore
+    from aimet_onnx.common.quantsim_config.utils import get_path_for_per_channel_config  # pyright: ignore
+
+    loaded = onnx.load(model)
+    fold_all_batch_norms_to_weight(loaded)
+    simulated = QuantizationSimModel(loaded, config_file=get_path_for_per_channel_config())
+    simulated.compute_encodings(samples)
+    onnx.save(simulated.to_onnx_qdq(prequantize_constants=True), out)
+
+
 def operators(model: str) -> set[str]:
     import onnx
 
@@ -118,7 +131,16 @@ def reader(samples: list[Feed]) -> Any:
 
 TOOLS: dict[str, Callable[[str, list[Feed], str], None]] = {
     tool.__name__: tool
-    for tool in (onnxruntime, onnxruntime_percentile, onnxruntime_entropy, onnxruntime_products, nncf, modelopt, quark)
+    for tool in (
+        onnxruntime,
+        onnxruntime_percentile,
+        onnxruntime_entropy,
+        onnxruntime_products,
+        nncf,
+        modelopt,
+        quark,
+        aimet,
+    )
 }
 
 if __name__ == "__main__":

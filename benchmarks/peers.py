@@ -12,11 +12,16 @@ Other tools need an environment of their own, in which ``peer_tools`` runs:
     PEERS/bin/pip install --no-deps nvidia-modelopt lief onnx_graphsurgeon onnxconverter-common polygraphy omegaconf \\
         antlr4-python3-runtime PuLP cppimport Mako pybind11 nvidia-ml-py regex
 
-(ModelOpt without its own dependencies, which bring a build of ONNX Runtime for GPUs and CuPy.) All tools calibrate on
-every second sample of the task's calibration data, 64 at most. Outputs are compared on the samples between these, in
-exact arithmetic. Every tool reads a copy of the model. Cost is the processor time (user and system) and the peak memory
-of the whole process; ``compress`` also compares its result with the original there. With --cost one model is quantized
-by ONNX Runtime and channelfold, cost alone.
+    python -m venv AIMET
+    AIMET/bin/pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu
+    AIMET/bin/pip install aimet_onnx
+
+AIMET is run with --python AIMET/bin/python --tools aimet, and the --json of the others. ModelOpt comes without its own
+dependencies, which bring a build of ONNX Runtime for GPUs and CuPy. All tools calibrate on every second sample of the
+task's calibration data, 64 at most. Outputs are compared on the samples between these, in exact arithmetic. Every tool
+reads a copy of the model. Cost is the processor time (user and system) and the peak memory of the whole process;
+``compress`` also compares its result with the original there. With --cost one model is quantized by ONNX Runtime and
+channelfold, cost alone.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ OURS = {
 }
 TOOLS = (
     "channelfold quantize", "channelfold int8", "channelfold int8-smooth",
-    "onnxruntime", "onnxruntime_entropy", "onnxruntime_products", "nncf", "modelopt", "quark",
+    "onnxruntime", "onnxruntime_entropy", "onnxruntime_products", "nncf", "modelopt", "quark", "aimet",
 )  # fmt: skip
 TASKS = ("crepe_tiny", "minilm", "effnet")
 TRANSFORMERS = {"minilm": ("channelfold int8-smooth", "onnxruntime_products")}  # tools for transformers alone

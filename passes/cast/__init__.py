@@ -28,13 +28,14 @@ class Cast(Pass):
     headroom: float = option(
         2.0, "How many times larger than on the calibration data a value may become without overflow.", low=1
     )
-    correct_bias: bool = option(
-        True, "Make up in the biases for the mean error of rounded weights where that is much of the error; needs data."
+    fit: bool = option(
+        True,
+        "With data: round weights and biases so that their errors cancel, where outputs change by half of max_error.",
     )
     max_error: float = option(
         0.01,
-        "Relative L2 error of the outputs on the calibration data above which the products that cause most of it stay "
-        "float32, one in five at most; 0: none does.",
+        "Relative L2 error of the outputs on the calibration data above which what stands between products stays "
+        "float32, if that halves the error, then the products that cause most of it, a fifth at most; 0: no limit.",
         low=0,
     )
     exclude: tuple[str, ...] = option((), "Nodes to leave in float32: names, * and ? match.", metavar="PATTERN")

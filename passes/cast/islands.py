@@ -104,10 +104,6 @@ class Islands:
         self._wanted: dict[int, list[bool]] = {}
         self._settle()
 
-    def is_free(self, node: gs.Node) -> bool:
-        """Whether a node takes the type that its neighbours have."""
-        return edit.is_standard(node) and (operator(node).moves or node.op in (*TYPE_ATTRIBUTES, "ConstantOfShape"))
-
     def _overflows(self, tensor: gs.Tensor) -> bool:
         seen = self._seen.get(tensor.name)
         return seen is not None and seen.largest * self._headroom > self.half.limit
@@ -243,22 +239,24 @@ class Islands:
             self.float32 |= new
 
     def _between(self, node: gs.Node) -> bool:
-        """Whether a node reads float32, and all its readers (any, where it moves) want float32."""
-        if operator(node).kind in _CONTRACTIONS:
+        """Whether all that a node reads is float32, and all its readers want float32; of a node that moves, whether
+        something and some do: a cache then grows as it is, and only what is new is converted.
+        """
+        if is_product(node):
             return False
         read = [t for t in node.inputs if isinstance(t, gs.Variable) and self.kinds.is_float32(t)]
         wanted = [self._wanted.get(id(t), []) for t in node.outputs if self.kinds.is_float32(t)]
-        if not wanted or not all(map(self.stays, read)):
+        if not wanted:
             return False
-        if self.is_free(node):
-            return any(map(any, wanted))
-        return bool(read) and all(each and all(each) for each in wanted)
+        if is_free(node):
+            return (not read or any(map(self.stays, read))) and any(map(any, wanted))
+        return bool(read) and all(map(self.stays, read)) and all(each and all(each) for each in wanted)
 
     def _wanted_as_float32(self) -> dict[int, list[bool]]:
         """For every tensor, by id, whether each of its readers, or what reads it through moves, wants float32."""
         found: dict[int, list[bool]] = {key: [True] for key in self.outputs}
         for node in reversed(self.typed):
-            onward = self.is_free(node) and any(any(found.get(id(tensor), ())) for tensor in node.outputs)
+            onward = is_free(node) and any(any(found.get(id(tensor), ())) for tensor in node.outputs)
             for index, tensor in enumerate(node.inputs):
                 if self.kinds.is_float32(tensor) and (need := self.needs(node, index)):
                     found.setdefault(id(tensor), []).append(onward or need == "float32")
@@ -279,6 +277,15 @@ class Islands:
         if id(node) in self.float32 or index not in self.allowed[id(node)].inputs:
             return "float32"
         return "half"
+
+
+def is_free(node: gs.Node) -> bool:
+    """Whether a node takes the type that its neighbours have."""
+    return edit.is_standard(node) and (operator(node).moves or node.op in (*TYPE_ATTRIBUTES, "ConstantOfShape"))
+
+
+def is_product(node: gs.Node) -> bool:
+    return operator(node).kind in _CONTRACTIONS
 
 
 def divisors(graph: gs.Graph) -> set[str]:

@@ -9,7 +9,8 @@ each is refused by name. A tensor is converted once for all its readers.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.cast import Cast
-from channelfold.passes.cast.islands import Islands, divisors
+from channelfold.passes.cast.fit import products
+from channelfold.passes.cast.islands import Islands, divisors, is_free, is_product
 from channelfold.passes.cast.kinds import FLOAT, HALVES, TYPE_ATTRIBUTES, Half, Kinds, opset_of
 from channelfold.passes.cast.ranges import Magnitudes, measured
-from channelfold.passes.cast.rounding import Means, Trials, measured_means, products
+from channelfold.passes.cast.rounding import Plan, Trials
 from channelfold.passes.cast.scales import raise_scales
 from channelfold.passes.cast.values import Rounded, converted, limited
 from channelfold.runtime.errors import ModelError, VerificationError
@@ -48,15 +50,14 @@ class Work(Cast):
             raise_scales(graph)
         kinds = Kinds(graph)
         blind = self.type == "bfloat16" or ctx.calibration is None
-        seen = {} if blind else measured(graph, kinds, ctx, divisors(graph))
-        means = measured_means(graph, ctx) if ctx.calibration is not None and self.correct_bias else Means()
-        kept = self._lossy(graph, kinds, seen, means, ctx, outcome)
-        islands, typer = self._cast(graph, kinds, seen, means, kept, self.retypes)
+        casting = _Casting(self, {} if blind else measured(graph, kinds, ctx, divisors(graph)))
+        plan = self._plan(graph, kinds, casting, ctx, outcome)
+        islands, typer = casting.cast(graph, kinds, plan, self.retypes)
         for node in islands.typed:
             if (why := islands.why.get(id(node))) is not None:
                 detail = f" ({why.detail})" if why.detail else ""
                 outcome.refuse(node.name, f"{node.op} stays float32: {why.code}{detail}", why.code)
-            elif id(node) not in islands.float32 and (node.op != "Cast" or islands.is_free(node)):
+            elif id(node) not in islands.float32 and (node.op != "Cast" or is_free(node)):
                 outcome.change(node.name, f"{node.op}: {self.type}")
         if not typer.changed:
             outcome.changed.clear()
@@ -66,75 +67,49 @@ class Work(Cast):
             raise VerificationError(f"The types of the graph do not fit together: {found}")
         return outcome
 
-    def _lossy(
-        self,
-        graph: gs.Graph,
-        kinds: Kinds,
-        seen: Mapping[str, Magnitudes],
-        means: Means,
-        ctx: Context,
-        outcome: Outcome,
-    ) -> Mapping[str, float]:
-        """The products that stay float32 for the sake of the outputs, with the error of each.
+    def _plan(self, graph: gs.Graph, kinds: Kinds, casting: _Casting, ctx: Context, outcome: Outcome) -> Plan:
+        """What is done for the sake of the outputs.
 
         Behind quantizers the smallest error changes codes, so there the error tells nothing about single products.
         """
         if ctx.calibration is None or not self.max_error or any(node.op == "QuantizeLinear" for node in graph.nodes):
-            return {}
-
-        def cast(copy: gs.Graph, kept: Collection[str]) -> None:
-            self._cast(copy, Kinds(copy), seen, means, kept, False)
-
-        found = self._islands(graph, kinds, seen, (), False)
+            return Plan()
+        found = casting.islands(graph, kinds, Plan(), False)
         names = [linear.name for linear in products(graph) if id(linear.node) not in found.float32]
+
+        def cast(copy: gs.Graph, plan: Plan) -> None:
+            casting.cast(copy, Kinds(copy), plan, False)
+
         try:
-            trials = Trials(graph, names, ctx.calibration, self._half, means, ctx.progress)
-            kept, error = trials.keep(self.max_error, cast)
+            trials = Trials(graph, names, ctx.calibration, self._half, cast, ctx.progress)
+            plan, error = trials.plan(self.max_error, self.fit)
         except ModelError as reason:
             outcome.warnings.append(f"How much {self.type} changes the outputs is not known: {reason}")
-            return {}
-        outcome.facts = {"error": error, "lossy": kept}
+            return Plan()
+        outcome.facts = {
+            "error": error, "fitted": len(plan.fits), "between_float32": plan.between, "lossy": plan.kept,
+            "float32_macs": trials.share(plan),
+        }  # fmt: skip
         if error > self.max_error:
             outcome.warnings.append(f"{self.type} changes the outputs by {error:.1e}, more than {self.max_error:g}: "
                                     "rounding adds up from all nodes")  # fmt: skip
-        return kept
+        return plan
 
-    def _cast(
-        self,
-        graph: gs.Graph,
-        kinds: Kinds,
-        seen: Mapping[str, Magnitudes],
-        means: Means,
-        kept: Collection[str],
-        io: bool,
-    ) -> tuple[Islands, Typer]:
-        """Casts a graph, but for the products named in ``kept``."""
-        found = self._islands(graph, kinds, seen, kept, io)
-        if means.moments:
-            for linear in products(graph):
-                if id(linear.node) not in found.float32:
-                    means.correct_bias(linear, self._half)
-            found = self._islands(graph, kinds, seen, kept, io)
-        typer = Typer(graph, found)
-        typer.run()
-        return found, typer
-
-    def _islands(
-        self, graph: gs.Graph, kinds: Kinds, seen: Mapping[str, Magnitudes], kept: Collection[str], io: bool
-    ) -> Islands:
-        def asked(node: gs.Node) -> str:
-            return "rounding it changes the outputs most" if node.name in kept else self._asked(node)
-
-        return Islands(graph, kinds, self._half, asked, seen, self.headroom, self.target == "tensorrt", io)
-
-    def _asked(self, node: gs.Node) -> str:
+    def asked(self, node: gs.Node, plan: Plan) -> str:
+        """Why a node is to stay float32; empty where nothing says so."""
         if node.op in self.exclude_ops:
             return f"excluded by operator type {node.op}"
-        return self.patterns.why_not(node.name)
+        if reason := self.patterns.why_not(node.name):
+            return reason
+        if node.name in plan.kept:
+            return "rounding it changes the outputs most"
+        if plan.between and not is_product(node) and not is_free(node):
+            return "it computes between products, where float32 halves the error of the outputs"
+        return ""
 
     def _facts(self, islands: Islands, typer: Typer) -> dict[str, Any]:
         rounded = [islands.constants.seen[key] for key in typer.rounded]
-        computing = [node for node in islands.typed if not islands.is_free(node) and id(node) not in islands.silent]
+        computing = [node for node in islands.typed if not is_free(node) and id(node) not in islands.silent]
         kept = [node.name for node in computing if id(node) in islands.float32]
         return {
             "type": self.type,
@@ -159,6 +134,33 @@ class Work(Cast):
             said.append("ONNX Runtime computes float16 on a CPU in float32, between casts: the file is half as large, "
                         "and no faster")  # fmt: skip
         return said
+
+
+@dataclass(frozen=True)
+class _Casting:
+    """Casts graphs as a pass says, with the magnitudes ``seen`` on the data."""
+
+    step: Work
+    seen: Mapping[str, Magnitudes]
+
+    def cast(self, graph: gs.Graph, kinds: Kinds, plan: Plan, io: bool) -> tuple[Islands, Typer]:
+        """``io``: whether inputs and outputs take the type."""
+        found = self.islands(graph, kinds, plan, io)
+        if plan.fits:
+            for linear in products(graph):
+                if id(linear.node) not in found.float32 and linear.name in plan.fits:
+                    plan.fits[linear.name].install(linear)
+            found = self.islands(graph, kinds, plan, io)
+        typer = Typer(graph, found)
+        typer.run()
+        return found, typer
+
+    def islands(self, graph: gs.Graph, kinds: Kinds, plan: Plan, io: bool) -> Islands:
+        step = self.step
+        built = step.target == "tensorrt"
+        return Islands(
+            graph, kinds, HALVES[step.type], lambda node: step.asked(node, plan), self.seen, step.headroom, built, io
+        )
 
 
 class Typer:

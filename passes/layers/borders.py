@@ -36,19 +36,29 @@ def inside(graph: gs.Graph, linears: Iterable[Linear], data: Data) -> dict[str, 
     }
 
 
-def _shares(attrs: Mapping[str, Any], kernel: Sequence[int], sizes: Sequence[int]) -> list[np.ndarray]:
-    """The shares along each axis."""
+def padding(attrs: Mapping[str, Any], kernel: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """The zeros before and behind the ``sizes`` along each axis that a Conv reads."""
     rank, mode = len(kernel), attrs.get("auto_pad", "NOTSET")
     steps, gaps = (attrs.get(name, [1] * rank) for name in ("strides", "dilations"))
     pads = attrs.get("pads") or [0] * 2 * rank
+    if mode not in ("SAME_UPPER", "SAME_LOWER"):
+        return list(zip(pads[:rank], pads[rank:], strict=True))
     found = []
-    for axis, (places, size, step, gap) in enumerate(zip(kernel, sizes, steps, gaps, strict=True)):
+    for places, size, step, gap in zip(kernel, sizes, steps, gaps, strict=True):
+        both = max(0, (-(-size // step) - 1) * step + gap * (places - 1) + 1 - size)
+        before = both // 2 if mode == "SAME_UPPER" else both - both // 2
+        found.append((before, both - before))
+    return found
+
+
+def _shares(attrs: Mapping[str, Any], kernel: Sequence[int], sizes: Sequence[int]) -> list[np.ndarray]:
+    """The shares along each axis."""
+    steps, gaps = (attrs.get(name, [1] * len(kernel)) for name in ("strides", "dilations"))
+    found = []
+    for (before, behind), places, size, step, gap in zip(
+        padding(attrs, kernel, sizes), kernel, sizes, steps, gaps, strict=True
+    ):
         reach = gap * (places - 1) + 1
-        before, behind = pads[axis], pads[axis + rank]
-        if mode != "NOTSET":
-            both = max(0, (-(-size // step) - 1) * step + reach - size)
-            before = both // 2 if mode == "SAME_UPPER" else both - both // 2
-            behind = both - before
         starts = np.arange(0, size + before + behind - reach + 1, step) - before
         at = starts[:, None] + gap * np.arange(places)
         found.append(((at >= 0) & (at < size)).mean(axis=0) if len(at) else np.ones(places))

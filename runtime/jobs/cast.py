@@ -21,7 +21,7 @@ def cast(
 ) -> Record:
     """Makes weights and activations float16 or bfloat16. Writes ``out``.
 
-    ``options`` are those of the pass ``cast``. With data, what would overflow stays float32, and nothing else.
+    ``options`` are those of the pass ``cast``. With data, what would overflow stays float32, and what the outputs need.
     """
     job = Job("cast", Path(model), progress, source)
     job.open_both()
