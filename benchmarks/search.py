@@ -106,10 +106,6 @@ def compressed(model: Path, data: Mapping[str, Path], out: Path, *flags: str, me
         return Run(json.loads(printed.read()), used.ru_utime, used.ru_maxrss * 1024)
 
 
-def snr(record: dict[str, Any]) -> float:
-    return min(float(o["snr"]) for o in record["accuracy"]["outputs"] if o["snr"] is not None)
-
-
 # ---- what is measured --------------------------------------------------------------------------------------------
 
 
@@ -126,27 +122,14 @@ def search(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path
 
 
 def recipes(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path) -> dict[str, Any]:
-    """The cost of every recipe, as a search counts, and its SNR in front of a closing Softmax."""
-    from channelfold.passes.layers.switchboard import compared
+    """The cost of every recipe, as a search counts, and its SNR."""
     from channelfold.passes.search.options import multiplications
     from channelfold.runtime.data.sources import open_data
     from channelfold.runtime.io import files
     from channelfold.runtime.io.facts import required_inputs
-    from channelfold.runtime.io.session import Session
-    from channelfold.runtime.stats.compare import compare
 
-    def opened(path: Path, into: Path) -> Session:
-        graph = files.load(path)
-        graph.outputs = [tensor for tensor, *_ in compared(graph)]
-        for place, tensor in enumerate(graph.outputs):
-            tensor.name = f"compared.{place}"
-        files.save(graph, into)
-        return Session(into, fuse=False)
-
-    graph = files.load(model)
-    steering = open_data(data["steering"], required_inputs(graph))
-    macs = multiplications(graph, next(iter(steering)))
-    original, found = opened(model, folder / "original.onnx"), {}
+    graph, found = files.load(model), {}
+    macs = multiplications(graph, next(iter(open_data(data["steering"], required_inputs(graph)))))
     for recipe in RECIPES:
         record, *_ = compressed(model, data, folder / recipe, "--recipe", recipe, measured="steering")
         changed = {s["pass"]: {c["node"] for c in s["changed"]} for s in record["steps"]}
@@ -154,8 +137,7 @@ def recipes(subject: Subject, model: Path, data: Mapping[str, Path], folder: Pat
         quantized = changed.get("quantize", set())
         work = sum(count * (0.25 if name in quantized else bits) for name, count in macs.items()) / sum(macs.values())
         cost = (record["output"]["bytes"] / record["model"]["bytes"] + work) / 2
-        outputs = compare(original, opened(folder / recipe / "model.onnx", folder / "opened.onnx"), steering).outputs
-        found[recipe] = {"cost": cost, "snr": min(o.snr for o in outputs if o.snr is not None)}
+        found[recipe] = {"cost": cost, "snr": snr(model, folder / recipe / "model.onnx", data["steering"], folder)}
     return found
 
 
@@ -165,19 +147,44 @@ def shares(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path
         flags = ("--recipe", subject.shares, "--float-share", str(share))
         record, cpu, _ = compressed(model, data, folder / "share", *flags)
         agreed = [o["agreement"] for o in record["accuracy"]["outputs"] if o["agreement"] is not None]
-        found[f"{share:.0%}"] = {"snr": snr(record), "agreement": min(agreed, default=None), "cpu": cpu}
+        found[f"{share:.0%}"] = {
+            "snr": snr(model, folder / "share" / "model.onnx", data["evaluation"], folder),
+            "agreement": min(agreed, default=None), "cpu": cpu,
+        }  # fmt: skip
     return found
+
+
+def snr(model: Path, candidate: Path, samples: Path, folder: Path) -> float:
+    """The SNR of the worst output of a file, in front of a closing Softmax or Sigmoid, as it is written."""
+    from channelfold.passes.layers.switchboard import compared
+    from channelfold.runtime.data.sources import open_data
+    from channelfold.runtime.io import files
+    from channelfold.runtime.io.facts import required_inputs
+    from channelfold.runtime.io.session import Session
+    from channelfold.runtime.stats.compare import compare
+
+    sessions = []
+    for number, path in enumerate((model, candidate)):
+        graph = files.load(path)
+        graph.outputs = [tensor for tensor, *_ in compared(graph)]
+        for place, tensor in enumerate(graph.outputs):
+            tensor.name = f"compared.{place}"
+        files.save(graph, folder / f"compared.{number}.onnx")
+        sessions.append(Session(folder / f"compared.{number}.onnx", fuse=False))
+    outputs = compare(*sessions, open_data(samples, required_inputs(files.load(model)))).outputs
+    return min(o.snr for o in outputs if o.snr is not None)
 
 
 def ranks(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path) -> dict[str, Any]:
     from channelfold.passes.layers.sensitivity import SAMPLES, Crew, brief, keep, measure, spread
     from channelfold.passes.recipe import load_recipe
     from channelfold.passes.search import options as choices
+    from channelfold.runtime.data.sources import open_data
     from channelfold.runtime.jobs.job import Job, Source
     from channelfold.runtime.jobs.sensitivity import after, prepared
 
     job = Job("sensitivity", model, lambda *_: None, Source(data["calibration"]))
-    calibration, others = (job.open("calibration", data[part], None) for part in ("calibration", "evaluation"))
+    calibration, others = (open_data(data[part], job.inputs) for part in ("calibration", "evaluation"))
     passes = [*job.prepared(), *choices.in_front(load_recipe(subject.recipe).passes)]
     graph, _ = after(job, job.graph, passes, calibration)
     with prepared(job, graph, choices.steps({}), calibration) as found:
