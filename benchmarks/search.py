@@ -171,7 +171,8 @@ def snr(model: Path, candidate: Path, samples: Path, folder: Path) -> float:
             tensor.name = f"compared.{place}"
         files.save(graph, folder / f"compared.{number}.onnx")
         sessions.append(Session(folder / f"compared.{number}.onnx", fuse=False))
-    outputs = compare(*sessions, open_data(samples, required_inputs(files.load(model)))).outputs
+    original, found = sessions
+    outputs = compare(original, found, open_data(samples, required_inputs(files.load(model)))).outputs
     return min(o.snr for o in outputs if o.snr is not None)
 
 
