@@ -18,9 +18,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +87,7 @@ def split(source: Path, folder: Path, name: str) -> dict[str, Path]:
 
 
 class Run(NamedTuple):
-    """The record of a command, its processor time in seconds, and its peak memory in bytes."""
+    """The record of a command, its processor time in seconds, and its peak memory in bytes, without mapped files."""
 
     record: dict[str, Any]
     cpu: float
@@ -98,12 +100,22 @@ def compressed(model: Path, data: Mapping[str, Path], out: Path, *flags: str, me
         process = subprocess.Popen(
             [*command, "--evaluation", data[measured], *flags, "--json"], stdout=printed, stderr=told
         )
-        _, status, used = os.wait4(process.pid, 0)
+        ended, memory = 0, 0
+        while not ended:
+            memory = max(memory, _anonymous(process.pid))
+            time.sleep(0.2)
+            ended, status, used = os.wait4(process.pid, os.WNOHANG)
         process.returncode = os.waitstatus_to_exitcode(status)
         printed.seek(0), told.seek(0)
         if process.returncode not in (0, 3):
             sys.exit(told.read().decode()[-2000:])
-        return Run(json.loads(printed.read()), used.ru_utime, used.ru_maxrss * 1024)
+        return Run(json.loads(printed.read()), used.ru_utime, memory)
+
+
+def _anonymous(pid: int) -> int:
+    """Bytes of a process that lie in no file: statistics and weights lie in files, which the system can drop."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return 1024 * int(found[1]) if found else 0
 
 
 # ---- what is measured --------------------------------------------------------------------------------------------

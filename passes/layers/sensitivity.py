@@ -216,9 +216,8 @@ def _agreed(old: np.ndarray, new: np.ndarray) -> float:
 class Site:
     """Nodes that get one option together, with the ``errors``, bytes (``sizes``) and ``costs`` by option.
 
-    ``by_sample``: the error on each of the samples that it was measured on, of which ``errors`` is the mean, both as they
-    would be on all samples; those of ``guessed`` options were not measured. A site without nodes stands for what no
-    option changes.
+    ``by_sample``: the error on each of the samples that it was measured on, and ``errors`` their mean, both as on all
+    samples; those of ``guessed`` options were not measured. A site without nodes stands for what no option changes.
     """
 
     nodes: tuple[str, ...]
