@@ -173,9 +173,9 @@ def snr(model: Path, candidate: Path, samples: Path, folder: Path) -> float:
     from channelfold.runtime.io import files
     from channelfold.runtime.io.facts import required_inputs
     from channelfold.runtime.io.session import Session
-    from channelfold.runtime.stats.compare import compare
+    from channelfold.runtime.stats.metrics import ErrorSums, counted
 
-    sessions = []
+    sessions, inputs = [], required_inputs(files.load(model))
     for number, path in enumerate((model, candidate)):
         graph = files.load(path)
         graph.outputs = [tensor for tensor, *_ in compared(graph)]
@@ -183,9 +183,14 @@ def snr(model: Path, candidate: Path, samples: Path, folder: Path) -> float:
             tensor.name = f"compared.{place}"
         files.save(graph, folder / f"compared.{number}.onnx")
         sessions.append(Session(folder / f"compared.{number}.onnx", fuse=False))
-    original, found = sessions
-    outputs = compare(original, found, open_data(samples, required_inputs(files.load(model)))).outputs
-    return min(o.snr for o in outputs if o.snr is not None)
+    mask = next((spec.name for spec in inputs if spec.meaning and spec.meaning.kind == "mask"), "")
+    sums: dict[str, ErrorSums] = {}
+    for feed in open_data(samples, inputs):
+        right, found = (session.run(feed) for session in sessions)
+        for name, output in right.items():  # a file may flatten the tokens of a product
+            pair = (counted(values, feed.get(mask)) for values in (output, found[name].reshape(output.shape)))
+            sums.setdefault(name, ErrorSums()).add(ErrorSums.of(*pair))
+    return min(own.snr for own in sums.values())
 
 
 def ranks(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path) -> dict[str, Any]:
