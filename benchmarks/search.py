@@ -129,7 +129,7 @@ def search(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path
         "met": found["met"], "what": found["loss"], "runs": found["runs"], "points": found["points"],
         "gaps": [p["error_db"] - p["predicted_db"] for p in mixed], "kappa": found["kappa_db"], "file": found["file"],
         "bytes": record["output"]["bytes"] / record["model"]["bytes"], "cpu": run.cpu,
-        "memory": run.memory / record["model"]["bytes"],
+        "memory": run.memory, "model": record["model"]["bytes"],
     }  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def of_search(name: str, row: dict[str, Any]) -> list[str]:
         " + ".join(f"{part:.1f}" for part in parts) + f" = {sum(parts):.1f}",
         f"{runs['proof'] / 64:.1f}",
         f"{row['cpu']:.0f} s",
-        f"{row['memory']:.1f}",
+        f"{row['memory'] / 1e6:.0f} of {row['model'] / 1e6:.0f} MB",
     ]
 
 
@@ -276,7 +276,7 @@ def page(rows: Mapping[str, Any]) -> str:
     """All tables."""
     headers = {
         "search": ("model", "network", "bytes", "cost", "dB", "loss of the file", "within 1, 3 dB",
-                   "passes: networks, sensitivities, points", "proof", "user CPU", "memory / model"),
+                   "passes: networks, sensitivities, points", "proof", "user CPU", "memory, model"),
         "recipes": ("model", *RECIPES, "off the front"),
         "shares": ("model", *(f"{share:.0%} float" for share in SHARES), "argmax agreement", "user CPU at 20 %"),
         "ranks": ("model", "int8 (sites)", "w4 (sites)", "samples of the truth", "passes"),
