@@ -18,9 +18,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +87,7 @@ def split(source: Path, folder: Path, name: str) -> dict[str, Path]:
 
 
 class Run(NamedTuple):
-    """The record of a command, its processor time in seconds, and its peak memory in bytes."""
+    """The record of a command, its processor time in seconds, and its peak memory in bytes, without mapped files."""
 
     record: dict[str, Any]
     cpu: float
@@ -98,16 +100,22 @@ def compressed(model: Path, data: Mapping[str, Path], out: Path, *flags: str, me
         process = subprocess.Popen(
             [*command, "--evaluation", data[measured], *flags, "--json"], stdout=printed, stderr=told
         )
-        _, status, used = os.wait4(process.pid, 0)
+        ended, memory = 0, 0
+        while not ended:
+            memory = max(memory, _anonymous(process.pid))
+            time.sleep(0.2)
+            ended, status, used = os.wait4(process.pid, os.WNOHANG)
         process.returncode = os.waitstatus_to_exitcode(status)
         printed.seek(0), told.seek(0)
         if process.returncode not in (0, 3):
             sys.exit(told.read().decode()[-2000:])
-        return Run(json.loads(printed.read()), used.ru_utime, used.ru_maxrss * 1024)
+        return Run(json.loads(printed.read()), used.ru_utime, memory)
 
 
-def snr(record: dict[str, Any]) -> float:
-    return min(float(o["snr"]) for o in record["accuracy"]["outputs"] if o["snr"] is not None)
+def _anonymous(pid: int) -> int:
+    """Bytes of a process that lie in no file: statistics and weights lie in files, which the system can drop."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return 1024 * int(found[1]) if found else 0
 
 
 # ---- what is measured --------------------------------------------------------------------------------------------
@@ -121,32 +129,19 @@ def search(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path
         "met": found["met"], "what": found["loss"], "runs": found["runs"], "points": found["points"],
         "gaps": [p["error_db"] - p["predicted_db"] for p in mixed], "kappa": found["kappa_db"], "file": found["file"],
         "bytes": record["output"]["bytes"] / record["model"]["bytes"], "cpu": run.cpu,
-        "memory": run.memory / record["model"]["bytes"],
+        "memory": run.memory, "model": record["model"]["bytes"],
     }  # fmt: skip
 
 
 def recipes(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path) -> dict[str, Any]:
-    """The cost of every recipe, as a search counts, and its SNR in front of a closing Softmax."""
-    from channelfold.passes.layers.switchboard import compared
+    """The cost of every recipe, as a search counts, and its SNR."""
     from channelfold.passes.search.options import multiplications
     from channelfold.runtime.data.sources import open_data
     from channelfold.runtime.io import files
     from channelfold.runtime.io.facts import required_inputs
-    from channelfold.runtime.io.session import Session
-    from channelfold.runtime.stats.compare import compare
 
-    def opened(path: Path, into: Path) -> Session:
-        graph = files.load(path)
-        graph.outputs = [tensor for tensor, *_ in compared(graph)]
-        for place, tensor in enumerate(graph.outputs):
-            tensor.name = f"compared.{place}"
-        files.save(graph, into)
-        return Session(into, fuse=False)
-
-    graph = files.load(model)
-    steering = open_data(data["steering"], required_inputs(graph))
-    macs = multiplications(graph, next(iter(steering)))
-    original, found = opened(model, folder / "original.onnx"), {}
+    graph, found = files.load(model), {}
+    macs = multiplications(graph, next(iter(open_data(data["steering"], required_inputs(graph)))))
     for recipe in RECIPES:
         record, *_ = compressed(model, data, folder / recipe, "--recipe", recipe, measured="steering")
         changed = {s["pass"]: {c["node"] for c in s["changed"]} for s in record["steps"]}
@@ -154,8 +149,7 @@ def recipes(subject: Subject, model: Path, data: Mapping[str, Path], folder: Pat
         quantized = changed.get("quantize", set())
         work = sum(count * (0.25 if name in quantized else bits) for name, count in macs.items()) / sum(macs.values())
         cost = (record["output"]["bytes"] / record["model"]["bytes"] + work) / 2
-        outputs = compare(original, opened(folder / recipe / "model.onnx", folder / "opened.onnx"), steering).outputs
-        found[recipe] = {"cost": cost, "snr": min(o.snr for o in outputs if o.snr is not None)}
+        found[recipe] = {"cost": cost, "snr": snr(model, folder / recipe / "model.onnx", data["steering"], folder)}
     return found
 
 
@@ -165,19 +159,50 @@ def shares(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path
         flags = ("--recipe", subject.shares, "--float-share", str(share))
         record, cpu, _ = compressed(model, data, folder / "share", *flags)
         agreed = [o["agreement"] for o in record["accuracy"]["outputs"] if o["agreement"] is not None]
-        found[f"{share:.0%}"] = {"snr": snr(record), "agreement": min(agreed, default=None), "cpu": cpu}
+        found[f"{share:.0%}"] = {
+            "snr": snr(model, folder / "share" / "model.onnx", data["evaluation"], folder),
+            "agreement": min(agreed, default=None), "cpu": cpu,
+        }  # fmt: skip
     return found
+
+
+def snr(model: Path, candidate: Path, samples: Path, folder: Path) -> float:
+    """The SNR of the worst output of a file, in front of a closing Softmax or Sigmoid, as it is written."""
+    from channelfold.passes.layers.switchboard import compared
+    from channelfold.runtime.data.sources import open_data
+    from channelfold.runtime.io import files
+    from channelfold.runtime.io.facts import required_inputs
+    from channelfold.runtime.io.session import Session
+    from channelfold.runtime.stats.metrics import ErrorSums, counted
+
+    sessions, inputs = [], required_inputs(files.load(model))
+    for number, path in enumerate((model, candidate)):
+        graph = files.load(path)
+        graph.outputs = [tensor for tensor, *_ in compared(graph)]
+        for place, tensor in enumerate(graph.outputs):
+            tensor.name = f"compared.{place}"
+        files.save(graph, folder / f"compared.{number}.onnx")
+        sessions.append(Session(folder / f"compared.{number}.onnx", fuse=False))
+    mask = next((spec.name for spec in inputs if spec.meaning and spec.meaning.kind == "mask"), "")
+    sums: dict[str, ErrorSums] = {}
+    for feed in open_data(samples, inputs):
+        right, found = (session.run(feed) for session in sessions)
+        for name, output in right.items():  # a file may flatten the tokens of a product
+            pair = (counted(values, feed.get(mask)) for values in (output, found[name].reshape(output.shape)))
+            sums.setdefault(name, ErrorSums()).add(ErrorSums.of(*pair))
+    return min(own.snr for own in sums.values())
 
 
 def ranks(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path) -> dict[str, Any]:
     from channelfold.passes.layers.sensitivity import SAMPLES, Crew, brief, keep, measure, spread
     from channelfold.passes.recipe import load_recipe
     from channelfold.passes.search import options as choices
+    from channelfold.runtime.data.sources import open_data
     from channelfold.runtime.jobs.job import Job, Source
     from channelfold.runtime.jobs.sensitivity import after, prepared
 
     job = Job("sensitivity", model, lambda *_: None, Source(data["calibration"]))
-    calibration, others = (job.open("calibration", data[part], None) for part in ("calibration", "evaluation"))
+    calibration, others = (open_data(data[part], job.inputs) for part in ("calibration", "evaluation"))
     passes = [*job.prepared(), *choices.in_front(load_recipe(subject.recipe).passes)]
     graph, _ = after(job, job.graph, passes, calibration)
     with prepared(job, graph, choices.steps({}), calibration) as found:
@@ -227,7 +252,7 @@ def of_search(name: str, row: dict[str, Any]) -> list[str]:
         " + ".join(f"{part:.1f}" for part in parts) + f" = {sum(parts):.1f}",
         f"{runs['proof'] / 64:.1f}",
         f"{row['cpu']:.0f} s",
-        f"{row['memory']:.1f}",
+        f"{row['memory'] / 1e6:.0f} of {row['model'] / 1e6:.0f} MB",
     ]
 
 
@@ -251,7 +276,7 @@ def page(rows: Mapping[str, Any]) -> str:
     """All tables."""
     headers = {
         "search": ("model", "network", "bytes", "cost", "dB", "loss of the file", "within 1, 3 dB",
-                   "passes: networks, sensitivities, points", "proof", "user CPU", "memory / model"),
+                   "passes: networks, sensitivities, points", "proof", "user CPU", "memory, model"),
         "recipes": ("model", *RECIPES, "off the front"),
         "shares": ("model", *(f"{share:.0%} float" for share in SHARES), "argmax agreement", "user CPU at 20 %"),
         "ranks": ("model", "int8 (sites)", "w4 (sites)", "samples of the truth", "passes"),

@@ -216,8 +216,8 @@ def _agreed(old: np.ndarray, new: np.ndarray) -> float:
 class Site:
     """Nodes that get one option together, with the ``errors``, bytes (``sizes``) and ``costs`` by option.
 
-    ``by_sample``: the error on each of the samples that it was measured on, of which ``errors`` is the mean; those of
-    ``guessed`` options were not measured. A site without nodes stands for what no option changes.
+    ``by_sample``: the error on each of the samples that it was measured on, and ``errors`` their mean, both as on all
+    samples; those of ``guessed`` options were not measured. A site without nodes stands for what no option changes.
     """
 
     nodes: tuple[str, ...]
@@ -300,9 +300,9 @@ def measure(
     """The error of every option of every site, alone.
 
     A half of the ``runs`` measures all of them on few samples, two at least; the other half measures those that hold
-    nearly all of the error on more. ``samples``: files that ``keep`` has written. ``groups``: the nodes of each site,
-    by default each node by itself. ``guess``: of the options that change weights alone, the coarsest is measured, and
-    the others are guessed.
+    nearly all of the error on more, which tell how much more the others lose there as well. ``samples``: files that
+    ``keep`` has written. ``groups``: the nodes of each site, by default each node by itself. ``guess``: of the options
+    that change weights alone, the coarsest is measured, and the others are guessed.
     """
     groups = [(name,) for name in board.slots] if groups is None else groups
     crew = crew or Crew()
@@ -315,8 +315,8 @@ def measure(
     rest = [sample for sample in _some(samples, SAMPLES) if sample not in few]
     head, left = _head(found), runs - len(few) * _runs(board, measured)
     rest = _some(rest, int(min(left / max(_runs(board, head), _SMALLEST), SAMPLES)))
-    for pair, errors in (_measured(board, rest, head, crew) if rest else {}).items():
-        found[pair] = [*found[pair], *errors]
+    more = _measured(board, rest, head, crew) if rest else {}
+    found = {pair: [*errors, *more.get(pair, [])] for pair, errors in _fitted(found, more).items()}
     for pair, source in guesses.items():
         factor = _rounding(board, pair) / max(_rounding(board, source), _SMALLEST)
         found[pair] = [factor * error for error in found[source]]
@@ -343,9 +343,8 @@ def worst(
     ]
     choices = [sorted(sites, key=rank, reverse=True)[:count] for rank in ranks]
     every = {name: option for site in sites for name in site.nodes}
-    mixes = [every, *(every | {name: FLOAT for site in chosen for name in site.nodes} for chosen in choices)]
-    trials = [Trial(board, tuple(_some(samples, SAMPLES)), tuple(mixes))]
-    (errors,) = crew.each("choices", trials)
+    mixes = [every | {name: FLOAT for site in chosen for name in site.nodes} for chosen in [[], *choices]]
+    (errors,) = crew.each("choices", [Trial(board, tuple(_some(samples, SAMPLES)), tuple(mixes))])
     return [[], *choices][int(errors.by_sample().mean(axis=1).argmin())]
 
 
@@ -375,10 +374,18 @@ def _paid(board: Board, samples: Sequence[str], pairs: Sequence[Pair], runs: flo
     return _some(samples, int(min(max(count, _FEWEST), SAMPLES)))
 
 
-def _runs(board: Board, pairs: Iterable[Pair]) -> float:
-    """About the runs of the whole network for a sample: what lies in front of a site runs once for all options."""
-    places = {name: place for place, name in enumerate(board.slots)}
-    return sum(1 - min(places[name] for name in group) / len(places) for group, _ in pairs)
+def _runs(board: Board, pairs: Sequence[Pair]) -> float:
+    """About the runs of the whole network on one sample: what lies in front of a block runs once for all options."""
+    work = [board.macs.get(name, 0) if board.macs else 1 for name in board.slots]
+    left = dict(zip(board.slots, np.cumsum(work[::-1])[::-1] / max(sum(work), 1), strict=True))
+    return sum(len(part) * max(left[name] for group, _ in part for name in group) for part in _blocks(pairs))
+
+
+def _blocks(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """The sites and options that share a session."""
+    groups = list(dict.fromkeys(group for group, _ in pairs))
+    blocks = [set(groups[start : start + _BLOCK]) for start in range(0, len(groups), _BLOCK)]
+    return [[pair for pair in pairs if pair[0] in block] for block in blocks]
 
 
 def _some(samples: Sequence[str], count: int) -> list[str]:
@@ -400,9 +407,7 @@ def _rounding(board: Board, pair: Pair) -> float:
 
 def _measured(board: Board, samples: Sequence[str], pairs: Sequence[Pair], crew: Crew) -> dict[Pair, list[float]]:
     """The errors on every sample."""
-    groups = list(dict.fromkeys(group for group, _ in pairs))
-    blocks = [set(groups[start : start + _BLOCK]) for start in range(0, len(groups), _BLOCK)]
-    parts = [[pair for pair in pairs if pair[0] in block] for block in blocks]
+    parts = _blocks(pairs)
     trials = [
         Trial(
             board,
@@ -416,6 +421,20 @@ def _measured(board: Board, samples: Sequence[str], pairs: Sequence[Pair], crew:
     for part, errors in zip(parts, crew.each("sensitivities", trials), strict=True):
         found |= zip(part, errors.by_sample().tolist(), strict=True)
     return found
+
+
+def _fitted(few: Mapping[Pair, list[float]], more: Mapping[Pair, list[float]]) -> dict[Pair, list[float]]:
+    """The errors on few samples; of sites without ``more``, as they would be on all samples.
+
+    What a sample multiplies errors by is nearly the same for all sites: that of the sites that were measured on all.
+    """
+    fitted = dict(few)
+    for option in dict.fromkeys(option for _, option in more):
+        head = [pair for pair in more if pair[1] == option]
+        alone = sum(np.mean(few[pair]) for pair in head)
+        gain = sum(np.mean([*few[pair], *more[pair]]) for pair in head) / max(alone, _SMALLEST)
+        fitted |= {p: [float(gain * e) for e in few[p]] for p in few if p[1] == option and p not in more}
+    return fitted
 
 
 def _head(found: Mapping[Pair, Sequence[float]]) -> list[Pair]:
