@@ -5,9 +5,9 @@ with FFNs reparameterized, with fewer channels. What is right are always the out
 float16 for TensorRT, where that keeps the limits, or what the user wants. All points lie in one front;
 ``search_record`` has its record.
 
-Smoothing is a choice for the network, where the pass takes back what does not pay. Chosen for each site by its error in
-int8 with and without, it gains nothing: 46.9 dB were predicted for all of a small ViT in int8 and 44.3 measured, 46.0
-without any; along the front of MiniLM 0.2 dB at most were predicted. With inserted nodes it gains MiniLM 7 dB at 28 % of
+Smoothing is a choice for the network, where the pass takes back what does not pay. Chosen for each site by the error in
+int8 with and without, it gains nothing: 46.9 dB were predicted for a small ViT in int8 and 44.3 dB measured, 46.0 dB
+without any; along the front of MiniLM 0.2 dB at most were predicted. With inserted nodes MiniLM gains 7 dB at 28 % of
 the cost.
 """
 
