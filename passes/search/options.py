@@ -2,9 +2,12 @@
 
 float     as it is
 int8      quantize          weights by channel and activations in 8 bits
-fp8       quantize-weights  the same in E4M3, where GPUs are named and all of them have it
+fp8       quantize-weights  the same in E4M3
+dgq       quantize-weights  weights in 4 bits, which TensorRT multiplies as int8
 w8, w4    quantize-weights  weights alone: int8 by channel, int4 in groups
-nvfp4     quantize-weights  weights and activations in 4 bits, as fp8 is
+nvfp4     quantize-weights  weights and activations in 4 bits
+
+fp8, dgq and nvfp4 are for GPUs that are named, where all of them have the format.
 
 One file may hold all of them, node by node: TensorRT-RTX builds such mixes for SM 89 and 120, in float32, float16 and
 bfloat16, and every node runs in its own arithmetic. NVFP4 is written behind the cast of what stays float: its scales
@@ -54,20 +57,24 @@ class Option(NamedTuple):
     activations: str = "none"
 
 
+def _of_weights(weights: str, activations: str = "none") -> Option:
+    own = {} if activations == "none" else {"activations": activations, "embeddings": False}
+    return Option("quantize-weights", {"weights": weights} | own, weights, activations)
+
+
 OPTIONS: dict[str, Option] = {
     "int8": Option("quantize", {"embeddings": False, "min_activation_snr": 0.0}, "int8", "int8"),
-    "fp8": Option("quantize-weights", {"weights": "fp8", "activations": "fp8", "embeddings": False}, "fp8", "fp8"),
-    "w8": Option("quantize-weights", {"weights": "int8"}, "int8"),
-    "w4": Option("quantize-weights", {"weights": "int4"}, "int4"),
-    "nvfp4": Option(
-        "quantize-weights", {"weights": "nvfp4", "activations": "fp4", "embeddings": False}, "nvfp4", "fp4"
-    ),
+    "fp8": _of_weights("fp8", "fp8"),
+    "dgq": _of_weights("dgq", "int8"),
+    "w8": _of_weights("int8"),
+    "w4": _of_weights("int4"),
+    "nvfp4": _of_weights("nvfp4", "fp4"),
 }
 ACTING = tuple(name for name, option in OPTIONS.items() if option.activations != "none")
 LAST = "cast"  # what stays float gets another type
 AUTO = "auto"  # the search chooses that type
 TYPED = "nvfp4"  # written in that type
-_OF_GPUS = ("fp8", "nvfp4")  # not for GPUs that are not named
+_OF_GPUS = ("fp8", "dgq", "nvfp4")  # not for GPUs that are not named, nor for ONNX Runtime
 _NODE = 300  # bytes of a node that quantizes or dequantizes, with its names: one for a weight, three for activations
 
 
@@ -125,7 +132,7 @@ def cast(passes: Sequence[Pass], given: Mapping[str, Any], kind: str = AUTO) -> 
 def runs(option: str, target: str, sms: Sequence[int]) -> bool:
     """Whether the kernels of a target, on all of some GPUs, read the format of an option as it is stored."""
     formats = OPTIONS[option].weights, OPTIONS[option].activations
-    if option in _OF_GPUS and not sms:
+    if option in _OF_GPUS and (not sms or target == "onnxruntime"):
         return False
     slow = "refused", "wrong", "dequantized first"
     return formats == ("int8", "int8") or all(verdict(*formats, target, sm) not in slow for sm in sms or [None])
