@@ -122,9 +122,7 @@ def with_floats(tmp_path_factory):
     return graph, data, steps, board_of(Snapshot.of(graph).graph(), steps, Context(data), tmp_path_factory.mktemp("b"))
 
 
-@pytest.mark.parametrize(
-    "options", [("int8",), ("fp8",), ("dgq",), ("nvfp4", "fp8"), ("int8", "fp8", "nvfp4", "dgq"), ("fp8", "int8")]
-)
+@pytest.mark.parametrize("mix", ["int8", "fp8", "dgq", "nvfp4 fp8", "int8 fp8 nvfp4 dgq", "fp8 int8"])
 def test_formats_of_activations_in_one_file(mix, with_floats):
     graph, data, steps, board = with_floats
     nodes, options = list(board.slots), mix.split()
