@@ -244,6 +244,8 @@ def settle(graph: gs.Graph) -> dict[str, int]:
             continue
         if node.op != "DequantizeLinear" and id(node.inputs[0]) not in settled:
             continue
+        if node.op == "QuantizeLinear" and edit.dtype(node.inputs[-1]) != np.int8:
+            continue
         whole = sum(settled.get(id(tensor)) or packed(tensor._values).nbytes for tensor in node.inputs)
         for reader in edit.consumers(node.outputs[0]):
             if not (len(reader.inputs) > 2 and reader.inputs[2] is node.outputs[0]):  # a bias

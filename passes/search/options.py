@@ -88,12 +88,13 @@ def settled(passes: Sequence[Pass], records: Sequence[Mapping[str, Any]]) -> lis
 
     What a pass has taken back, because it did not pay in front of a quantization, is left out.
     """
-    found = list[Pass]()
+    found, ran = list[Pass](), iter(records)
     for step in passes:
+        record = next(record for record in ran if record["pass"] == step.name)
         if not step.options().get("roll_back"):
             found.append(step)
             continue
-        sites = [change["node"] for record in records if record["pass"] == step.name for change in record["changed"]]
+        sites = [change["node"] for change in record["changed"]]
         own = {"include": tuple(map(glob.escape, sites))} if "include" in step.options() else {}
         found += [make(step.name, step.options() | {"roll_back": False} | own)] if sites else []
     return found
@@ -201,15 +202,15 @@ class Whole:
         self,
         board: Board,
         sites: Sequence[Site],
-        bytes: int,
+        size: int,
         error: float = 0.0,
         widths: Mapping[str, int] = MappingProxyType({}),
     ) -> list[Site]:
         """The sites with the cost of every option: the share of the bytes, of the arithmetic, or the mean of both.
 
-        The arithmetic of a node is its multiply-accumulates on a feed times the bits of its activations. ``bytes`` are
-        those of the file and ``error`` that of the network when all sites are float, with ``widths``: the bytes of a
-        number, 4 for nodes that are not named. What belongs to no site becomes a site without options.
+        The arithmetic of a node is its multiply-accumulates on a feed times the bits of its activations. ``size`` is
+        that of the file in bytes and ``error`` that of the network when all sites are float, with ``widths``: the bytes
+        of a number, 4 for nodes that are not named. What belongs to no site becomes a site without options.
         """
         share = {"size": (1.0, 0.0), "arithmetic": (0.0, 1.0), "both": (0.5, 0.5)}[self.minimize]
 
@@ -219,7 +220,7 @@ class Whole:
 
         def priced(site: Site, names: Iterable[str]) -> Site:
             nodes = {o: (4 if o in ACTING else 1) * len(site.nodes) for o in site.sizes if o != FLOAT}
-            sizes = {o: size + _NODE * nodes.get(o, 0) for o, size in site.sizes.items()}
+            sizes = {o: own + _NODE * nodes.get(o, 0) for o, own in site.sizes.items()}
             if site.nodes:
                 sizes[FLOAT] = sum(board.slots[name].sizes[FLOAT] * widths.get(name, 4) // 4 for name in site.nodes)
             bits = {o: FORMATS[OPTIONS[o].activations].bits for o in sizes if o in ACTING}
@@ -227,7 +228,7 @@ class Whole:
             return dataclasses.replace(site, sizes=sizes, costs=costs)
 
         known = [priced(site, site.nodes) for site in sites]
-        rest = Site((), {FLOAT: error}, {FLOAT: bytes - sum(site.sizes[FLOAT] for site in known)})
+        rest = Site((), {FLOAT: error}, {FLOAT: size - sum(site.sizes[FLOAT] for site in known)})
         return [*known, priced(rest, board.macs.keys() - {name for site in sites for name in site.nodes})]
 
 
