@@ -190,7 +190,8 @@ class _Hunt:
             yield _Start(name, [*self._base.steps, *choices.settled([step], records)], graph, **how)
 
     def _after(self, graph: gs.Graph, passes: Sequence[Pass]) -> tuple[gs.Graph, list[dict[str, Any]]]:
-        return after(self.job, graph, passes, self.data, self.keep_in)
+        quantizer = choices.steps(self.given)["int8"]
+        return after(self.job, graph, passes, self.data, self.keep_in, quantizer)
 
     def _prepared(self, start: _Start) -> contextlib.AbstractContextManager[Prepared]:
         passes = choices.steps(self.given, self.sms)
