@@ -110,9 +110,9 @@ def compress(jobs: Any, progress: Any, model: str, output: str, recipe: str, **o
     --target tensorrt --sm 89.
 
     With --max-loss, --max-size, --max-latency or --search, searches for the best option of every node (float, int8,
-    weights alone in 8 or 4 bits, fp8 and nvfp4 where each --sm has them) in place of the recipe's quantization, by what
-    reaches the outputs, also of smoothed and, with --prune-to, of smaller networks. For TensorRT, what stays float is
-    float16 where that keeps the limits, or of --float-type. Writes DIR/recipe.toml too. Exit code 3 where no model
+    weights alone in 8 or 4 bits; fp8, dgq and nvfp4 where each --sm has them) in place of the recipe's quantization, by
+    what reaches the outputs, also of smoothed and, with --prune-to, of smaller networks. For TensorRT, what stays float
+    is float16 where that keeps the limits, or of --float-type. Writes DIR/recipe.toml too. Exit code 3 where no model
     keeps the limits: the nearest is written.
     """
     settings = {"search": _search(jobs, options)}

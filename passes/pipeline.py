@@ -115,13 +115,14 @@ class _Runner:
         self._graph = graph
         self._state = state
         self._ctx = ctx
+        self._quantizer = ctx.quantizer
         self._verifier = verifier
         self._reaction = on_violation
 
     def run(self, step: Pass, later: Sequence[Pass]) -> tuple[list[dict[str, Any]], bool]:
         """Runs a pass at the opset that the pass needs. Returns the records, and whether the graph changed."""
         before, records = self._state, []
-        self._ctx = replace(self._ctx, quantizer=quantizer(step, later))
+        self._ctx = replace(self._ctx, quantizer=quantizer(step, later, self._quantizer))
         needed = step.opset_for(self._graph)
         if needed > self._graph.opset:
             records.append(self._step(RaiseOpset(needed)))

@@ -88,9 +88,12 @@ def passes_of(name: str, options: Mapping[str, Any]) -> tuple[Pass, ...]:
     return tuple(steps)
 
 
-def quantizer(step: Pass, later: Sequence[Pass]) -> Pass | None:
-    """The pass that quantizes what ``step`` changes: the next quantization, or else int8 where ``step`` is for int8."""
-    if found := next((other for other in later if other.name in QUANTIZATIONS), None):
+def quantizer(step: Pass, later: Sequence[Pass], known: Pass | None = None) -> Pass | None:
+    """The pass that quantizes what ``step`` changes: the next quantization, or else int8 where ``step`` is for int8.
+
+    ``known``: the quantization behind the last pass, where the caller knows of one.
+    """
+    if found := next((other for other in later if other.name in QUANTIZATIONS), known):
         return found
     bits = (step.activation_bits, step.weight_bits, step.group_size) if isinstance(step, Smooth) else ()
     return Quantize() if bits == (8, 8, 0) and step.options()["method"] != "awq" else None

@@ -33,7 +33,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from channelfold.passes.layers.formats import chunks, spread
+from channelfold.passes.layers.formats import INT8, chunks, spread
 from channelfold.passes.layers.linear import Linear, cast, linears
 from channelfold.passes.layers.switches import FLOAT as FLOAT
 from channelfold.passes.layers.switches import Quantizers, Switch, insert_switches, reached, wire
@@ -234,15 +234,17 @@ def _is_text(spec: TensorSpec) -> bool:
 def settle(graph: gs.Graph) -> dict[str, int]:
     """Replaces every DequantizeLinear of constants by its result; the bytes of the weight by the name of the reader.
 
-    Scales may be the result of another one, and cast. What ONNX Runtime does not know is emulated.
+    Codes and scales may be made of the result of another one. What ONNX Runtime does not know is emulated.
     """
     sizes: dict[str, int] = {}
     settled: dict[int, int] = {}  # the bytes of what was replaced
-    for node in [node for node in graph.nodes if node.op in ("DequantizeLinear", "Cast")]:
+    for node in [node for node in graph.nodes if node.op in ("DequantizeLinear", "QuantizeLinear", "Cast")]:
         constants = all(isinstance(tensor, gs.Constant) for tensor in node.inputs)
         if not constants or edit.is_output(graph, node.outputs[0]):
             continue
-        if node.op == "Cast" and id(node.inputs[0]) not in settled:
+        if node.op != "DequantizeLinear" and id(node.inputs[0]) not in settled:
+            continue
+        if node.op == "QuantizeLinear" and edit.dtype(node.inputs[-1]) != np.int8:
             continue
         whole = sum(settled.get(id(tensor)) or packed(tensor._values).nbytes for tensor in node.inputs)
         for reader in edit.consumers(node.outputs[0]):
@@ -251,6 +253,8 @@ def settle(graph: gs.Graph) -> dict[str, int]:
         codes, *parameters = (np.asarray(read(tensor)) for tensor in node.inputs)
         if node.op == "Cast":
             values = codes.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+        elif node.op == "QuantizeLinear":
+            values = INT8.typed(INT8.snap(codes / spread(parameters[0], codes.shape, node.attrs)))
         else:
             values = dequantized(codes, parameters[0], parameters[1] if len(parameters) > 1 else None, node.attrs)
         new = constant(graph, f"{node.outputs[0].name}_settled", values)

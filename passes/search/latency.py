@@ -27,7 +27,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.layers.switchboard import FLOAT
 from channelfold.passes.search.front import Point, most_accurate, point
-from channelfold.passes.search.options import ACTING
+from channelfold.passes.search.options import ACTING, OPTIONS
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.session import Feed
 from channelfold.runtime.io.shapes import measured_shapes
@@ -126,7 +126,9 @@ class Latency:
 
 
 def _differ(one: str, other: str) -> bool:
-    return (one in ACTING) != (other in ACTING)
+    """Whether neighbours read activations in different formats."""
+    first, second = (OPTIONS[option].activations if option in OPTIONS else "none" for option in (one, other))
+    return first != second
 
 
 def learned(

@@ -2,9 +2,12 @@
 
 float     as it is
 int8      quantize          weights by channel and activations in 8 bits
-fp8       quantize-weights  the same in E4M3, where GPUs are named and all of them have it
+fp8       quantize-weights  the same in E4M3
+dgq       quantize-weights  weights in 4 bits, which TensorRT multiplies as int8
 w8, w4    quantize-weights  weights alone: int8 by channel, int4 in groups
-nvfp4     quantize-weights  weights and activations in 4 bits, as fp8 is
+nvfp4     quantize-weights  weights and activations in 4 bits
+
+fp8, dgq and nvfp4 are for GPUs that are named, where all of them have the format.
 
 One file may hold all of them, node by node: TensorRT-RTX builds such mixes for SM 89 and 120, in float32, float16 and
 bfloat16, and every node runs in its own arithmetic. NVFP4 is written behind the cast of what stays float: its scales
@@ -54,20 +57,24 @@ class Option(NamedTuple):
     activations: str = "none"
 
 
+def _of_weights(weights: str, activations: str = "none") -> Option:
+    own = {} if activations == "none" else {"activations": activations, "embeddings": False}
+    return Option("quantize-weights", {"weights": weights} | own, weights, activations)
+
+
 OPTIONS: dict[str, Option] = {
     "int8": Option("quantize", {"embeddings": False, "min_activation_snr": 0.0}, "int8", "int8"),
-    "fp8": Option("quantize-weights", {"weights": "fp8", "activations": "fp8", "embeddings": False}, "fp8", "fp8"),
-    "w8": Option("quantize-weights", {"weights": "int8"}, "int8"),
-    "w4": Option("quantize-weights", {"weights": "int4"}, "int4"),
-    "nvfp4": Option(
-        "quantize-weights", {"weights": "nvfp4", "activations": "fp4", "embeddings": False}, "nvfp4", "fp4"
-    ),
+    "fp8": _of_weights("fp8", "fp8"),
+    "dgq": _of_weights("dgq", "int8"),
+    "w8": _of_weights("int8"),
+    "w4": _of_weights("int4"),
+    "nvfp4": _of_weights("nvfp4", "fp4"),
 }
 ACTING = tuple(name for name, option in OPTIONS.items() if option.activations != "none")
 LAST = "cast"  # what stays float gets another type
 AUTO = "auto"  # the search chooses that type
 TYPED = "nvfp4"  # written in that type
-_OF_GPUS = ("fp8", "nvfp4")  # not for GPUs that are not named
+_OF_GPUS = ("fp8", "dgq", "nvfp4")  # not for GPUs that are not named, nor for ONNX Runtime
 _NODE = 300  # bytes of a node that quantizes or dequantizes, with its names: one for a weight, three for activations
 
 
@@ -81,12 +88,13 @@ def settled(passes: Sequence[Pass], records: Sequence[Mapping[str, Any]]) -> lis
 
     What a pass has taken back, because it did not pay in front of a quantization, is left out.
     """
-    found = list[Pass]()
+    found, ran = list[Pass](), iter(records)
     for step in passes:
+        record = next(record for record in ran if record["pass"] == step.name)
         if not step.options().get("roll_back"):
             found.append(step)
             continue
-        sites = [change["node"] for record in records if record["pass"] == step.name for change in record["changed"]]
+        sites = [change["node"] for change in record["changed"]]
         own = {"include": tuple(map(glob.escape, sites))} if "include" in step.options() else {}
         found += [make(step.name, step.options() | {"roll_back": False} | own)] if sites else []
     return found
@@ -125,7 +133,7 @@ def cast(passes: Sequence[Pass], given: Mapping[str, Any], kind: str = AUTO) -> 
 def runs(option: str, target: str, sms: Sequence[int]) -> bool:
     """Whether the kernels of a target, on all of some GPUs, read the format of an option as it is stored."""
     formats = OPTIONS[option].weights, OPTIONS[option].activations
-    if option in _OF_GPUS and not sms:
+    if option in _OF_GPUS and (not sms or target == "onnxruntime"):
         return False
     slow = "refused", "wrong", "dequantized first"
     return formats == ("int8", "int8") or all(verdict(*formats, target, sm) not in slow for sm in sms or [None])
@@ -194,15 +202,15 @@ class Whole:
         self,
         board: Board,
         sites: Sequence[Site],
-        bytes: int,
+        size: int,
         error: float = 0.0,
         widths: Mapping[str, int] = MappingProxyType({}),
     ) -> list[Site]:
         """The sites with the cost of every option: the share of the bytes, of the arithmetic, or the mean of both.
 
-        The arithmetic of a node is its multiply-accumulates on a feed times the bits of its activations. ``bytes`` are
-        those of the file and ``error`` that of the network when all sites are float, with ``widths``: the bytes of a
-        number, 4 for nodes that are not named. What belongs to no site becomes a site without options.
+        The arithmetic of a node is its multiply-accumulates on a feed times the bits of its activations. ``size`` is
+        that of the file in bytes and ``error`` that of the network when all sites are float, with ``widths``: the bytes
+        of a number, 4 for nodes that are not named. What belongs to no site becomes a site without options.
         """
         share = {"size": (1.0, 0.0), "arithmetic": (0.0, 1.0), "both": (0.5, 0.5)}[self.minimize]
 
@@ -212,7 +220,7 @@ class Whole:
 
         def priced(site: Site, names: Iterable[str]) -> Site:
             nodes = {o: (4 if o in ACTING else 1) * len(site.nodes) for o in site.sizes if o != FLOAT}
-            sizes = {o: size + _NODE * nodes.get(o, 0) for o, size in site.sizes.items()}
+            sizes = {o: own + _NODE * nodes.get(o, 0) for o, own in site.sizes.items()}
             if site.nodes:
                 sizes[FLOAT] = sum(board.slots[name].sizes[FLOAT] * widths.get(name, 4) // 4 for name in site.nodes)
             bits = {o: FORMATS[OPTIONS[o].activations].bits for o in sizes if o in ACTING}
@@ -220,7 +228,7 @@ class Whole:
             return dataclasses.replace(site, sizes=sizes, costs=costs)
 
         known = [priced(site, site.nodes) for site in sites]
-        rest = Site((), {FLOAT: error}, {FLOAT: bytes - sum(site.sizes[FLOAT] for site in known)})
+        rest = Site((), {FLOAT: error}, {FLOAT: size - sum(site.sizes[FLOAT] for site in known)})
         return [*known, priced(rest, board.macs.keys() - {name for site in sites for name in site.nodes})]
 
 

@@ -4,6 +4,11 @@ The options of the nodes are chosen on the network that the recipe's own passes 
 with FFNs reparameterized, with fewer channels. What is right are always the outputs of the first. What stays float is
 float16 for TensorRT, where that keeps the limits, or what the user wants. All points lie in one front;
 ``search_record`` has its record.
+
+Smoothing is a choice for the network, where the pass takes back what does not pay. Chosen for each site by the error in
+int8 with and without, it gains nothing: 46.9 dB were predicted for a small ViT in int8 and 44.3 dB measured, 46.0 dB
+without any; along the front of MiniLM 0.2 dB at most were predicted. With inserted nodes MiniLM gains 7 dB at 28 % of
+the cost.
 """
 
 from __future__ import annotations
@@ -159,7 +164,7 @@ class _Hunt:
         """The other networks. Each starts from the last exact one that paid."""
         yield from self._reparameterized()
         if not any(step.name == _SMOOTH for step in self._base.steps):
-            yield from self._with(_SMOOTH, make(_SMOOTH, {}), finer=True)
+            yield from self._with(_SMOOTH, make(_SMOOTH, {"allow_insert": True}), finer=True)
         for share in self.search.prune_to:
             for name in ("prune", "approximate-ffn"):
                 yield from self._with(f"{name} {share:.0%}", make(name, {"keep_macs": share}), exact=False)
@@ -185,7 +190,8 @@ class _Hunt:
             yield _Start(name, [*self._base.steps, *choices.settled([step], records)], graph, **how)
 
     def _after(self, graph: gs.Graph, passes: Sequence[Pass]) -> tuple[gs.Graph, list[dict[str, Any]]]:
-        return after(self.job, graph, passes, self.data, self.keep_in)
+        quantizer = choices.steps(self.given)["int8"]
+        return after(self.job, graph, passes, self.data, self.keep_in, quantizer)
 
     def _prepared(self, start: _Start) -> contextlib.AbstractContextManager[Prepared]:
         passes = choices.steps(self.given, self.sms)

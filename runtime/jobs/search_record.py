@@ -3,11 +3,11 @@
 ``record["search"]``: {loss: what it is, options, limits, met, samples: {sensitivity, steering, proof}, runs: {what for:
 of the whole network, on one sample}, resumed (how many of them), kappa_db, points: [{bytes, cost, latency,
 latency_predicted, start, type, options: {option: share of the weights}, predicted_db, error_db, snr_db, agreement,
-loss, low, high, proof (the same figures on other samples, or null), chosen}], sites: [{nodes, option, bytes, snr_db,
-better: null or {option, snr_db, and how much more cost and bytes}}], file (the figures of the written file on the
-samples of the proof, with its bytes and whether it has met the limits)}. Bytes of a point are those of its file,
+loss, low, high, proof (the same figures on other samples, or null), chosen}], sites: [{nodes, option, bytes, cost,
+snr_db, better: null or {option, snr_db, and how much more bytes and cost}}], file (the figures of the written file on
+the samples of the proof, with its bytes and whether it has met the limits)}. Bytes of a point are those of its file,
 nearly; cost and latency are relative to float, latency is null without a limit of time; ``start`` names the variant of
-the network, if it is one; ``type`` is that of what stays float.
+the network, if it is one; ``type`` is that of what stays float. ``better`` is the cheapest of the better options.
 """
 
 from __future__ import annotations
@@ -89,20 +89,17 @@ def shown(found: Figures) -> dict[str, Any]:
 
 
 def _told_choice(site: Site, option: str) -> dict[str, Any]:
-    """The option of a site, and the next better one: what it would cost, and what it would buy."""
-    error = site.errors.get(option, 0.0)
-    better = [o for o in site.options() if site.errors.get(o, 0.0) < error]
-    following = max(better, key=lambda o: (site.errors.get(o, 0.0), -site.sizes[o]), default=None)
-    told = {"nodes": list(site.nodes), "option": option, "bytes": site.sizes[option], "snr_db": float(decibels(error))}
-    if following is None:
-        return told | {"better": None}
-    more = {
-        "option": following,
-        "bytes": site.sizes[following] - site.sizes[option],
-        "cost": site.costs[following] - site.costs[option],
-        "snr_db": float(decibels(site.errors.get(following, 0.0))),
-    }
-    return told | {"better": more}
+    """The option of a site, and the cheapest of the better ones: what it would cost, and what it would buy."""
+
+    def told(name: str, beside: str = "") -> dict[str, Any]:
+        size, cost = site.sizes[name], site.costs[name]
+        if beside:
+            size, cost = size - site.sizes[beside], cost - site.costs[beside]
+        return {"option": name, "bytes": size, "cost": cost, "snr_db": float(decibels(site.errors.get(name, 0.0)))}
+
+    better = [o for o in site.options() if site.errors.get(o, 0.0) < site.errors.get(option, 0.0)]
+    following = min(better, key=lambda o: (site.costs[o], site.errors.get(o, 0.0)), default=None)
+    return {"nodes": list(site.nodes), **told(option), "better": told(following, option) if following else None}
 
 
 def together(best: dict[str, Any], records: Sequence[dict[str, Any]], crew: Crew) -> dict[str, Any]:

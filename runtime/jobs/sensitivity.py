@@ -56,10 +56,15 @@ def prepared(
 
 
 def after(
-    job: Job, graph: gs.Graph, passes: Sequence[Pass], data: Data, keep_in: Path | None = None
+    job: Job,
+    graph: gs.Graph,
+    passes: Sequence[Pass],
+    data: Data,
+    keep_in: Path | None = None,
+    quantizer: Pass | None = None,
 ) -> tuple[gs.Graph, list[dict[str, Any]]]:
-    """A copy of a graph after passes, and their records."""
-    context = Context(data, job.progress, job.source.seed, keep=keep_in)
+    """A copy of a graph after passes, which ``quantizer`` will quantize, and the records of the passes."""
+    context = Context(data, job.progress, job.source.seed, quantizer=quantizer, keep=keep_in)
     return pipeline.run(Snapshot.of(graph).graph(), passes, context, verify=False)
 
 

@@ -28,9 +28,10 @@ def _steps(record: Mapping[str, Any], done: Mapping[str, Mapping[str, Any]]) -> 
         yield "Take weights of 7 bits (--reduce-range on): products of 8 bits saturate on this processor"
     if any(done) and record["command"] != "diff" and record.get("output"):
         yield f"See which nodes lose most, and what leaving them in float recovers: {_diff(record)}"
-    if quantized and not any(name.startswith(_SMOOTHING) for name in done):
+    searched = bool(record.get("search"))
+    if quantized and not searched and not any(name.startswith(_SMOOTHING) for name in done):
         yield "Smooth before quantizing: channelfold compress --recipe int8-smooth"
-    if quantized and not quantized["options"].get("float_share"):
+    if quantized and not searched and not quantized["options"].get("float_share"):
         yield "Let the nodes that lose most stay in float: --float-share 0.05"
     if weights and weights["options"].get("rounder") not in ("gptq", "descent"):
         yield "Round the weights by GPTQ: --rounder gptq, with calibration data"

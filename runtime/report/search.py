@@ -56,8 +56,9 @@ def show(record: Mapping[str, Any], page: Page) -> None:
             )
         )
     sites = sorted(found["sites"], key=lambda site: site["snr_db"])
-    columns = ("<option", ">bytes", ">dB alone", "<next better", ">cost more", ">bytes more", ">dB then")
+    columns = ("<option", ">bytes", ">cost", ">dB alone", "<next better", ">cost more", ">bytes more", ">dB then")
     page.fill("Nodes", columns, [(_names(site), *_site(site)) for site in sites])
+    page.note("dB alone: at the outputs where these nodes alone have the option; next better: the cheapest one that is")
 
 
 def _point(point: Mapping[str, Any], names: list[str]) -> tuple[Any, ...]:
@@ -101,8 +102,8 @@ def _site(site: Mapping[str, Any]) -> tuple[str, ...]:
     better = site["better"]
     told = ("", "", "", "")
     if better:
-        told = (better["option"], f"{better['cost']:+.2%}", f"{better['bytes']:+,}", _db(better["snr_db"]))
-    return (site["option"], size(site["bytes"]), _db(site["snr_db"]), *told)
+        told = (better["option"], f"{better.get('cost', 0):+.2%}", f"{better['bytes']:+,}", _db(better["snr_db"]))
+    return (site["option"], size(site["bytes"]), f"{site.get('cost', 0):.2%}", _db(site["snr_db"]), *told)
 
 
 def _db(value: float) -> str:

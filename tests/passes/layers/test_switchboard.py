@@ -100,6 +100,7 @@ class OfFloat(Context):
 ACTING = {
     "int8": ("quantize", {"embeddings": False}),
     "fp8": ("quantize-weights", {"weights": "fp8", "activations": "fp8"}),
+    "dgq": ("quantize-weights", {"weights": "dgq"}),
     "nvfp4": ("quantize-weights", {"weights": "nvfp4", "activations": "fp4"}),
 }
 
@@ -121,10 +122,10 @@ def with_floats(tmp_path_factory):
     return graph, data, steps, board_of(Snapshot.of(graph).graph(), steps, Context(data), tmp_path_factory.mktemp("b"))
 
 
-@pytest.mark.parametrize("options", [("int8",), ("fp8",), ("nvfp4", "fp8"), ("int8", "fp8", "nvfp4"), ("fp8", "int8")])
-def test_formats_of_activations_in_one_file(options, with_floats):
+@pytest.mark.parametrize("mix", ["int8", "fp8", "dgq", "nvfp4 fp8", "int8 fp8 nvfp4 dgq", "fp8 int8"])
+def test_formats_of_activations_in_one_file(mix, with_floats):
     graph, data, steps, board = with_floats
-    nodes = list(board.slots)
+    nodes, options = list(board.slots), mix.split()
     assert {option for name in nodes for option in board.options(name)} == {"float", *ACTING}
     assert {"Clip", "Sub", "Pad"} < {node.op for node in load(board.folder / "board.onnx").nodes}
     chosen = {name: options[i % len(options)] for i, name in enumerate(nodes)}

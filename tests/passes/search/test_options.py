@@ -15,17 +15,24 @@ from channelfold.runtime.io.files import save
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.tests.graphs import build, random, samples
 
-FORMATS = {"int8": "int8", "fp8": "fp8", "nvfp4": "fp4", "w8": "fused", "w4": "fused"}  # and how products run
+FORMATS = {
+    "int8": "int8",
+    "fp8": "fp8",
+    "dgq": "int8",
+    "nvfp4": "fp4",
+    "w8": "fused",
+    "w4": "fused",
+}  # and how products run
 
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     """Products one behind the other, where Relu lets int8 center what they read; and two that read the same."""
     body, weights = ["x0 = Identity(x)"], {}
-    for i in range(10):
+    for i in range(12):
         body.append(f"m{i} = MatMul(x{i}, W{i}) g{i} = Add(m{i}, b{i}) x{i + 1} = Relu(g{i})")
         weights |= {f"W{i}": random((64, 64), f"W{i}") / 8, f"b{i}": random((64,), f"b{i}")}
-    body.append("p = MatMul(x10, P) q = MatMul(x10, Q) y = Add(p, q)")
+    body.append("p = MatMul(x12, P) q = MatMul(x12, Q) y = Add(p, q)")
     weights |= {name: random((64, 64), name) / 8 for name in "PQ"}
     graph = build("(float[16,64] x) => (float[] y)", " ".join(body), kind="float", opset=23, **weights)
     for node in graph.nodes:
@@ -42,7 +49,7 @@ def test_tensorrt_runs_every_node_of_a_mix_in_its_own_format(kind, network, tmp_
     """Every format in front of every other one, and two formats that read one tensor."""
     pytest.importorskip("tensorrt_rtx")
     graph, data, steps, board = network
-    order = ["int8", "fp8", "nvfp4", "w8", "w4", "int8", "nvfp4", "fp8", "w4", "w8"]
+    order = ["int8", "fp8", "nvfp4", "dgq", "w8", "w4", "int8", "dgq", "nvfp4", "fp8", "w4", "w8"]
     chosen = {f"m{i}": option for i, option in enumerate(order)} | {"p": "int8", "q": "nvfp4"}
     behind = [step for step in [options.cast([], {}, kind)] if step]
     passes = options.recipe([], steps, graph, board, chosen, behind)
@@ -55,9 +62,12 @@ def test_tensorrt_runs_every_node_of_a_mix_in_its_own_format(kind, network, tmp_
 
 
 def test_formats_of_gpus_need_gpus_that_all_have_them():
-    found = {tuple(sms): [o for o in ("fp8", "nvfp4") if o in options.steps({}, sms)]
-             for sms in ([], [86], [89], [120], [89, 120], [86, 120])}  # fmt: skip
-    assert found == {(): [], (86,): [], (89,): ["fp8"], (120,): ["fp8", "nvfp4"], (89, 120): ["fp8"], (86, 120): []}
+    found = {tuple(sms): [o for o in ("fp8", "dgq", "nvfp4") if o in options.steps({}, sms)]
+             for sms in ([], [75], [86], [89], [120], [89, 120], [86, 120])}  # fmt: skip
+    assert found == {
+        (): [], (75,): [], (86,): ["dgq"], (89,): ["fp8", "dgq"], (120,): ["fp8", "dgq", "nvfp4"],
+        (89, 120): ["fp8", "dgq"], (86, 120): ["dgq"],
+    }  # fmt: skip
     assert list(options.steps({"target": "onnxruntime"}, [120])) == ["int8", "w8", "w4"]
     for option, runs in FORMATS.items():
         row = options.OPTIONS[option]
@@ -69,9 +79,9 @@ def test_the_cost_of_an_option_is_bytes_and_bits(network):
     whole = options.Whole(bytes=10**6, macs=sum(board.macs.values()), minimize="arithmetic")
     sites = [options.Site((name,), sizes=board.slots[name].sizes) for name in board.slots]
     half = dict.fromkeys(board.slots, 2)
-    first, *_, rest = whole.priced(board, sites, 12 * 64 * 64 * 2 + 1000, widths=half)
+    first, *_, rest = whole.priced(board, sites, 14 * 64 * 64 * 2 + 1000, widths=half)
     costs = {option: cost * len(sites) * 32 for option, cost in first.costs.items()}
-    assert costs == pytest.approx({"float": 16, "int8": 8, "fp8": 8, "nvfp4": 4, "w8": 16, "w4": 16})
+    assert costs == pytest.approx({"float": 16, "int8": 8, "fp8": 8, "dgq": 8, "nvfp4": 4, "w8": 16, "w4": 16})
     assert (first.sizes["float"], rest.sizes["float"]) == (64 * 64 * 2, 1000)
     assert np.isclose(rest.costs["float"], 0)
 

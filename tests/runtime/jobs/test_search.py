@@ -272,6 +272,35 @@ def test_without_evaluation_a_part_of_the_calibration_data_is_held_back(mlp, tmp
     assert any("held back" in warning for warning in record["warnings"])
 
 
+LOUD = """
+    <ir_version: 10, opset_import: ["": 20]>
+    ffn (float[n,32] x) => (float[n,32] y) {
+        a = MatMul(x, A) b = Add(a, p) c = Gelu(b) d = MatMul(c, B) e = Add(d, x) y = MatMul(e, C)
+    }
+"""
+
+
+def test_smoothing_is_judged_by_the_int8_of_the_search_and_stays(tmp_path):
+    """Behind GELU, where a Mul has to be inserted, 8 bits are too coarse without; no node may stay float for that."""
+    model = onnx.load(written(LOUD, tmp_path / "m.onnx", A=(32, 64), B=(64, 32), C=(32, 32), p=(64,)))
+    loud = np.where(np.arange(64) == 5, 60, 1).astype(np.float32)
+    for tensor, factor in zip(model.graph.initializer[:2], (loud, 1 / loud[:, None]), strict=True):
+        weight = onnx.numpy_helper.to_array(tensor) * factor / 8
+        tensor.CopyFrom(onnx.numpy_helper.from_array(weight.astype(np.float32), tensor.name))
+    onnx.save(model, tmp_path / "m.onnx")
+    feeds = {"x": random((64, 32), "x").astype(np.float32)}
+    source = jobs.Source(feeds, feeds)
+    record = jobs.compress(tmp_path / "m.onnx", tmp_path / "out", source=source, search=jobs.Search(trials=2))
+    points = record["search"]["points"]
+    coarse, fine = (next(p["error_db"] for p in points if p["options"].get("int8") == 1 and p["start"] == start)
+                    for start in ("", "smooth"))  # fmt: skip
+    assert fine > coarse + 10
+    assert chosen(record)["start"] == "smooth"
+    assert record["search"]["file"]["snr_db"] == pytest.approx(chosen(record)["proof"]["snr_db"], abs=1)
+    jobs.compress(tmp_path / "m.onnx", tmp_path / "again", tmp_path / "out" / "recipe.toml", source=source)
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
+
+
 BODY = """
     <ir_version: 10, opset_import: ["": 17]>
     g (float[n,16] x, bool c) => (float[n,16] y) {
@@ -329,9 +358,13 @@ def test_what_stays_float_is_float16_where_that_keeps_the_limits(front, mlp, tmp
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_the_type_of_what_stays_float_is_what_the_user_wants(kind, mlp, tmp_path):
-    search = jobs.Search(float_type=kind, trials=2)
-    record = jobs.compress(mlp[0], tmp_path / "out", "int8-fp16", source=mlp[1], search=search, gates=Gates(min_snr=30))
+def test_the_type_of_what_stays_float_is_what_the_user_wants(kind, mlp, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs.Job, "build", lambda *_: None)
+    record = jobs.compress(mlp[0], tmp_path / "out", "int8-fp16", source=mlp[1], sms=[120], gates=Gates(min_snr=10),
+                           search=jobs.Search(float_type=kind, trials=2))  # fmt: skip
+    without = kind == "bfloat16"  # in which NVFP4 is not written
+    assert any("left out nvfp4" in warning for warning in record["warnings"]) == without
+    assert ("nvfp4" in chosen(record)["options"]) != without
     assert {point["type"] for point in record["search"]["points"]} == {kind}
     types = [step["options"]["type"] for step in record["steps"] if step["pass"] == "cast"]
     assert types == ([] if kind == "float32" else [kind])
