@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes import PASSES
 from channelfold.passes.base import Context, Pass
+from channelfold.passes.layers.expansion import codes_behind
 from channelfold.passes.layers.formats import FORMATS
 from channelfold.passes.layers.linear import linears
 from channelfold.passes.layers.sensitivity import Site
@@ -39,8 +40,9 @@ from channelfold.passes.operators import operator
 from channelfold.passes.options import options as options_of
 from channelfold.passes.recipe import QUANTIZATIONS, make
 from channelfold.runtime.errors import UsageError
+from channelfold.runtime.io import edit
 from channelfold.runtime.io.convert import all_graphs
-from channelfold.runtime.io.files import raise_opset
+from channelfold.runtime.io.files import constant, raise_opset, read
 from channelfold.runtime.io.session import Feed
 from channelfold.runtime.io.shapes import measured_shapes
 from channelfold.runtime.io.snapshot import Snapshot
@@ -152,10 +154,25 @@ def board_of(graph: gs.Graph, passes: Mapping[str, Pass], ctx: Context, folder: 
             work = part.work()
             if (needed := work.least_opset(variant)) > variant.opset:
                 variant = raise_opset(variant, needed)
-            centered = work.apply(variant, ctx).facts.get("centered", centered)
+            facts = work.apply(variant, ctx).facts
+            centered = facts.get("centered", centered)
+            _restore(variant, graph, facts.get("expanded", ()))
         variants[option] = variant
     macs = multiplications(before.graph(), next(iter(ctx.data)))
     return dataclasses.replace(build(graph, variants, folder, acting, centered), macs=macs)
+
+
+def _restore(variant: gs.Graph, graph: gs.Graph, names: Collection[str]) -> None:
+    """Gives the nodes ``names`` their weights of ``graph`` again, which a pass stores for nodes that are not its own.
+
+    In the recipe of a mix such nodes are excluded.
+    """
+    floats = {node.name: node for node in graph.nodes}
+    for node in (node for node in variant.nodes if node.name in names and _is_weighted(node)):
+        for place, tensor in enumerate(node.inputs):
+            if codes_behind(edit.producer(tensor)) is not None:
+                weight = floats[node.name].inputs[place]
+                edit.set_input(node, place, constant(variant, weight.name, read(weight)))
 
 
 def multiplications(graph: gs.Graph, feed: Feed) -> dict[str, int]:
@@ -249,24 +266,22 @@ def recipe(
 ) -> list[Pass]:
     """The passes that give every node its option: each excludes the nodes that are for another pass, or for none.
 
-    ``behind``: what gives its type to what stays float. Nodes in bodies of If, Loop and Scan stay float, and so do
-    tables that are not on the board.
+    ``behind``: what gives its type to what stays float. Linears and tables that are not on the board stay float, those
+    in bodies of If, Loop and Scan among them.
     """
-    parts = [part.nodes for part in all_graphs(graph)]
-    apart = [node.name for node in parts[0] if table_of(node) is not None and node.name not in board.slots]
-    apart += [node.name for nodes in parts[1:] for node in nodes if _is_weighted(node)]
+    weighted = [node.name for part in all_graphs(graph) for node in part.nodes if _is_weighted(node)]
+    names = dict.fromkeys([*board.slots, *weighted])
     made, done = dict[str, Pass](), set()
     for option, step in passes.items():
         mine = {name for name in board.slots if chosen.get(name, FLOAT) == option}
         done |= mine
         if mine:
-            others = [name for name, slot in board.slots.items() if name not in done and option in slot.files]
-            settings, names = step.options(), dict.fromkeys([*others, *(n for n in apart if n not in mine)])
-            made[option] = make(step.name, settings | {"exclude": (*settings["exclude"], *map(glob.escape, names))})
+            settings, others = step.options(), (glob.escape(name) for name in names if name not in done)
+            made[option] = make(step.name, settings | {"exclude": (*settings["exclude"], *others)})
     last = [made.pop(TYPED)] if TYPED in made else []
     return [*before, *made.values(), *behind, *last]
 
 
 def _is_weighted(node: gs.Node) -> bool:
-    """Whether a node can have a stored weight: a linear, or a Gather of a table."""
-    return operator(node).weighted or operator(node).kind == "gather"
+    """Whether a node can have a stored weight of its own: a linear, or what takes rows of a table."""
+    return operator(node).weighted or operator(node).kind == "gather" or table_of(node) is not None

@@ -163,7 +163,7 @@ class _Hunt:
     def _variants(self) -> Iterator[_Start]:
         """The other networks. Each starts from the last exact one that paid."""
         yield from self._reparameterized()
-        if not any(step.name == _SMOOTH for step in self._base.steps):
+        if not any(step.name == _SMOOTH for step in self._asked):
             yield from self._with(_SMOOTH, make(_SMOOTH, {"allow_insert": True}), finer=True)
         for share in self.search.prune_to:
             for name in ("prune", "approximate-ffn"):

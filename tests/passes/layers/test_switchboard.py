@@ -41,9 +41,12 @@ def shipped(name: str) -> tuple[gs.Graph, Data]:
 def boards(graph: gs.Graph, data: Data, folder: Path, **options) -> tuple[Board, dict[str, gs.Graph]]:
     steps = {"int8": ("quantize", {"reduce_range": "off", "embeddings": False} | options), **OPTIONS}
     made = {option: make(name, settings) for option, (name, settings) in steps.items()}
-    written = {option: pipeline.run(Snapshot.of(graph).graph(), [step], Context(data), verify=False)[0]
-               for option, step in made.items()}  # fmt: skip
-    return board_of(graph, made, Context(data), folder), written
+    board = board_of(Snapshot.of(graph).graph(), made, Context(data), folder)
+    written = {}
+    for option in made:
+        alone = recipe([], made, graph, board, {name: option for name in board.slots if option in board.options(name)})
+        written[option] = pipeline.run(Snapshot.of(graph).graph(), alone, Context(data), verify=False)[0]
+    return board, written
 
 
 def emulated(graph: gs.Graph) -> gs.Graph:
