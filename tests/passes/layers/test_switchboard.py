@@ -41,7 +41,8 @@ def shipped(name: str) -> tuple[gs.Graph, Data]:
 def boards(graph: gs.Graph, data: Data, folder: Path, **options) -> tuple[Board, dict[str, gs.Graph]]:
     steps = {"int8": ("quantize", {"reduce_range": "off", "embeddings": False} | options), **OPTIONS}
     made = {option: make(name, settings) for option, (name, settings) in steps.items()}
-    written = {option: pipeline.run(Snapshot.of(graph).graph(), [step], Context(data), verify=False)[0]
+    ctx = Context(data, compared=True)
+    written = {option: pipeline.run(Snapshot.of(graph).graph(), [step], ctx, verify=False)[0]
                for option, step in made.items()}  # fmt: skip
     return board_of(graph, made, Context(data), folder), written
 
