@@ -132,7 +132,8 @@ class Context:
     ``calibration`` is the data for calibrated passes, or None. Long work calls ``progress(stage, done, total)`` now and
     then. ``seed`` makes random probes repeatable. ``shared`` holds the ids of the values that several parts of the
     model (main graph and bodies) read, each of which has data of its own. ``quantizer`` is the pass that quantizes the
-    graph later, where one is known. ``keep`` is the folder where statistics are kept for a later run.
+    graph later, where one is known. ``keep`` is the folder where statistics are kept for a later run. Where nodes are
+    ``compared`` with those of the original one by one, a pass changes what a node computes with and nothing else.
     """
 
     calibration: Data | None = None
@@ -141,6 +142,7 @@ class Context:
     shared: frozenset[int] = frozenset()
     quantizer: Pass | None = None
     keep: Path | None = None
+    compared: bool = False
 
     @property
     def data(self) -> Data:

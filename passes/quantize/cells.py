@@ -7,7 +7,8 @@ W is (directions, gates * hidden, inputs) and R the same over the hidden channel
 directions share in the first form. TensorRT-RTX 1.7 keeps the codes of LSTM and RNN in the engine (of an LSTM of 512
 hidden channels 4.1 MB where float takes 10.2), and fails to build a GRU with them. ONNX Runtime would expand the codes
 to float on every call, which takes 1.1 to 2.8 times as long as float; its kernel for LSTM takes .30 to .55 of it. That
-kernel quantizes activations, so a pass that leaves these alone has no form for ONNX Runtime.
+kernel quantizes activations, so a pass that leaves these alone has no form for ONNX Runtime. Of a cell without a form
+``storage`` stores the weights.
 """
 
 from __future__ import annotations

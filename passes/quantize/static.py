@@ -31,6 +31,7 @@ from channelfold.passes.quantize import Quantize, calibrators, center
 from channelfold.passes.quantize.cells import quantize_cells
 from channelfold.passes.quantize.done import Done
 from channelfold.passes.quantize.inputs import Inputs, Products, joint
+from channelfold.passes.quantize.joint import take_apart
 from channelfold.passes.quantize.measured import DEFAULT, OTHERS, Seen, choose, measuring
 from channelfold.passes.quantize.proven import Insert, expanded, in_int8, planned
 from channelfold.passes.quantize.qdq import (
@@ -98,11 +99,12 @@ class Work(Quantize):
             more = ", centered" if site.name in read else ""
             more += f", by {seen.by[tensor]}" if tensor in seen.by else ""
             outcome.change(site.name, f"{says[site.name]} up to {ranges[tensor].limit:.4g}{more}")
+        outcome.facts = summary(graph, kept, cells)
         if quantize_tables(inserter, outcome, lambda _: INT8, self) or kept or cells:
             inserter.finish()
             edit.remove_dead(graph)
-        outcome.facts = summary(graph, kept, cells)
-        store_rest(graph, outcome, self)
+        if not ctx.compared:
+            store_rest(graph, outcome, self)
         outcome.facts["activations"] = {name: self._facts(seen.statistics[name], own) for name, own in ranges.items()}
         outcome.facts["weight_bits"] = inserter.format.bits
         outcome.facts["centered"] = inserter.centered
@@ -165,6 +167,12 @@ class Work(Quantize):
             _insert(inserter, sites, poor, by.ranges, by.free, means)
             return inserter
 
+        def insert_apart(into: gs.Graph, sites: list[Linear]) -> Inserter:
+            inserter = insert(into, sites)
+            for site in () if integers or ctx.compared else sites:
+                take_apart(inserter, site)
+            return inserter
+
         if self.calibrator == "measured":
             ways = {name: replace(self, **options) for name, options in OTHERS.items()}
             others = {name: way._seen(graph, kept, seen.axes, seen.statistics) for name, way in ways.items()}
@@ -185,8 +193,8 @@ class Work(Quantize):
                 format, codes = INT7, self._codes(graph, kept, ctx, INT7)
                 outcome.warnings.append(f"Weights have 7 bits, for with 8 {lost}")
         elif self.verify_plan:
-            kept, _ = in_int8(graph, kept, outcome, insert, planned(self.verify_plan, ctx, outcome))
-        return kept, insert(graph, kept)
+            kept, _ = in_int8(graph, kept, outcome, insert_apart, planned(self.verify_plan, ctx, outcome))
+        return kept, insert_apart(graph, kept)
 
     def _codes(self, graph: gs.Graph, sites: list[Linear], ctx: Context, format: Format) -> Codes:
         """The codes and scales of the weights that are not rounded to the nearest code.

@@ -112,7 +112,8 @@ class Work(QuantizeWeights):
             inserter.finish()
             edit.remove_dead(graph)
         outcome.facts = summary(graph, kept, cells) | {"ranges": list(ranges.values())}
-        store_rest(graph, outcome, self)
+        if not ctx.compared:
+            store_rest(graph, outcome, self)
         return outcome
 
     def _of_table(self, node: gs.Node) -> Format:

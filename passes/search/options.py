@@ -144,6 +144,7 @@ def runs(option: str, target: str, sms: Sequence[int]) -> bool:
 def board_of(graph: gs.Graph, passes: Mapping[str, Pass], ctx: Context, folder: Path) -> Board:
     """The board of a graph: every pass runs on a copy, on all nodes of the main graph that it takes."""
     before, variants, centered = Snapshot.of(graph), {}, None
+    ctx = dataclasses.replace(ctx, compared=True)
     acting = [option for option in passes if option in ACTING]
     shared = max((passes[option].opset_for(graph) for option in acting), default=0)  # their operators meet in one graph
     for option, step in passes.items():

@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -49,15 +50,21 @@ def repaired(
         yield copy, sentences
 
 
-def plan_of(graph: gs.Graph, sm: int, data: Iterable[Feed], progress: Progress = no_progress) -> PlanReport:
+def plan_of(
+    graph: gs.Graph,
+    sm: int | None,
+    data: Iterable[Feed] | None,
+    progress: Progress = no_progress,
+    shapes: Mapping[str, ShapeRange] = MappingProxyType({}),
+) -> PlanReport:
     """How the linear nodes of a graph run in an engine for ``sm``, which is built and thrown away.
 
-    Dynamic inputs take the shapes in ``data``. Raises as ``tensorrt.build``.
+    Dynamic inputs without ``shapes`` take those in ``data``. Raises as ``tensorrt.build``.
     """
     with temporary.folder() as folder:
         path, inputs = folder / "model.onnx", required_inputs(graph)
         files.save(graph, path)
-        ranges = tensorrt.default_shapes(inputs, data)
+        ranges = {**tensorrt.default_shapes([spec for spec in inputs if spec.name not in shapes], data), **shapes}
         with repaired(path, inputs, ranges) as (source, _):
             values = tensorrt.default_values(inputs, data)
             engine = folder / "model.engine"

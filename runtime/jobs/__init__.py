@@ -41,6 +41,7 @@ from channelfold.runtime.io.facts import computes_as_written, fuses_rightly, mod
 from channelfold.runtime.io.outputs import check_folder, check_kind
 from channelfold.runtime.io.session import onnxruntime
 from channelfold.runtime.jobs import bench_models as benching
+from channelfold.runtime.jobs import engines as engine_records
 from channelfold.runtime.jobs import explain_diff as explaining
 from channelfold.runtime.jobs import inspect_ffns as idle_channels
 from channelfold.runtime.jobs import inspect_groups as channel_groups
@@ -109,6 +110,7 @@ def compress(
     terminal.write_both(job.record, out_dir)
     for sm in sms:
         job.build(out, out_dir / f"model.sm{sm}.engine", sm, ranges)
+    engine_records.weigh(job, ranges)
     clear(out_dir / "checkpoint")
     try:
         if found:

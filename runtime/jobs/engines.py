@@ -2,26 +2,34 @@
 
 ``cost``: {kernels, quantizing: kernels that only quantize or dequantize, unmeasured: kernels of unknown sizes, macs:
 {type: count}, constants, traffic: bytes in all, activations: {type: bytes}, modelled: [{card, least, most: seconds}]};
-``kernels``: [{name, nodes, arithmetic, macs, traffic}]. Both are empty where the plan does not tell.
+``kernels``: [{name, nodes, arithmetic, macs, traffic}]. Both are empty where the plan does not tell. ``float``: of an
+int8 model, the cost of an engine of the model as it was given.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_graphsurgeon as gs
 
-from channelfold.runtime.engine.build import Engine
+from channelfold.runtime.engine.build import Engine, ShapeRange
 from channelfold.runtime.engine.kernels import Kernel
 from channelfold.runtime.engine.plan import PlanReport
+from channelfold.runtime.engine.repair import plan_of
 from channelfold.runtime.engine.roofline import bounds, cards
-from channelfold.runtime.io import edit
+from channelfold.runtime.errors import BuildError
+from channelfold.runtime.io import edit, files
 from channelfold.runtime.io.convert import all_graphs
 from channelfold.runtime.jobs.inspect_model import int8_nodes
 from channelfold.runtime.lint import lint
 from channelfold.runtime.lint.rules import RULES
+from channelfold.runtime.report import advice
+
+if TYPE_CHECKING:
+    from channelfold.runtime.jobs.job import Job
 
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _BETWEEN = 4  # nodes at most from a product back to what quantizes its operands
@@ -37,6 +45,20 @@ def entry(engine: Engine, graph: gs.Graph) -> dict[str, Any]:
         "backend": f"{engine.backend} {engine.version}",
         **told(engine.plan, graph, engine.sm),
     }
+
+
+def weigh(job: Job, shapes: Mapping[str, ShapeRange]) -> None:
+    """Compares every engine of an int8 model with one of the given model; warns where int8 may be slower."""
+    graph = files.load(job.model) if job.record["engines"] else gs.Graph()
+    for engine in job.record["engines"]:
+        if not engine["plan"]["int8"] or not engine["cost"]:
+            continue
+        with contextlib.suppress(BuildError):  # it may be that only the quantized model runs on this GPU
+            report = plan_of(graph, engine["sm"], job.calibration, job.progress, shapes)
+            engine["float"] = told(report, graph, engine["sm"])["cost"]
+        if slower := advice.slower(engine):
+            job.warn(slower)
+            job.record["next"] = list(dict.fromkeys([*job.record.get("next", ()), *advice.lighter(job.record)]))
 
 
 def told(report: PlanReport, graph: gs.Graph, sm: int | None) -> dict[str, Any]:

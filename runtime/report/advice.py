@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from channelfold.runtime.report.costs import ratios
 from channelfold.runtime.report.tables import Page
 
 _FEW = 64  # calibration samples below which more of them are worth a try
@@ -53,6 +55,28 @@ def faster(record: Mapping[str, Any]) -> Iterator[str]:
     slow = len(times := record.get("latency", ())) == 2 and times[1]["ms"] > times[0]["ms"]
     if slow and any(o.get("target") == "onnxruntime" and not o.get("profile") for o in options):
         yield "Let the nodes that run slower in int8 than in float stay in float: --profile"
+
+
+def slower(engine: Mapping[str, Any]) -> str:
+    """A sentence on an int8 engine that launches more kernels than one of the given model; "" where none is slower."""
+    given, cost = engine.get("float"), engine["cost"]
+    if not given or cost["kernels"] <= given["kernels"]:
+        return ""
+    found = {card: pair for card, pair in ratios(given, cost).items() if pair[0] < 1}
+    if not found:
+        return ""
+    times = ", ".join(f"{low:.2f} to {high:.2f} ({card})" for card, (low, high) in found.items())
+    kernels = f"{cost['kernels']} kernels, where one of the given model launches {given['kernels']}"
+    return f"{Path(engine['path']).name} launches {kernels}: modelled, it is {times} times as fast, so it may be slower"
+
+
+def lighter(record: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences on an int8 engine that may be slower than one of float."""
+    done = {step["pass"] for step in record["steps"] if step["changed"]}
+    sms = " ".join(f"--sm {engine['sm']}" for engine in record["engines"] if engine["sm"] and slower(engine))
+    if "cast" not in done:
+        yield "Compare with float16, whose engine launches fewer kernels: --recipe fp16, or int8-fp16 for a transformer"
+    yield f"Search the nodes whose int8 pays on this GPU: --max-latency 0.9 {sms}"
 
 
 def _saturates(record: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ Engine = Mapping[str, Any]
 
 def show(engines: Sequence[Engine], page: Page) -> None:
     """Prints the costs of engines whose plans tell them; on a whole page also every kernel."""
-    known = [engine for engine in engines if engine.get("cost")]
+    known = [one for engine in engines for one in (*_given(engine), engine) if one.get("cost")]
     if not known:
         return
     page.blank()
@@ -27,7 +27,25 @@ def show(engines: Sequence[Engine], page: Page) -> None:
     _modelled(known, page)
     if page.whole:
         for engine in known:
-            page.fill(f"Kernels of {_name(engine)}", ("<computes in", ">MACs", ">traffic", "<nodes"), _kernels(engine))
+            if engine.get("kernels"):
+                columns = ("<computes in", ">MACs", ">traffic", "<nodes")
+                page.fill(f"Kernels of {_name(engine)}", columns, _kernels(engine))
+
+
+def _given(engine: Engine) -> list[Engine]:
+    """The engine of the model as it was given, beside that of its quantized form."""
+    return [{"path": "as given", "sm": engine["sm"], "cost": engine["float"]}] if engine.get("float") else []
+
+
+def ratios(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[float]]:
+    """By card, how many times as fast as the first of two costs the second one is, by both bounds; 0: not known."""
+    theirs = {row["card"]: row for row in first["modelled"]}
+    return {
+        mine["card"]: sorted(
+            theirs[mine["card"]][bound] / mine[bound] if mine[bound] else 0 for bound in ("least", "most")
+        )
+        for mine in second["modelled"]
+    }
 
 
 def _name(engine: Engine) -> str:
@@ -62,12 +80,8 @@ def _modelled(engines: Sequence[Engine], page: Page) -> None:
             pairs.append((first, engine))
     rows = []
     for first, engine in pairs:
-        theirs = {row["card"]: row for row in first["cost"]["modelled"]}
-        for mine in engine["cost"]["modelled"]:
-            ratios = sorted(
-                theirs[mine["card"]][bound] / mine[bound] if mine[bound] else 0 for bound in ("least", "most")
-            )
-            rows.append((_name(engine), _name(first), mine["card"], *(f"{r:.2f}x" if r else UNKNOWN for r in ratios)))
+        for card, both in ratios(first["cost"], engine["cost"]).items():
+            rows.append((_name(engine), _name(first), card, *(f"{r:.2f}x" if r else UNKNOWN for r in both)))
     if rows:
         page.blank()
         page.fill("Modelled, not measured", ("<against", "<on", ">from", ">to times as fast"), rows)

@@ -35,7 +35,7 @@ are not shown. Sizes are bytes, times seconds (latencies milliseconds)::
                   verdicts: {how linear nodes run: count}, dequantized_first: [node],
                   plan: {readable, reason, int8, total, not_int8: [{node, runs_as, because: rules broken, likely}],
                          nodes: [{node, runs_as, kernel, operands: types}]},
-                  cost, kernels: see jobs/engines.py}]
+                  cost, kernels, float: see jobs/engines.py}]
     latency     [{name, ms}]         the others are compared with the first
     bench       {threads: null for all, rows: [{model, batch, ms, low, high: the middle half, runs, memory (null for
                  engines), bytes, parameters, macs, weights: {type: bytes}}], unmeasured: why engines were not timed,

@@ -87,7 +87,7 @@ def test_the_damaged_node_is_named_first(int8, fault, place):
 
 def test_every_product_of_a_quantized_file_is_covered(int8):
     found = explain(load(VIT), load(int8))
-    assert (found.linears, found.covered) == (26, 26)
+    assert (found.linears, found.covered) == (34, 34)  # of four joint products three parts each
     assert decibels(found.restored[20]) > decibels(found.total) + 10
     assert all(site.errors.own == 0 for site in found.sites if "MatMul" in site.op and site.node.endswith("_61"))
 

@@ -430,6 +430,7 @@ def test_the_flag_for_sparse_weights_is_passed_on_and_explained(tmp_path):
 def test_compress_builds_an_engine_for_the_shapes_of_the_data(tmp_path):
     record = jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION), sms=[86])
     assert [Path(engine["path"]).name for engine in record["engines"]] == ["model.sm86.engine"]
+    assert record["engines"][0]["float"]["macs"].keys() == {"float"}
     assert json.loads((tmp_path / "report.json").read_text())["engines"] == json.loads(json.dumps(record["engines"]))
 
 

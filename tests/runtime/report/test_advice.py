@@ -8,7 +8,7 @@ import pytest
 
 from channelfold.runtime import jobs
 from channelfold.runtime.jobs import GateMissed, Gates
-from channelfold.runtime.report.advice import next_steps
+from channelfold.runtime.report.advice import lighter, next_steps, slower
 from channelfold.tests.shipped import CALIBRATION, DIGITS, EVALUATION
 
 
@@ -47,6 +47,23 @@ def test_saturation_and_random_data_come_first():
     first, second, *_ = next_steps(record(("quantize", {}), data="8 random samples", accuracy=accuracy))
     assert "--calibration" in first
     assert "--reduce-range on" in second
+
+
+def cost(kernels, least, most):
+    return {"kernels": kernels, "modelled": [{"card": "L4", "least": least, "most": most}]}
+
+
+def test_an_engine_that_may_be_slower_than_that_of_the_given_model():
+    engine = {"path": "out/model.sm89.engine", "sm": 89, "cost": cost(21, 2.0, 50.0), "float": cost(14, 3.0, 40.0)}
+    sentence = "model.sm89.engine launches 21 kernels, where one of the given model launches 14: modelled, it is "
+    assert slower(engine) == sentence + "0.80 to 1.50 (L4) times as fast, so it may be slower"
+    assert not slower(engine | {"float": cost(14, 3.0, 60.0)})  # faster by both bounds
+    assert not slower(engine | {"float": cost(21, 3.0, 40.0)})
+    assert not slower(engine | {"float": {}})
+    half, search = lighter(record(("quantize", {})) | {"engines": [engine]})
+    assert "--recipe fp16" in half
+    assert search.endswith("--max-latency 0.9 --sm 89")
+    assert list(lighter(record(("quantize", {}), ("cast", {})) | {"engines": [engine]})) == [search]
 
 
 def test_a_missed_gate_says_what_to_do(run, tmp_path):
