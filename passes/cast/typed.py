@@ -72,7 +72,8 @@ class Work(Cast):
 
         Behind quantizers the smallest error changes codes, so there the error tells nothing about single products.
         """
-        if ctx.calibration is None or not self.max_error or any(node.op == "QuantizeLinear" for node in graph.nodes):
+        quantized = any(node.op == "QuantizeLinear" for part in all_graphs(graph) for node in part.nodes)
+        if ctx.calibration is None or not self.max_error or quantized:
             return Plan()
         found = casting.islands(graph, kinds, Plan(), False)
         names = [linear.name for linear in products(graph) if id(linear.node) not in found.float32]

@@ -70,12 +70,6 @@ class Format:
     grid: Literal["", "fp8", "2", "int8", "int7"] = ""
 
     @property
-    def bits_per_weight(self) -> float:
-        """The bits of a code, and its share of a zero point and of a scale: 8 bits on a grid, 16 elsewhere."""
-        shared = (8 if self.grid else 16) + (0 if self.symmetric else self.bits)
-        return self.bits + (shared / self.group if self.group else 0)
-
-    @property
     def dtype(self) -> np.dtype:
         """The type of the stored codes."""
         own = self.floating or ("" if self.symmetric else "u") + f"int{self.bits}"

@@ -47,7 +47,7 @@ class Patches:
         check_finite(values)
         if not values.size:
             return
-        found = self._rows(values) if self.kernel else rows(values, self.axis, _POSITIONS)[None]
+        found = self._rows(values) if self.kernel else rows(values, self.axis % values.ndim, _POSITIONS)[None]
         found = np.concatenate([found, np.ones((*found.shape[:2], 1), np.float32)], axis=2)
         self.sums = self.sums + (found.swapaxes(1, 2) @ found).astype(np.float64)
         self.count += found.shape[1]

@@ -28,34 +28,24 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Refused
-from channelfold.passes.channels.scale_regions import Shape
 from channelfold.passes.channels.widths import Width, read_by
 from channelfold.passes.layers.linear import Linear, usable
-from channelfold.passes.layers.quantization_error import ROWS
 from channelfold.passes.smooth import MergeChannels
-from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.io.shapes import measured_shapes
+from channelfold.passes.smooth.sites import Shapes, change_each
 from channelfold.runtime.stats.channels import ChannelStatistics
-from channelfold.runtime.stats.observe import by_name
 
 
 class Work(MergeChannels):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        outcome = Outcome()
-        infer_shapes(graph)
-        shapes = measured_shapes(graph, self.feed(ctx))
-        sites = self._sites(graph, shapes, outcome)
-        observers = {linear.data.name: ChannelStatistics(linear.in_axis, ROWS) for linear in sites}
-        ctx.observe(graph, by_name(observers.items()))
-        facts = []
-        for number, linear in enumerate(sites):
-            ctx.progress("Merging channels", number, len(sites))
-            with outcome.refusing(linear.name, f"{linear.data.name} stays as it is"):
-                facts.append(self._merge(graph, linear, shapes, observers[linear.data.name], outcome))
-        outcome.facts = {"sites": facts}
-        return outcome
+        def find(shapes: Shapes, outcome: Outcome) -> list[Linear]:
+            return self._sites(graph, shapes, outcome)
 
-    def _sites(self, graph: gs.Graph, shapes: dict[str, Shape], outcome: Outcome) -> list[Linear]:
+        def change(linear: Linear, shapes: Shapes, seen: ChannelStatistics, outcome: Outcome) -> dict[str, Any]:
+            return self._merge(graph, linear, shapes, seen, outcome)
+
+        return change_each(self, graph, ctx, find, change)
+
+    def _sites(self, graph: gs.Graph, shapes: Shapes, outcome: Outcome) -> list[Linear]:
         """The first reader of each tensor that is too wide; with ``align`` refuses a width that cannot change."""
         tried: set[int] = set()
 
@@ -74,11 +64,9 @@ class Work(MergeChannels):
         return round(float((1 - 1 / _copies(width)).sum()))
 
     def _merge(
-        self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape], seen: ChannelStatistics, outcome: Outcome
+        self, graph: gs.Graph, linear: Linear, shapes: Shapes, seen: ChannelStatistics, outcome: Outcome
     ) -> dict[str, Any]:
         """Merges input channels of a linear. Raises Refused, with nothing changed."""
-        if not seen.positions:
-            raise Refused("no calibration sample reached it")
         width = read_by(graph, linear, shapes)
         rows, weights = seen.sample()
         before, columns, single = width.channels, width.columns(), _copies(width) == 1

@@ -28,15 +28,13 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.channels.rescale import rescale
-from channelfold.passes.channels.scale_regions import End, Region, Shape, reach
+from channelfold.passes.channels.scale_regions import End, Region, reach
 from channelfold.passes.channels.widths import columns_of, gathered, read_by
 from channelfold.passes.layers.linear import Linear, usable, view
-from channelfold.passes.layers.quantization_error import ROWS, Bits, decibels, quantized_activation
+from channelfold.passes.layers.quantization_error import Bits, decibels, quantized_activation
 from channelfold.passes.smooth import SplitChannels
-from channelfold.runtime.io.files import infer_shapes
-from channelfold.runtime.io.shapes import measured_shapes
+from channelfold.passes.smooth.sites import Shapes, change_each
 from channelfold.runtime.stats.channels import ChannelStatistics
-from channelfold.runtime.stats.observe import by_name
 
 _STEPS = 100  # of the threshold
 _OUTPUTS = 1024  # the greatest number of outputs that the error is measured on
@@ -45,22 +43,15 @@ _WORTH_NODES = 3.0  # dB
 
 class Work(SplitChannels):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        outcome = Outcome()
-        infer_shapes(graph)
-        shapes = measured_shapes(graph, self.feed(ctx))
-        sites = self._sites(graph, shapes, outcome)
-        observers = {linear.data.name: ChannelStatistics(linear.in_axis, ROWS) for linear in sites}
-        ctx.observe(graph, by_name(observers.items()))
-        facts = []
-        for number, linear in enumerate(sites):
-            ctx.progress("Splitting channels", number, len(sites))
-            with outcome.refusing(linear.name, f"{linear.data.name} stays as it is"):
-                seen = observers[linear.data.name]
-                facts.append(self._split(graph, view(graph, linear.node), shapes, seen, outcome))
-        outcome.facts = {"sites": facts}
-        return outcome
+        def find(shapes: Shapes, outcome: Outcome) -> list[Linear]:
+            return self._sites(graph, shapes, outcome)
 
-    def _sites(self, graph: gs.Graph, shapes: dict[str, Shape], outcome: Outcome) -> list[Linear]:
+        def change(linear: Linear, shapes: Shapes, seen: ChannelStatistics, outcome: Outcome) -> dict[str, Any]:
+            return self._split(graph, linear, shapes, seen, outcome)
+
+        return change_each(self, graph, ctx, find, change)
+
+    def _sites(self, graph: gs.Graph, shapes: Shapes, outcome: Outcome) -> list[Linear]:
         """The first reader of each tensor whose channels can be split; refuses the others."""
         tried: set[int] = set()
 
@@ -73,7 +64,7 @@ class Work(SplitChannels):
 
         return list(usable(graph, outcome, why_not))
 
-    def _region(self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape]) -> tuple[Region, list[End], bool]:
+    def _region(self, graph: gs.Graph, linear: Linear, shapes: Shapes) -> tuple[Region, list[End], bool]:
         """(region of the input of a linear, its readers, whether a split inserts nodes). Raises Refused."""
         region = reach(graph, linear, shapes, self.allow_insert)
         ends = region.readers()
@@ -91,11 +82,9 @@ class Work(SplitChannels):
         return region, readers, bool(region.cuts)
 
     def _split(
-        self, graph: gs.Graph, linear: Linear, shapes: dict[str, Shape], seen: ChannelStatistics, outcome: Outcome
+        self, graph: gs.Graph, linear: Linear, shapes: Shapes, seen: ChannelStatistics, outcome: Outcome
     ) -> dict[str, Any]:
         """Splits the input channels of a linear. Raises Refused, with nothing changed."""
-        if not seen.positions:
-            raise Refused("no calibration sample reached it")
         region, ends, inserts = self._region(graph, linear, shapes)
         tensor, index = linear.data, ends[0].index
         readers = [end.linear for end in ends if end.linear is not None]
@@ -183,14 +172,14 @@ class _Search:
         return float(self.weights @ ((values @ rounded.T - outputs) ** 2).sum(axis=1, dtype=np.float64))
 
 
-def _complete(graph: gs.Graph, shapes: dict[str, Shape]) -> None:
+def _complete(graph: gs.Graph, shapes: Shapes) -> None:
     """Adds the shapes of the Mul nodes that ``rescale`` has inserted."""
     for node in graph.nodes:
         if node.op == "Mul" and node.outputs[0].name not in shapes:
             shapes[node.outputs[0].name] = shapes[node.inputs[0].name]
 
 
-def _repeat(graph: gs.Graph, readers: list[Linear], parts: np.ndarray, shapes: dict[str, Shape]) -> None:
+def _repeat(graph: gs.Graph, readers: list[Linear], parts: np.ndarray, shapes: Shapes) -> None:
     """Repeats each input channel of ``readers`` ``parts`` times."""
     readers = [view(graph, linear.node) for linear in readers]
     try:

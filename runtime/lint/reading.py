@@ -152,12 +152,6 @@ class Weight:
                 return None
         return axis
 
-    @property
-    def in_size(self) -> int | None:
-        """The inputs that are summed, for a weight of two axes."""
-        axis = self.out_axis
-        return None if axis is None or len(self.shape) != 2 else self.shape[1 - axis]
-
 
 def _out_axis(node: gs.Node, index: int) -> int:
     if node.op == "Gemm":
