@@ -95,12 +95,19 @@ def choose(
     for calibrator, names in tried.items():
         errors = _errors(graph, sites, readers, names, insert(others[calibrator]), ctx)
         for name in names:
-            gains = np.array(usual[name]) - np.array(errors[name])
-            sure = len(gains) > 1 and gains.mean() > _SURE * gains.std(ddof=1) / np.sqrt(len(gains))
-            if sure and gains.mean() > best.get(name, 0.0):
-                best[name], seen.by[name] = float(gains.mean()), calibrator
+            gain = _sure_gain(np.array(usual[name]), np.array(errors[name]))
+            if gain > best.get(name, 0.0):
+                best[name], seen.by[name] = gain, calibrator
     for name, calibrator in seen.by.items():
         seen.take(name, others[calibrator])
+
+
+def _sure_gain(usual: np.ndarray, errors: np.ndarray) -> float:
+    """The mean of what errors are lower than ``usual`` on each sample; 0 where chance may have made them lower."""
+    if len(errors) < 2 or not np.isfinite([usual, errors]).all():
+        return 0.0
+    gains = usual - errors
+    return float(gains.mean()) if gains.mean() > _SURE * gains.std(ddof=1) / np.sqrt(len(gains)) else 0.0
 
 
 def _different(names: Iterable[str], seen: Seen, others: Mapping[str, Seen]) -> dict[str, list[str]]:

@@ -3,6 +3,8 @@
     y = W x + b   becomes   y = DQ(W_q) DQ(Q(x)) + b',     b' = b - (W_q - W) E[x]
     W_q per output channel, symmetric int8;  x per tensor with a calibrated range;  b' float (bias correction, DFQ)
 
+W_q is rounded to the nearest code, or by GPTQ (``rounders``), which takes one more run of the data.
+
 Every Conv, Gemm and MatMul with a constant weight is a site. What is left in float is refused with the reason: what
 TensorRT would run in float anyway (ConvTranspose, fewer than 16 channels), what was excluded, what was always zero in
 calibration, and what 8 bits cannot represent: an activation whose range is so wide against its values that rounding
