@@ -170,7 +170,7 @@ def snr(model: Path, candidate: Path, samples: Path, folder: Path) -> float:
     """The SNR of the worst output of a file, in front of a closing Softmax or Sigmoid, as it is written."""
     from channelfold.passes.layers.switchboard import compared
     from channelfold.runtime.data.sources import open_data
-    from channelfold.runtime.io import files
+    from channelfold.runtime.io import edit, files
     from channelfold.runtime.io.facts import required_inputs
     from channelfold.runtime.io.session import Session
     from channelfold.runtime.stats.metrics import ErrorSums, counted
@@ -178,6 +178,8 @@ def snr(model: Path, candidate: Path, samples: Path, folder: Path) -> float:
     sessions, inputs = [], required_inputs(files.load(model))
     for number, path in enumerate((model, candidate)):
         graph = files.load(path)
+        ends = map(edit.producer, graph.outputs)
+        graph.outputs = [n.inputs[0] if n and n.op == "Cast" else t for n, t in zip(ends, graph.outputs, strict=True)]
         graph.outputs = [tensor for tensor, *_ in compared(graph)]
         for place, tensor in enumerate(graph.outputs):
             tensor.name = f"compared.{place}"

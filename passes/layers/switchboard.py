@@ -49,6 +49,7 @@ from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.io.split import split, typed
 
 _FILE = "board.onnx"
+_EXPANDS: dict[str, Any] = {"Cast": None, "Sub": np.subtract, "Mul": np.multiply, "Reshape": np.reshape}  # packed codes
 _CLOSING = ("Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid", "ArgMax", "ArgMin")
 
 Configuration = Mapping[str, str]
@@ -234,15 +235,17 @@ def _is_text(spec: TensorSpec) -> bool:
 def settle(graph: gs.Graph) -> dict[str, int]:
     """Replaces every DequantizeLinear of constants by its result; the bytes of the weight by the name of the reader.
 
-    Codes and scales may be made of the result of another one. What ONNX Runtime does not know is emulated.
+    Codes and scales may be made of the result of another one, and packed codes may be expanded by other operators. What
+    ONNX Runtime does not know is emulated.
     """
     sizes: dict[str, int] = {}
     settled: dict[int, int] = {}  # the bytes of what was replaced
-    for node in [node for node in graph.nodes if node.op in ("DequantizeLinear", "QuantizeLinear", "Cast")]:
+    for node in [node for node in graph.nodes if node.op in ("DequantizeLinear", "QuantizeLinear", *_EXPANDS)]:
         constants = all(isinstance(tensor, gs.Constant) for tensor in node.inputs)
         if not constants or edit.is_output(graph, node.outputs[0]):
             continue
-        if node.op != "DequantizeLinear" and id(node.inputs[0]) not in settled:
+        expands = node.op == "Cast" and edit.dtype(node.inputs[0]) in (np.uint8, np.int8)
+        if node.op != "DequantizeLinear" and not expands and id(node.inputs[0]) not in settled:
             continue
         if node.op == "QuantizeLinear" and edit.dtype(node.inputs[-1]) != np.int8:
             continue
@@ -253,6 +256,8 @@ def settle(graph: gs.Graph) -> dict[str, int]:
         codes, *parameters = (np.asarray(read(tensor)) for tensor in node.inputs)
         if node.op == "Cast":
             values = codes.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+        elif node.op in _EXPANDS:
+            values = _EXPANDS[node.op](codes, parameters[0])
         elif node.op == "QuantizeLinear":
             values = INT8.typed(INT8.snap(codes / spread(parameters[0], codes.shape, node.attrs)))
         else:
