@@ -86,17 +86,15 @@ class Tabled:
     """By a table of times that ``bench`` has recorded, of files on a ``device``: what it does not hold is predicted."""
 
     def __init__(self, model: Path, feed: Feed, path: Path, device: str):
-        self.model, self.feed, self.device = model, feed, device
+        self.model, self.feed = model, feed
         self.table = Table.read(path).on(device)
         self.table.original(model)
-        self.how = f"predicted from {path.name}"
-        self.warning = "" if self._here else f"The latency is that of {device} as recorded in {path.name}, relative to "
-        self.warning += "" if self._here else "the given model's: predicted, not measured"
-
-    @property
-    def _here(self) -> bool:
-        """Whether this machine is the one of the table."""
-        return self.device == ONNXRUNTIME and self.table.environment == environment()
+        self._here = device == ONNXRUNTIME and self.table.environment == environment()  # the machine of the table
+        self.how, self.warning = Measured.how, ""
+        if not self._here:
+            self.how = f"predicted from {path.name}"
+            self.warning = f"The latency is that of {device} in {path.name}, relative to the given model: predicted, "
+            self.warning += "not measured"
 
     def timed(self, sites: Sequence[Site], kind: str, file_of: FileOf) -> Mapping[str, Timed]:
         """The times of the original and of those ``mixes`` that the table has, with float of the type ``kind``."""
@@ -108,10 +106,9 @@ class Tabled:
 
     def proved(self, path: Path, engines: Sequence[Mapping[str, Any]], predicted: float) -> Ratio:
         """The time of the written file: measured where this is the machine of the table, else predicted."""
-        if not self._here:
-            return Ratio(predicted, predicted, predicted)
-        self.how = Measured.how
-        return Measured(self.model, self.feed).proved(path, engines, predicted)
+        if self._here:
+            return Measured(self.model, self.feed).proved(path, engines, predicted)
+        return Ratio(predicted, predicted, predicted)
 
 
 Clock = Measured | Modelled | Tabled
