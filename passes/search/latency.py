@@ -7,10 +7,11 @@
             that for an element, times the elements of the tensor between them
 
 What a site takes more comes from two files in which every other site is int8, in one the even, in the other the odd
-ones: each site has its neighbours' other option there, once in int8 and once in float. What these files take in all is
-spread over their sites like their profiles, so that the model tells their times, as those of all int8 and all float.
-Mixes are measured then, and one factor corrects all predictions. ``profiled`` has the times of files in ONNX Runtime,
-``modelled`` those of engines, by their plans, and ``tabled`` those that ``bench`` has recorded.
+ones: each site is among neighbours of the other option there, once in int8 and once in float. What no site of a file
+takes is spread over those that are not float. Mixes are measured then, and one factor corrects all predictions.
+
+``profiled`` has the times of files in ONNX Runtime, ``modelled`` those of engines, by their plans, and ``tabled`` those
+that ``bench`` has recorded.
 """
 
 from __future__ import annotations
@@ -165,8 +166,7 @@ def learned(graph: gs.Graph, sites: Sequence[Site], timed: Mapping[str, Timed], 
     if acting is not None and all(half in known for half in _HALVES):
         rates = _rates(known, times, edges, acting)
         borders = {
-            (a, b): (n * (rates[a][True] + rates[b][False]), n * (rates[a][False] + rates[b][True]))
-            for (a, b), n in edges.items()
+            (a, b): (n * (rates[1, a] + rates[0, b]), n * (rates[0, a] + rates[1, b])) for (a, b), n in edges.items()
         }
         for (a, b), pair in borders.items():  # the file of all int8 has borders around sites that stay float
             met = _met(pair, known[acting][a], known[acting][b])
@@ -177,8 +177,8 @@ def learned(graph: gs.Graph, sites: Sequence[Site], timed: Mapping[str, Timed], 
 
 def _rates(
     known: Mapping[str, Sequence[str]], times: Mapping[str, Sequence[float]], edges: Mapping[Edge, int], acting: str
-) -> list[tuple[float, float]]:
-    """What every site takes more for an element at a border, where it is float and where it is int8.
+) -> np.ndarray:
+    """What every site takes more for an element at a border, where it is float and where it is int8, (2, sites).
 
     The mean of its own rate and that of all sites: the profile of a site is noisy, and sites differ.
     """
@@ -194,7 +194,7 @@ def _rates(
                     met[side, place] += elements * new
     own = np.divide(more, met, out=np.zeros_like(more), where=met > 0)
     every = (more * (met > 0)).sum(axis=1) / np.maximum((met * (met > 0)).sum(axis=1), 1)
-    return list(zip(*((own + every[:, None]) / 2).tolist(), strict=True))
+    return (own + every[:, None]) / 2
 
 
 def _with_rest(
