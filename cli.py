@@ -67,8 +67,8 @@ def _settings(jobs: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def _search(jobs: Any, options: dict[str, Any]) -> Any:
     """What to search for, or None. Removes the options of a search from ``options``."""
-    names = ("max_loss", "max_size", "max_latency", "metric", "minimize", "trials", "prune_to", "float_type")
-    names += ("workers", "cluster")
+    names = ("max_loss", "max_size", "max_latency", "latency_table", "metric", "minimize", "trials", "prune_to")
+    names += ("float_type", "workers", "cluster")
     found = {name: options.pop(name) for name in names}
     limits = (found[name] for name in ("max_loss", "max_size", "max_latency"))
     asked = options.pop("searches") or any(limit is not None for limit in limits)

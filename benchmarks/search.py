@@ -168,7 +168,7 @@ def shares(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path
 
 def snr(model: Path, candidate: Path, samples: Path, folder: Path) -> float:
     """The SNR of the worst output of a file, in front of a closing Softmax or Sigmoid, as it is written."""
-    from channelfold.passes.layers.switchboard import compared
+    from channelfold.passes.layers.output_error import compared
     from channelfold.runtime.data.sources import open_data
     from channelfold.runtime.io import edit, files
     from channelfold.runtime.io.facts import required_inputs
@@ -196,7 +196,8 @@ def snr(model: Path, candidate: Path, samples: Path, folder: Path) -> float:
 
 
 def ranks(subject: Subject, model: Path, data: Mapping[str, Path], folder: Path) -> dict[str, Any]:
-    from channelfold.passes.layers.sensitivity import SAMPLES, Crew, brief, keep, measure, spread
+    from channelfold.passes.layers.output_error import SAMPLES, spread
+    from channelfold.passes.layers.sensitivity import Crew, brief, keep, measure
     from channelfold.passes.recipe import load_recipe
     from channelfold.passes.search import options as choices
     from channelfold.runtime.data.sources import open_data

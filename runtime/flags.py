@@ -251,6 +251,13 @@ search = together(
         "the target tensorrt, of its engine's on such a GPU, modelled.",
     ),
     click.option(
+        "--latency-table",
+        default="",
+        metavar="FILE",
+        type=click.Path(),
+        help="Search: the times that --max-latency is of, which bench --record has written, maybe on another machine.",
+    ),
+    click.option(
         "--search",
         "searches",
         is_flag=True,

@@ -16,6 +16,10 @@ def square(number: int) -> int:
     return number * number
 
 
+def process(_: int) -> int:
+    return os.getpid()
+
+
 def dies_once(folder: Path, number: int) -> int:
     if number == 2 and not (folder / "died").exists():
         (folder / "died").touch()

@@ -122,8 +122,8 @@ class Trials:
         change(copy)
         if computes(copy):
             make_twin(copy)
-        lost, energies = self._outputs.lost(copy), self._outputs.energies
-        return max((np.sqrt(lost[name] / energy) for name, energy in energies.items() if energy > 0), default=0.0)
+        by_output = self._outputs.errors(copy).relative()[0].mean(axis=0)
+        return float(np.sqrt(by_output.max(initial=0.0)))
 
     def share(self, plan: Plan) -> float:
         """The share of the multiplications that stay float32 by a plan."""

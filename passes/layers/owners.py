@@ -70,6 +70,33 @@ def owners(path: Path, nodes: Sequence[NodeTime], sites: Sequence[Sequence[str]]
     return times
 
 
+def nearest(graph: gs.Graph, places: Mapping[str, int]) -> dict[str, int]:
+    """The site of every node of a graph: of a quantizer the one that reads it, of another node the one in front of it.
+
+    ``places``: the sites of their own nodes.
+    """
+
+    def found(node: gs.Node, forward: bool) -> int | None:
+        queue, seen = deque([node]), {id(node)}
+        while queue:
+            here = queue.popleft()
+            if here.name in places:
+                return places[here.name]
+            around = (edit.consumers(t) for t in here.outputs) if forward else ([edit.producer(t)] for t in here.inputs)
+            for other in (other for others in around for other in others if other is not None):
+                if id(other) not in seen:
+                    seen.add(id(other))
+                    queue.append(other)
+        return None
+
+    sites = {}
+    for node in graph.nodes:
+        first = node.op in _IN_FRONT
+        place = found(node, first)
+        sites[node.name] = found(node, not first) if place is None else place
+    return {name: place for name, place in sites.items() if place is not None}
+
+
 def _place(node: onnx.NodeProto, tails: Mapping[str, int]) -> int | None:
     """The site of a product or a table, by the name of its result or its own; None for other nodes."""
     if not _WEIGHTED.search(node.op_type):

@@ -100,11 +100,6 @@ def quantized_activation(values: np.ndarray, bits: int) -> np.ndarray:
     return np.rint(values / step) * step
 
 
-def decibels(error: float) -> float:
-    """The signal-to-noise ratio of a relative squared error, at most 300."""
-    return float(-10 * np.log10(max(error, 1e-30)))
-
-
 def _some(matrix: np.ndarray) -> np.ndarray:
     return matrix if len(matrix) <= _OUTPUTS else matrix[:: -(-len(matrix) // _OUTPUTS)]
 

@@ -1,12 +1,12 @@
-"""What an option of a node does to the outputs of a network, measured: the one currency of all choices.
+"""What an option of a node does to the outputs of a network, measured (``output_error``).
 
-    E_l(p) = mean over outputs and samples s of  |y_lp(s) - y(s)|^2 / |y(s)|^2        node l alone has the option p
+    E_l(p)  where node l alone has the option p
 
 Errors of different nodes add up at a linear output, within 1 dB from 4 dB upwards:  E(mix) = sum of E_l(p_l).
 
 Neither the error of the output of a node nor its energy predicts E: the factor between them differs by 100 and more
-between the nodes of one network. The energies of every sample are kept, because one sample can hold most of them.
-Between two options of one node that change its weight alone, the factor is nearly the same:
+between the nodes of one network. Between two options of one node that change its weight alone, the factor is nearly
+the same:
 
     E_l(p) / E_l(q) = |W_p - W|^2 / |W_q - W|^2                                     a guess, in place of a measurement
 """
@@ -23,24 +23,20 @@ from pathlib import Path
 import numpy as np
 
 from channelfold import __version__
+from channelfold.passes.layers.output_error import BYTES, SAMPLES, Errors, Meter
 from channelfold.passes.layers.switchboard import FLOAT, Board, Configuration
-from channelfold.runtime.data.sources import Data
 from channelfold.runtime.errors import no_progress
-from channelfold.runtime.io import workers as pool
 from channelfold.runtime.io.files import writing
 from channelfold.runtime.io.session import Feed
-from channelfold.runtime.stats.metrics import counted
+from channelfold.runtime.io.workers import Pool
 
-SAMPLES = 16  # on which sensitivities are measured, where ``RUNS`` pays for them
 RUNS = 256  # of the whole network on one sample, for the sensitivities of a network: four passes over 64 samples
 _FEWEST = 2  # samples on which every site is measured, whatever that takes
 _TOKENS = 64  # of a text, for sensitivities
 _HEAD = 0.9  # share of the error that is measured on as many samples as the runs pay for
 _BLOCK = 4  # sites that one session tries: few, for only constants have the fast layouts of ONNX Runtime
-_BYTES = 1 << 28  # of outputs of samples
 _RIGHT = "channelfold.right."  # in files of samples
 _SMALLEST = 1e-30
-_QUIET = 10  # a sample counts as if its output had at least the mean energy divided by this
 
 
 @dataclass(frozen=True)
@@ -66,51 +62,6 @@ class Trial:
         return hashlib.sha256(told.encode()).hexdigest()
 
 
-@dataclass
-class Errors:
-    """Of every sample and output: ``energy`` of the float output, and for every configuration what is ``lost`` of it.
-
-    ``agreed``: the share of positions whose largest element is the same, NaN where that means nothing. ``energy``
-    (samples, outputs), the others (configurations, samples, outputs). ``right``: whether the class is right, of float
-    and then of every configuration, (1 + configurations, samples). ``runs``: of the whole network on one sample.
-    """
-
-    energy: np.ndarray
-    lost: np.ndarray
-    agreed: np.ndarray
-    right: np.ndarray
-    runs: float = 0.0
-
-    def plus(self, other: Errors) -> Errors:
-        """With the errors of the one configuration of ``other``, of another cause, in every configuration.
-
-        Squared errors add up; a position agrees at most where it does in both, and a class is right likewise.
-        """
-        right = np.concatenate([self.right[:1], self.right[1:] & other.right[1:]])
-        return replace(
-            self, lost=self.lost + other.lost, agreed=np.maximum(self.agreed + other.agreed - 1, 0), right=right
-        )
-
-    def relative(self) -> np.ndarray:
-        """The error of every configuration, (configurations,)."""
-        return (self.lost.sum(axis=1) / np.maximum(self.energy.sum(axis=0), _SMALLEST)).mean(axis=-1)
-
-    def by_sample(self) -> np.ndarray:
-        """The error of every configuration on every sample, (configurations, samples)."""
-        return (self.lost / np.maximum(self.energy, self.energy.mean(axis=0) / _QUIET + _SMALLEST)).mean(axis=-1)
-
-
-def decibels(error: np.ndarray | float) -> np.ndarray:
-    """The signal-to-noise ratio of relative squared errors, at most 300."""
-    return -10 * np.log10(np.maximum(error, _SMALLEST))
-
-
-def spread(data: Data, count: int) -> list[Feed]:
-    """Up to ``count`` feeds, evenly spread."""
-    chosen = set(np.linspace(0, len(data) - 1, min(count, len(data))).astype(int).tolist())
-    return [feed for index, feed in enumerate(data) if index in chosen]
-
-
 def brief(board: Board, feeds: Iterable[Feed]) -> list[Feed]:
     """The feeds with texts cut to their first tokens; to their last ones where a mask leaves the first ones out."""
     found = []
@@ -134,7 +85,7 @@ def keep(board: Board, feeds: Iterable[Feed], name: str, whole: Board | None = N
         files.append(f"{name}.{index}.npz")
         np.savez(board.folder / files[-1], **feed, **right)  # pyright: ignore[reportArgumentType]
         size += sum(output.nbytes for output in right.values())
-        if size > _BYTES:
+        if size > BYTES:
             break
     return tuple(files)
 
@@ -146,38 +97,6 @@ def _read(path: Path) -> tuple[Feed, list[np.ndarray]]:
     names = sorted((name for name in found if name.startswith(_RIGHT)), key=lambda name: int(name[len(_RIGHT) :]))
     right = [found.pop(name) for name in names]
     return found, right
-
-
-class Meter:
-    """Compares outputs with those that are right, on some feeds: ``errors`` of a number of configurations.
-
-    ``scores``: which outputs hold class scores. ``mask``: the input that tells which positions take part, or empty.
-    """
-
-    def __init__(self, samples: int, scores: Sequence[bool], tried: int, labels: Sequence[int] = (), mask: str = ""):
-        self._labels, self._scores, self._mask = labels, list(scores), mask
-        shape = samples, len(scores)
-        self.errors = Errors(
-            np.zeros(shape), np.zeros((tried, *shape)), np.zeros((tried, *shape)), np.zeros((1 + tried, samples), bool)
-        )
-
-    def see(self, sample: int, feed: Feed, right: Sequence[np.ndarray], found: Iterable[Sequence[np.ndarray]]) -> None:
-        """Takes the outputs on a sample: those that are right, and those of every configuration."""
-        mask = feed.get(self._mask)
-        self.errors.energy[sample] = [_energy(counted(output, mask)) for output in right]
-        self.errors.right[0, sample] = self._classed(sample, right)
-        for number, outputs in enumerate(found):
-            self.errors.right[1 + number, sample] = self._classed(sample, outputs)
-            for place, pair in enumerate(zip(right, outputs, strict=True)):
-                old, new = (counted(output, mask) for output in pair)
-                self.errors.lost[number, sample, place] = _lost(old, new)
-                self.errors.agreed[number, sample, place] = _agreed(old, new)
-
-    def _classed(self, sample: int, outputs: Sequence[np.ndarray]) -> bool:
-        if not self._labels:
-            return False
-        scores = np.atleast_1d(next((o for o, holds in zip(outputs, self._scores, strict=True) if holds), outputs[0]))
-        return int(scores.reshape(-1, scores.shape[-1])[0].argmax()) == self._labels[sample]
 
 
 def attempt(trial: Trial) -> Errors:
@@ -192,24 +111,6 @@ def attempt(trial: Trial) -> Errors:
         meter.see(place, feed, right, runs)
     again = sum(player.share for player in players) + sum(1 - player.share for player in shared)
     return replace(meter.errors, runs=len(trial.samples) * again)
-
-
-def _energy(values: np.ndarray) -> float:
-    values = values[np.isfinite(values)].astype(np.float64)
-    return float(values @ values)
-
-
-def _lost(old: np.ndarray, new: np.ndarray) -> float:
-    if old.shape != new.shape:
-        return np.inf
-    error = new[finite := np.isfinite(old)].astype(np.float64) - old[finite]
-    return float(error @ error) if np.isfinite(error).all() else np.inf
-
-
-def _agreed(old: np.ndarray, new: np.ndarray) -> float:
-    if old.shape != new.shape or old.ndim not in (2, 3) or old.shape[-1] < 2 or not old.size:
-        return np.nan
-    return float(np.mean(old.argmax(axis=-1) == new.argmax(axis=-1)))
 
 
 @dataclass(frozen=True)
@@ -238,6 +139,7 @@ class Site:
 class Crew:
     """How to measure: with ``workers`` processes or on a Dask ``cluster``; the result does not depend on either.
 
+    A crew is a context, at the end of which its processes end.
     ``kept``: a folder in which errors wait for a call that goes on where this one stops. ``runs``: what was measured
     so far, by what for, in runs of the whole network on one sample, and ``resumed``: what an earlier call has done.
     """
@@ -249,12 +151,22 @@ class Crew:
     runs: dict[str, float] = field(default_factory=dict)
     resumed: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._pool = Pool(self.workers, self.cluster)
+
+    def __enter__(self) -> Crew:
+        self._pool.prepare(attempt)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.__exit__()
+
     def each(self, what: str, trials: Sequence[Trial]) -> Iterator[Errors]:
         """The errors of every trial, in order; ``what`` they are for."""
         files = [self.kept / f"trial-{trial.key}.npz" if self.kept else None for trial in trials]
         known = [_known(file) for file in files]
         left = [trial for trial, errors in zip(trials, known, strict=True) if errors is None]
-        new = pool.each(attempt, left, self.workers, self.cluster)
+        new = self._pool.each(attempt, left)
         for number, (file, errors) in enumerate(zip(files, known, strict=True)):
             self.progress(f"Measuring {what}", number, len(trials))
             if errors is not None:

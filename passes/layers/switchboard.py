@@ -35,10 +35,10 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.layers.formats import INT8, chunks, spread
 from channelfold.passes.layers.linear import Linear, cast, linears
+from channelfold.passes.layers.output_error import compared, mask_of
 from channelfold.passes.layers.switches import FLOAT as FLOAT
 from channelfold.passes.layers.switches import Quantizers, Switch, insert_switches, reached, wire
 from channelfold.passes.layers.tables import table_of
-from channelfold.passes.operators import operator
 from channelfold.runtime.errors import ModelError
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.emulate import emulate
@@ -50,7 +50,6 @@ from channelfold.runtime.io.split import split, typed
 
 _FILE = "board.onnx"
 _EXPANDS: dict[str, Any] = {"Cast": None, "Sub": np.subtract, "Mul": np.multiply, "Reshape": np.reshape}  # packed codes
-_CLOSING = ("Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid", "ArgMax", "ArgMin")
 
 Configuration = Mapping[str, str]
 
@@ -213,14 +212,15 @@ def build(
     quantizers = Quantizers(ends, read, (centered or {}).get("read", {}))
     switches = tuple(insert_switches(whole, slots, first, quantizers))
     ends = compared(whole)
+    if not ends:
+        raise ModelError("The model has no floating output that an error could be measured at")
     whole.outputs = [tensor for tensor, *_ in ends]
     edit.remove_dead(whole)
     save(whole, folder / _FILE, external=True)
     inputs = required_inputs(graph)
-    mask = next((s.name for s in inputs if s.meaning and s.meaning.kind == "mask"), "")
     texts = tuple(s.name for s in inputs) if all(map(_is_text, inputs)) else ()
     outputs, closed, scores = zip(*((tensor.name, end, holds) for tensor, end, holds in ends), strict=True)
-    return Board(folder, outputs, closed, scores, mask, slots, switches, acting, texts)
+    return Board(folder, outputs, closed, scores, mask_of(graph), slots, switches, acting, texts)
 
 
 def _is_text(spec: TensorSpec) -> bool:
@@ -364,29 +364,6 @@ def _as_stored(linear: Linear, weight: np.ndarray, bias: np.ndarray | None) -> l
         bias = np.zeros(linear.channels[0]) if bias is None else bias
         found.append(cast(linear.shaped_bias(bias / linear.factor("beta")), linear.dtype))
     return found
-
-
-def compared(graph: gs.Graph) -> list[tuple[gs.Tensor, str, bool]]:
-    """The floating outputs, or what a closing Softmax, Sigmoid or ArgMax reads; the output, and if they hold scores.
-
-    Behind such operators errors do not add up: where one position flips, it counts as much as all others together.
-    """
-    found: dict[int, tuple[gs.Tensor, str, bool]] = {}
-    for tensor in graph.outputs:
-        end, node = tensor.name, edit.producer(tensor)
-        while node is not None and operator(node).copies and node.op != "Cast":
-            node = edit.producer(node.inputs[0])
-        closed = node is not None and node.op in _CLOSING
-        if node is not None and closed:
-            tensor = node.inputs[0]
-            node = edit.producer(tensor)
-        while node is not None and node.op == "Add":  # of a bias
-            node = next(filter(None, map(edit.producer, node.inputs)), None)
-        if edit.is_float(tensor) and not isinstance(tensor, gs.Constant):
-            found[id(tensor)] = tensor, end, closed or (node is not None and operator(node).weighted)
-    if not found:
-        raise ModelError("The model has no floating output that an error could be measured at")
-    return list(found.values())
 
 
 def _close(graph: onnx.GraphProto, slots: Iterable[Slot], folder: Path, chosen: Configuration) -> None:

@@ -1,11 +1,12 @@
 """The effect of a loss in one channel group on the outputs of the model, measured.
 
-    v_g(k) = s_g l_g(k),      s_g = E || y - y_g ||^2 / (E || y - E[y] ||^2 l_g(n_g / 2))
+    v_g(k) = s_g l_g(k),      s_g = E_g / l_g(n_g / 2)
 
 l_g(k) is the loss of a ranking when k of n_g units are kept, in the unit of the ranking: the error of the next layer,
-or a magnitude. y_g are the outputs on calibration samples when half of the units of g are gone and all other groups are
-whole. The products s_g l_g have one unit for all groups, so that a budget can be shared out among the groups: an error
-that the rest of the network removes again is cheap, an error at the root of everything is dear.
+or a magnitude. E_g is the error of the outputs (``output_error``) on calibration samples when half of the units of g
+are gone and all other groups are whole. The products s_g l_g have one unit for all groups, so that a budget can be
+shared out among the groups: an error that the rest of the network removes again is cheap, an error at the root of
+everything is dear.
 
 These samples should not be samples that the rankings and the reconstructions come from (``output_error.held_out``).
 Late layers see few positions: on 100 images half of 1280 pooled features are reconstructed from the others without any
@@ -39,8 +40,8 @@ def scaled(
         kept = whole[number] - whole[number] // 2
         lost = float(values[-1] - values[kept])
         counts = [*whole[:number], kept, *whole[number + 1 :]]
-        if lost > 0 and (errors := list(trial.errors(ranked.keeps(counts)).values())):
-            factors[number] = np.mean(errors) / lost
+        if lost > 0 and trial.outputs.names:
+            factors[number] = trial.errors(ranked.keeps(counts)).by_sample().mean() / lost
     known = factors[np.isfinite(factors)]
     factors = np.where(np.isfinite(factors), factors, np.median(known) if known.size else 1.0)
     rankings = [Ranking(r.order, r.values * factor) for r, factor in zip(ranked.rankings, factors, strict=True)]

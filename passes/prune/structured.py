@@ -44,7 +44,7 @@ from channelfold.passes.prune.costs import GroupCosts, Keeps, Kind
 from channelfold.passes.prune.importance import RankedGroups, Ranking
 from channelfold.passes.prune.latency import a_feed, within_latency
 from channelfold.passes.prune.reconstruct import ReadStatistics, Reconstruct, Reconstruction, matters
-from channelfold.passes.prune.tolerance import TRIED, within_tolerance
+from channelfold.passes.prune.tolerance import TRIED, of_variance, within_tolerance
 from channelfold.passes.prune.trial import Trial
 from channelfold.passes.verify import Verdict, Verifier
 from channelfold.runtime.data.probes import shapes_of
@@ -82,7 +82,7 @@ class Work(Prune):
         elif self.tolerance is not None and ctx.calibration is not None:
             trial = Trial(graph, ranked, statistics, reconstruct, ctx.calibration.first(TRIED))
             keeps = within_tolerance(trial, ranked, costs, self.tolerance, self.align, ctx.progress)
-            outcome.facts["output_error"] = trial.errors(keeps)
+            outcome.facts["output_error"] = of_variance(trial, keeps)
         else:
             keeps = self._allocate(ranked, costs, statistics)
         if unseen is not None and (rest := unseen.calibration) is not None and rest is not seen.calibration:

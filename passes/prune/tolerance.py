@@ -45,18 +45,25 @@ def within_tolerance(
     Raises UsageError where no output varies.
     """
     sizes = ranked.sizes
-    if not trial.errors(ranked.keeps([group.units for group in sizes])):
+    if not any(trial.outputs.variances.values()):
         raise UsageError("No output of the model varies on the calibration data", "Give another budget")
     touched: set[int] = set()
 
     def loss(kept: Sequence[int]) -> Mapping[str, float]:
         touched.update(g for g, (group, count) in enumerate(zip(sizes, kept, strict=True)) if count < group.units)
         progress("Cutting within the tolerance", len(touched), len(sizes))
-        return {name: 1 + error for name, error in trial.errors(ranked.keeps(kept)).items()}
+        return {name: 1 + error for name, error in of_variance(trial, ranked.keeps(kept)).items()}
 
     theta = 1 + tolerance
     first = _FRONT * (theta ** (1 / max(len(sizes), 2)) - 1)
     return ranked.keeps(cut_within_tolerance(sizes, Costs(sizes, costs.terms("macs")), loss, theta, first, align))
+
+
+def of_variance(trial: Trial, keeps: Keeps) -> dict[str, float]:
+    """The squared error of every output that varies, relative to its variance, when these labels alone stay."""
+    lost = trial.errors(keeps).lost[0].sum(axis=0)
+    whole = trial.outputs.variances
+    return {name: float(lost[place] / whole[name]) for place, name in enumerate(whole) if whole[name] > 0}
 
 
 def tolerances(theta: float, r0: float, layers: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from channelfold.passes.base import DoesNotFit
 from channelfold.passes.channels.cut import Mask, is_recurrence
 from channelfold.passes.channels.groups import Copies
 from channelfold.passes.layers.linear import view
-from channelfold.passes.layers.output_error import Outputs
+from channelfold.passes.layers.output_error import Errors, Outputs
 from channelfold.passes.prune.costs import Keeps
 from channelfold.passes.prune.importance import MeanCovariance, RankedGroups, ReadAxis
 from channelfold.passes.prune.reconstruct import ReadStatistics, Reconstruct, Reconstruction
@@ -36,7 +36,7 @@ class Trial:
         self._copy, twins = Copies(graph, ranked.groups).make({id(r): (r, r.free) for r in regions})
         infer_shapes(self._copy)
         self._nodes = {node.name: node for node in self._copy.nodes}
-        self._outputs = Outputs(self._copy, data)
+        self.outputs = Outputs(self._copy, data)
         self._reads: list[tuple[ReadAxis, MeanCovariance]] = list(statistics.each())
         self._applied = [np.ones(read.size, bool) for read, _ in self._reads]
         linears = {linear.node.name for read, _ in self._reads for linear in read.linears}
@@ -46,8 +46,8 @@ class Trial:
             masks += [Mask.within(self._copy, part) for part in filter(is_recurrence, twin.parts)]
             self._masks += [(id(region), mask) for mask in masks]
 
-    def errors(self, keeps: Keeps) -> dict[str, float]:
-        """The squared error of every output that varies, relative to its variance, when these labels alone stay."""
+    def errors(self, keeps: Keeps) -> Errors:
+        """The errors of the outputs when these labels alone stay."""
         for number, (read, moments) in enumerate(self._reads):
             stays = keeps[id(read.region)][1][read.labels - 1]
             if not np.array_equal(stays, self._applied[number]):
@@ -55,8 +55,7 @@ class Trial:
                 self._applied[number] = stays
         for region, mask in self._masks:
             mask.set(keeps[region][1])
-        lost = self._outputs.lost(self._copy)
-        return {name: lost[name] / whole for name, whole in self._outputs.variances.items() if whole > 0}
+        return self.outputs.errors(self._copy)
 
     def _apply(self, read: ReadAxis, moments: MeanCovariance, stays: np.ndarray) -> None:
         """Gives the layers that read the channels their reconstructed weights."""

@@ -20,7 +20,8 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.linear import Linear
-from channelfold.passes.layers.sensitivity import SAMPLES, Crew, brief, keep, measure, spread
+from channelfold.passes.layers.output_error import SAMPLES, spread
+from channelfold.passes.layers.sensitivity import Crew, brief, keep, measure
 from channelfold.passes.layers.switchboard import Board, build
 from channelfold.passes.quantize.proven import Insert, in_int8
 from channelfold.passes.quantize.qdq import Range

@@ -28,7 +28,8 @@ from channelfold.passes.base import Context, Outcome
 from channelfold.passes.layers.borders import inside
 from channelfold.passes.layers.formats import INT7, INT8, Format
 from channelfold.passes.layers.linear import Linear, linears, live_linears, usable
-from channelfold.passes.layers.sensitivity import decibels, measure, worst
+from channelfold.passes.layers.output_error import decibels
+from channelfold.passes.layers.sensitivity import measure, worst
 from channelfold.passes.quantize import Quantize, calibrators, center
 from channelfold.passes.quantize.cells import quantize_cells
 from channelfold.passes.quantize.done import Done
@@ -254,7 +255,7 @@ class Work(Quantize):
             chosen = worst(board, samples, measure(board, samples, crew=crew), "int8", count, crew)
         if not chosen:
             outcome.warnings.append("No more nodes stay float: those whose int8 changes the outputs most gain nothing")
-        return {site.nodes[0]: float(decibels(site.errors["int8"])) for site in chosen}
+        return {site.nodes[0]: decibels(site.errors["int8"]) for site in chosen}
 
     def _range(self, seen: TensorStatistics, free: bool) -> Range:
         """The range to quantize, whose threshold the calibrator chooses for its steps; a free one has zero anywhere."""

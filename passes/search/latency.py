@@ -3,13 +3,15 @@
     T(mix) = rest + sum of t_l(p_l) + sum over borders of b_lm
 
 ``t_l(p)``  of the nodes of a site, in the file where all sites have the option p
-``b_lm``    of quantizing, dequantizing and changing the layout where int8 meets float: a rate times the elements of the
-            tensor between the sites
+``b_lm``    of quantizing, dequantizing and changing the layout where int8 meets float: what the two sites take more by
+            that for an element, times the elements of the tensor between them
 
-The rate comes from two files in which every other site is int8, in one the even, in the other the odd ones. Whatever
-belongs to which site, their times add up to those of all int8 and all float, and what is over was spent on borders.
-Mixes are measured then, and one factor corrects all predictions. Where the times come from is told by a ``Timer``:
-``profiled`` runs files in ONNX Runtime, ``modelled`` reads the plans of TensorRT.
+What a site takes more comes from two files in which every other site is int8, in one the even, in the other the odd
+ones: each site is among neighbours of the other option there, once in int8 and once in float. What no site of a file
+takes is spread over those that are not float. Mixes are measured then, and one factor corrects all predictions.
+
+``profiled`` has the times of files in ONNX Runtime, ``modelled`` those of engines, by their plans, and ``tabled`` those
+that ``bench`` has recorded.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.layers.sensitivity import Site
@@ -35,7 +37,8 @@ from channelfold.runtime.io.shapes import measured_shapes
 _ROUNDS = 6  # of neighbours that settle
 _UNIT = 1e6  # of a millisecond, in which knapsacks count
 _CORRECTIONS = 3  # mixes that are measured in search of one within a limit
-_ORIGINAL = ""
+ORIGINAL = ""
+_HALVES = ("even sites", "odd sites")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,6 @@ class Timed:
     sites: Sequence[float]
 
 
-Timer = Callable[[Mapping[str, Path], Sequence[Sequence[str]]], Mapping[str, Timed]]  # of files, and nodes of sites
 Edge = tuple[int, int]  # the places of two sites, the second of which reads what the first has written
 
 
@@ -54,11 +56,12 @@ Edge = tuple[int, int]  # the places of two sites, the second of which reads wha
 class Latency:
     """A model of the time of mixes, in milliseconds. ``times``: by option, of every site; ``whole``: of the original.
 
-    ``borders``: the time at the edge between two sites one of which is int8. ``factor``: measured against predicted.
+    ``borders``: the times at the edge between two sites, where the first alone is int8, and where the second is.
+    ``factor``: measured against predicted.
     """
 
     times: tuple[Mapping[str, float], ...]
-    borders: Mapping[Edge, float]
+    borders: Mapping[Edge, tuple[float, float]]
     rest: float
     whole: float
     factor: float = 1.0
@@ -66,7 +69,7 @@ class Latency:
     def share(self, options: Sequence[str]) -> float:
         """The predicted time of a mix, as a share of the original's."""
         own = sum(self._time(place, option) for place, option in enumerate(options))
-        met = sum(ms for (a, b), ms in self.borders.items() if _differ(options[a], options[b]))
+        met = sum(_met(pair, options[a], options[b]) for (a, b), pair in self.borders.items())
         return self.factor * (self.rest + own + met) / self.whole
 
     def within(self, sites: Sequence[Site], share: float) -> Point:
@@ -119,10 +122,15 @@ class Latency:
     def _near(self, place: int, option: str, around: Sequence[str]) -> float:
         """The time of an option of a site among neighbours, which bear half of every border."""
         met = 0.0
-        for (a, b), ms in self.borders.items():
-            if place in (a, b) and _differ(option, around[b if place == a else a]):
-                met += ms
+        for (a, b), pair in self.borders.items():
+            if place in (a, b):
+                met += _met(pair, option if place == a else around[a], option if place == b else around[b])
         return max(self._time(place, option) + met, 0.0)
+
+
+def _met(pair: tuple[float, float], first: str, second: str) -> float:
+    """The time at the edge between two sites with options."""
+    return pair[second in ACTING] if _differ(first, second) else 0.0
 
 
 def _differ(one: str, other: str) -> bool:
@@ -131,60 +139,77 @@ def _differ(one: str, other: str) -> bool:
     return first != second
 
 
-def learned(
-    original: Path, graph: gs.Graph, sites: Sequence[Site], file_of: Callable[[Point], Path], feed: Feed, timer: Timer
-) -> Latency:
-    """The model of a graph with ``sites``, from the times of files that ``file_of`` writes.
-
-    ``original``: the model that shares relate to. ``feed``: on which sizes between sites are counted.
-    """
+def mixes(sites: Sequence[Site]) -> dict[str, list[str]]:
+    """The mixes whose times tell those of all others: each option for all sites that have it, and the halves."""
     names = dict.fromkeys(option for site in sites for option in site.options())
-    mixes = {name: [name if name in site.options() else FLOAT for site in sites] for name in names}
-    acting = next((name for name in names if name in ACTING), None)
-    halves = {
-        f"every other {odd}": [
-            acting if place % 2 == odd and acting in site.options() else FLOAT for place, site in enumerate(sites)
-        ]
-        for odd in ((0, 1) if acting is not None else ())
-    }
-    mixes |= halves
-    paths = {name: file_of(point(sites, mix)) for name, mix in mixes.items()}
-    timed = timer({_ORIGINAL: original, **paths}, [site.nodes for site in sites])
+    found = {name: [name if name in site.options() else FLOAT for site in sites] for name in names}
+    acting = next((name for name in names if name in ACTING), FLOAT)
+    for half in _HALVES if acting != FLOAT else ():
+        found[half] = [o if place % 2 == _HALVES.index(half) else FLOAT for place, o in enumerate(found[acting])]
+    return found
+
+
+def learned(graph: gs.Graph, sites: Sequence[Site], timed: Mapping[str, Timed], feed: Feed) -> Latency:
+    """The model of a graph with ``sites``, from the times of the original and of ``mixes``.
+
+    An option without times counts like float, and borders cost nothing where there are no halves. ``feed``: on which
+    sizes between sites are counted.
+    """
     rest = timed[FLOAT].whole - sum(timed[FLOAT].sites)
-    times = _with_rest(timed, sites, rest)
+    known = {name: mix for name, mix in mixes(sites).items() if name in timed}
+    times = _with_rest(timed, known, rest)
     edges = _edges(graph, sites, feed)
-    borders = dict.fromkeys(edges, 0.0)
-    if acting is not None:
-        met = {name: sum(n for (a, b), n in edges.items() if _differ(mix[a], mix[b])) for name, mix in mixes.items()}
-        over = sum(timed[name].whole for name in halves) - timed[FLOAT].whole - timed[acting].whole
-        more = sum(met[name] for name in halves) - met[acting]
-        rate = max(over, 0.0) / more if more > 0 else 0.0
-        borders = {edge: rate * elements for edge, elements in edges.items()}
-        times = _without(times, borders, sites, acting)
-    return Latency(times, borders, rest, timed[_ORIGINAL].whole)
+    borders = dict.fromkeys(edges, (0.0, 0.0))
+    acting = next((name for name in known if name in ACTING), None)
+    own = [{option: times[name][place] for name in known for option in [known[name][place]] if name == option}
+           for place in range(len(sites))]  # fmt: skip
+    if acting is not None and all(half in known for half in _HALVES):
+        rates = _rates(known, times, edges, acting)
+        borders = {
+            (a, b): (n * (rates[1, a] + rates[0, b]), n * (rates[0, a] + rates[1, b])) for (a, b), n in edges.items()
+        }
+        for (a, b), pair in borders.items():  # the file of all int8 has borders around sites that stay float
+            met = _met(pair, known[acting][a], known[acting][b])
+            if met:
+                own[a if known[acting][a] == acting else b][acting] -= met
+    return Latency(tuple(own), borders, rest, timed[ORIGINAL].whole)
 
 
-def _with_rest(timed: Mapping[str, Timed], sites: Sequence[Site], rest: float) -> tuple[Mapping[str, float], ...]:
-    """The times of the options of every site. What other nodes take more than in float is spread over the sites."""
-    found = [{option: timed[option].sites[place] for option in site.options()} for place, site in enumerate(sites)]
-    for option in dict.fromkeys(option for times in found for option in times):
-        having = [times for times in found if option in times]
-        more = timed[option].whole - rest - sum(times.get(option, times[FLOAT]) for times in found)
-        for times in having:
-            times[option] += more / len(having)
-    return tuple(found)
+def _rates(
+    known: Mapping[str, Sequence[str]], times: Mapping[str, Sequence[float]], edges: Mapping[Edge, int], acting: str
+) -> np.ndarray:
+    """What every site takes more for an element at a border, where it is float and where it is int8, (2, sites).
+
+    The mean of its own rate and that of all sites: the profile of a site is noisy, and sites differ.
+    """
+    more, met = np.zeros((2, len(known[FLOAT]))), np.zeros((2, len(known[FLOAT])))
+    for half in _HALVES:
+        for place, option in enumerate(known[half]):
+            side = int(option == acting)
+            more[side, place] += times[half][place] - times[option][place]
+            for (a, b), elements in edges.items():
+                other = b if place == a else a
+                if place in (a, b):
+                    new = _differ(option, known[half][other]) - _differ(option, known[option][other])
+                    met[side, place] += elements * new
+    own = np.divide(more, met, out=np.zeros_like(more), where=met > 0)
+    every = (more * (met > 0)).sum(axis=1) / np.maximum((met * (met > 0)).sum(axis=1), 1)
+    return (own + every[:, None]) / 2
 
 
-def _without(
-    times: Sequence[Mapping[str, float]], borders: Mapping[Edge, float], sites: Sequence[Site], acting: str
-) -> tuple[Mapping[str, float], ...]:
-    """The times without the borders that the file of all int8 has around sites that stay float."""
-    found = [dict(time) for time in times]
-    for (a, b), ms in borders.items():
-        ends = [place for place in (a, b) if acting in sites[place].options()]
-        if len(ends) == 1:
-            found[ends[0]][acting] -= ms
-    return tuple(found)
+def _with_rest(
+    timed: Mapping[str, Timed], known: Mapping[str, Sequence[str]], rest: float
+) -> dict[str, Sequence[float]]:
+    """The times of all sites in every mix. What other nodes take more than in float is spread over those not float."""
+    found = {}
+    for name, mix in known.items():
+        times = list(timed[name].sites)
+        having = [place for place, option in enumerate(mix) if option != FLOAT]
+        more = timed[name].whole - rest - sum(times)
+        for place in having:
+            times[place] += more / len(having)
+        found[name] = times
+    return found
 
 
 def _edges(graph: gs.Graph, sites: Sequence[Site], feed: Feed) -> dict[Edge, int]:

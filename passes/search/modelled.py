@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from channelfold.passes.layers.owners import nearest
 from channelfold.passes.search.latency import Timed
+from channelfold.runtime.engine.plan import PlanReport
 from channelfold.runtime.engine.repair import plan_of
 from channelfold.runtime.engine.roofline import Card, bounds, cards
 from channelfold.runtime.errors import BuildError, UsageError
@@ -26,21 +28,26 @@ def modelled(
 ) -> dict[str, Timed]:
     """The upper bounds of the times of engines of files with ``sites``, for the shapes in ``data``.
 
-    A kernel belongs to the first site that it computes a node of. Raises BuildError where TensorRT builds no engine
+    A kernel belongs to the first site that it computes a node of; one without such a node, as a quantizer that TensorRT
+    has not fused, to the nearest site (``owners.nearest``). Raises BuildError where TensorRT builds no engine
     whose plan is readable.
     """
     card, found = card_of(sm), {}
     places = {name: place for place, names in enumerate(sites) for name in names}
     for name, path in paths.items():
-        report = plan_of(files.load(path), sm, data)
-        if not report.kernels:
-            raise BuildError(f"The time of {path.name} cannot be modelled: {report.reason}", "Leave --max-latency out")
-        times, whole = [0.0] * len(sites), 0.0
-        for kernel in report.kernels:
-            ms = bounds([kernel], card).most * 1e3
-            whole += ms
-            place = next((places[node] for node in kernel.nodes if node in places), None)
+        graph = files.load(path)
+        plan = plan_of(graph, sm, data)
+        around, times = nearest(graph, places), [0.0] * len(sites)
+        for kernel in plan.kernels:
+            place = next((of[node] for of in (places, around) for node in kernel.nodes if node in of), None)
             if place is not None:
-                times[place] += ms
-        found[name] = Timed(whole, times)
+                times[place] += bounds([kernel], card).most * 1e3
+        found[name] = Timed(milliseconds(plan, card, path.name), times)
     return found
+
+
+def milliseconds(plan: PlanReport, card: Card, name: str) -> float:
+    """The upper bound of the time of an engine of a model; raises BuildError where its plan does not tell."""
+    if not plan.kernels:
+        raise BuildError(f"The time of {name} cannot be modelled: {plan.reason}", "Leave --max-latency out")
+    return sum(bounds([kernel], card).most * 1e3 for kernel in plan.kernels)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from channelfold.passes.layers.sensitivity import Crew, Errors, Site, Trial, decibels
+from channelfold.passes.layers.output_error import Errors, decibels
+from channelfold.passes.layers.sensitivity import Crew, Site, Trial
 from channelfold.passes.layers.switchboard import Board
 from channelfold.passes.search.front import Point
 
@@ -108,7 +109,7 @@ def figures(
 ) -> Figures:
     """The figures of a point from the errors of the configuration in a ``place``."""
     lost, energy = errors.lost[place].sum(axis=0), errors.energy.sum(axis=0)
-    snr = float(np.min(decibels(lost / np.maximum(energy, _TINY))))
+    snr = decibels(float(np.max(lost / np.maximum(energy, _TINY))))
     agreed = errors.agreed[place][:, list(scores)]
     agreement = float(agreed.mean(axis=0).min()) if agreed.size and np.isfinite(agreed).all() else math.nan
     error = float(errors.by_sample()[place].mean())

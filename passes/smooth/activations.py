@@ -29,7 +29,8 @@ from channelfold.passes.channels.cache import Caches
 from channelfold.passes.channels.rescale import fitted, rescale
 from channelfold.passes.channels.scale_regions import Region, Shape, reach
 from channelfold.passes.layers.linear import Linear, live_linears, view
-from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError, decibels
+from channelfold.passes.layers.output_error import decibels
+from channelfold.passes.layers.quantization_error import ROWS, Bits, LayerError
 from channelfold.passes.smooth import Smooth, scales
 from channelfold.passes.smooth.cached import key_moves
 from channelfold.passes.smooth.scales import ClassStatistics

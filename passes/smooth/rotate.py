@@ -31,7 +31,7 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Context, Outcome, Refused
 from channelfold.passes.layers.formats import chunks
 from channelfold.passes.layers.linear import Linear, cast, linears, view
-from channelfold.passes.layers.quantization_error import decibels
+from channelfold.passes.layers.output_error import decibels
 from channelfold.passes.numeric.hadamard import Turn
 from channelfold.passes.operators import operator
 from channelfold.passes.smooth import Rotate

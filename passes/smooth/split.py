@@ -31,7 +31,8 @@ from channelfold.passes.channels.rescale import rescale
 from channelfold.passes.channels.scale_regions import End, Region, reach
 from channelfold.passes.channels.widths import columns_of, gathered, read_by
 from channelfold.passes.layers.linear import Linear, usable, view
-from channelfold.passes.layers.quantization_error import Bits, decibels, quantized_activation
+from channelfold.passes.layers.output_error import decibels
+from channelfold.passes.layers.quantization_error import Bits, quantized_activation
 from channelfold.passes.smooth import SplitChannels
 from channelfold.passes.smooth.sites import Shapes, change_each
 from channelfold.runtime.stats.channels import ChannelStatistics

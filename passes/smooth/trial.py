@@ -23,10 +23,8 @@ import onnx_graphsurgeon as gs
 from channelfold.passes.base import Context, Pass
 from channelfold.passes.channels.region import Region
 from channelfold.passes.channels.rescale import rescale
-from channelfold.passes.layers.output_error import Outputs, held_out
-from channelfold.passes.layers.quantization_error import decibels
+from channelfold.passes.layers.output_error import Outputs, decibels, held_out
 from channelfold.runtime.io.files import infer_shapes, raise_opset
-from channelfold.runtime.io.meanings import meanings
 
 Sites = frozenset[int]
 
@@ -83,8 +81,7 @@ class Judge:
     def __init__(self, graph: gs.Graph, quantizer: Pass, ctx: Context):
         seen, unseen = held_out(ctx.data)
         self._quantizer, self._ctx = quantizer, dataclasses.replace(ctx, calibration=seen.first(_CALIBRATED))
-        presents = {meaning.present for meaning in meanings(graph).values()}
-        self._outputs = Outputs(graph, unseen, without=presents)
+        self._outputs = Outputs(graph, unseen)
 
     @property
     def samples(self) -> int:

@@ -344,8 +344,8 @@ def sensitivity(
     job = Job("sensitivity", Path(model), progress, source)
     job.calibration = job.open("calibration", source.calibration, source.random)
     passes = choices.in_front(recipes.load_recipe(recipe).passes)
-    with job.blaming():
-        sensitivities.sensitivity(job, passes, options or {}, sensitivities.Crew(workers, cluster, progress))
+    with job.blaming(), sensitivities.Crew(workers, cluster, progress) as crew:
+        sensitivities.sensitivity(job, passes, options or {}, crew)
     return job.record
 
 

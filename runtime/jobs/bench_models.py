@@ -12,7 +12,7 @@ import json
 import math
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from channelfold.runtime.io.facts import model_facts
 from channelfold.runtime.io.outputs import check_kind
 from channelfold.runtime.io.session import Feed, Session, TensorSpec
 from channelfold.runtime.io.weights import bits
+from channelfold.runtime.jobs import bench_table
 from channelfold.runtime.jobs import engines as engine_records
 from channelfold.runtime.jobs import inspect_model as inspection
 from channelfold.runtime.jobs.job import Job, Progress, Record, Source
@@ -85,8 +86,14 @@ def run(paths: Sequence[Path], asked: Bench, source: Source, progress: Progress)
         if asked.nodes or asked.keep is not None:
             bench["nodes"] = _nodes(models, engines, feed, asked, progress)
     if asked.keep is not None:
+        table = {"environment": job.record["environment"], "nodes": bench["nodes"]}
+        table["files"] = [bench_table.of_model(name, path, bench["nodes"][name]) for name, path in models.items()]
+        of = dict(zip(built, paths, strict=False))
+        for name, path in engines.items():
+            told = next(one for one in job.record["engines"] if one["path"] == str(path))
+            model = of.get(path) or _closest({node for kernel in told["kernels"] for node in kernel["nodes"]}, paths)[0]
+            table["files"].append(bench_table.of_engine(name, model, told, bench["nodes"][name]))
         with files.writing(asked.keep) as file:
-            table = {"environment": job.record["environment"], "nodes": bench["nodes"]}
             file.write(json.dumps({"schema": 1, **table}, indent=1).encode())
     job.record["bench"] = bench
     return job.record
@@ -116,8 +123,7 @@ def _told(engine: Path, paths: Sequence[Path], feed: Feed) -> dict[str, Any]:
         ) from None
     shapes = {name: values.shape for name, values in feed.items()}
     named = {node for kernel in read_plan(engine, {}, shapes).kernels for node in kernel.nodes}
-    graphs = [files.load(path) for path in paths]
-    graph = max(graphs, key=lambda graph: len(named & {node.name for part in all_graphs(graph) for node in part.nodes}))
+    _, graph = _closest(named, paths)
     report = read_plan(engine, contractions(graph), shapes)
     return {
         "sm": report.sm,
@@ -127,6 +133,12 @@ def _told(engine: Path, paths: Sequence[Path], feed: Feed) -> dict[str, Any]:
         "backend": _PACKAGE if report.readable else "unknown",
         **engine_records.told(report, graph, report.sm),
     }
+
+
+def _closest(named: Set[str], paths: Sequence[Path]) -> tuple[Path, gs.Graph]:
+    """The model that has most of some nodes."""
+    models = [(path, files.load(path)) for path in paths]
+    return max(models, key=lambda one: len(named & {node.name for part in all_graphs(one[1]) for node in part.nodes}))
 
 
 def _named(paths: Sequence[Path]) -> dict[str, Path]:

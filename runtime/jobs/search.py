@@ -25,13 +25,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from channelfold.passes.base import Pass
-from channelfold.passes.layers.sensitivity import Crew, Errors, Meter, Trial, brief, keep, measure
-from channelfold.passes.layers.switchboard import FLOAT, Board, compared
+from channelfold.passes.layers.output_error import Errors, Meter, compared
+from channelfold.passes.layers.sensitivity import Crew, Trial, brief, keep, measure
+from channelfold.passes.layers.switchboard import FLOAT, Board
 from channelfold.passes.recipe import BEHIND_REPARAM, make
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.choice import Choice
 from channelfold.passes.search.front import Point
-from channelfold.passes.search.modelled import card_of
 from channelfold.passes.search.proof import RELATIVE, Figures, Limits, Split, figures, ranked
 from channelfold.runtime.data.npz import read_headers
 from channelfold.runtime.data.sources import Data
@@ -42,6 +42,7 @@ from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.runtime.jobs import search_record as telling
 from channelfold.runtime.jobs.job import GateMissed, Job
 from channelfold.runtime.jobs.search_files import Files, Metric
+from channelfold.runtime.jobs.search_times import Clock, clock_of
 from channelfold.runtime.jobs.sensitivity import Prepared, after, prepared
 from channelfold.runtime.stats.compare import DEGRADED_SNR
 
@@ -56,7 +57,7 @@ class Search:
     """What to search for. ``max_size``: bytes of the file, or a share of the model's where it is 1 at most.
 
     ``max_latency``: share of the float model's time in ONNX Runtime on this machine; of its engine's, modelled, where
-    the target is tensorrt for a GPU.
+    the target is tensorrt for a GPU. ``latency_table``: a record of ``bench`` that tells times in their place.
     ``metric``: a script and a function of it, which takes the path of a model and returns a number, higher is better;
     its loss is relative to that of the float model. ``minimize``: "size", "arithmetic" or "both". Without a limit the
     outputs must have the SNR of the verdict OK. ``prune_to``: shares of the MACs; variants that keep these are searched
@@ -67,6 +68,7 @@ class Search:
     max_loss: float | None = None
     max_size: float | None = None
     max_latency: float | None = None
+    latency_table: str = ""
     metric: str = ""
     minimize: str = "both"
     trials: int = 12
@@ -134,6 +136,10 @@ class _Hunt:
         self.crew = Crew(search.workers, search.cluster, job.progress, keep_in)
         self.metric = Metric(job, search.metric) if search.metric else None
         self.data, self.steering, self.proof = _split(job)
+        self.clock = None
+        if search.max_latency is not None:
+            target, table = given.get("target", "tensorrt"), search.latency_table
+            self.clock = clock_of(job.model, self.steering[0][0], target, sms, Path(table) if table else None)
         self.results: list[_Result] = []
         self._cast: Pass | None = None  # what stays float gets its type from it
         self._least = np.inf  # error of all nodes in 8 bits
@@ -217,8 +223,8 @@ class _Hunt:
         sites = self._costs.priced(found.board, sites, rest.bytes, error + rest.error, rest.widths)
         choice = Choice(sites, samples, steering, proof, self.limits, self.search.trials)
         written.choice = choice
-        if self.search.max_latency is not None:
-            written.learn_times(self.steering[0][0], self._modelled_sm())
+        if self.clock:
+            written.learn_times(self.clock, rest.type)
         chosen = choice.run()
         mix = choices.recipe(
             start.steps, found.passes, start.graph, found.board, chosen.point.chosen(choice.sites), rest.behind
@@ -264,10 +270,6 @@ class _Hunt:
         proof, _ = typed(splits[1], *self.proof)
         error = float(errors.by_sample().mean())
         return _Rest(_bytes(graph), (steering, proof), choices.widths(graph), [self._cast], error)
-
-    def _modelled_sm(self) -> int | None:
-        """The GPU whose time is modelled; None where the time is that of ONNX Runtime."""
-        return None if self.given.get("target") == "onnxruntime" else self.sms[0]
 
     def _split(self, found: Prepared, written: Files, part: Part, name: str) -> Split:
         board, (feeds, labels) = found.board, part
@@ -335,6 +337,7 @@ class Found:
     result: _Result
     proof: Part
     metric: Metric | None
+    clock: Clock | None
 
     def check(self, out: Path) -> None:
         """Measures the written file on the samples of the proof; raises GateMissed where it misses a limit.
@@ -349,10 +352,19 @@ class Found:
             limits = dataclasses.replace(limits, max_loss=None) if record["loss"] == RELATIVE else limits
         size = self.job.record["output"]["bytes"]
         met = limits.accurate(found) and (limits.max_size is None or size <= limits.max_size)
-        record["file"] = telling.shown(found) | {"bytes": size, "met": met}
+        record["file"] = telling.shown(found) | {"bytes": size, "latency": None}
+        if self.clock and limits.max_latency is not None:
+            assert choice.latency is not None
+            predicted = choice.latency.share(self.result.chosen.point.options)
+            time = self.clock.proved(out, self.job.record["engines"], predicted)
+            met = met and time.low <= limits.max_latency  # a time above by less than its noise is within it
+            record["file"]["latency"] = {**dataclasses.asdict(time), "how": self.clock.how}
+        record["file"]["met"] = met
         record["met"] = record["met"] and met
         if not record["met"]:
             what = f"{record['loss']} lost {found.loss:.2%}, SNR {found.snr:.1f} dB, {size:,} bytes"
+            if time := record["file"]["latency"]:
+                what += f", {time['value']:.1%} of the time ({time['low']:.1%} to {time['high']:.1%}, {time['how']})"
             asked = ", ".join(f"{name.replace('_', '-')} {limit:g}" for name, limit in record["limits"].items())
             missed = f"No point keeps the limits ({asked})"
             raise GateMissed(GateError(missed, f"The nearest was written: {what}"), self.job.record)
@@ -382,22 +394,21 @@ def find(
     """
     if job.calibration is None:
         raise DataError("A search needs calibration data", "Give some with --calibration")
-    if search.max_latency is not None and given.get("target") != "onnxruntime":
-        if not sms:
-            hint = "Add --target onnxruntime, or --sm 89 to have the time on that GPU modelled"
-            raise UsageError("Latency is measured in ONNX Runtime, which is not the target", hint)
-        card = card_of(sms[0]).name
-        job.warn(f"The latency is that of a {card} by a model of it, relative to the float engine: not measured")
+    if search.latency_table and search.max_latency is None:
+        raise UsageError("A table of times was given, and no limit of time", "Add --max-latency")
     choices.steps(given)
     choices.cast(passes, given, search.float_type)
     limits = _limits(search, gates, job.record["model"]["bytes"])
     hunt = _Hunt(job, given, search, limits, sms, keep_in)
-    best = hunt.run(passes)
+    if hunt.clock and hunt.clock.warning:
+        job.warn(hunt.clock.warning)
+    with hunt.crew:
+        best = hunt.run(passes)
     if hunt.crew.resumed:
         job.warn(f"{hunt.crew.resumed:.0f} of {sum(hunt.crew.runs.values()):.0f} runs were done by an earlier call")
     job.record["search"] = telling.together(best.record, [result.record for result in hunt.results], hunt.crew)
     job.calibration = hunt.data
-    return Found(best.passes, job, best, hunt.proof, hunt.metric)
+    return Found(best.passes, job, best, hunt.proof, hunt.metric, hunt.clock)
 
 
 def _limits(search: Search, gates: Any, whole: int) -> Limits:

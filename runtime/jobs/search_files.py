@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +10,13 @@ from channelfold.passes.base import Pass
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.choice import Choice
 from channelfold.passes.search.front import Point
-from channelfold.passes.search.latency import Timer, learned
-from channelfold.passes.search.modelled import modelled
-from channelfold.passes.search.profiled import profiled
+from channelfold.passes.search.latency import learned
 from channelfold.runtime.data.sources import Data, call_script
 from channelfold.runtime.errors import DataError, UsageError
 from channelfold.runtime.io import files
-from channelfold.runtime.io.session import Feed, Session
 from channelfold.runtime.jobs.job import Job
+from channelfold.runtime.jobs.search_times import Clock
 from channelfold.runtime.jobs.sensitivity import Prepared, after
-from channelfold.runtime.stats.bench import latencies
 
 
 class Files:
@@ -45,28 +41,15 @@ class Files:
             files.save(graph, self._known[point.options])
         return self._known[point.options]
 
-    def learn_times(self, feed: Feed, sm: int | None) -> None:
-        """Gives the choice a clock, and a model of what it will tell: of ONNX Runtime, or of a GPU that is modelled."""
-        timer = functools.partial(profiled, feed=feed)
-        clock = functools.partial(self.latency, feed=feed)
-        if sm is not None:
-            timer = functools.partial(modelled, sm=sm, data=[feed])
-            clock = functools.partial(self._modelled, timer)
-        self.choice.latency = learned(self.job.model, self._found.graph, self.choice.sites, self.of, feed, timer)
-        self.choice.clock = clock
-
-    def _modelled(self, timer: Timer, point: Point) -> float:
-        assert self.choice.latency is not None
-        return timer({"": self.of(point)}, [])[""].whole / self.choice.latency.whole
-
-    def latency(self, point: Point, feed: Feed) -> float:
-        """The time of a point as a share of the float model's, measured in turns."""
-        sessions = {
-            name: Session(path, timed=True) for name, path in (("float", self.job.model), ("point", self.of(point)))
-        }
-        runs = {name: functools.partial(session.run, feed) for name, session in sessions.items()}
-        whole, found = latencies(runs, rounds=25, warmup=3, seconds=5.0)
-        return found.low / whole.low  # what interrupts a run makes it longer
+    def learn_times(self, clock: Clock, kind: str) -> None:
+        """Gives the choice a clock, and a model of what it will tell. ``kind``: the type of what stays float."""
+        sites = self.choice.sites
+        timed = clock.timed(sites, kind, self.of)
+        options = dict.fromkeys(option for site in sites for option in site.options())
+        if unknown := [option for option in options if option not in timed]:
+            self.job.warn(f"There are no times of {', '.join(unknown)}, which count like those of float")
+        latency = self.choice.latency = learned(self._found.graph, sites, timed, clock.feed)
+        self.choice.clock = lambda point: clock.share(point, self.of, latency.share(point.options))
 
 
 class Metric:

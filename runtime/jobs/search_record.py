@@ -5,9 +5,10 @@ of the whole network, on one sample}, resumed (how many of them), kappa_db, poin
 latency_predicted, start, type, options: {option: share of the weights}, predicted_db, error_db, snr_db, agreement,
 loss, low, high, proof (the same figures on other samples, or null), chosen}], sites: [{nodes, option, bytes, cost,
 snr_db, better: null or {option, snr_db, and how much more bytes and cost}}], file (the figures of the written file on
-the samples of the proof, with its bytes and whether it has met the limits)}. Bytes of a point are those of its file,
-nearly; cost and latency are relative to float, latency is null without a limit of time; ``start`` names the variant of
-the network, if it is one; ``type`` is that of what stays float. ``better`` is the cheapest of the better options.
+the samples of the proof, with its bytes, its latency: {value, low, high, how} or null, and whether it has met the
+limits)}. Bytes of a point are those of its file, nearly; cost and latency are relative to float, latency is null
+without a limit of time; ``start`` names the variant of the network, if it is one; ``type`` is that of what stays float.
+``better`` is the cheapest of the better options.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from channelfold.passes.layers.sensitivity import SAMPLES, Crew, Site, decibels
+from channelfold.passes.layers.output_error import SAMPLES, decibels
+from channelfold.passes.layers.sensitivity import Crew, Site
 from channelfold.passes.layers.switchboard import FLOAT
 from channelfold.passes.search import options as choices
 from channelfold.passes.search.choice import Choice
@@ -68,7 +70,7 @@ def _told_point(work: Choice, figures: Figures, chosen: Figures) -> dict[str, An
         "latency": work.times.get(point),
         "latency_predicted": work.latency.share(point.options) if work.latency else None,
         "options": shares,
-        "predicted_db": float(decibels(point.predicted)),
+        "predicted_db": decibels(point.predicted),
         **shown(figures),
         "proof": shown(proof) if proof else None,
         "chosen": point == chosen.point,
@@ -78,14 +80,14 @@ def _told_point(work: Choice, figures: Figures, chosen: Figures) -> dict[str, An
 def told_float(found: Figures, start: str, kind: str) -> dict[str, Any]:
     """A network called ``start`` that is all of the type ``kind``, as a point."""
     told = {"bytes": found.point.size, "cost": found.point.cost, "latency": None, "latency_predicted": None}
-    told |= {"options": {FLOAT: 1.0}, "predicted_db": float(decibels(found.error)), **shown(found)}
+    told |= {"options": {FLOAT: 1.0}, "predicted_db": decibels(found.error), **shown(found)}
     return told | {"proof": None, "chosen": False, "start": start, "type": kind}
 
 
 def shown(found: Figures) -> dict[str, Any]:
     told = {name: getattr(found, name) for name in ("agreement", "loss", "low", "high")}
     told["agreement"] = None if math.isnan(found.agreement) else found.agreement
-    return {"error_db": float(decibels(found.error)), "snr_db": found.snr, **told}
+    return {"error_db": decibels(found.error), "snr_db": found.snr, **told}
 
 
 def _told_choice(site: Site, option: str) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def _told_choice(site: Site, option: str) -> dict[str, Any]:
         size, cost = site.sizes[name], site.costs[name]
         if beside:
             size, cost = size - site.sizes[beside], cost - site.costs[beside]
-        return {"option": name, "bytes": size, "cost": cost, "snr_db": float(decibels(site.errors.get(name, 0.0)))}
+        return {"option": name, "bytes": size, "cost": cost, "snr_db": decibels(site.errors.get(name, 0.0))}
 
     better = [o for o in site.options() if site.errors.get(o, 0.0) < site.errors.get(option, 0.0)]
     following = min(better, key=lambda o: (site.costs[o], site.errors.get(o, 0.0)), default=None)

@@ -16,7 +16,8 @@ import onnx_graphsurgeon as gs
 
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context, Pass
-from channelfold.passes.layers.sensitivity import SAMPLES, Crew, Site, Trial, brief, decibels, keep, measure, spread
+from channelfold.passes.layers.output_error import SAMPLES, decibels, spread
+from channelfold.passes.layers.sensitivity import Crew, Site, Trial, brief, keep, measure
 from channelfold.passes.layers.switchboard import FLOAT, Board
 from channelfold.passes.search import options as choices
 from channelfold.runtime.data.sources import Data
@@ -81,7 +82,7 @@ def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew
         whole = [float(errors.by_sample().mean()) for errors in crew.each("additivity", mixes)]
         sums = {o: sum(site.errors.get(o, 0.0) for site in sites) for o in names}
         additive = {
-            option: {"sum_db": float(decibels(sums[option])), "measured_db": float(decibels(error))}
+            option: {"sum_db": decibels(sums[option]), "measured_db": decibels(error)}
             for option, error in zip(names, whole, strict=True)
         }
         ranked = sorted(sites, key=lambda s: -s.errors.get(names[0], 0.0))
@@ -97,8 +98,8 @@ def sensitivity(job: Job, before: Sequence[Pass], given: Mapping[str, Any], crew
 def _told(site: Site, board: Board, sums: Mapping[str, float]) -> dict[str, Any]:
     options = {
         option: {
-            "snr_db": float(decibels(error)),
-            "worst_db": float(decibels(max(site.by_sample[option]))),
+            "snr_db": decibels(error),
+            "worst_db": decibels(max(site.by_sample[option])),
             "share": error / sums[option] if sums[option] > 0 else 0.0,
             "bytes": site.sizes[option],
         }

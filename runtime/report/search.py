@@ -47,6 +47,9 @@ def show(record: Mapping[str, Any], page: Page) -> None:
         limits = ", ".join(f"{name.replace('_', '-')} {limit:g}" for name, limit in found["limits"].items())
         page.say(("limits: ", "bold"), limits, ", ", verdict)
     page.say((f"{found['loss']} lost: ", "bold"), f"{_loss(shown)} on the samples of the proof")
+    if time := (found.get("file") or {}).get("latency"):
+        spread = f"{time['low']:.1%} to {time['high']:.1%}"
+        page.say(("the written file: ", "bold"), f"{time['value']:.1%} of float's time ({spread}), {time['how']}")
     limit = found["limits"].get("max_loss")
     if limit is not None and found["met"] and shown["high"] > limit:
         page.say(

@@ -7,6 +7,7 @@ interferes do not move a median.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,16 +16,42 @@ from typing import Any
 
 from channelfold.runtime.errors import UsageError, no_progress
 
+_SIGMA = 1.96  # of a two-sided interval of 95 %
+
 
 @dataclass(frozen=True)
 class Latency:
-    """The time of one run of ``name`` in milliseconds: ``ms`` the median, ``low`` and ``high`` the middle half."""
+    """The time of one run of ``name`` in milliseconds: ``ms`` the median, ``low`` and ``high`` the middle half.
+
+    ``times``: of every round.
+    """
 
     name: str
     ms: float
     low: float
     high: float
-    runs: int
+    times: tuple[float, ...]
+
+    @property
+    def runs(self) -> int:
+        return len(self.times)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long one model takes as another; with a confidence of 95 % between ``low`` and ``high``."""
+
+    value: float
+    low: float
+    high: float
+
+
+def ratio(found: Latency, base: Latency) -> Ratio:
+    """The median of the ratios of two times in one round, and the order statistics that enclose such medians."""
+    ratios = sorted(one / other for one, other in zip(found.times, base.times, strict=True))
+    last, half = len(ratios) - 1, _SIGMA * math.sqrt(len(ratios)) / 2
+    low, high = max(0, math.floor(last / 2 - half)), min(last, math.ceil(last / 2 + half))
+    return Ratio(statistics.median(ratios), ratios[low], ratios[high])
 
 
 def latencies(
@@ -63,4 +90,4 @@ def latencies(
 
 def _latency(name: str, values: list[float]) -> Latency:
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return Latency(name, median, low, high, len(values))
+    return Latency(name, median, low, high, tuple(values))

@@ -259,9 +259,20 @@ class TestBudget:
         refused = reasons(apply(original, keep_hidden=0.5, branch="always"))
         assert refused == 2 * ["no dense branch: another FFN begins where it ends, or ends where it begins"]
 
+    @pytest.mark.parametrize("closing", ["y = ArgMax<axis=1>(k)", "y = Softmax<axis=1>(k)", "y = Sigmoid(k)"])
+    def test_what_a_closing_operator_reads_is_measured(self, closing):
+        facts = []
+        for last in ("y = MatMul(a, B)", f"k = MatMul(a, B)\n{closing}"):
+            output = "int64[N,1]" if "ArgMax" in last else "float[N,8]"
+            body = f"h = MatMul(x, A)\na = Relu(h)\n{last}"
+            graph = build(f"(float[N,8] x) => ({output} y)", body, kind="float", A=(8, 32), B=(32, 8))
+            facts.append(apply(graph, keep_hidden=0.5).facts)
+        assert facts[1]["output_error"] == pytest.approx(facts[0]["output_error"], rel=1e-5)
+        assert facts[1]["ffns"][0]["sensitivity"] == pytest.approx(facts[0]["ffns"][0]["sensitivity"], rel=1e-5)
+
     def test_outputs_without_floats_count_as_alike(self):
-        body = "h = MatMul(x, A)\na = Relu(h)\nk = MatMul(a, B)\ny = ArgMax<axis=1>(k)"
-        graph = build("(float[N,8] x) => (int64[N,1] y)", body, kind="float", A=(8, 32), B=(32, 8))
+        body = "h = MatMul(x, A)\na = Relu(h)\nk = MatMul(a, B)\ny = Cast<to=7>(k)"
+        graph = build("(float[N,8] x) => (int64[N,8] y)", body, kind="float", A=(8, 32), B=(32, 8))
         facts = apply(graph, keep_hidden=0.5).facts["ffns"]
         assert facts[0]["sensitivity"] == 1.0
         assert facts[0]["hidden"] == [32, 16]

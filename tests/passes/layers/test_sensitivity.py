@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from channelfold.passes.layers import sensitivity
-from channelfold.passes.layers.sensitivity import Crew, Errors, Site, Trial, brief, measure, worst
+from channelfold.passes.layers.output_error import Errors
+from channelfold.passes.layers.sensitivity import Crew, Site, Trial, brief, measure, worst
 from channelfold.passes.layers.switchboard import FLOAT, Board, Slot
 
 SITES = 20

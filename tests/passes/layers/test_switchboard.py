@@ -13,6 +13,7 @@ from channelfold import models
 from channelfold.passes import pipeline
 from channelfold.passes.base import Context
 from channelfold.passes.layers import sensitivity, switchboard
+from channelfold.passes.layers.output_error import Meter, decibels, spread
 from channelfold.passes.layers.switchboard import Board, build, dequantized
 from channelfold.passes.recipe import load_recipe, make
 from channelfold.passes.search.options import board_of, recipe
@@ -178,12 +179,12 @@ def test_the_site_that_holds_the_error_is_found_and_errors_add_up(tmp_path):
     data = samples(graph, size=64, make=lambda shape, rng: rng.standard_normal(shape))
     variant = quantized(graph, data, "quantize", {"min_activation_snr": 0})
     board = build(graph, {"int8": variant}, tmp_path)
-    files = sensitivity.keep(board, sensitivity.spread(data, 4), "s")
+    files = sensitivity.keep(board, spread(data, 4), "s")
     errors = {site.nodes[0]: site.errors["int8"] for site in sensitivity.measure(board, files)}
     assert max(errors, key=errors.__getitem__) == "MatMul_6"
     assert errors["MatMul_6"] > 0.9 * sum(errors.values())
     whole = sensitivity.attempt(sensitivity.Trial(board, files, (dict.fromkeys(errors, "int8"),)))
-    assert abs(sensitivity.decibels(sum(errors.values())) - sensitivity.decibels(whole.by_sample().mean())) < 1
+    assert abs(decibels(sum(errors.values())) - decibels(whole.by_sample().mean())) < 1
 
 
 def test_codes_are_taken_apart_as_onnx_does():
@@ -205,7 +206,7 @@ def test_a_channel_axis_and_a_scalar_are_taken_apart_too():
 
 @pytest.mark.parametrize(("labels", "classed"), [((), False), ((0,), True)])
 def test_an_output_may_be_a_scalar(labels, classed):
-    meter = sensitivity.Meter(1, [False], 1, labels)
+    meter = Meter(1, [False], 1, labels)
     meter.see(0, {}, [np.array(2.0)], [[np.array(1.0)]])
     errors = meter.errors
     assert (errors.energy[0, 0], errors.lost[0, 0, 0], np.isnan(errors.agreed[0, 0, 0])) == (4.0, 1.0, True)

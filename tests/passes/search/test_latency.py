@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from channelfold.passes.layers.owners import owners
+from channelfold.passes.layers.owners import nearest, owners
 from channelfold.passes.layers.sensitivity import Site
 from channelfold.passes.search import latency
 from channelfold.passes.search.front import Point, point
 from channelfold.passes.search.latency import Timed
+from channelfold.passes.search.tabled import options_in
 from channelfold.runtime import jobs
 from channelfold.runtime.io import files
 from channelfold.runtime.stats.profile import NodeTime, profiles
@@ -78,7 +79,9 @@ def learned() -> latency.Latency:
         return found
 
     feed = {"x": np.zeros((BATCH, WIDTHS[0]), np.float32)}
-    return latency.learned(Path("original"), graph, sites(), file_of, feed, timer)
+    paths = {name: file_of(point(sites(), mix)) for name, mix in latency.mixes(sites()).items()}
+    timed = timer({"": Path("original"), **paths}, [site.nodes for site in sites()])
+    return latency.learned(graph, sites(), timed, feed)
 
 
 def test_every_mix_of_planted_times_is_predicted(learned: latency.Latency) -> None:
@@ -122,7 +125,9 @@ def test_fused_nodes_belong_to_the_site_that_they_were(tmp_path: Path, target: s
     path = tmp_path / "int8.onnx"
     jobs.compress(DIGITS, tmp_path, source=jobs.Source(CALIBRATION), overrides={"target": target})
     (tmp_path / "model.onnx").rename(path)
-    names = [node.name for node in files.load(path).nodes if node.op in ("Conv", "Gemm")]
+    graph = files.load(path)
+    names = [node.name for node in graph.nodes if node.op in ("Conv", "Gemm")]
+    assert list(options_in(graph).values()).count("int8") == 5
     feed = {"image": np.zeros((1, 1, 8, 8), np.float32)}
     nodes = profiles({"int8": path}, feed, threads=1, rounds=1)["int8"]
     counted = [NodeTime(node.name, node.op, 1.0) for node in nodes]
@@ -130,3 +135,18 @@ def test_fused_nodes_belong_to_the_site_that_they_were(tmp_path: Path, target: s
     assert sum(times) == len(nodes)  # no node is lost
     alone = [NodeTime(n.name, n.op, 1.0) for n in nodes if "Conv" in n.op or n.op in ("Gemm", "QGemm")]
     assert owners(path, alone, [[name] for name in names]) == [1.0] * len(names)
+
+
+def test_a_quantizer_belongs_to_the_site_that_reads_it_and_other_nodes_to_the_one_in_front() -> None:
+    graph = build(
+        "(float[n,8] x) => (float[] y)",
+        """
+        a = Relu(x) b = MatMul(a, W) c = Relu(b)
+        q = QuantizeLinear(c, s, z) d = DequantizeLinear(q, s, z) e = MatMul(d, W) y = Relu(e)
+        """,
+        kind="float", W=(8, 8), s=np.float32(0.1), z=np.int8(0),
+    )  # fmt: skip
+    names = [node.name for node in graph.nodes]
+    products = [node.name for node in graph.nodes if node.op == "MatMul"]
+    found = nearest(graph, {name: place for place, name in enumerate(products)})
+    assert [found[name] for name in names] == [0, 0, 0, 1, 0, 1, 1]

@@ -171,10 +171,14 @@ def test_a_latency_is_measured_and_kept(for_onnxruntime, mlp, tmp_path):
     assert found["met"]
     assert all(0 < point["latency"] < 50 for point in found["points"])
     assert all(0 < point["latency_predicted"] < 50 for point in found["points"])
+    told = found["file"]["latency"]
+    assert 0 < told["low"] <= told["value"] <= told["high"] < 50
+    assert told["how"] == "measured in ONNX Runtime"
     model, source = mlp
-    with pytest.raises(jobs.GateMissed, match="max-latency"):
+    with pytest.raises(jobs.GateMissed, match="max-latency") as missed:
         jobs.compress(model, tmp_path, source=source, overrides={"target": "onnxruntime"},
                       search=jobs.Search(max_latency=1e-6, trials=2))  # fmt: skip
+    assert "of the time" in str(missed.value)
 
 
 def test_a_latency_is_of_onnxruntime(mlp, tmp_path):
@@ -206,6 +210,7 @@ def test_a_latency_of_a_gpu_is_modelled(mlp, tmp_path, monkeypatch):
     found = chosen(record)
     assert 0.3 < found["latency"] <= 0.6  # one of three products of equal time may stay float; int8 is 4 times as fast
     assert found["latency"] == pytest.approx(found["latency_predicted"], rel=0.03)
+    assert record["search"]["file"]["latency"]["how"] == "modelled for L4"  # of the engine that was built
 
 
 def test_gates_are_limits_of_a_search(mlp, tmp_path):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from channelfold.runtime.errors import UsageError
-from channelfold.runtime.stats.bench import latencies
+from channelfold.runtime.stats.bench import Latency, Ratio, latencies, ratio
 
 
 class Clock:
@@ -66,3 +66,13 @@ def test_progress_ends_at_the_total():
     clock, seen = Clock(), []
     latencies({"a": clock.model("a", 1)}, rounds=9, warmup=0, clock=clock, progress=lambda *step: seen.append(step))
     assert seen[-1] == ("measure latency", 9, 9)
+
+
+def test_the_ratio_of_two_models_has_the_noise_of_its_rounds():
+    """A slow round slows both; an interruption of one in twenty moves neither the median nor its interval."""
+    speeds = [1.0, 1.5] * 10
+    base = Latency("a", 0, 0, 0, tuple(speeds))
+    own = Latency("b", 0, 0, 0, tuple(2 * s + (9.0 if i == 7 else 0.01 * (i % 3)) for i, s in enumerate(speeds)))
+    found = ratio(own, base)
+    assert 2 <= found.low <= found.value <= found.high <= 2.02
+    assert ratio(base, base) == Ratio(1.0, 1.0, 1.0)
