@@ -1,3 +1,3 @@
 """channelfold: compress ONNX models by working on their channels, build TensorRT engines, prove the result."""
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
