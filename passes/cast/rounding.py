@@ -116,7 +116,9 @@ class Trials:
         return self._of(lambda copy: self._cast(copy, plan))
 
     def _of(self, change: Callable[[gs.Graph], object]) -> float:
-        """The error of a copy of the graph that ``change`` has changed."""
+        """The error of a copy of the graph that ``change`` has changed; 0 where no output can be compared."""
+        if not self._outputs.kept:
+            return 0.0
         self._progress("Rounding", 0, 0)
         copy = self._before.graph()
         change(copy)

@@ -72,8 +72,9 @@ class Errors:
         return np.divide(self.lost, least, out=np.zeros_like(self.lost), where=least > 0)
 
     def by_sample(self) -> np.ndarray:
-        """The error of every configuration on every sample, (configurations, samples)."""
-        return self.relative().mean(axis=-1)
+        """The error of every configuration on every sample, (configurations, samples); 0 where nothing is measured."""
+        found = self.relative()
+        return found.sum(axis=-1) / max(1, found.shape[-1])
 
 
 def decibels(error: float) -> float:
