@@ -1,7 +1,8 @@
 """Smoothing that does not pay at the outputs of the model is taken back.
 
 A scale that makes the quantized outputs of one site better may make those of the model worse. The judge is the
-quantization that follows, on a copy of the graph; its ranges come from some samples, the errors from others:
+quantization that follows, but for options that take many runs, on a copy of the graph; its ranges come from some
+samples, the errors from others:
 
     e(S)            error of the quantized outputs when the sites S are smoothed
     S = all or none, whichever is better;  then  S <- S xor G  where e(S xor G) < e(S)
@@ -31,6 +32,14 @@ Sites = frozenset[int]
 _PARTS = (2, 4)  # into how many groups the sites are divided, one division after another
 _CALIBRATED = 32  # samples that ranges come from
 _NOISE = 1e-9  # an error that rounding alone may cause
+_ONCE: dict[str, Any] = {
+    "gptq": False,
+    "verify_plan": None,
+    "profile": False,
+    "float_share": 0.0,
+    "correct_inputs": False,
+}
+_FAST = {"calibrator": {"measured": "mse"}, "rounder": {"gptq": "search", "descent": "search"}}
 _WORTH = 0.98  # a group changes sides where at most this share of the error is left: less may be chance
 
 
@@ -75,12 +84,20 @@ class Verdict:
         return found | {"samples": samples, "trials": len(self.errors), "taken_back": len(self.taken_back)}
 
 
+def _fast(quantizer: Pass) -> Pass:
+    """The quantization without what takes many runs, and is worth them once, when the smoothing stands."""
+    known = quantizer.options()
+    found = {name: value for name, value in _ONCE.items() if name in known}
+    found |= {name: faster.get(known[name], known[name]) for name, faster in _FAST.items() if name in known}
+    return dataclasses.replace(quantizer, **found)
+
+
 class Judge:
     """The error of the quantized outputs of changed copies of a graph. Raises ModelError where the graph cannot run."""
 
     def __init__(self, graph: gs.Graph, quantizer: Pass, ctx: Context):
         seen, unseen = held_out(ctx.data)
-        self._quantizer, self._ctx = quantizer, dataclasses.replace(ctx, calibration=seen.first(_CALIBRATED))
+        self._quantizer, self._ctx = _fast(quantizer), dataclasses.replace(ctx, calibration=seen.first(_CALIBRATED))
         self._outputs = Outputs(graph, unseen)
 
     @property

@@ -14,7 +14,7 @@ from channelfold.passes.bodies import apply_everywhere
 from channelfold.passes.layers.output_error import Outputs, held_out
 from channelfold.passes.quantize import Quantize, QuantizeWeights
 from channelfold.passes.smooth import Smooth
-from channelfold.passes.smooth.trial import paying
+from channelfold.passes.smooth.trial import Judge, paying
 from channelfold.passes.smooth_methods import quantizer
 from channelfold.runtime.io.snapshot import Snapshot
 from channelfold.tests.graphs import build, positive, random, reasons, samples
@@ -204,6 +204,19 @@ def test_the_next_quantization_of_a_run_judges():
 def test_alone_smoothing_is_judged_by_int8(step, expected):
     assert quantizer(step, []) == expected
     assert quantizer(step, [QuantizeWeights()]) == QuantizeWeights()
+
+
+@pytest.mark.parametrize(
+    ("given", "fast"),
+    [
+        (Quantize(gptq=True, calibrator="measured", float_share=0.5), Quantize()),
+        (QuantizeWeights(weights="int4", rounder="gptq", correct_inputs=True), QuantizeWeights(weights="int4")),
+    ],
+)
+def test_what_takes_many_runs_does_not_judge(given, fast):
+    graph = block("pre-LN")
+    errors = [Judge(graph, step, context(graph)).error(Snapshot.of(graph).graph()) for step in (given, fast)]
+    assert errors[0] == errors[1] > 0
 
 
 def test_an_output_that_is_a_constant_does_not_count():
