@@ -41,15 +41,24 @@ def test_workers_stay_for_the_tasks_that_follow():
     assert not any(child.pid in used for child in multiprocessing.active_children())
 
 
+STARTS = """
+import os, time
+from channelfold.runtime.io.workers import Pool
+
+def process(_):
+    return os.getpid()
+
+if __name__ == "__main__":
+    pool = Pool(2)
+    print(*set(pool.each(process, range(4))), flush=True)
+    time.sleep(60)
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_workers_end_with_the_process_that_has_started_them(tmp_path):
     """It is killed while they have nothing to do."""
-    code = "import sys, time\n"
-    code += "from channelfold.runtime.io.workers import Pool\nfrom channelfold.tests.tasks import process\n"
-    code += (
-        "if __name__ == '__main__':\n    pool = Pool(2)\n    print(*set(pool.each(process, range(4))), flush=True)\n"
-    )
-    (tmp_path / "starts.py").write_text(code + "    time.sleep(60)\n")
+    (tmp_path / "starts.py").write_text(STARTS)
     with subprocess.Popen([sys.executable, tmp_path / "starts.py"], stdout=subprocess.PIPE, text=True) as started:
         assert started.stdout is not None
         workers = [int(word) for word in started.stdout.readline().split()]
