@@ -15,7 +15,7 @@ from channelfold.passes.layers.formats import positive_scale, spread
 from channelfold.runtime.io import edit
 from channelfold.runtime.io.convert import all_graphs
 
-_FLOAT16 = np.dtype(np.float16)
+_LEAST = positive_scale(0, 1, np.dtype(np.float16)).astype(np.float32)
 
 
 def raise_scales(graph: gs.Graph) -> None:
@@ -26,7 +26,7 @@ def raise_scales(graph: gs.Graph) -> None:
         scale = edit.value(node.inputs[1])
         if scale is None or scale.dtype != np.float32:
             continue
-        raised = np.where(scale < (least := positive_scale(0, 1, _FLOAT16)), np.float32(least), scale)
+        raised = np.maximum(scale, _LEAST)
         if np.array_equal(raised, scale):
             continue
         codes = edit.value(node.inputs[0])

@@ -19,6 +19,7 @@ Source: Liu et al., QLLM, ICLR 2024, section 4.1 (channel assembly), which merge
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
@@ -37,12 +38,7 @@ from channelfold.runtime.stats.channels import ChannelStatistics
 
 class Work(MergeChannels):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        def find(shapes: Shapes, outcome: Outcome) -> list[Linear]:
-            return self._sites(graph, shapes, outcome)
-
-        def change(linear: Linear, shapes: Shapes, seen: ChannelStatistics, outcome: Outcome) -> dict[str, Any]:
-            return self._merge(graph, linear, shapes, seen, outcome)
-
+        find, change = functools.partial(self._sites, graph), functools.partial(self._merge, graph)
         return change_each(self, graph, ctx, find, change)
 
     def _sites(self, graph: gs.Graph, shapes: Shapes, outcome: Outcome) -> list[Linear]:

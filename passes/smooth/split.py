@@ -20,6 +20,7 @@ Source: Liu et al., QLLM, ICLR 2024, section 4.1 (channel disassembly); the numb
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +45,7 @@ _WORTH_NODES = 3.0  # dB
 
 class Work(SplitChannels):
     def apply(self, graph: gs.Graph, ctx: Context) -> Outcome:
-        def find(shapes: Shapes, outcome: Outcome) -> list[Linear]:
-            return self._sites(graph, shapes, outcome)
-
-        def change(linear: Linear, shapes: Shapes, seen: ChannelStatistics, outcome: Outcome) -> dict[str, Any]:
-            return self._split(graph, linear, shapes, seen, outcome)
-
+        find, change = functools.partial(self._sites, graph), functools.partial(self._split, graph)
         return change_each(self, graph, ctx, find, change)
 
     def _sites(self, graph: gs.Graph, shapes: Shapes, outcome: Outcome) -> list[Linear]:

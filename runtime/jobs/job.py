@@ -124,9 +124,8 @@ class Job:
         self.calibration: Data | None = None
         self._caches: dict[str, Any] = {}
         self.evaluation: Data | None = None
-        self._reference: tuple[Data, Runner | None] | None = (
-            None  # the data, the original's outputs where they are held
-        )
+        # the data of the comparison, and the original's outputs where they are held
+        self._reference: tuple[Data, Runner | None] | None = None
         self.comparison: compare.Comparison | None = None
         self.record: Record = {
             "schema": 1,
